@@ -1,0 +1,1 @@
+"""dskd-eval: instruction-following, maths and code benchmarks through lm-evaluation-harness."""
