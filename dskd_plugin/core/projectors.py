@@ -28,7 +28,7 @@ def head_map(
 
         W = S pinv(T) = S T^T (T T^T)^-1,   S = source[ids]^T [D, O],   T = target[ids]^T [E, O]
 
-    source_VD, target_VE: head weights, any floating dtype. source_ids_O, target_ids_O: the same shared tokens.
+    source_VD, target_VE: head weights, any floating dtype. source_ids_O, target_ids_O: the same tokens.
     target_gram_inverse: gram_inverse(target_VE, target_ids_O) when known. Biases and soft-caps are not seen;
     for heads with a logit scale multiply W by source scale / target scale.
     dtype: of the products S T^T. fp32 takes half the time (far less on a consumer GPU) and errs by up to
@@ -59,7 +59,8 @@ def gram_inverse(target_VE: Tensor, ids_O: Tensor) -> Tensor:
     pivots_E = factor_EE.diagonal().square()
     rounding = torch.finfo(gram_EE.dtype).eps * len(gram_EE)
     if bool(failed) or bool(pivots_E.min() <= rounding * pivots_E.max()):
-        return torch.linalg.pinv(gram_EE, hermitian=True, rtol=rounding)
+        pseudo_EE: Tensor = torch.linalg.pinv(gram_EE, hermitian=True, rtol=rounding)
+        return pseudo_EE
     return torch.cholesky_inverse(factor_EE)
 
 
@@ -100,11 +101,10 @@ def t2s_projector(
     if weight_Dd.shape != (teacher_width, student_width):
         raise ValueError(
             f"projector weight: expected shape ({teacher_width}, {student_width}), got "
-            f"{tuple(weight_Dd.shape)}. It belongs to another pair of models; build it from this pair's heads."
+            f"{tuple(weight_Dd.shape)}. It belongs to another pair of models; build it from these heads."
         )
-    linear = nn.utils.skip_init(
-        nn.Linear, teacher_width, student_width, bias=False, dtype=dtype, device=weight_Dd.device
-    )
+    linear = nn.Linear(teacher_width, student_width, bias=False, dtype=dtype, device="meta")
+    linear = linear.to_empty(device=weight_Dd.device)
     with torch.no_grad():
         linear.weight.copy_(weight_Dd.T)
     return TeacherToStudent(linear)
@@ -116,8 +116,8 @@ def _product(
     """left[ids]^T right[ids], a block of ids at a time in the given dtype, summed in fp64. Returns [D, E]."""
     device = left_VD.device
     total_DE = torch.zeros(left_VD.shape[1], right_VE.shape[1], dtype=torch.float64, device=device)
-    for left_ids, right_ids in zip(left_ids_O.split(_ROWS), right_ids_O.split(_ROWS), strict=True):
-        left_BD = left_VD[left_ids.to(device)].to(dtype)
-        right_BE = right_VE[right_ids.to(right_VE.device)].to(device, dtype)
+    for start in range(0, len(left_ids_O), _ROWS):
+        left_BD = left_VD[left_ids_O[start : start + _ROWS].to(device)].to(dtype)
+        right_BE = right_VE[right_ids_O[start : start + _ROWS].to(right_VE.device)].to(device, dtype)
         total_DE += left_BD.T @ right_BE
     return total_DE
