@@ -1,0 +1,440 @@
+"""Response tokens of one conversation in two tokenizations, aligned by the bytes they cover."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from dskd_plugin.core.spans import match_spans
+from dskd_plugin.tokens import TokenTable, canonical, units
+
+_PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pairs of tokens that cover the same bytes of the same response.
+
+    student_N, teacher_N: positions of the tokens themselves (targets: their predictions sit one position earlier), in
+        rising order. Position 0 can occur where a sequence begins with its response; no row predicts it.
+    student_tokens: response tokens of the student, paired or not.
+    segments: responses of the student; unmatched_segments: those without a teacher response of the same text.
+    """
+
+    student_N: list[int]
+    teacher_N: list[int]
+    student_tokens: int
+    segments: int
+    unmatched_segments: int
+
+
+def align(
+    student_ids: Sequence[int],
+    student_response: Sequence[bool],
+    teacher_ids: Sequence[int],
+    teacher_response: Sequence[bool],
+    student: TokenTable,
+    teacher: TokenTable,
+    *,
+    identity: bool = False,
+    student_end: int | None = None,
+    teacher_end: int | None = None,
+) -> Alignment:
+    """Exact token alignment of the response segments (maximal runs of response tokens) of two sequences.
+
+    The k-th segment of one side goes with the k-th of the other; where their numbers differ, segments of equal text
+    go together, in order. Within two segments of one text, tokens pair iff they cover the same bytes of it, and the two
+    end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`), else the last special token after
+    which only white space follows. What follows the end of turn is not text. Texts may differ by white space at
+    the ends, by what a template puts before or after one of them, by truncation of one of them, by the dummy
+    prefix, and by what the two tokenizers do to text (NFC, NFKC, lower-casing, white space); a token pairs only where its
+    ends are known on both sides. Any other difference leaves the segment without pairs.
+    identity: the tokenizers are one; segments with equal ids pair token by token.
+    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment.
+    """
+    for side, ids, response in (
+        ("student", student_ids, student_response),
+        ("teacher", teacher_ids, teacher_response),
+    ):
+        if len(ids) != len(response):
+            raise ValueError(
+                f"{side} response mask: expected one value per token ({len(ids)}), got {len(response)}. "
+                "Give the mask of these ids."
+            )
+    ours = [_Segment(student_ids, run, student, student_end) for run in _runs(student_response)]
+    theirs = [_Segment(teacher_ids, run, teacher, teacher_end) for run in _runs(teacher_response)]
+    pairs: list[tuple[int, int]] = []
+    unmatched = len(ours)
+    for one, other in _partners(ours, theirs):
+        if identity and one.ids == other.ids:
+            found = list(zip(one.run, other.run, strict=True))
+        else:
+            matched = _match(one, other)
+            if matched is None:
+                continue
+            found = [(one.run[i], other.run[j]) for i, j in matched]
+            if one.end is not None and other.end is not None:
+                found.append((one.run[one.end], other.run[other.end]))
+        unmatched -= 1
+        pairs.extend(found)
+    return Alignment(
+        [i for i, _ in pairs], [j for _, j in pairs], sum(map(bool, student_response)), len(ours), unmatched
+    )
+
+
+def end_of_turn(tokenizer: Any, chat_template: str | None, table: TokenTable) -> int | None:
+    """Id of the token that ends an assistant turn: the first special (else added) token after the assistant's text.
+
+    A short conversation is rendered with chat_template. Without one, or where no such token follows, it is
+    the end-of-sequence token.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if chat_template is None:
+        return eos
+    try:
+        text = tokenizer.apply_chat_template(_PROBE, chat_template=chat_template, tokenize=False)
+    except Exception as error:
+        raise ValueError(
+            f"chat template: expected one that renders a user and an assistant message, got {error!r}. "
+            "Choose another chat template."
+        ) from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = _PROBE[1]["content"].encode()
+    spelled = [table.literal[i] or b"" for i in ids]
+    whole = b"".join(spelled)
+    if answer not in whole.lower() and answer.lower() not in whole.lower():
+        return eos
+    after, at = whole.lower().rindex(answer.lower()) + len(answer), 0
+    following = []
+    for token_id, text_bytes in zip(ids, spelled, strict=True):
+        if at >= after:
+            following.append(token_id)
+        at += len(text_bytes)
+    for kind in (table.special, table.added):
+        for token_id in following:
+            if token_id in kind:
+                return int(token_id)
+    return eos
+
+
+def role_pairs(
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    *,
+    student: TokenTable,
+    teacher: TokenTable,
+    student_template: str | None = None,
+    teacher_template: str | None = None,
+) -> list[tuple[int, int]]:
+    """(student id, teacher id) of tokens with one role: end of turn with end of turn, end of sequence with the same.
+
+    A student with a single one of the two gives it to both roles of the teacher. The first pair of an id counts.
+    """
+    ours = end_of_turn(student_tokenizer, student_template, student)
+    theirs = end_of_turn(teacher_tokenizer, teacher_template, teacher)
+    pairs = [(ours, theirs), (student.eos if student.eos is not None else ours, teacher.eos)]
+    return list(dict.fromkeys((a, b) for a, b in pairs if a is not None and b is not None))
+
+
+def _runs(response: Sequence[bool]) -> Iterator[range]:
+    start = None
+    for position, inside in enumerate(response):
+        if inside and start is None:
+            start = position
+        elif not inside and start is not None:
+            yield range(start, position)
+            start = None
+    if start is not None:
+        yield range(start, len(response))
+
+
+class _Text:
+    """Text of a segment as bytes, the span of each token in it, and the offsets where unknown text is missing."""
+
+    def __init__(self, text: bytes, starts: list[int], ends: list[int], cuts: list[int]) -> None:
+        self.text, self.starts, self.ends, self.cuts = text, starts, ends, cuts
+
+    def canonical(self, changes: Sequence[Any]) -> "_Text":
+        """The text after both tokenizers' normalisation; tokens that end inside a changed unit lose their span."""
+        to = [-1] * (len(self.text) + 1)
+        parts: list[bytes] = []
+        removed: list[int] = []
+        size = at = 0
+        for start, stop in zip([0, *self.cuts], [*self.cuts, len(self.text)], strict=True):
+            for unit in units().findall(self.text[start:stop].decode(errors="surrogateescape")):
+                new = unit
+                for change in changes:
+                    new = change(new)
+                old_bytes, new_bytes = (part.encode(errors="surrogateescape") for part in (unit, new))
+                if new == unit:
+                    to[at : at + len(old_bytes)] = range(size, size + len(old_bytes))
+                else:
+                    to[at] = size
+                    if not new_bytes:
+                        removed.append(at)
+                parts.append(new_bytes)
+                size += len(new_bytes)
+                at += len(old_bytes)
+        to[at] = size
+        starts, ends = [], []
+        for start, end in zip(self.starts, self.ends, strict=True):
+            known = (
+                to[start] >= 0 and to[end] >= 0 and bisect_left(removed, start) == bisect_left(removed, end)
+            )
+            starts.append(to[start] if known else 0)
+            ends.append(to[end] if known else 0)
+        return _Text(b"".join(parts), starts, ends, [to[cut] for cut in self.cuts])
+
+
+class _Segment:
+    """One run of response tokens: its text and its end-of-turn token."""
+
+    def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
+        self.ids = list(ids[run.start : run.stop])
+        self.run, self.table = run, table
+        self.end = self._find_end(end_id)
+        self.truncated = self.end is None and run.stop == len(ids)
+        self.known: dict[tuple[Any, ...], _Text] = {}
+
+    def _find_end(self, end_id: int | None) -> int | None:
+        table, last = self.table, None
+        for index in range(len(self.ids) - 1, -1, -1):
+            token_id = self.ids[index]
+            if token_id == end_id:
+                return index
+            if token_id in table.special and (token_id not in table.vague or token_id == table.eos):
+                last = index if last is None else last
+            elif (table.literal[token_id] or b"x").strip():
+                break
+        return last
+
+    @cached_property
+    def variants(self) -> list[tuple[bool, bool]]:
+        """Readings of the tokens, likeliest first: (drop a space after added tokens, unknown text is missing)."""
+        text_ids = self.ids[: self.end]
+        tight = self.table.prefix_after_added and not self.table.added.isdisjoint(text_ids)
+        cut = not self.table.vague.isdisjoint(text_ids) or any(
+            self.table.literal[i] is None for i in text_ids
+        )
+        return [
+            (a, b)
+            for b in ((False, True) if cut else (False,))
+            for a in ((False, True) if tight else (False,))
+        ]
+
+    def read(self, tight: bool, cut: bool, changes: tuple[Any, ...]) -> _Text:
+        key = (tight, cut, changes)
+        if key not in self.known:
+            if changes:
+                self.known[key] = self.read(tight, cut, ()).canonical(changes)
+            else:
+                self.known[key] = self._spell(tight, cut)
+        return self.known[key]
+
+    def _spell(self, tight: bool, cut: bool) -> _Text:
+        table = self.table
+        parts: list[bytes] = []
+        starts, ends, cuts = [], [], []
+        size = 0
+        after_added = False
+        for token_id in self.ids[: self.end]:
+            text = table.literal[token_id]
+            if cut and (text is None or token_id in table.vague):
+                cuts.append(size)
+                text = b""
+            text = text or b""
+            if tight and after_added and text[:1] == b" ":
+                text = text[1:]
+            after_added = token_id in table.added
+            parts.append(text)
+            starts.append(size)
+            size += len(text)
+            ends.append(size)
+        return _Text(b"".join(parts), starts, ends, cuts)
+
+
+def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segment, _Segment]]:
+    """The k-th with the k-th; of unequal numbers, the longest chain of segments with the same text."""
+    if len(ours) == len(theirs):
+        return list(zip(ours, theirs, strict=True))
+    longest = [[0] * (len(theirs) + 1) for _ in range(len(ours) + 1)]
+    same = [[_match(one, other, whole=True) is not None for other in theirs] for one in ours]
+    for i in range(len(ours) - 1, -1, -1):
+        for j in range(len(theirs) - 1, -1, -1):
+            longest[i][j] = max(
+                longest[i + 1][j], longest[i][j + 1], longest[i + 1][j + 1] + 1 if same[i][j] else 0
+            )
+    chain, i, j = [], 0, 0
+    while i < len(ours) and j < len(theirs):
+        if same[i][j] and longest[i][j] == longest[i + 1][j + 1] + 1:
+            chain.append((ours[i], theirs[j]))
+            i, j = i + 1, j + 1
+        elif longest[i + 1][j] >= longest[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+    return chain
+
+
+def _match(one: _Segment, other: _Segment, whole: bool = False) -> list[tuple[int, int]] | None:
+    """Index pairs of two segments, None where their texts differ; whole: a part of a text will not do."""
+    changes = tuple(
+        dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None)
+    )
+    for locate in (_same,) if whole else (_same, _contained):
+        for steps in ((), changes) if changes else ((),):
+            for mine in one.variants:
+                for yours in other.variants:
+                    a, b = one.read(*mine, steps), other.read(*yours, steps)
+                    regions = locate(a, b, one.truncated, other.truncated)
+                    if regions is not None:
+                        return _pairs_in(a, b, regions)
+    return None
+
+
+def _pairs_in(a: _Text, b: _Text, regions: "Regions") -> list[tuple[int, int]]:
+    """Pairs within the regions (start in a, start in b, size), each the same text on both sides."""
+    starts, ends = [], []
+    for side, text in enumerate((a, b)):
+        places = [(region[side], region[side] + region[2], region[0] - region[side]) for region in regions]
+        first = places[0][0] if places else 0
+        # A single space before the text is a dummy prefix or the template's: its token starts at the text.
+        glue = first == 1 and text.text[:1] == b" "
+        at = 0
+        moved: list[tuple[int, int]] = []
+        for start, end in zip(text.starts, text.ends, strict=True):
+            if glue and start == 0 < end:
+                start = 1
+            while at < len(places) and places[at][1] < end:
+                at += 1
+            inside = at < len(places) and places[at][0] <= start < end
+            moved.append((start + places[at][2], end + places[at][2]) if inside else (0, 0))
+        starts.append([start for start, _ in moved])
+        ends.append([end for _, end in moved])
+    return match_spans(starts[0], ends[0], starts[1], ends[1])
+
+
+Regions = list[tuple[int, int, int]]
+
+
+def _same(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
+    """Regions of two texts that differ only by white space at the ends and by unknown text."""
+    if a.cuts or b.cuts:
+        return _around_cuts(a, b)
+    if a.text == b.text:
+        return [(0, 0, len(a.text))]
+    core = a.text.strip()
+    if core != b.text.strip():
+        return None
+    if not core:
+        short, long = sorted((a.text, b.text), key=len)
+        if long != b" " + short:
+            return []
+        return [(len(a.text) - len(short), len(b.text) - len(short), len(short))]
+    a_lead, b_lead = (len(side.text) - len(side.text.lstrip()) for side in (a, b))
+    left = _common(a.text[:a_lead][::-1], b.text[:b_lead][::-1])
+    right = _common(a.text[a_lead + len(core) :], b.text[b_lead + len(core) :])
+    return [(a_lead - left, b_lead - left, left + len(core) + right)]
+
+
+def _common(a: bytes, b: bytes) -> int:
+    size = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        size += 1
+    return size
+
+
+def _contained(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
+    """Region of the text that lies within the other: at its start where it was cut short, else the last place."""
+    if a.cuts or b.cuts:
+        return None
+    if len(a.text.strip()) > len(b.text.strip()):
+        found = _contained(b, a, b_cut, a_cut)
+        return found and [(a_start, b_start, size) for b_start, a_start, size in found]
+    lead = len(a.text) - len(a.text.lstrip())
+    core = a.text.strip()
+    if not core:
+        return None
+    if a_cut:
+        core = a.text[lead:]
+        at = len(b.text) - len(b.text.lstrip())
+        return [(lead, at, len(core))] if b.text.startswith(core, at) else None
+    at = b.text.rfind(core)
+    if at < 0 or _within_word(b.text, at) or _within_word(b.text, at + len(core)):
+        return None
+    last = b.text.rstrip().endswith(core)
+    if not last and b.text.find(core) != at:
+        return None
+    return [(lead, at, len(core))]
+
+
+def _within_word(text: bytes, at: int) -> bool:
+    around = text[max(0, at - 1) : at + 1]
+    return 0 < at < len(text) and all(byte >= 0x80 or chr(byte).isalnum() for byte in around)
+
+
+def _around_cuts(a: _Text, b: _Text) -> Regions | None:
+    """Regions whose place is certain although one text lacks, at its cuts, bytes of unknown number."""
+    if a.cuts and b.cuts:
+        return _ends_only(a, b)
+    if b.cuts:
+        found = _around_cuts(b, a)
+        return found and [(a_start, b_start, size) for b_start, a_start, size in found]
+    bounds = [0, *a.cuts, len(a.text)]
+    pieces = [(start, a.text[start:end]) for start, end in pairwise(bounds)]
+    head, tail = pieces[0][1], pieces[-1][1]
+    low, high = 0, len(b.text)
+    regions: Regions = []
+    if head.strip():
+        low = len(b.text) - len(b.text.lstrip())
+        lead = len(head) - len(head.lstrip())
+        if not b.text.startswith(head[lead:], low):
+            return None
+        regions.append((lead, low, len(head) - lead))
+        low += len(head) - lead
+    if tail.strip():
+        size = len(tail.rstrip())
+        high = len(b.text.rstrip()) - size
+        if high < low or b.text[high : high + size] != tail[:size]:
+            return None
+        regions.append((pieces[-1][0], high, size))
+    middle = pieces[1:-1]
+    earliest, latest, at = [], [], low
+    for _, piece in middle:
+        at = b.text.find(piece, at + 1, high)
+        if at < 0:
+            return None
+        earliest.append(at)
+        at += len(piece)
+    if at >= high:
+        return None
+    at = high
+    for _, piece in reversed(middle):
+        at = b.text.rfind(piece, low, at - 1)
+        latest.append(at)
+    for (start, piece), first, last in zip(middle, earliest, reversed(latest), strict=True):
+        if first == last:
+            regions.append((start, first, len(piece)))
+    return sorted(regions)
+
+
+def _ends_only(a: _Text, b: _Text) -> Regions | None:
+    """Where both texts lack bytes, only what comes before the first and after the last cut has a certain place."""
+    regions: Regions = []
+    heads = [side.text[: side.cuts[0]] for side in (a, b)]
+    leads = [len(head) - len(head.lstrip()) for head in heads]
+    size = min(len(head) - lead for head, lead in zip(heads, leads, strict=True))
+    if heads[0][leads[0] : leads[0] + size] != heads[1][leads[1] : leads[1] + size]:
+        return None
+    regions.append((leads[0], leads[1], size))
+    tails = [side.text[side.cuts[-1] :].rstrip() for side in (a, b)]
+    size = min(map(len, tails))
+    stops = [side.cuts[-1] + len(tail) for side, tail in zip((a, b), tails, strict=True)]
+    if size and tails[0][-size:] != tails[1][-size:]:
+        return None
+    regions.append((stops[0] - size, stops[1] - size, size))
+    return regions
