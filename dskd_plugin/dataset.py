@@ -1,0 +1,258 @@
+"""Ordinary Axolotl datasets, read twice: once by the student, once by the teacher, with the same masking rules.
+
+Axolotl builds a tokenizing strategy for each dataset entry. Two of its module functions are replaced so that the
+strategy is first built for the teacher, only to be kept, and then for the student, whose tokenization of each row is
+joined with the teacher's and the aligned pairs. Everything around it (loading, parallel map, caching, filtering,
+packing) stays Axolotl's.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+
+from dskd_plugin.align import align, end_of_turn
+from dskd_plugin.args import Settings
+from dskd_plugin.pair import Pair, make_pair
+from dskd_plugin.tokens import TokenTable
+
+LOG = get_logger("axolotl.dskd")
+IGNORE = -100
+UNMATCHED = "unmatched_segments"
+
+
+@dataclass
+class TeacherReader:
+    """How the teacher reads a conversation."""
+
+    settings: Settings
+    tokenizer: Any
+    template: str | None
+    table: TokenTable
+
+
+class PairedStrategy:
+    """A student strategy and a teacher strategy on the same raw rows."""
+
+    def __init__(self, student: Any, teacher: Any, pair: Pair) -> None:
+        self.student, self.teacher, self.pair = student, teacher, pair
+        self.ends = _turn_end(student, pair.student), _turn_end(teacher, pair.teacher)
+        self.filter_rows = getattr(student, "filter_rows", None)
+
+    @property
+    def supports_batched(self) -> bool:
+        return bool(self.student.supports_batched)
+
+    def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
+        """The student's columns plus the teacher's ids and the aligned target positions of both sides."""
+        # Strategies change the row they are given.
+        student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
+        teacher = dict(self.teacher.tokenize_prompt(copy.deepcopy(prompt)))
+        ids = student["input_ids"]
+        if not (self.supports_batched and (not ids or isinstance(ids[0], list))):
+            return {**student, **self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])}
+        if len(ids) == len(teacher["input_ids"]):
+            teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
+        else:  # a strategy that cuts long texts into rows cuts the two sides at different places
+            teacher_rows = [self._reread(row) for row in ids]
+        rows = [
+            self._join(*row, *teacher_row)
+            for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
+        ]
+        columns = ("teacher_input_ids", "aligned_student", "aligned_teacher", UNMATCHED)
+        return {**student, **{column: [row[column] for row in rows] for column in columns}}
+
+    def _reread(self, student_ids: list[int]) -> tuple[list[int], list[int]]:
+        """The teacher's tokens of the text that a student row covers; all of them are trained on."""
+        table, tokenizer = self.pair.student, self.teacher.tokenizer
+        text = b"".join(table.bytes[token] or b"" for token in student_ids).decode("utf-8", "ignore")
+        ids = list(tokenizer(text)["input_ids"])
+        if student_ids[-1] == self.student.tokenizer.eos_token_id and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        return ids, list(ids)
+
+    def _join(self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]) -> dict[str, Any]:
+        found = align(
+            ids,
+            _responses(ids, labels, self.student.tokenizer),
+            teacher_ids,
+            _responses(teacher_ids, teacher_labels, self.teacher.tokenizer),
+            self.pair.student,
+            self.pair.teacher,
+            identity=self.pair.identity,
+            student_end=self.ends[0],
+            teacher_end=self.ends[1],
+        )
+        return {
+            "teacher_input_ids": list(teacher_ids),
+            "aligned_student": found.student_N,
+            "aligned_teacher": found.teacher_N,
+            UNMATCHED: found.unmatched_segments,
+        }
+
+
+def _turn_end(strategy: Any, table: TokenTable) -> int | None:
+    template = getattr(getattr(strategy, "prompter", None), "chat_template", None)
+    return end_of_turn(strategy.tokenizer, template or None, table)
+
+
+def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
+    """Which tokens belong to a response; a leading BOS is markup even where everything is trained on."""
+    response = [label != IGNORE for label in labels]
+    if response and ids[0] == tokenizer.bos_token_id:
+        response[0] = False
+    return response
+
+
+_reader: TeacherReader | None = None
+_teacher_strategy: list[Any] | None = None  # a list while the teacher's strategy is being captured
+
+
+def install(reader: TeacherReader | None) -> None:
+    """Let Axolotl's datasets carry the teacher's side; None switches it off again."""
+    global _reader
+    _reader = reader
+    from axolotl.utils.data import sft, wrappers
+
+    if not hasattr(sft.get_dataset_wrapper, "dskd_original"):
+        sft.get_dataset_wrapper = _read_twice(sft.get_dataset_wrapper)
+        wrappers.wrap_dataset_for_tokenized_prompt = _keep_or_pair(wrappers.wrap_dataset_for_tokenized_prompt)
+
+
+def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_dataset_wrapper(dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        global _teacher_strategy
+        if _reader is None:
+            return original(dataset_config, tokenizer, cfg, *args, **kwargs)
+        name = f"datasets: {dataset_config['path']}"
+        teacher_config, teacher_cfg = _for_teacher(dataset_config, cfg, _reader)
+        captured: list[Any] = []
+        _teacher_strategy = captured
+        try:
+            original(teacher_config, _reader.tokenizer, teacher_cfg, *args, **kwargs)
+        finally:
+            _teacher_strategy = None
+        if len(captured) != 1:
+            raise ValueError(
+                f"{name}: expected a dataset type that Axolotl tokenizes row by row, got {dataset_config['type']!r}. "
+                "Use chat_template, alpaca, completion or a custom type with raw text."
+            )
+        _pairing.append((captured[0], make_pair(tokenizer, _reader.table, _reader.settings)))
+        try:
+            dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
+        finally:
+            _pairing.clear()
+        return _checked(name, dataset, cfg, _reader), prompter
+
+    get_dataset_wrapper.dskd_original = original  # type: ignore[attr-defined]
+    return get_dataset_wrapper
+
+
+_pairing: list[tuple[Any, Pair]] = []
+
+
+def _keep_or_pair(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_dataset_for_tokenized_prompt(strategy: Any, dataset: Any, **kwargs: Any) -> Any:
+        if _teacher_strategy is not None:
+            _teacher_strategy.append(strategy)
+            return dataset
+        if _pairing:
+            teacher, pair = _pairing[0]
+            strategy = PairedStrategy(strategy, teacher, pair)
+        return original(strategy, dataset, **kwargs)
+
+    return wrap_dataset_for_tokenized_prompt
+
+
+def teacher_sequence_len(settings: Settings, student_sequence_len: int) -> int:
+    return settings.teacher.sequence_len or 2 * student_sequence_len
+
+
+def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any]:
+    """Copies of the dataset entry and the recipe in which the teacher's template and limits stand."""
+    config, teacher_cfg = copy.deepcopy(dataset_config), copy.deepcopy(cfg)
+    for block in (config, teacher_cfg):
+        if reader.template is not None:
+            block["chat_template"], block["chat_template_jinja"] = "jinja", reader.template
+    teacher_cfg["tokenizer_use_mistral_common"] = None
+    # One above the limit, so that a row cut by its strategy is still seen to be too long.
+    teacher_cfg["sequence_len"] = teacher_sequence_len(reader.settings, cfg.sequence_len) + 1
+    teacher_cfg["eot_tokens"] = None
+    turn_end = end_of_turn(reader.tokenizer, reader.template, reader.table)
+    if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
+        teacher_cfg["eot_tokens"] = [reader.tokenizer.convert_ids_to_tokens(turn_end)]
+    return config, teacher_cfg
+
+
+def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
+    """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
+    import numpy as np
+
+    limit = teacher_sequence_len(reader.settings, cfg.sequence_len)
+    rows = len(dataset)
+    over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
+    strategy = (cfg.excess_length_strategy or "drop").lower()
+    if over_long and strategy == "raise":
+        raise ValueError(
+            f"{name}: expected teacher rows of at most {limit} tokens (excess_length_strategy: raise), got {over_long} longer "
+            "ones. Raise dskd.teacher.sequence_len or shorten the rows."
+        )
+    if over_long and strategy == "truncate":
+        dataset = dataset.map(_Truncate(limit), num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
+    elif over_long:
+        dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")
+    responses = sum(
+        int(np.count_nonzero(batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != IGNORE))
+        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
+    )
+    aligned = int(_lengths(dataset, "aligned_student").sum())
+    unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+    if responses == 0:
+        raise ValueError(
+            f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
+            "roles_to_train, train_on_inputs and the chat template."
+        )
+    LOG.info(
+        "dskd: %s: %d rows, %d response tokens, %.1f %% aligned with the teacher; %d over-long teacher rows (%s), "
+        "%d response segments without a counterpart",
+        *(name, rows, responses, 100 * aligned / responses, over_long, strategy if over_long else "none", unmatched),
+    )
+    if aligned == 0:
+        raise ValueError(
+            f"{name}: expected response tokens that student and teacher share, got none aligned of {responses}. "
+            "Check that both chat templates render the answers and that train_on_eos and roles_to_train fit both."
+        )
+    return dataset.remove_columns(UNMATCHED)
+
+
+def _lengths(dataset: Any, column: str) -> Any:
+    import numpy as np
+
+    parts = [
+        batch[column].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        for batch in dataset.select_columns([column]).with_format("arrow").iter(1000)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=int)
+
+
+@dataclass
+class _Fits:
+    limit: int
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        return len(row["teacher_input_ids"]) <= self.limit
+
+
+@dataclass
+class _Truncate:
+    limit: int
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        kept = [k for k, position in enumerate(row["aligned_teacher"]) if position < self.limit]
+        return {
+            "teacher_input_ids": row["teacher_input_ids"][: self.limit],
+            "aligned_student": [row["aligned_student"][k] for k in kept],
+            "aligned_teacher": [row["aligned_teacher"][k] for k in kept],
+        }

@@ -1,0 +1,85 @@
+"""What two tokenizers have in common: the alignment to use and the shared vocabulary."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dskd_plugin.align import role_pairs
+from dskd_plugin.args import Settings
+from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
+from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The token tables of both sides; ``identity`` when they are one tokenizer and used as such."""
+
+    student: TokenTable
+    teacher: TokenTable
+    identity: bool
+
+
+def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -> Pair:
+    """Read the student's vocabulary and settle ``alignment``; ``ValueError`` for a choice that cannot work."""
+    student = read_table("tokenizer of the student", student_tokenizer)
+    same = same_tokenizer(student, teacher)
+    if settings.alignment == "identity" and not same:
+        raise ValueError(
+            f"dskd.alignment: expected 'identity' only for one tokenizer, got a student with {student.vocab_size} "
+            f"ids and a teacher with {teacher.vocab_size}, {overlap(student, teacher).student_share:.0%} of the "
+            "student's shared. Use 'eta' or 'auto'."
+        )
+    return Pair(student, teacher, same and settings.alignment != "eta")
+
+
+def read_table(name: str, tokenizer: Any) -> TokenTable:
+    """The token table, with ``name`` in front of a refusal."""
+    try:
+        return token_table(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def shared_ids(
+    pair: Pair,
+    tokenizers: tuple[Any, Any],
+    templates: tuple[str | None, str | None],
+    *,
+    head_rows: tuple[int, int],
+    top_vocab: int | None,
+) -> Overlap:
+    """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher)."""
+    student_bytes = pair.student.bytes[: head_rows[0]]
+    teacher_bytes = pair.teacher.bytes[: head_rows[1]]
+    if pair.identity:
+        one = identity(min(len(student_bytes), len(teacher_bytes)))
+        to_student = torch.full((len(teacher_bytes),), -1)
+        to_student[: len(one.student_ids_O)] = one.student_ids_O
+        return replace(
+            one,
+            student_ids_O=one.student_ids_O[:top_vocab],
+            teacher_ids_O=one.teacher_ids_O[:top_vocab],
+            teacher_to_student_V=to_student,
+        )
+    roles = role_pairs(
+        *tokenizers,
+        student=pair.student,
+        teacher=pair.teacher,
+        student_template=templates[0],
+        teacher_template=templates[1],
+    )
+    shared = shared_vocabulary(
+        student_bytes,
+        teacher_bytes,
+        [(s, t) for s, t in roles if s < len(student_bytes) and t < len(teacher_bytes)],
+        top_vocab,
+        student_byte_tokens=pair.student.byte_tokens,
+        teacher_byte_tokens=pair.teacher.byte_tokens,
+    )
+    if len(shared.student_ids_O) == 0:
+        raise ValueError(
+            "dskd.teacher.model: expected tokenizers that share some tokens, got none in common. "
+            "Choose another teacher."
+        )
+    return shared

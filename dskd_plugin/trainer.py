@@ -1,0 +1,232 @@
+"""Axolotl's trainer with the distillation loss: batches in, one scalar and exact metrics out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from torch import Tensor, nn
+
+from dskd_plugin import state
+from dskd_plugin.core.divergences import divergence
+from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.dataset import TeacherReader
+from dskd_plugin.models import causal_lm, output_head
+from dskd_plugin.pair import make_pair, shared_ids
+from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+from dskd_plugin.teacher import Teacher
+
+SUMS = (*TERMS, *RATES)
+OWN_KEYS = ("dskd_rows", "dskd_targets", "dskd_teacher_rows", "teacher_input_ids", "teacher_lengths", "teacher_bins")
+
+
+class _WithoutPerplexity(dict[str, Any]):
+    """Axolotl adds ppl = exp(loss), which means nothing for a mixture of losses."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in ("ppl", "eval_ppl"):
+            super().__setitem__(key, value)
+
+
+def active_names(objective: Objective) -> set[str]:
+    """Terms and rates that the objective computes."""
+    names = {"ce"} if objective.with_ce else set()
+    names |= {"t2s_kd", "t2s_ce", "t2s_agreement"} if objective.in_student_space else set()
+    return names | ({"s2t_kd", "s2t_agreement"} if objective.in_teacher_space else set())
+
+
+class DSKDTrainer(AxolotlTrainer):
+    """Trains the student on (1 - kd_ratio) CE + kd_ratio KD against a frozen teacher."""
+
+    reader: TeacherReader
+    cfg: Any
+    reports_token_perplexity = False
+
+    @classmethod
+    def configured(cls, reader: TeacherReader, cfg: Any) -> type["DSKDTrainer"]:
+        """The trainer class of one run; Axolotl instantiates it with arguments of its own."""
+        return type(cls.__name__, (cls,), {"reader": reader, "cfg": cfg})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model, training_args = kwargs["model"], kwargs["args"]
+        self._loss = self._distillation_loss(model, kwargs["processing_class"], training_args)
+        attach(model, self._loss)
+        super().__init__(*args, **kwargs)
+        # Our divisors already cover the accumulation window and all ranks.
+        self.model_accepts_loss_kwargs = True
+        self._loss.step = lambda: self.state.global_step
+        self._loss.matmul_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        self._logged = {"align_ratio", *active_names(self._loss.objective)}
+        self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
+
+    def _distillation_loss(self, model: nn.Module, tokenizer: Any, args: Any) -> DistillationLoss:
+        settings = self.reader.settings
+        pair = make_pair(tokenizer, self.reader.table, settings)
+        self._teacher = Teacher(
+            settings.teacher,
+            vocab_size=pair.teacher.vocab_size,
+            device=args.device,
+            attn_implementation=causal_lm(model).config._attn_implementation,
+            packed=bool(self.cfg.sample_packing),
+            trust_remote_code=bool(self.cfg.trust_remote_code),
+        )
+        head = output_head(model).weight
+        rows, width = getattr(head, "ds_shape", head.shape)
+        overlap = shared_ids(
+            pair,
+            (tokenizer, self.reader.tokenizer),
+            (tokenizer.chat_template, self.reader.template),
+            head_rows=(rows, self._teacher.head.weight_VD.shape[0]),
+            top_vocab=settings.projector.top_vocab,
+        )
+        knobs = settings.divergence.model_dump()
+        self._pair_state = {
+            "teacher": settings.teacher.model,
+            "student_tokenizer": pair.student.digest,
+            "teacher_tokenizer": pair.teacher.digest,
+            "widths": [width, self._teacher.width],
+            "spaces": settings.spaces,
+        }
+        return DistillationLoss(
+            model,
+            student_vocab_size=pair.student.vocab_size,
+            teacher_head=self._teacher.head,
+            overlap=overlap,
+            objective=Objective(
+                divergence=divergence(knobs.pop("kind"), **knobs),
+                temperature=settings.temperature,
+                kd_ratio=settings.kd_ratio,
+                spaces=settings.spaces,
+                agreement_mask=settings.agreement_mask,
+            ),
+            keep_unmapped=settings.unmapped_argmax == "teacher_space",
+            projector_init=settings.projector.init,
+            # FSDP2 wants one dtype among the trainable parameters of a group.
+            projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
+            seed=args.seed,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The host's optimizer, with the projectors moved into a parameter group of their own learning rate."""
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        own = {id(parameter): parameter for parameter in self._loss.parameters()}
+        if own and not any(group.get("dskd") for group in optimizer.param_groups):
+            decay = self.args.weight_decay
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            learning_rate = self.reader.settings.projector.learning_rate
+            optimizer.add_param_group(
+                {"params": list(own.values()), "lr": learning_rate, "weight_decay": decay, "dskd": True}
+            )
+        return optimizer
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        own = ("teacher_input_ids", "aligned_student", "aligned_teacher")
+        self._signature_columns += [column for column in own if column not in self._signature_columns]
+
+    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
+        """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""
+        own = {key: inputs.pop(key).to(self.args.device) for key in OWN_KEYS}
+        hidden = self._teacher.rows(
+            own["teacher_input_ids"],
+            own["teacher_lengths"].cpu(),
+            own["teacher_bins"].cpu(),
+            own["dskd_teacher_rows"],
+        )
+        return MicroBatch(own["dskd_rows"], own["dskd_targets"], hidden)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        window = [self._micro_batch(batch) for batch in batches]
+        for batch, micro_batch in zip(batches, window, strict=True):
+            batch["dskd"] = micro_batch
+        if window:
+            window[0].window = window
+        # Not None, or the host would divide by the number of accumulation steps.
+        return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        training = "dskd" in inputs
+        inputs = dict(inputs)
+        micro_batch = inputs.pop("dskd") if training else self._micro_batch(inputs)
+        if not training:
+            micro_batch.window = [micro_batch]
+        inputs.pop("labels", None)
+        inputs.pop("length", None)
+        self._loss.reduce_counts = self._over_ranks if training else lambda counts: counts
+        self._loss.micro_batch = micro_batch
+        try:
+            outputs = model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            self._loss.micro_batch = None
+        loss = outputs["loss"]
+        self._totals["train" if training else "eval"] += torch.stack(
+            [torch.stack([value.double() for value in micro_batch.sums[name]]) for name in SUMS]
+            + [loss.new_tensor([len(micro_batch.teacher_ND), len(micro_batch.rows_R)], dtype=torch.double)]
+        )
+        if training:
+            # Engines average gradients over ranks; our divisor is already that of all ranks.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
+
+    # -- metrics ---------------------------------------------------------------------------------------------------
+
+    def _no_totals(self) -> Tensor:
+        return torch.zeros(len(SUMS) + 1, 2, dtype=torch.double, device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the terms, exact over accumulation, ranks and the steps since the last log."""
+        kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
+        if kind is not None:
+            totals = self._over_ranks(self._totals[kind]).tolist()
+            self._totals[kind] = self._no_totals()
+            prefix = "eval_" if kind == "eval" else ""
+            means = {
+                name: total / max(count, 1.0)
+                for name, (total, count) in zip((*SUMS, "align_ratio"), totals, strict=True)
+                if name in self._logged
+            }
+            means["kd"] = sum(means[term] for term in TERMS if term in means and term != "ce")
+            if kind == "eval":
+                ratio = self.reader.settings.kd_ratio
+                logs["eval_loss"] = (1 - ratio) * means.get("ce", 0.0) + ratio * means["kd"]
+            for name, value in means.items():
+                logs[f"{prefix}dskd/{name}"] = round(value, 6)
+        quiet = _WithoutPerplexity(logs)
+        super().log(quiet, *args, **kwargs)
+        logs.update(quiet)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            state.check(resume_from_checkpoint, self._pair_state)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._save_projectors(self.args.output_dir)
+        return result
+
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
+            state.load(resume_from_checkpoint, self._loss)
+        return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        # First, because trainer_state.json, written last, marks a checkpoint as finished.
+        self._save_projectors(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial, **kwargs)
+
+    def _save_projectors(self, folder: str) -> None:
+        weights = state.projector_state(self._loss)
+        if self.args.should_save:
+            state.save(folder, weights, self._pair_state)
