@@ -1,4 +1,4 @@
-"""Ideal initialisation: SVD pseudo-inverse against Gram matrices, on random heads of a real head's conditioning.
+"""Ideal initialisation: SVD pseudo-inverse against Gram matrices, on random heads conditioned like real ones.
 
     python benchmarks/gram_init.py [--width 1024] [--tokens 50000] [--source-width 1024] [--device cpu]
 

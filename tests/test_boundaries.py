@@ -1,0 +1,110 @@
+"""Who may import whom (docs: arrows point inwards)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "dskd_plugin" / "core"
+HOSTS = {"axolotl", "transformers", "lm_eval"}
+LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend"}
+# core module -> core modules that it may import
+ABOVE = {
+    "objective": LEAVES,
+    "chunked": LEAVES | {"objective"},
+    "baselines": LEAVES | {"objective"},
+    "__init__": set(),
+}
+
+
+def imports(path):
+    """Full dotted names that a file imports, anywhere in it; relative imports resolved."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base]).strip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def top(name):
+    return name.split(".")[0]
+
+
+def core_modules(path):
+    """Names of the core modules that a file imports."""
+    prefix = "dskd_plugin.core."
+    return {name[len(prefix) :].split(".")[0] for name in imports(path) if name.startswith(prefix)}
+
+
+CORE_FILES = sorted(CORE.glob("*.py"))
+EVAL_FILES = sorted((ROOT / "eval" / "dskd_eval").rglob("*.py"))
+
+
+def test_the_folders_are_found():
+    assert {"heads", "divergences", "reduce", "projectors", "objective", "chunked"} <= {
+        p.stem for p in CORE_FILES
+    }
+    assert EVAL_FILES
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
+def test_core_needs_torch_and_the_standard_library_alone(path):
+    allowed = {"torch", "dskd_plugin"} | set(sys.stdlib_module_names)
+    assert {top(name) for name in imports(path)} <= allowed
+    outside = {name for name in imports(path) if top(name) == "dskd_plugin"}
+    assert all(name.startswith("dskd_plugin.core") for name in outside)
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
+def test_core_is_a_star(path):
+    siblings = {p.stem for p in CORE_FILES}
+    assert core_modules(path) & siblings <= ABOVE.get(path.stem, set()), (
+        "leaf modules do not import one another"
+    )
+
+
+@pytest.mark.parametrize("path", EVAL_FILES, ids=lambda path: path.stem)
+def test_the_evaluator_knows_neither_plugin_nor_axolotl(path):
+    assert not {top(name) for name in imports(path)} & {"dskd_plugin", "axolotl"}
+
+
+def test_only_learned_parts_are_modules():
+    holders = {
+        path.stem
+        for path in CORE_FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Module") for base in node.bases)
+    }
+    assert holders <= {"projectors", "attend"}
+
+
+def test_no_plugin_file_but_the_outer_ring_imports_a_host():
+    """The package's own entry files must import without Axolotl; it swallows what fails there."""
+    for name in ("__init__.py", "_bootstrap.py"):
+        tree = ast.parse((ROOT / "dskd_plugin" / name).read_text())
+        at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in at_import:
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
+            assert all(top(module) in sys.stdlib_module_names for module in names), (name, names)
+
+
+def test_importing_core_loads_no_host():
+    modules = [f"dskd_plugin.core.{path.stem}" for path in CORE_FILES if path.stem != "__init__"]
+    code = (
+        f"import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n"
+        f"print(sorted({HOSTS} & set(sys.modules)), len(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[] "), done.stdout
