@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, Sums, project, term_sums, term_weights
+from dskd_plugin.core.objective import (
+    RATES,
+    TERMS,
+    Objective,
+    Rows,
+    Sums,
+    project,
+    student_space_sums,
+    teacher_space_sums,
+    term_weights,
+)
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
 _ROWS_AT_FULL_WEIGHT = 64
@@ -58,7 +69,7 @@ def dskd_loss(
 
     Terms, gradients and shapes: objective.term_sums. divisors_4: rows per term over the whole optimizer
     step in the order of TERMS (counts summed over micro-batches and ranks); a term with divisor 0 is 0.
-    block_elements: rows x vocabulary entries at a time, about 12 fp32 tensors of that size with gradients.
+    block_elements: rows x vocabulary entries at a time, 10 to 13 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
     left out. With gradients disabled only values are computed.
@@ -112,34 +123,35 @@ class _Walk:
             else None
             for i, (x, want) in enumerate(zip(given, wanted, strict=True))
         ]
-        block_rows = _block_rows(self.block_elements, head, teacher_head)
+        block_rows = min(_block_rows(self.block_elements, head, teacher_head), max(1, len(self.rows)))
         weights_4 = term_weights(self.divisors_4, self.objective.kd_ratio).to(student_RD.device, wide)
         # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
         scale = weights_4.max() * max(1.0, block_rows / _ROWS_AT_FULL_WEIGHT)
         relative_4 = weights_4 / torch.where(scale > 0, scale, 1)
         sums_62 = torch.zeros(len(TERMS + RATES), 2, dtype=wide, device=student_RD.device)
         rows = replace(self.rows, student_RD=student_RD.detach(), teacher_NE=self.rows.teacher_NE.detach())
+        # One space after the other, so that the tensors of one are gone before those of the next come.
+        spaces: tuple[Callable[[Rows], Sums], ...] = (
+            partial(student_space_sums, student_head=head, t2s_Dd=leaves[2], objective=self.objective),
+            partial(
+                teacher_space_sums, teacher_head=teacher_head, s2t_dD=self.s2t_dD, objective=self.objective
+            ),
+        )
         for start, stop in _blocks(len(rows), rows.pairs, block_rows):
             block = rows.block(start, stop)
             block_leaf = _leaf(block.student_RD, wanted[0])
-            with torch.set_grad_enabled(any(wanted)), _no_autocast(student_RD.device):
-                sums = term_sums(
-                    replace(block, student_RD=block_leaf),
-                    student_head=head,
-                    teacher_head=teacher_head,
-                    t2s_Dd=leaves[2],
-                    s2t_dD=self.s2t_dD,
-                    objective=self.objective,
-                )
-                total = torch.zeros((), dtype=wide, device=student_RD.device)
-                for i, term in enumerate(TERMS):
-                    if term in sums:
-                        total = total + relative_4[i] * sums[term][0]
-                if total.requires_grad:
-                    _add_gradients(total, [block_leaf, *leaves], gradients, slice(start, stop))
-            for i, name in enumerate(TERMS + RATES):
-                if name in sums:
-                    sums_62[i] += torch.stack(sums[name]).detach()
+            block = replace(block, student_RD=block_leaf)
+            for space_sums in spaces:
+                with torch.set_grad_enabled(any(wanted)), _no_autocast(student_RD.device):
+                    sums = space_sums(block)
+                    total = sums_62.new_zeros(())
+                    for i, name in enumerate(TERMS + RATES):
+                        if name in sums:
+                            sums_62[i] += torch.stack(sums[name]).detach()
+                            if name in TERMS:
+                                total = total + relative_4[i] * sums[name][0]
+                    if total.requires_grad:
+                        _add_gradients(total, [block_leaf, *leaves], gradients, slice(start, stop))
         loss = (weights_4 * sums_62[: len(TERMS), 0]).sum()
         return loss, sums_62, scale, gradients
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -186,31 +187,59 @@ def divergence(kind: str, **knobs: float) -> Divergence:
     return bound
 
 
-def _kl(from_NV: Tensor, to_NV: Tensor) -> Tensor:
-    """sum a log(a / b); an id with a = 0 adds nothing to value or gradient, whatever b is."""
-    prob_NV = from_NV.exp()
-    support_NV = prob_NV > 0
-    log_ratio_NV = torch.where(support_NV, from_NV, 0) - torch.where(support_NV, to_NV, 0)
-    return (prob_NV * log_ratio_NV).sum(-1)
+def _kl(own_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """sum a log(a / b)."""
+    return _kl_to_mixture(own_NV, other_NV, own_share=0.0)
 
 
 def _kl_to_mixture(own_NV: Tensor, other_NV: Tensor, *, own_share: float) -> Tensor:
-    """sum a log(a / (s a + (1 - s) b)), by the log ratio r = log b - log a, so that r = 0 gives exactly 0.
+    """sum a log(a / (s a + (1 - s) b)), s in [0, 1); an id with a = 0 adds nothing, whatever b is."""
+    apply: Callable[..., Tensor] = _KLToMixture.apply
+    return apply(own_NV, other_NV, own_share)
 
-    log(m / a) = log1p((1 - s) expm1(r)) for r <= 0, and r + log1p(s expm1(-r)) above, where exp(r) may
-    overflow. clamp hands the gradient on at its bound, so r = 0 keeps the true slope 1 - s.
+
+class _KLToMixture(torch.autograd.Function):
+    """With r = log b - log a, m = s a + (1 - s) b and L = log(m / a): value - sum a L.
+
+    d / d log b = -a u and d / d log a = a (u - L), u = (1 - s) b / m. Its own rule because plain autograd
+    makes NaN of excluded ids and holds a dozen [N, V] tensors; this one holds its inputs alone.
     """
+
+    @staticmethod
+    def forward(ctx: Any, own_NV: Tensor, other_NV: Tensor, own_share: float) -> Tensor:
+        ctx.save_for_backward(own_NV, other_NV)
+        ctx.own_share = own_share
+        prob_NV, ratio_NV = _prob_and_ratio(own_NV, other_NV)
+        return -(prob_NV * _log_mixture(ratio_NV, own_share)).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        share = ctx.own_share
+        prob_NV, ratio_NV = _prob_and_ratio(*ctx.saved_tensors)
+        other_part_NV = torch.sigmoid(ratio_NV + math.log((1 - share) / share)) if share else 1.0
+        weight_NV = prob_NV.mul_(gradient_N[:, None])
+        to_own_NV = to_other_NV = None
+        if ctx.needs_input_grad[0]:
+            to_own_NV = weight_NV * (other_part_NV - _log_mixture(ratio_NV, share))
+        if ctx.needs_input_grad[1]:
+            to_other_NV = -weight_NV * other_part_NV
+        return to_own_NV, to_other_NV, None
+
+
+def _prob_and_ratio(own_NV: Tensor, other_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """a and r = log b - log a, with r = 0 where a = 0 so that 0 times it is 0."""
     prob_NV = own_NV.exp()
-    support_NV = prob_NV > 0
-    ratio_NV = torch.where(support_NV, other_NV, 0) - torch.where(support_NV, own_NV, 0)
-    below_NV = ratio_NV.clamp(max=0)
-    above_NV = ratio_NV.clamp(min=0)
-    log_mixture_NV = torch.where(
-        ratio_NV > 0,
-        above_NV + torch.log1p(own_share * torch.expm1(-above_NV)),
-        torch.log1p((1 - own_share) * torch.expm1(below_NV)),
-    )
-    return -(prob_NV * log_mixture_NV).sum(-1)
+    return prob_NV, torch.where(prob_NV > 0, other_NV - own_NV, 0)
+
+
+def _log_mixture(ratio_NV: Tensor, own_share: float) -> Tensor:
+    """log(s + (1 - s) exp(r)), exactly 0 at r = 0; by exp(-r) above, where exp(r) may overflow."""
+    if own_share == 0:
+        return ratio_NV
+    damped_NV = torch.expm1(-ratio_NV.abs())
+    damped_NV = torch.where(ratio_NV > 0, own_share * damped_NV, (1 - own_share) * damped_NV)
+    return torch.log1p(damped_NV) + ratio_NV.clamp(min=0)
 
 
 def _check_shapes(student_NV: Tensor, teacher_NV: Tensor) -> None:

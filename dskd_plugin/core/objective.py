@@ -169,24 +169,33 @@ def term_sums(
     gradient. A term that the objective leaves out is absent.
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
+    sums = student_space_sums(rows, student_head=student_head, t2s_Dd=t2s_Dd, objective=objective)
+    return sums | teacher_space_sums(rows, teacher_head=teacher_head, s2t_dD=s2t_dD, objective=objective)
+
+
+def student_space_sums(
+    rows: Rows, *, student_head: Head, t2s_Dd: Tensor | None, objective: Objective
+) -> Sums:
+    """ce, t2s_kd, t2s_ce and t2s_agreement: the part of term_sums over the student's vocabulary."""
     masks = row_masks(rows, objective)
     pairs = rows.pairs
+    with_pairs = objective.in_student_space and pairs > 0
     sums: Sums = {}
-    if objective.with_ce or (objective.in_student_space and pairs):
+    if objective.with_ce or with_pairs:
         needed_RD = rows.student_RD if objective.with_ce else rows.student_RD[:pairs]
         student_RV = head_logits(needed_RD, student_head)
     if objective.with_ce:
         ce_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
         sums["ce"] = masked_sum(ce_R, masks["ce"])
-    if objective.in_student_space and pairs:
+    if with_pairs:
         assert t2s_Dd is not None
         labelled_N = masks["t2s_ce"]
-        teacher_NE = keep_rows(rows.teacher_NE.detach(), labelled_N)
+        real = student_head.vocab_size
         label_N = rows.label_N.clamp(min=0)
+        teacher_NE = keep_rows(rows.teacher_NE.detach(), labelled_N)
         t2s_NV = head_logits(project(teacher_NE, t2s_Dd), student_head.detach())
         t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
         sums["t2s_ce"] = masked_sum(t2s_ce_N, labelled_N)
-        real = student_head.vocab_size
         t2s_kd_N = objective.divergence(
             student_NV=log_probs(student_RV[:pairs, :real], temperature=objective.temperature),
             teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),
@@ -196,22 +205,30 @@ def term_sums(
         if agree_N is None:
             agree_N = t2s_NV.detach()[:, :real].argmax(-1) == label_N
         sums["t2s_agreement"] = masked_sum(agree_N.to(t2s_ce_N.dtype), labelled_N)
-    if objective.in_teacher_space and pairs:
-        assert s2t_dD is not None
-        s2t_N = masks["s2t_kd"]
-        head = teacher_head.detach().real()
-        s2t_NV = head_logits(project(keep_rows(rows.student_RD[:pairs], s2t_N), s2t_dD.detach()), head)
-        s2t_kd_N = objective.divergence(
-            student_NV=log_probs(s2t_NV, temperature=objective.temperature),
-            teacher_NV=log_probs(
-                head_logits(keep_rows(rows.teacher_NE.detach(), s2t_N), head),
-                temperature=objective.temperature,
-            ),
-        )
-        sums["s2t_kd"] = masked_sum(s2t_kd_N, s2t_N)
-        agree_N = s2t_NV.detach().argmax(-1) == rows.teacher_argmax_N
-        sums["s2t_agreement"] = masked_sum(agree_N.to(s2t_kd_N.dtype), s2t_N)
     return sums
+
+
+def teacher_space_sums(
+    rows: Rows, *, teacher_head: Head, s2t_dD: Tensor | None, objective: Objective
+) -> Sums:
+    """s2t_kd and s2t_agreement: the part of term_sums over the teacher's vocabulary."""
+    if not objective.in_teacher_space or not rows.pairs:
+        return {}
+    assert s2t_dD is not None
+    s2t_N = row_masks(rows, objective)["s2t_kd"]
+    head = teacher_head.detach().real()
+    student_ND = keep_rows(rows.student_RD[: rows.pairs], s2t_N)
+    teacher_NE = keep_rows(rows.teacher_NE.detach(), s2t_N)
+    s2t_NV = head_logits(project(student_ND, s2t_dD.detach()), head)
+    s2t_kd_N = objective.divergence(
+        student_NV=log_probs(s2t_NV, temperature=objective.temperature),
+        teacher_NV=log_probs(head_logits(teacher_NE, head), temperature=objective.temperature),
+    )
+    agree_N = s2t_NV.detach().argmax(-1) == rows.teacher_argmax_N
+    return {
+        "s2t_kd": masked_sum(s2t_kd_N, s2t_N),
+        "s2t_agreement": masked_sum(agree_N.to(s2t_kd_N.dtype), s2t_N),
+    }
 
 
 def term_weights(divisors_4: Tensor, kd_ratio: float) -> Tensor:
