@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from dskd_plugin.core.spans import match_spans
-from dskd_plugin.tokens import TokenTable, canonical, units
+from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
@@ -156,18 +156,25 @@ class _Text:
     def __init__(self, text: bytes, starts: list[int], ends: list[int], cuts: list[int]) -> None:
         self.text, self.starts, self.ends, self.cuts = text, starts, ends, cuts
 
-    def canonical(self, changes: Sequence[Any]) -> "_Text":
+    def canonical(self, changes: Sequence[Canonical]) -> "_Text":
         """The text after both tokenizers' normalisation; tokens that end inside a changed unit lose their span."""
+        collapses = any(change.collapses_space for change in changes)
         to = [-1] * (len(self.text) + 1)
         parts: list[bytes] = []
         removed: list[int] = []
         size = at = 0
         for start, stop in zip([0, *self.cuts], [*self.cuts, len(self.text)], strict=True):
+            spaced = False
             for unit in units().findall(self.text[start:stop].decode(errors="surrogateescape")):
                 new = unit
                 for change in changes:
                     new = change(new)
+                joins = collapses and new.isspace() and spaced
+                spaced = new.isspace()
                 old_bytes, new_bytes = (part.encode(errors="surrogateescape") for part in (unit, new))
+                if joins:
+                    at += len(old_bytes)
+                    continue
                 if new == unit:
                     to[at : at + len(old_bytes)] = range(size, size + len(old_bytes))
                 else:
@@ -196,7 +203,7 @@ class _Segment:
         self.run, self.table = run, table
         self.end = self._find_end(end_id)
         self.truncated = self.end is None and run.stop == len(ids)
-        self.known: dict[tuple[Any, ...], _Text] = {}
+        self.known: dict[tuple[object, ...], _Text] = {}
 
     def _find_end(self, end_id: int | None) -> int | None:
         table, last = self.table, None
@@ -224,7 +231,7 @@ class _Segment:
             for a in ((False, True) if tight else (False,))
         ]
 
-    def read(self, tight: bool, cut: bool, changes: tuple[Any, ...]) -> _Text:
+    def read(self, tight: bool, cut: bool, changes: tuple[Canonical, ...]) -> _Text:
         key = (tight, cut, changes)
         if key not in self.known:
             if changes:
@@ -369,7 +376,9 @@ def _contained(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
     last = b.text.rstrip().endswith(core)
     if not last and b.text.find(core) != at:
         return None
-    return [(lead, at, len(core))]
+    left = _common(a.text[:lead][::-1], b.text[:at][::-1])
+    right = _common(a.text[lead + len(core) :], b.text[at + len(core) :])
+    return [(lead - left, at - left, left + len(core) + right)]
 
 
 def _within_word(text: bytes, at: int) -> bool:

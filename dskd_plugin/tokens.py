@@ -148,16 +148,42 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(getattr(ids, "ids", ids))
 
 
-def canonical(table: TokenTable) -> Callable[[str], str] | None:
-    """What the tokenizer makes of one unit of text (see `units`), spaces as spaces; None where it changes nothing."""
+def canonical(table: TokenTable) -> "Canonical | None":
+    """What the tokenizer makes of a unit of text; None where it changes nothing."""
     if table.normalizer is None and table.space_mark is None and not table.collapses_space:
         return None
     return _canonical(table.normalizer, table.space_mark, table.collapses_space)
 
 
+class Canonical:
+    """A tokenizer's changes to one unit of text (see `units`), with spaces written as spaces.
+
+    collapses_space: neighbouring units that become white space become a single space.
+    """
+
+    def __init__(self, normalizer: str | None, space_mark: str | None, collapses_space: bool) -> None:
+        self.collapses_space = collapses_space
+        self._mark = space_mark
+        self._normalize = _load_normalizer(normalizer)
+        self._known: dict[str, str] = {}
+
+    def __call__(self, unit: str) -> str:
+        new = self._known.get(unit)
+        if new is None:
+            try:
+                new = self._normalize(unit)
+            except (UnicodeEncodeError, TypeError):  # bytes that are no text stay as they are
+                new = unit
+            new = new.replace(self._mark, " ") if self._mark else new
+            new = " " if self.collapses_space and new.isspace() else new
+            if len(self._known) < 200_000:
+                self._known[unit] = new
+        return new
+
+
 @functools.cache
 def units() -> re.Pattern[str]:
-    """Pieces of text that are normalised on their own: white space or one character, with the marks that follow."""
+    """Pieces of text that are normalised on their own: white space, or a character with the marks that follow."""
     marks: list[str] = []
     start = None
     for code in range(0x300, sys.maxunicode + 2):
@@ -173,24 +199,12 @@ def units() -> re.Pattern[str]:
         elif not joins and start is not None:
             marks.append(f"{re.escape(chr(start))}-{re.escape(chr(code - 1))}")
             start = None
-    return re.compile(rf"(?:\s+|.)[{''.join(marks)}]*", re.DOTALL)
+    return re.compile(rf"\s+|\S[{''.join(marks)}]*")
 
 
 @functools.lru_cache(maxsize=16)
-def _canonical(normalizer: str | None, space_mark: str | None, collapses_space: bool) -> Callable[[str], str]:
-    normalize = _load_normalizer(normalizer)
-
-    @functools.lru_cache(maxsize=100_000)
-    def change(unit: str) -> str:
-        try:
-            changed = normalize(unit)
-        except (UnicodeEncodeError, TypeError):
-            return unit
-        if space_mark is not None:
-            changed = changed.replace(space_mark, " ")
-        return " " if collapses_space and changed.isspace() else changed
-
-    return change
+def _canonical(normalizer: str | None, space_mark: str | None, collapses_space: bool) -> Canonical:
+    return Canonical(normalizer, space_mark, collapses_space)
 
 
 def _load_normalizer(normalizer: str | None) -> Callable[[str], str]:

@@ -1,0 +1,41 @@
+"""The tokenizer zoo for every plugin test: `zoo(name)` gives a tokenizer and its table, built once."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _load_zoo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tokenizer_zoo", Path(__file__).with_name("tokenizer_zoo.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_ZOO = _load_zoo()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "zoo_name" in metafunc.fixturenames:
+        metafunc.parametrize("zoo_name", list(_ZOO.ZOO))
+    if "refused_name" in metafunc.fixturenames:
+        metafunc.parametrize("refused_name", list(_ZOO.REFUSED))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_zoo() -> ModuleType:
+    """The module itself: ZOO, REFUSED, load and the builders."""
+    return _ZOO
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """zoo(name) -> .name, .tokenizer, .table, .spelling, .changes."""
+    return _ZOO.load
+
+
+@pytest.fixture(scope="session")
+def whole_zoo() -> list:
+    return [_ZOO.load(name) for name in _ZOO.ZOO]

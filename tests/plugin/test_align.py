@@ -1,0 +1,482 @@
+"""Alignment against a brute-force oracle on the original text, over every ordered pair of tokenizers."""
+
+import json
+import os
+import random
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dskd_plugin.align import align, end_of_turn, role_pairs
+from dskd_plugin.tokens import encode
+
+DATA = Path(os.environ.get("DSKD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "60"))
+fuzz = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 200
+)
+
+PIECES = [
+    "Hello", " world", "\n", "\n\n", "  ", " ", "    ", "\t", "\r\n", "é", "e\u0301", "\u0301", "ﬁ", "①", "Å", "\u212b",
+    "漢字", "你好", "שלום", "مرحبا", "नमस्ते", "한국어", "\u1112\u1161\u11ab", "👍🏽", "👨‍👩‍👧", "🙂", "🇩🇪", "▁", "▁▁a", "\u00a0",
+    "\u200b", "\u3000", "\ufeff", "\x00", "\x04", "\ufffd", "def f(x):\n    return x+1\n", "it's", "DON'T", "İ", "ς", "Σ", "ß",
+    "3.14", "1234567", "$5", "<s>", "</s>", "<unk>", "<think>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "``", "...", "—", "Ġ",
+]  # fmt: skip
+texts = st.one_of(
+    st.text(max_size=40),
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=8).map("".join),
+)
+
+
+def spell(entry, ids):
+    """Bytes of each token, read without the table."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = entry.tokenizer
+    if entry.spelling == "tiktoken":
+        return [tokenizer._tokenizer.decode_single_token_bytes(i) for i in ids]
+    if entry.spelling == "tekken":
+        inner = tokenizer.tokenizer.instruct_tokenizer.tokenizer
+        return [inner.id_to_byte_piece(i) for i in ids]
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    if entry.spelling == "byte-level":
+        code = {char: byte for byte, char in bytes_to_unicode().items()}
+        return [bytes(code[c] for c in p) if all(c in code for c in p) else p.encode() for p in pieces]
+    if entry.table.byte_tokens:
+        return [
+            bytes([int(p[3:5], 16)]) if len(p) == 6 and p.startswith("<0x") else p.replace("▁", " ").encode()
+            for p in pieces
+        ]
+    return [p.replace("▁", " ").encode() for p in pieces]
+
+
+def spans_in(entry, ids, text):
+    """Span of each token in the bytes of the text, -1 for the dummy space; None where the text was changed."""
+    parts, data = spell(entry, ids), text.encode()
+    whole = b"".join(parts)
+    if whole not in (data, b" " + data):
+        return None
+    at, spans = (0 if whole == data else -1), []
+    for part in parts:
+        spans.append((at, at + len(part)))
+        at += len(part)
+    return spans
+
+
+def brute_force(ours, theirs):
+    if ours and theirs and max(ours[0][0], theirs[0][0]) == 0:  # a dummy space that one side lacks is not text
+        ours, theirs = ([(max(0, s), e) for s, e in side] for side in (ours, theirs))
+    return [
+        (i, j)
+        for i, (s, e) in enumerate(ours)
+        for j, (t, f) in enumerate(theirs)
+        if (s, e) == (t, f) and e > s
+    ]
+
+
+def closed(entry, ids):
+    """The ids with an end of turn."""
+    end = entry.table.eos
+    return [*ids, min(entry.table.special - entry.table.vague) if end is None else end]
+
+
+def aligned(one, other, ids, other_ids):
+    """Pairs of one response, without that of the end of turn, which both sides have."""
+    ids, other_ids = closed(one, ids), closed(other, other_ids)
+    found = align(ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table)
+    pairs = list(zip(found.student_N, found.teacher_N, strict=True))
+    assert bool(pairs) == (found.unmatched_segments == 0)
+    if pairs:
+        assert pairs.pop() == (len(ids) - 1, len(other_ids) - 1)
+    return pairs
+
+
+def letters(text):
+    """Text with all that a tokenizer of the zoo changes made equal."""
+    folded = unicodedata.normalize("NFKC", text.replace("▁", " ")).lower()
+    return "".join(c for c in unicodedata.normalize("NFKC", folded) if unicodedata.category(c)[0] not in "ZC")
+
+
+def sound(one, other, ids, other_ids, text, pairs):
+    """Each pair covers the same stretch of the original text, as far as the tokenizers themselves can tell."""
+    offsets = []
+    for entry in (one, other):
+        backend = getattr(entry.tokenizer, "backend_tokenizer", None)
+        # The library's offsets are wrong where it drops characters.
+        encoding = "drops" not in entry.changes and backend and backend.encode(text, add_special_tokens=False)
+        offsets.append(encoding and encoding.offsets)
+    parts = spell(one, ids), spell(other, other_ids)
+    for i, j in pairs:
+        a, b = (side[k].decode(errors="replace") for side, k in zip(parts, (i, j), strict=True))
+        assert "\ufffd" in a + b or letters(a) == letters(b), (one.name, other.name, text, a, b)
+        if all(offsets) and a.strip() and b.strip():
+            a, b = (shrink(text, side[k]) for side, k in zip(offsets, (i, j), strict=True))
+            # The library gives some tokens the offsets of neighbours (byte fallback, composed characters).
+            apart = a[1] <= b[0] or b[1] <= a[0]
+            assert not apart or a[0] == a[1] or b[0] == b[1], (one.name, other.name, text, a, b)
+
+
+def shrink(text, span):
+    start, end = span
+    while start < end and (text[start].isspace() or text[start] == "▁"):
+        start += 1
+    while start < end and (text[end - 1].isspace() or text[end - 1] == "▁"):
+        end -= 1
+    return start, end
+
+
+@fuzz
+@given(text=texts)
+def test_every_ordered_pair_of_tokenizers_matches_the_brute_force(whole_zoo, text):
+    sides = []
+    for entry in whole_zoo:
+        ids = encode(entry.tokenizer, text)
+        sides.append((entry, ids, spans_in(entry, ids, text)))
+    for one, ids, spans in sides:
+        for other, other_ids, other_spans in sides:
+            pairs = aligned(one, other, ids, other_ids)
+            assert pairs == sorted(pairs) and len({j for _, j in pairs}) == len(pairs)
+            if spans is not None and other_spans is not None:
+                assert pairs == brute_force(spans, other_spans), (one.name, other.name, text)
+            else:
+                sound(one, other, ids, other_ids, text, pairs)
+
+
+@fuzz
+@given(texts=st.lists(texts, min_size=2, max_size=2))
+def test_different_texts_never_pair_what_differs(whole_zoo, texts):
+    for one in whole_zoo[:: max(1, len(whole_zoo) // 8)]:
+        for other in whole_zoo[:: max(1, len(whole_zoo) // 8)]:
+            ids, other_ids = encode(one.tokenizer, texts[0]), encode(other.tokenizer, texts[1])
+            pairs = aligned(one, other, ids, other_ids)
+            parts = spell(one, ids), spell(other, other_ids)
+            for i, j in pairs:
+                a, b = parts[0][i].decode(errors="replace"), parts[1][j].decode(errors="replace")
+                assert "\ufffd" in a + b or letters(a) == letters(b)
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udc00b", "\ud800\udbff ok"])
+def test_lone_surrogates_are_refused_by_the_tokenizer_or_aligned_soundly(whole_zoo, text):
+    sides = []
+    for entry in whole_zoo:
+        try:
+            sides.append((entry, encode(entry.tokenizer, text)))
+        except (UnicodeEncodeError, TypeError, ValueError, RuntimeError):
+            continue
+    for one, ids in sides:
+        for other, other_ids in sides:
+            for i, j in aligned(one, other, ids, other_ids):
+                assert spell(one, ids)[i].strip() == spell(other, other_ids)[j].strip()
+
+
+# The texts differ after normalisation; which of the student's tokens must pair all the same, and which must not.
+NORMALISED = [
+    ("smollm2", "qwen", "Cafe\u0301 au lait, s'il vous plai\u0302t", [" au", " vous"], ["\u0301"]),
+    ("mistral", "qwen-fast", "Cafe\u0301 au lait", [" au"], []),
+    ("byte-level-lower", "mistral", "The House and THE house", [" and", " house"], []),
+    ("unigram-nfkc-cf", "deepseek", "The red house\n\nand the  blue house", [" red", " blue"], [" and"]),
+    ("unigram-nfkc-slow", "tekken", "The red house\n\nand the  river house", [" red", " river"], [" and"]),
+    ("mistral", "byte-level", "a literal ▁ mark and the house", [" and", " house"], []),
+    ("unigram-unknown", "byte-level", "the house ☃☃ and the river ☂ is blue", [" river", " blue"], ["<unk>"]),
+    ("characters", "smollm2", "the ☃ house are!", ["!"], ["<unk>"]),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "text", "present", "absent"), NORMALISED)
+def test_normalised_texts_align_where_the_positions_are_certain(zoo, student, teacher, text, present, absent):
+    one, other = zoo(student), zoo(teacher)
+    ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
+    pairs = aligned(one, other, ids, other_ids)
+    sound(one, other, ids, other_ids, text, pairs)
+    paired = [spell(one, ids)[i].decode(errors="replace") for i, _ in pairs]
+    assert set(present) <= set(paired) and not set(absent) & set(paired), paired
+
+
+def conversation(entry, turns, *, before="", after="", end=None, tail=""):
+    """Ids and response mask of question-answer turns, as a template with those marks around an answer makes them."""
+    ids, response, spans = [], [], []
+    end = closed(entry, [])[0] if end is None else end
+    for question, answer in turns:
+        header = encode(entry.tokenizer, f"\n{question}:\n")
+        text = encode(entry.tokenizer, before + answer + after)
+        closing = [end, *(encode(entry.tokenizer, tail) if tail else [])]
+        spans.append(range(len(ids) + len(header), len(ids) + len(header) + len(text)))
+        ids += header + text + closing
+        response += [False] * len(header) + [True] * (len(text) + len(closing))
+    return ids, response, spans
+
+
+def expected_pairs(sides, turns):
+    """Brute force over each answer on its own; sides: (entry, ids, spans of the answers)."""
+    pairs = []
+    for turn, (_, answer) in enumerate(turns):
+        found = []
+        for entry, ids, spans in sides:
+            parts, data = spell(entry, [ids[i] for i in spans[turn]]), answer.encode()
+            lead = b"".join(parts).rindex(data)
+            at, places = -lead, []
+            for part in parts:
+                start = 0 if lead == 1 and at == -1 and part[:1] == b" " else at
+                places.append((start, at + len(part)))
+                at += len(part)
+            found.append(places)
+        pairs += [
+            (sides[0][2][turn][i], sides[1][2][turn][j])
+            for i, span in enumerate(found[0])
+            for j, other in enumerate(found[1])
+            if span == other and 0 <= span[0] < span[1] <= len(answer.encode())
+        ]
+        pairs.append((sides[0][2][turn].stop, sides[1][2][turn].stop))
+    return pairs
+
+
+TURNS = [
+    ("Sum", "Natalia sold 48/2 = 24 clips in May.\nSo 48+24 = 72.\n#### 72"),
+    ("Code", "def f(x):\n    return {'é': x}  # naïve 漢字 🙂"),
+    ("Short", "4"),
+    ("Bye", "Auf Wiedersehen, Привет!"),
+]
+THINK = "<think>\n\n</think>\n\n"
+PAIRS = [
+    ("smollm2", "qwen"),
+    ("mistral", "qwen-fast"),
+    ("qwen-fast", "mistral-slow"),
+    ("deepseek", "llama-legacy"),
+    ("gemma-like", "tekken"),
+    ("unigram", "smollm2"),
+    ("byte-level-prefix", "mistral-common"),
+]
+TEMPLATES = {
+    "plain": ({}, {}),
+    "thinking teacher": ({}, {"before": THINK}),
+    "thinking student, line break after the turn": ({"before": THINK, "tail": "\n"}, {}),
+    "trimmed white space": ({"after": "\n"}, {}),
+    "both add white space": ({"after": " "}, {"before": "\n", "tail": "\n"}),
+    "space after the header": ({"before": " "}, {}),
+    "words around the answer": ({}, {"before": "Answer: ", "after": "\nEnd of answer."}),
+}
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_conversations_align_turn_by_turn_whatever_the_templates(zoo, student, teacher, template):
+    mine, yours = TEMPLATES[template]
+    one, other = zoo(student), zoo(teacher)
+    ids, response, spans = conversation(one, TURNS, **mine)
+    other_ids, other_response, other_spans = conversation(other, TURNS, **yours)
+    found = align(ids, response, other_ids, other_response, one.table, other.table)
+    assert (found.segments, found.unmatched_segments, found.student_tokens) == (len(TURNS), 0, sum(response))
+    pairs = list(zip(found.student_N, found.teacher_N, strict=True))
+    if "both" in template:  # of white space on both sides only the common part counts
+        expected = expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
+        assert set(expected) <= set(pairs)
+    else:
+        assert pairs == expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
+
+
+def test_a_bad_turn_does_not_harm_its_neighbours(zoo):
+    one, other = zoo("mistral"), zoo("qwen")
+    ids, response, spans = conversation(one, TURNS)
+    wrong = [*TURNS[:1], ("Code", "something else"), *TURNS[2:]]
+    other_ids, other_response, other_spans = conversation(other, wrong)
+    found = align(ids, response, other_ids, other_response, one.table, other.table)
+    assert found.unmatched_segments == 1
+    assert not set(found.student_N) & set(spans[1])
+    assert all(set(found.student_N) & set(spans[k]) for k in (0, 2, 3))
+
+
+def test_a_missing_turn_leaves_the_others_paired_by_their_text(zoo):
+    one, other = zoo("smollm2"), zoo("mistral")
+    ids, response, _ = conversation(one, TURNS)
+    other_ids, other_response, _ = conversation(other, TURNS[1:3])
+    found = align(ids, response, other_ids, other_response, one.table, other.table)
+    assert (found.segments, found.unmatched_segments) == (4, 2)
+    there = align(other_ids, other_response, ids, response, other.table, one.table)
+    assert sorted(zip(there.teacher_N, there.student_N, strict=True)) == list(
+        zip(found.student_N, found.teacher_N, strict=True)
+    )
+    assert there.unmatched_segments == 0
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 9, 14])
+def test_a_truncated_answer_pairs_with_the_start_of_the_other(zoo, cut):
+    one, other = zoo("qwen"), zoo("mistral")
+    text = "4 is 4 and 2 + 2 is 4, so 4"
+    ids, other_ids = encode(one.tokenizer, text)[:cut], closed(other, encode(other.tokenizer, text))
+    found = align(ids, [True] * cut, other_ids, [True] * len(other_ids), one.table, other.table)
+    whole = spans_in(one, encode(one.tokenizer, text), text)[:cut]
+    expected = brute_force(whole, spans_in(other, other_ids[:-1], text))
+    assert list(zip(found.student_N, found.teacher_N, strict=True)) == expected
+
+
+def test_special_text_within_an_answer_counts_as_text(zoo):
+    one, other = zoo("smollm2"), zoo("qwen")
+    turns = [("Q", "Write <|im_end|> and <|endoftext|> to stop <file_sep> now")]
+    ids, response, _ = conversation(one, turns)
+    other_ids, other_response, _ = conversation(other, turns)
+    found = align(ids, response, other_ids, other_response, one.table, other.table)
+    names = [one.table.literal[ids[i]] for i in found.student_N]
+    assert found.unmatched_segments == 0
+    assert b"<|im_end|>" in names[:-1] and b" now" in names and b"<file_sep>" not in names
+
+
+def test_the_end_of_turn_is_the_given_token_where_several_follow(zoo):
+    one, other = zoo("qwen"), zoo("mistral")
+    im_end, end_of_text = one.table.literal.index(b"<|im_end|>"), one.table.literal.index(b"<|endoftext|>")
+    text = encode(one.tokenizer, "Hello")
+    ids, other_ids = [*text, im_end, end_of_text], [*encode(other.tokenizer, "Hello"), other.table.eos]
+    mask, other_mask = [True] * len(ids), [True] * len(other_ids)
+    found = align(ids, mask, other_ids, other_mask, one.table, other.table, student_end=im_end)
+    assert found.student_N == [0, 1] and found.teacher_N == [0, 1]
+
+
+def test_unknown_text_leaves_gaps_and_never_shifts(zoo):
+    one, other = zoo("unigram-unknown"), zoo("byte-level")
+    text = "the ☃ house ☃ the ☃ river ☃ house."
+    ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
+    pairs = aligned(one, other, ids, other_ids)
+    assert pairs and not {i for i, _ in pairs} & {k for k, token in enumerate(ids) if token in one.table.vague}
+    sound(one, other, ids, other_ids, text, pairs)
+
+
+def test_empty_responses_and_empty_masks(zoo):
+    table, other = zoo("qwen").table, zoo("mistral").table
+    end = closed(zoo("qwen"), [])[0]
+    none = align([5, 6], [False, False], [7], [False], table, other)
+    assert (none.student_N, none.segments, none.student_tokens) == ([], 0, 0)
+    empty = align([5, end], [False, True], [7, other.eos], [False, True], table, other)
+    assert (empty.student_N, empty.teacher_N, empty.unmatched_segments) == ([1], [1], 0)
+    with pytest.raises(ValueError, match=r"student response mask: expected one value per token \(2\), got 1"):
+        align([5, 6], [True], [7], [True], table, other)
+
+
+def test_identity_pairs_every_token_and_falls_back_to_bytes(zoo):
+    entry = zoo("smollm2")
+    ids, response, spans = conversation(entry, TURNS, tail="\n")
+    other_ids, other_response, _ = conversation(entry, TURNS, before=THINK)
+    same = align(ids, response, [9, *ids], [False, *response], entry.table, entry.table, identity=True)
+    assert same.student_N == [i for i, inside in enumerate(response) if inside]
+    assert same.teacher_N == [i + 1 for i in same.student_N]
+    other = align(ids, response, other_ids, other_response, entry.table, entry.table, identity=True)
+    assert other.unmatched_segments == 0
+    assert {i for span in spans for i in span} - set(other.student_N) == set()
+
+
+def test_gsm8k_answers_reach_what_the_bytes_allow(zoo):
+    file = DATA / "gsm8k" / "test.jsonl"
+    if not file.exists():
+        pytest.skip(f"no GSM8K answers at {file}; set DSKD_DATA")
+    answers = [json.loads(line)["answer"] for line in file.read_text().splitlines()[:200]]
+    for student, teacher in (("mistral", "qwen"), ("qwen", "mistral"), ("smollm2", "qwen")):
+        one, other = zoo(student), zoo(teacher)
+        tokens = paired = possible = 0
+        for answer in answers:
+            ids, other_ids = encode(one.tokenizer, answer), encode(other.tokenizer, answer)
+            tokens += len(ids)
+            paired += len(aligned(one, other, ids, other_ids))
+            possible += len(brute_force(spans_in(one, ids, answer), spans_in(other, other_ids, answer)))
+        print(f"GSM8K {student} -> {teacher}: {paired}/{tokens} student tokens, {possible} possible")
+        assert paired == possible
+        assert paired >= 0.85 * tokens
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("mistral", "qwen"), ("unigram-nfkc-cf", "deepseek")])
+def test_eight_thousand_tokens_align_in_linear_time(zoo, student, teacher):
+    one, other = zoo(student), zoo(teacher)
+    rng, words = random.Random(1), "The Red house river count 12 are left. naïve 你好 \n\n(x) =".split(" ")
+    seconds = []
+    for size in (1000, 8000):
+        ids = closed(one, encode(one.tokenizer, " ".join(rng.choice(words) for _ in range(size * 2)))[:size])
+        text = b"".join(one.table.literal[i] or b"" for i in ids[:-1]).decode(errors="ignore")
+        other_ids = closed(other, encode(other.tokenizer, text))
+        masks = [True] * len(ids), [True] * len(other_ids)
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            found = align(ids, masks[0], other_ids, masks[1], one.table, other.table)
+            best = min(best, time.perf_counter() - start)
+        assert found.student_N
+        seconds.append(best)
+    print(f"{student} -> {teacher}: {seconds[1] * 1000:.0f} ms for 8000 tokens")
+    assert seconds[1] < 0.25 and seconds[1] < 25 * seconds[0]
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "token"),
+    [
+        ("qwen-fast", CHATML, b"<|im_end|>"),
+        ("smollm2", None, b"<|im_end|>"),
+        ("smollm2", CHATML, b"<|im_end|>"),
+        ("mistral", LLAMA2, b"</s>"),
+        ("deepseek", LLAMA2, "<｜end▁of▁sentence｜>".encode()),
+        ("gemma-like", CHATML.replace("im_end|", "end_of_turn").replace("<|end", "<end"), b"<end_of_turn>"),
+        ("llama-legacy", CHATML.replace("im_end", "end"), b"<|end|>"),
+        ("mistral", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", b"</s>"),
+    ],
+)
+def test_end_of_turn_comes_from_the_template(zoo, name, template, token):
+    entry = zoo(name)
+    assert entry.table.literal[end_of_turn(entry.tokenizer, template, entry.table)] == token
+
+
+def test_end_of_turn_says_which_template_failed(zoo):
+    entry = zoo("mistral")
+    with pytest.raises(ValueError, match="chat template: expected one that renders .* got .*no system.*Choose another"):
+        end_of_turn(entry.tokenizer, "{{ raise_exception('no system') }}", entry.table)
+
+
+def test_role_pairs_join_end_of_turn_and_end_of_sequence(zoo):
+    one, other = zoo("mistral"), zoo("qwen-fast")
+    pairs = role_pairs(
+        one.tokenizer,
+        other.tokenizer,
+        student=one.table,
+        teacher=other.table,
+        student_template=LLAMA2,
+        teacher_template=CHATML,
+    )
+    assert pairs == [(2, 151645)]
+    base = role_pairs(one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table)
+    assert base == [(2, 0)]
+
+
+def test_whole_rendered_conversations_align(zoo):
+    """Templates rendered and tokenized as one string; the masks from the character offsets of the answers."""
+    sides = []
+    for name, style in (("mistral", LLAMA2), ("qwen-fast", CHATML)):
+        entry = zoo(name)
+        messages = [
+            {"role": role, "content": text}
+            for turn in TURNS
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        text = entry.tokenizer.apply_chat_template(messages, chat_template=style, tokenize=False)
+        encoding = entry.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places, inside, at = encoding["input_ids"], encoding["offset_mapping"], [False] * len(text), 0
+        end = len("</s>") if name == "mistral" else len("<|im_end|>")
+        for question, answer in TURNS:
+            at = text.index(answer, text.index(question, at) + len(question) + 5)
+            inside[at : at + len(answer) + end] = [True] * (len(answer) + end)
+            at += len(answer)
+        sides.append((entry, ids, [any(inside[s:e]) for s, e in places]))
+    (one, ids, response), (other, other_ids, other_response) = sides
+    found = align(ids, response, other_ids, other_response, one.table, other.table)
+    assert (found.segments, found.unmatched_segments) == (len(TURNS), 0)
+    assert len(found.student_N) > 0.6 * found.student_tokens
+    for i, j in zip(found.student_N, found.teacher_N, strict=True):
+        a, b = one.table.literal[ids[i]], other.table.literal[other_ids[j]]
+        assert a == b or a == b" " + b or (a, b) == (b"</s>", b"<|im_end|>")
