@@ -20,23 +20,19 @@ IGNORE = -100
 Sample = dict[str, Any]
 
 
-def pair_rows(
-    labels: Tensor, starts: Tensor | None, samples: list[tuple[int, int, Sample]]
-) -> dict[str, Tensor]:
+def pair_rows(labels: Tensor, samples: list[tuple[int, int, Sample]]) -> dict[str, Tensor]:
     """Indices of the rows that a step needs.
 
-    labels: [B, S] student labels, IGNORE outside responses. starts: [B, S] bool, first token of each packed sample
-    (its target must not be predicted from the neighbour), or None.
-    samples: (batch row, offset of the sample in that row, sample) in batch order.
+    labels: [B, S] student labels, IGNORE outside responses.
+    samples: (batch row, offset of the sample in that row, sample) in batch order. The first token of a sample has no
+    position that predicts it: what stands before it is padding or a packed neighbour.
     Returns dskd_rows [R] flat positions in B x S that predict a response token, the aligned ones first;
     dskd_targets [R] their gold ids; dskd_teacher_rows [N] flat teacher positions of the aligned ones.
     """
     width = labels.shape[1]
-    valid = labels != IGNORE
-    valid[:, 0] = False
-    if starts is not None:
-        valid &= ~starts
-    flat_labels, flat_valid = labels.flatten(), valid.flatten()
+    flat_labels = labels.flatten()
+    flat_valid = flat_labels != IGNORE
+    flat_valid[[row * width + offset for row, offset, _ in samples]] = False
     student, teacher, teacher_offset = [], [], 0
     for row, offset, sample in samples:
         targets = torch.as_tensor(sample["aligned_student"], dtype=torch.long)
@@ -74,15 +70,13 @@ class _PairMixin:
         batch = super().__call__(stripped if packed else [samples[0] for samples in stripped], return_tensors)  # type: ignore[misc]
         labels = batch["labels"]
         left = self.tokenizer.padding_side == "left"  # type: ignore[attr-defined]
-        placed, starts = [], torch.zeros_like(labels, dtype=torch.bool) if packed else None
+        placed = []
         for row, samples in enumerate(bins):
             offset = labels.shape[1] - sum(lengths[row]) if left else 0
             for sample, length in zip(samples, lengths[row], strict=True):
                 placed.append((row, offset, sample))
-                if starts is not None:
-                    starts[row, offset] = True
                 offset += length
-        batch.update(pair_rows(labels, starts, placed))
+        batch.update(pair_rows(labels, placed))
         teacher_ids = [torch.as_tensor(sample["teacher_input_ids"], dtype=torch.long) for _, _, sample in placed]
         batch["teacher_input_ids"] = torch.cat(teacher_ids)
         batch["teacher_lengths"] = torch.tensor([len(ids) for ids in teacher_ids])

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from dskd_plugin.args import TeacherSettings
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.models import check_head, decoder, output_head, read_head
+
+LOG = get_logger("axolotl.dskd")
 
 
 def check_files(name: str, model: str) -> None:
@@ -139,6 +142,24 @@ def _outside_engines() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = use_fsdp
 
 
+def _load(settings: TeacherSettings, attn_implementation: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        revision=settings.revision,
+        dtype=getattr(torch, settings.dtype),
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    if settings.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+    return model
+
+
 class Teacher:
     """A frozen decoder that answers with the hidden states of chosen positions, never with logits."""
 
@@ -152,22 +173,15 @@ class Teacher:
         packed: bool,
         trust_remote_code: bool,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
-        options = {"attn_implementation": settings.attn_implementation or attn_implementation}
         with _outside_engines():
             try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    settings.model,
-                    revision=settings.revision,
-                    dtype=getattr(torch, settings.dtype),
-                    trust_remote_code=trust_remote_code,
-                    **{key: value for key, value in options.items() if value},
-                )
-                if settings.adapter is not None:
-                    from peft import PeftModel
-
-                    model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+                try:
+                    model = _load(settings, settings.attn_implementation or attn_implementation, trust_remote_code)
+                except ValueError as error:
+                    if settings.attn_implementation is not None or "attention" not in str(error):
+                        raise
+                    LOG.info("dskd: the teacher does not know the student's %s; using its default", attn_implementation)
+                    model = _load(settings, None, trust_remote_code)
             except (OSError, ValueError) as error:
                 raise DSKDSetupError(
                     f"dskd.teacher: expected a loadable causal language model, got {settings.model!r}: {error}. "

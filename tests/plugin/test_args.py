@@ -1,0 +1,103 @@
+"""The schema of the block: defaults, bounds, suggestions, and no setting that is accepted and ignored."""
+
+import pytest
+from pydantic import ValidationError
+
+from dskd_plugin.args import DSKDArgs, parse_settings
+
+TEACHER = {"teacher": {"model": "some/teacher"}}
+
+# (block, what the message says)
+BAD = [
+    ({}, ["dskd.teacher: expected a value, got nothing"]),
+    (None, ["dskd: expected a block of settings, got None"]),
+    ({"teacher": "some/teacher"}, ["dskd.teacher: expected", "got 'some/teacher'"]),
+    ({**TEACHER, "kd_ratio": 1.5}, ["dskd.kd_ratio: expected less than or equal to 1, got 1.5"]),
+    ({**TEACHER, "kd_ratio": 0}, ["dskd.kd_ratio: expected greater than 0, got 0"]),
+    ({**TEACHER, "temperature": -2.0}, ["dskd.temperature: expected greater than 0, got -2.0"]),
+    ({**TEACHER, "temperature": float("nan")}, ["dskd.temperature: expected"]),
+    ({**TEACHER, "temprature": 2.0}, ["dskd.temprature", "Did you mean 'temperature'?"]),
+    ({"teacher": {"model": "x", "dtyp": "float32"}}, ["dskd.teacher.dtyp", "Did you mean 'dtype'?"]),
+    (
+        {"teacher": {"model": "x", "sequence_len": 0}},
+        ["dskd.teacher.sequence_len: expected greater than or equal to 8"],
+    ),
+    (
+        {**TEACHER, "divergence": {"kind": "forwardkl"}},
+        ["dskd.divergence.kind", "Did you mean 'forward_kl'?"],
+    ),
+    (
+        {**TEACHER, "divergence": {"kind": "forward_kl", "skew": 0.2}},
+        ["dskd.divergence.skew", "unknown setting"],
+    ),
+    (
+        {**TEACHER, "divergence": {"kind": "js", "teacher_share": 1}},
+        ["dskd.divergence.teacher_share: expected less than 1"],
+    ),
+    ({**TEACHER, "alignment": "etaa"}, ["dskd.alignment", "Did you mean 'eta'?"]),
+    (
+        {**TEACHER, "projector": {"top_vocab": 0}},
+        ["dskd.projector.top_vocab: expected greater than or equal to 1, got 0"],
+    ),
+    ({**TEACHER, "spaces": "teacher", "agreement_mask": True}, ["agreement_mask", "spaces: teacher ignores"]),
+    (
+        {**TEACHER, "spaces": "teacher", "projector": {"learning_rate": 0.1}},
+        ["projector.learning_rate", "ignores"],
+    ),
+    ({**TEACHER, "spaces": "student", "unmapped_argmax": "drop"}, ["unmapped_argmax", "ignores"]),
+    (
+        {**TEACHER, "spaces": "student", "projector": {"init": "random", "top_vocab": 9}},
+        ["projector.top_vocab", "init: random ignores"],
+    ),
+    ({**TEACHER, "kd_ratio": 7, "tempe": 1}, ["dskd.kd_ratio", "dskd.tempe"]),
+]
+
+
+@pytest.mark.parametrize(("block", "says"), BAD, ids=[says[0][:40] for _, says in BAD])
+def test_bad_block_is_explained(block, says):
+    with pytest.raises(ValueError) as error:
+        parse_settings(block)
+    for part in says:
+        assert part in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_defaults():
+    settings = parse_settings(TEACHER)
+    assert settings.model_dump() == {
+        "teacher": {
+            "model": "some/teacher",
+            "revision": None,
+            "adapter": None,
+            "dtype": "bfloat16",
+            "attn_implementation": None,
+            "chat_template": "tokenizer_default",
+            "sequence_len": None,
+        },
+        "method": "dskd",
+        "alignment": "auto",
+        "divergence": {"kind": "forward_kl"},
+        "temperature": 2.0,
+        "kd_ratio": 0.5,
+        "spaces": "both",
+        "agreement_mask": True,
+        "unmapped_argmax": "drop",
+        "projector": {"init": "ideal", "learning_rate": 5e-4, "top_vocab": None},
+    }
+
+
+def test_unknown_keys_are_forbidden_inside_the_block_only():
+    assert DSKDArgs(something_of_the_host=1).dskd is None
+    with pytest.raises(ValidationError):
+        DSKDArgs(dskd={**TEACHER, "something": 1})
+
+
+@pytest.mark.parametrize(
+    "kind", ["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd"]
+)
+def test_every_divergence_of_the_schema_exists_with_its_knobs(kind):
+    from dskd_plugin.core.divergences import DIVERGENCES, divergence
+
+    knobs = parse_settings({**TEACHER, "divergence": {"kind": kind}}).divergence.model_dump()
+    assert callable(divergence(knobs.pop("kind"), **knobs))
+    assert kind in DIVERGENCES

@@ -1,0 +1,290 @@
+"""The loss inside the student's forward: against plain float loops, under any split, padded and packed."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dskd_plugin.align import align
+from dskd_plugin.args import TeacherSettings, parse_settings
+from dskd_plugin.collator import PackedMaskPairCollator, PaddedPairCollator
+from dskd_plugin.core.divergences import divergence
+from dskd_plugin.core.objective import Objective
+from dskd_plugin.pair import make_pair, shared_ids
+from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+from dskd_plugin.teacher import Teacher
+from dskd_plugin.tokens import token_table
+
+OWN = (
+    "dskd_rows",
+    "dskd_targets",
+    "dskd_teacher_rows",
+    "teacher_input_ids",
+    "teacher_lengths",
+    "teacher_bins",
+)
+
+
+class Setup:
+    """A student with its loss attached, a teacher and a way to run batches through both."""
+
+    def __init__(self, student_path, teacher_path, *, packed=False, **settings):
+        self.settings = parse_settings({"teacher": {"model": teacher_path, "dtype": "float32"}, **settings})
+        self.tokenizer = AutoTokenizer.from_pretrained(student_path)
+        self.teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+        self.pair = make_pair(self.tokenizer, token_table(self.teacher_tokenizer), self.settings)
+        self.student = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32)
+        self.teacher = Teacher(
+            TeacherSettings(model=teacher_path, dtype="float32"),
+            vocab_size=self.pair.teacher.vocab_size,
+            device=torch.device("cpu"),
+            attn_implementation="sdpa",
+            packed=packed,
+            trust_remote_code=False,
+        )
+        self.overlap = shared_ids(
+            self.pair,
+            (self.tokenizer, self.teacher_tokenizer),
+            (self.tokenizer.chat_template, self.teacher_tokenizer.chat_template),
+            head_rows=(self.student.config.vocab_size, self.teacher.head.weight_VD.shape[0]),
+            top_vocab=None,
+        )
+        knobs = self.settings.divergence.model_dump()
+        self.loss = DistillationLoss(
+            self.student,
+            student_vocab_size=self.pair.student.vocab_size,
+            teacher_head=self.teacher.head,
+            overlap=self.overlap,
+            objective=Objective(
+                divergence=divergence(knobs.pop("kind"), **knobs),
+                temperature=self.settings.temperature,
+                kd_ratio=self.settings.kd_ratio,
+                spaces=self.settings.spaces,
+                agreement_mask=self.settings.agreement_mask,
+            ),
+            keep_unmapped=self.settings.unmapped_argmax == "teacher_space",
+            projector_init=self.settings.projector.init,
+            projector_dtype=torch.float32,
+            seed=0,
+            block_elements=3000,
+        )
+        attach(self.student, self.loss)
+
+    def samples(self, conversations):
+        return [self.sample(row["messages"]) for row in conversations]
+
+    def sample(self, messages):
+        """What the dataset makes of a conversation: the answers of the assistant are the responses."""
+        sides = []
+        for tokenizer in (self.tokenizer, self.teacher_tokenizer):
+            ids, response = [], []
+            for k, message in enumerate(messages):
+                text = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
+                whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+                response += [message["role"] == "assistant"] * (len(whole) - len(ids))
+                ids = whole
+            sides.append((ids, response))
+        (ids, response), (teacher_ids, teacher_response) = sides
+        found = align(ids, response, teacher_ids, teacher_response, self.pair.student, self.pair.teacher)
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [token if inside else -100 for token, inside in zip(ids, response, strict=True)],
+            "teacher_input_ids": teacher_ids,
+            "aligned_student": found.student_N,
+            "aligned_teacher": found.teacher_N,
+        }
+
+    def micro_batch(self, batch):
+        own = {key: batch[key] for key in OWN}
+        hidden = self.teacher.rows(
+            own["teacher_input_ids"], own["teacher_lengths"], own["teacher_bins"], own["dskd_teacher_rows"]
+        )
+        return MicroBatch(own["dskd_rows"], own["dskd_targets"], hidden)
+
+    def run(self, batches):
+        """Loss, sums and gradients of one optimizer step over these micro-batches."""
+        self.student.zero_grad()
+        window = [self.micro_batch(batch) for batch in batches]
+        window[0].window = window
+        total, sums = 0.0, {}
+        for batch, micro_batch in zip(batches, window, strict=True):
+            inputs = {key: value for key, value in batch.items() if key not in (*OWN, "labels")}
+            self.loss.micro_batch = micro_batch
+            loss = self.student(**inputs, use_cache=False, logits_to_keep=1)["loss"]
+            self.loss.micro_batch = None
+            loss.backward()
+            total += float(loss.detach())
+            for name, (value, count) in micro_batch.sums.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = (old[0] + float(value), old[1] + float(count))
+        return total, sums, {name: p.grad.clone() for name, p in self.student.named_parameters()}
+
+
+def padded(setup, samples):
+    return PaddedPairCollator(setup.tokenizer, pad_to_multiple_of=8)([dict(sample) for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def rows(build):
+    return build.conversations(6, 11)
+
+
+def close(found, expected, tolerance=2e-5):
+    total, sums, gradients = found
+    other_total, other_sums, other_gradients = expected
+    assert total == pytest.approx(other_total, rel=tolerance)
+    for name, (value, count) in sums.items():
+        assert value == pytest.approx(other_sums[name][0], rel=tolerance, abs=1e-6), name
+        assert count == other_sums[name][1], name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, other_gradients[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+MODES = {
+    "default": {},
+    "student": {"spaces": "student"},
+    "teacher": {"spaces": "teacher"},
+    "no-mask": {"agreement_mask": False},
+    "random": {"projector": {"init": "random"}},
+    "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
+    "keep": {"unmapped_argmax": "teacher_space"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
+    setup = Setup(tiny["student"], tiny["teacher"], **MODES[mode])
+    samples = setup.samples(rows)
+    whole = setup.run([padded(setup, samples)])
+    assert whole[0] > 0
+    close(
+        setup.run([padded(setup, samples[:1]), padded(setup, samples[1:4]), padded(setup, samples[4:])]),
+        whole,
+    )
+    close(setup.run([padded(setup, [sample]) for sample in samples]), whole)
+
+
+@pytest.mark.parametrize("pair", ["teacher", "sibling"])
+def test_packed_equals_padded(tiny, rows, pair):
+    apart, together = Setup(tiny["student"], tiny[pair]), Setup(tiny["student"], tiny[pair], packed=True)
+    assert together.teacher.packed
+    samples = apart.samples(rows)
+    bins = [
+        [{**sample, "position_ids": list(range(len(sample["input_ids"])))} for sample in samples[k : k + 3]]
+        for k in (0, 3)
+    ]
+    batch = PackedMaskPairCollator(together.tokenizer, pad_to_multiple_of=8)(bins)
+    batch.pop("attention_mask")  # as Axolotl does: position ids keep the neighbours apart
+    close(together.run([batch]), apart.run([padded(apart, samples)]))
+
+
+def softmax(logits, temperature=1.0):
+    top = max(logits)
+    parts = [math.exp((value - top) / temperature) for value in logits]
+    whole = sum(parts)
+    return [part / whole for part in parts]
+
+
+def test_loss_is_the_formula_of_the_method(tiny, rows):
+    """Float loops over the models' own logits and heads; nothing shared with the product but the rows."""
+    setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3)
+    samples = setup.samples(rows[:2])
+    loss, sums, _ = setup.run([padded(setup, samples)])
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    heads = student.lm_head.weight.detach(), teacher.lm_head.weight.detach()
+    ids = setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist()
+    assert all(
+        setup.pair.student.bytes[s] == setup.pair.teacher.bytes[t]
+        for s, t in zip(*ids, strict=True)
+        if setup.pair.student.bytes[s] is not None
+    )
+    t2s = heads[1][ids[1]].T @ torch.linalg.pinv(heads[0][ids[0]].T)
+    s2t = heads[0][ids[0]].T @ torch.linalg.pinv(heads[1][ids[1]].T)
+    to_student = dict(zip(ids[1], ids[0], strict=True))
+    for teacher_id, text in enumerate(setup.pair.teacher.bytes):  # byte tokens double ordinary ones
+        if text is not None and text in setup.pair.student.bytes:
+            to_student[teacher_id] = setup.pair.student.bytes.index(text)
+    ce, t2s_kd, t2s_ce, s2t_kd = [], [], [], []
+    with torch.no_grad():
+        for sample in samples:
+            hidden = student.model(torch.tensor([sample["input_ids"]])).last_hidden_state[0]
+            teacher_hidden = teacher.model(torch.tensor([sample["teacher_input_ids"]])).last_hidden_state[0]
+            for position, label in enumerate(sample["labels"]):
+                if label != -100 and position:
+                    ce.append(-math.log(softmax((heads[0] @ hidden[position - 1]).tolist())[label]))
+            for s, t in zip(sample["aligned_student"], sample["aligned_teacher"], strict=True):
+                own = (heads[0] @ hidden[s - 1]).tolist()
+                theirs = (heads[1] @ teacher_hidden[t - 1]).tolist()
+                label = to_student.get(max(range(len(theirs)), key=theirs.__getitem__))
+                if label is None:
+                    continue
+                projected = (heads[0] @ (teacher_hidden[t - 1] @ t2s)).tolist()
+                back = (heads[1] @ (hidden[s - 1] @ s2t)).tolist()
+                t2s_ce.append(-math.log(softmax(projected)[label]))
+                p, q = softmax(theirs, 1.7), softmax(back, 1.7)
+                s2t_kd.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+                if max(range(len(projected)), key=projected.__getitem__) == label:
+                    p, q = softmax(projected, 1.7), softmax(own, 1.7)
+                    t2s_kd.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    means = [sum(term) / max(1, len(term)) for term in (ce, t2s_kd, t2s_ce, s2t_kd)]
+    assert len(s2t_kd) > 10
+    for name, term in zip(("ce", "t2s_kd", "t2s_ce", "s2t_kd"), (ce, t2s_kd, t2s_ce, s2t_kd), strict=True):
+        assert sums[name] == (pytest.approx(sum(term), rel=1e-4, abs=1e-4), len(term))
+    assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
+
+
+def test_student_equal_to_teacher_has_no_divergence(tiny, rows):
+    setup = Setup(tiny["sibling"], tiny["sibling"])
+    assert setup.pair.identity
+    _, sums, _ = setup.run([padded(setup, setup.samples(rows))])
+    assert sums["t2s_agreement"][0] == sums["t2s_agreement"][1] > 0
+    assert sums["s2t_agreement"][0] == sums["s2t_agreement"][1]
+    for name in ("t2s_kd", "s2t_kd"):
+        assert sums[name][0] / sums[name][1] == pytest.approx(0, abs=1e-5)
+
+
+def test_no_aligned_row_keeps_the_graph(tiny, rows):
+    setup = Setup(tiny["student"], tiny["teacher"])
+    samples = [{**sample, "aligned_student": [], "aligned_teacher": []} for sample in setup.samples(rows)]
+    loss, sums, gradients = setup.run([padded(setup, samples)])
+    assert loss == pytest.approx(0.5 * sums["ce"][0] / sums["ce"][1])
+    assert gradients["dskd.t2s.linear.weight"].abs().sum() == 0
+    silent = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in samples]
+    loss, _, gradients = setup.run([padded(setup, silent)])
+    assert loss == 0 and all(gradient.abs().sum() == 0 for gradient in gradients.values())
+
+
+def test_the_map_into_the_teachers_space_follows_the_live_head(tiny, rows):
+    setup = Setup(tiny["student"], tiny["teacher"])
+    batch = [padded(setup, setup.samples(rows))]
+    step = [0]
+    setup.loss.step = lambda: step[0]
+    setup.run(batch)
+    before = setup.loss._s2t_dD.clone()
+    with torch.no_grad():
+        setup.student.lm_head.weight.mul_(1.5)
+    setup.run(batch)
+    assert torch.equal(setup.loss._s2t_dD, before)
+    step[0] = 1
+    setup.run(batch)
+    torch.testing.assert_close(setup.loss._s2t_dD, 1.5 * before)
+
+
+def test_without_a_micro_batch_the_student_is_untouched(tiny):
+    setup = Setup(tiny["student"], tiny["teacher"])
+    plain = AutoModelForCausalLM.from_pretrained(tiny["student"], dtype=torch.float32)
+    ids = torch.arange(10)[None]
+    output = setup.student(input_ids=ids, labels=ids)
+    assert torch.equal(output.logits, plain(input_ids=ids).logits)
+    assert setup.student.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 13)
+
+
+def test_saved_student_has_no_projector(tiny, tmp_path):
+    setup = Setup(tiny["student"], tiny["teacher"])
+    setup.student.save_pretrained(tmp_path)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
