@@ -89,6 +89,17 @@ def test_pairs_that_no_term_takes(make_case):
         assert sums[term][0].requires_grad
 
 
+def test_nan_of_left_out_rows_does_not_enter_the_backward(make_case):
+    case = make_case(seed=2)
+    with torch.no_grad():
+        case.student[4] = math.nan  # neither space takes pair 4; without ce the row is left out
+    with torch.autograd.detect_anomaly(check_nan=True):
+        sums = term_sums(case.rows(), **case.parts(kd_ratio=1.0, spaces="teacher"))
+        sums["s2t_kd"][0].backward()
+    assert case.student.grad.isfinite().all()
+    assert torch.equal(case.student.grad[4], torch.zeros(4, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_who_gets_gradients(make_case, term):
     case = make_case(seed=3)
