@@ -1,0 +1,519 @@
+"""Tasks and suites: the YAML files of the package and of the user, checked and made ready to run.
+
+A task file is an lm-eval task YAML with a few more keys (data, scorer, metrics, styles, protocols;
+docs/eval.md). `load_task` reads one, `plan` settles what depends on the model and the command line: style
+(base or chat), protocol, shots, number of samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dskd_eval.data import DataSource, HubSource, Row, content_hash
+from dskd_eval.errors import UserError, nearest
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+SUITES = ("instruct", "math", "code")
+STYLES = ("base", "chat")
+SCORER_METRICS: dict[str, tuple[str, ...]] = {
+    "rouge_l": ("rouge_l", "exact_match", "response_words"),
+    "exact_match": ("exact_match",),
+    "contains": ("contains", "exact_match"),
+    "number": ("flexible", "strict"),
+    "math": ("math_verify", "exact_match", "boxed"),
+    "ifeval": ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"),
+    "python": ("pass@1", "timeout", "syntax_error"),
+}
+ALIASES = {"prompt": "doc_to_text", "reference": "doc_to_target", "shots": "num_fewshot"}
+OWN_KEYS = {
+    "task", "extends", "version", "suite", "summary", "scorer", "metrics", "floor", "data", "needs", "styles",
+    "protocols", "code", "reference_answer", "shot_target", "stop", "max_new_tokens", *ALIASES,
+}  # fmt: skip
+LM_EVAL_KEYS = {
+    "task_alias", "tag", "custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "training_split",
+    "validation_split", "test_split", "fewshot_split", "process_docs", "doc_to_text", "doc_to_target",
+    "doc_to_choice", "unsafe_code", "process_results", "use_prompt", "description", "target_delimiter",
+    "fewshot_delimiter", "fewshot_config", "num_fewshot", "metric_list", "output_type", "generation_kwargs",
+    "repeats", "filter_list", "should_decontaminate", "doc_to_decontamination_query", "gen_prefix",
+    "metadata",
+}  # fmt: skip
+STYLE_KEYS = {
+    "doc_to_text", "doc_to_target", "reference_answer", "shot_target", "num_fewshot", "generation_kwargs",
+    "target_delimiter", "fewshot_delimiter", "description", "style", "seeds", "gen_prefix",
+}  # fmt: skip
+PASS_AT_K = (1, 5, 10, 25, 50, 100)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task file, read and checked. `native`: scored by lm-eval's own metrics, not by a scorer of ours."""
+
+    name: str
+    version: float
+    suite: str
+    summary: str
+    path: Path
+    scorer: str | None
+    metrics: tuple[str, ...]
+    data: Mapping[str, tuple[DataSource, ...]]
+    config: Mapping[str, Any]
+    styles: Mapping[str, Mapping[str, Any]]
+    protocols: Mapping[str, Mapping[str, Any]]
+    code: Mapping[str, str]
+    needs: tuple[str, ...] = ()
+    floor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def native(self) -> bool:
+        return self.scorer is None
+
+    @property
+    def own(self) -> bool:
+        return self.path.parent != TASK_FOLDER
+
+    @property
+    def executes_code(self) -> bool:
+        return self.scorer == "python"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task as it will run for one model: every setting that shapes a prompt or an answer."""
+
+    spec: TaskSpec
+    style: str
+    protocol: str
+    config: Mapping[str, Any]
+    shots: int
+    generation: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def primary(self) -> str:
+        return self.metrics[0]
+
+    def record(self) -> dict[str, Any]:
+        """What a result is worth comparing by; two results with equal records measured the same thing."""
+        return {
+            "task": self.spec.name,
+            "version": self.spec.version,
+            "suite": self.spec.suite,
+            "summary": self.spec.summary,
+            "primary_metric": self.primary,
+            "metrics": list(self.metrics),
+            "scorer": self.spec.scorer or "lm-eval metrics",
+            "style": self.style,
+            "protocol": self.protocol,
+            "shots": self.shots,
+            "prompt": _text_of(self.config.get("doc_to_text")),
+            "generation": dict(self.generation),
+            "seeds": list(self.seeds),
+            "floor": dict(self.spec.floor),
+        }
+
+
+def _text_of(template: Any) -> Any:
+    return (
+        template
+        if isinstance(template, (str, int, type(None)))
+        else getattr(template, "__name__", "function")
+    )
+
+
+@functools.cache
+def builtin_tasks() -> Mapping[str, TaskSpec]:
+    """The tasks of the package by name, in the order of the suites."""
+    specs = [load_task(path) for path in sorted(TASK_FOLDER.glob("*.yaml"))]
+    order = ["dolly", "self_instruct", "vicuna", "s_ni", "unni", "ifeval"]
+    rank = {name: place for place, name in enumerate(order)}
+    specs.sort(key=lambda spec: (SUITES.index(spec.suite), rank.get(spec.name, 99), spec.name))
+    return {spec.name: spec for spec in specs}
+
+
+def select(suites: Iterable[str], tasks: Iterable[str], files: Iterable[str | Path]) -> list[TaskSpec]:
+    """Tasks of suites, named tasks and task files, once each. UserError names the nearest known names."""
+    known = dict(builtin_tasks())
+    chosen: dict[str, TaskSpec] = {}
+    for suite in suites:
+        if suite not in SUITES:
+            raise UserError(
+                "--suite", expected="one of " + ", ".join(SUITES), got=repr(suite), fix=nearest(suite, SUITES)
+            )
+        chosen |= {name: spec for name, spec in known.items() if spec.suite == suite}
+    for name in tasks:
+        if name not in known:
+            raise UserError(
+                "--tasks", expected="a task of `dskd-eval list`", got=repr(name), fix=nearest(name, known)
+            )
+        chosen[name] = known[name]
+    for file in files:
+        spec = load_task(Path(file).expanduser().resolve())
+        if spec.name in chosen:
+            raise UserError(
+                f"--task-file {file}",
+                expected="a task name of its own",
+                got=f"{spec.name!r}, which is taken",
+                fix="Change `task:` in the file.",
+            )
+        chosen[spec.name] = spec
+    if not chosen:
+        raise UserError(
+            "--suite",
+            expected="at least one suite or task",
+            got="none",
+            fix="Add --suite instruct,math,code.",
+        )
+    return list(chosen.values())
+
+
+def load_task(path: Path) -> TaskSpec:
+    """Read and check one task file. Raises UserError with the file, the key and the nearest valid key."""
+    raw = _read_yaml(path)
+    if extends := raw.pop("extends", None):
+        raw = _extended(raw, str(extends), path)
+    where = f"task file {path.name}"
+    for key in raw:
+        if key not in OWN_KEYS | LM_EVAL_KEYS:
+            raise UserError(
+                where, expected="known keys", got=repr(key), fix=nearest(str(key), OWN_KEYS | LM_EVAL_KEYS)
+            )
+    name = raw.get("task")
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+        raise UserError(
+            where,
+            expected="`task:` a name of letters, digits, - and _",
+            got=repr(name),
+            fix="Add `task: my_task`.",
+        )
+    config = {key: value for key, value in raw.items() if key in LM_EVAL_KEYS}
+    config |= {ALIASES[key]: value for key, value in raw.items() if key in ALIASES}
+    generation = dict(config.get("generation_kwargs") or {})
+    if "stop" in raw:
+        generation["until"] = [raw["stop"]] if isinstance(raw["stop"], str) else list(raw["stop"] or [])
+    if "max_new_tokens" in raw:
+        generation["max_gen_toks"] = int(raw["max_new_tokens"])
+    if generation:
+        config["generation_kwargs"] = generation
+    for key in ("reference_answer", "shot_target"):
+        if key in raw:
+            config[key] = raw[key]
+
+    scorer = raw.get("scorer")
+    native = scorer is None and any(
+        key in config for key in ("metric_list", "process_results", "doc_to_choice")
+    )
+    if not native and scorer not in SCORER_METRICS:
+        raise UserError(
+            f"{where}, `scorer`",
+            expected="one of " + ", ".join(SCORER_METRICS) + ", or lm-eval's metric_list",
+            got=repr(scorer),
+            fix=nearest(str(scorer), SCORER_METRICS) if scorer else "Add `scorer: exact_match` or another.",
+        )
+    data = _data(raw.get("data"), path, where)
+    if not data and not config.get("dataset_path") and not config.get("custom_dataset"):
+        raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
+    for key in ("doc_to_text", "doc_to_target"):
+        styles = raw.get("styles") or {}
+        if key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
+            alias = {value: alias for alias, value in ALIASES.items()}[key]
+            raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
+    if scorer == "python" and "tests" not in (raw.get("code") or {}):
+        raise UserError(
+            where, expected="`code: {tests: ...}`", got="none", fix="Give a template of the tests of a row."
+        )
+    metrics = tuple(raw.get("metrics") or ()) or _default_metrics(scorer, config)
+    _check_overrides(raw, where)
+    return TaskSpec(
+        name=name,
+        version=float(raw.get("version") or (config.get("metadata") or {}).get("version") or 1),
+        suite=str(raw.get("suite") or "own"),
+        summary=str(raw.get("summary") or ""),
+        path=path,
+        scorer=None if native else str(scorer),
+        metrics=metrics,
+        data=data,
+        config=_with_absolute_files(config, path.parent),
+        styles=raw.get("styles") or {},
+        protocols=raw.get("protocols") or {},
+        code=raw.get("code") or {},
+        needs=tuple(raw.get("needs") or ()),
+        floor=raw.get("floor") or {},
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    where = f"task file {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(where, expected="a readable file", got=str(error), fix="Check the path.") from error
+    try:
+        if "!function" in text or "\ninclude:" in "\n" + text:
+            from lm_eval.utils import load_yaml_config
+
+            raw = load_yaml_config(str(path), mode="full")
+        else:
+            raw = yaml.safe_load(text)
+    except Exception as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(where, expected="a YAML task", got=problem, fix="Correct the file.") from error
+    if not isinstance(raw, dict):
+        raise UserError(
+            where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`."
+        )
+    return raw
+
+
+def _extended(raw: dict[str, Any], extends: str, path: Path) -> dict[str, Any]:
+    known = {file.stem: file for file in TASK_FOLDER.glob("*.yaml")}
+    if extends not in known:
+        raise UserError(
+            f"task file {path.name}, `extends`",
+            expected="a task of the package",
+            got=repr(extends),
+            fix=nearest(extends, known),
+        )
+    base: dict[str, Any] = yaml.safe_load(known[extends].read_text(encoding="utf-8"))
+    data = base.pop("data")
+    base.pop("floor", None)
+    own = raw.get("data")
+    if own is None:
+        raw = {**raw, "data": data}
+    elif isinstance(own, dict) and "shots" not in own and "shots" in data and "file" not in own:
+        raw = {**raw, "data": {**own, "shots": data["shots"]}}
+    elif not isinstance(own, dict) and "shots" in data:
+        raw = {**raw, "data": {"test": own, "shots": data["shots"]}}
+    styled = {ALIASES.get(key, key) for key in raw} & STYLE_KEYS
+    if "stop" in raw or "max_new_tokens" in raw:
+        styled.add("generation_kwargs")
+    for style in (base.get("styles") or {}).values():
+        for key in styled:
+            style.pop(key, None)
+    if not raw.get("suite"):
+        base.pop("suite", None)
+    return {**base, **raw}
+
+
+def _check_overrides(raw: Mapping[str, Any], where: str) -> None:
+    for group, names in (("styles", STYLES), ("protocols", None)):
+        for name, block in (raw.get(group) or {}).items():
+            if names and name not in names:
+                raise UserError(
+                    f"{where}, `{group}`",
+                    expected=" or ".join(names),
+                    got=repr(name),
+                    fix=nearest(name, names),
+                )
+            for key in block or {}:
+                if key not in STYLE_KEYS:
+                    raise UserError(
+                        f"{where}, `{group}.{name}`",
+                        expected="a key that shapes prompts",
+                        got=repr(key),
+                        fix=nearest(str(key), STYLE_KEYS),
+                    )
+
+
+def _default_metrics(scorer: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+    if scorer is not None:
+        return SCORER_METRICS[scorer]
+    listed = [entry["metric"] for entry in config.get("metric_list") or [] if "metric" in entry]
+    return tuple(str(getattr(metric, "__name__", metric)) for metric in listed) or ("acc",)
+
+
+def _data(raw: Any, path: Path, where: str) -> dict[str, tuple[DataSource, ...]]:
+    if raw is None:
+        return {}
+    splits = raw if isinstance(raw, dict) and "file" not in raw else {"test": raw}
+    for split in splits:
+        if split not in ("test", "shots"):
+            raise UserError(
+                f"{where}, `data`",
+                expected="test, shots or a file",
+                got=repr(split),
+                fix="Name the file under test.",
+            )
+    return {
+        split: tuple(_source(item, path, where) for item in (value if isinstance(value, list) else [value]))
+        for split, value in splits.items()
+    }
+
+
+def _source(item: Any, path: Path, where: str) -> DataSource:
+    entry: Any = {"file": item} if isinstance(item, str) else item
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise UserError(
+            f"{where}, `data`",
+            expected="a file name or {file: ...}",
+            got=repr(item),
+            fix="Write `data: my.jsonl`.",
+        )
+    entry = dict[str, Any](entry)
+    unknown = set(entry) - set(DataSource.__dataclass_fields__)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise UserError(
+            f"{where}, `data`",
+            expected="known keys",
+            got=repr(name),
+            fix=nearest(name, DataSource.__dataclass_fields__),
+        )
+    if path.parent != TASK_FOLDER and "hub" not in entry:
+        entry["file"] = str((path.parent / Path(entry["file"]).expanduser()).resolve())
+    if "hub" in entry:
+        entry["hub"] = HubSource(**entry["hub"])
+    return DataSource(**entry)
+
+
+def _with_absolute_files(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths of lm-eval's `dataset_kwargs` are relative to the task file, not to the working directory."""
+    kwargs = config.get("dataset_kwargs")
+    if not isinstance(kwargs, dict):
+        return config
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: absolute(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        if isinstance(value, str) and (folder / value).exists():
+            return str((folder / value).resolve())
+        return value
+
+    located = {
+        key: absolute(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()
+    }
+    return {**config, "dataset_kwargs": located}
+
+
+def plan(
+    spec: TaskSpec,
+    *,
+    chat: bool,
+    protocol: str = "default",
+    num_fewshot: int | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Settle a task for one model.
+
+    chat: whether the chat template is used. protocol: 'default', or a published one; a task without it runs
+    its default. samples: answers per prompt of tasks that execute code (pass@k); above 1 they are sampled.
+    """
+    published = spec.protocols.get(protocol) if protocol != "default" else None
+    style = "chat" if chat else "base"
+    overrides: dict[str, Any] = {}
+    if published is not None:
+        style = str(published.get("style", style))
+        overrides = {key: value for key, value in published.items() if key not in ("style", "seeds")}
+    config = {**spec.config, **spec.styles.get(style, {}), **overrides}
+    merged = dict(spec.config.get("generation_kwargs") or {})
+    merged |= dict(spec.styles.get(style, {}).get("generation_kwargs") or {})
+    generation = {"until": [], "max_gen_toks": 256, "do_sample": False} | merged
+    generation |= dict(overrides.get("generation_kwargs") or {})
+    if isinstance(generation["until"], str):
+        generation["until"] = [generation["until"]]
+    seeds: tuple[int, ...] = (seed,)
+    if published is not None:
+        seeds = tuple(published.get("seeds") or seeds)
+    metrics = spec.metrics
+    if spec.executes_code and samples > 1:
+        seeds = tuple(seed + index for index in range(samples))
+        sampled = 0.8 if temperature is None else temperature
+        generation |= {"do_sample": True, "temperature": sampled, "top_p": 0.95, "top_k": 0}
+        extra = [f"pass@{k}" for k in sorted({*PASS_AT_K, samples}) if 1 < k <= samples]
+        metrics = (metrics[0], *extra, *metrics[1:])
+    shots = int(config.get("num_fewshot") or 0)
+    if num_fewshot is not None and takes_shots(spec):
+        shots = num_fewshot
+    return Plan(
+        spec=spec,
+        style=style,
+        protocol=protocol if published is not None else "default",
+        config=config | {"num_fewshot": shots, "generation_kwargs": generation},
+        shots=shots,
+        generation=generation,
+        seeds=seeds,
+        metrics=metrics,
+    )
+
+
+def takes_shots(spec: TaskSpec) -> bool:
+    """Whether the task has rows to take few-shot examples from."""
+    return "shots" in spec.data or bool(spec.config.get("fewshot_split") or spec.config.get("fewshot_config"))
+
+
+def render(template: Any, row: Row) -> str:
+    """A template filled with a row: a field name, a Jinja template or a function of the row."""
+    if callable(template):
+        return str(template(row))
+    if not isinstance(template, str):
+        return str(template)
+    if template in row:
+        return str(row[template])
+    return _template(template, row)
+
+
+def references(template: Any, row: Row) -> list[str]:
+    """Accepted answers of a row; a field or function may hold a list."""
+    value = template(row) if callable(template) else row.get(template) if template in row else None
+    if value is None:
+        value = render(template, row)
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+@functools.cache
+def _environment() -> Any:
+    import jinja2
+
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+
+@functools.cache
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
+
+
+def _template(template: str, row: Row) -> str:
+    import jinja2
+
+    try:
+        return str(_compiled(template).render(**row))
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"template {template[:80]!r}",
+            expected="only fields of the rows: " + ", ".join(sorted(row)),
+            got=str(error),
+            fix="Correct the template or the data file.",
+        ) from error
+
+
+def code_parts(spec: TaskSpec, row: Row) -> dict[str, str]:
+    """The rendered `code:` block of a row: setup, completes, entry_point, tests ('' where absent)."""
+    return {
+        key: _template(spec.code[key], row) if key in spec.code else ""
+        for key in ("setup", "completes", "entry_point", "tests")
+    }
+
+
+def digest(plan_: Plan) -> str:
+    """Hash of everything in a plan that shapes prompts, answers and scores."""
+    facts = plan_.record() | {"config": {key: repr(value) for key, value in plan_.config.items()}}
+    facts |= {"code": dict(plan_.spec.code)}
+    return content_hash(_without_addresses(facts))
+
+
+def _without_addresses(value: Any) -> Any:
+    import re
+
+    if isinstance(value, dict):
+        return {key: _without_addresses(item) for key, item in value.items()}
+    return re.sub(r" at 0x[0-9a-f]+", "", value) if isinstance(value, str) else value

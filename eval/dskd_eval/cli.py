@@ -1,0 +1,638 @@
+"""The command line: `dskd-eval` runs benchmarks; `list`, `doctor`, `compare` and `report` are about runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dskd_eval import catalog
+from dskd_eval.errors import UserError
+
+_OUT = Console(highlight=False)
+_ERR = Console(stderr=True, highlight=False)
+_SUITES = ", ".join(catalog.SUITES)
+
+
+class _Commands(click.Group):
+    """A group whose own options run an evaluation, and which prints user errors without a traceback."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name and self.get_command(ctx, name) is None:
+            from dskd_eval.errors import nearest
+
+            hint = nearest(name, self.list_commands(ctx))
+            ctx.fail(f"No command {name!r}. {hint} A model is given with --model.")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            fail(error)
+        except BrokenPipeError:
+            sys.exit(1)
+
+
+def fail(error: UserError) -> NoReturn:
+    """Print the four parts of a user error and end with exit code 1."""
+    _ERR.print(f"[bold red]Error[/] {escape(error.where)}", soft_wrap=True)
+    _ERR.print(f"  expected  {escape(error.expected)}", soft_wrap=True)
+    _ERR.print(f"  got       {escape(error.got)}", soft_wrap=True)
+    _ERR.print(f"  [bold]do[/]        {escape(error.fix)}", soft_wrap=True)
+    raise SystemExit(1)
+
+
+def _split(values: Sequence[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option(
+    "--model",
+    "model",
+    multiple=True,
+    metavar="[NAME=]PATH_OR_ID",
+    help="Model or PEFT folder, or hub id. Repeatable.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Take teacher, base, sft and student from an Axolotl recipe.",
+)
+@click.option("--suite", multiple=True, metavar="NAMES", help=f"Suites, with commas: {_SUITES}.")
+@click.option(
+    "--tasks", multiple=True, metavar="NAMES", help="Single tasks, with commas (see `dskd-eval list`)."
+)
+@click.option(
+    "--task-file",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A task of your own as YAML. Repeatable.",
+)
+@click.option("--data-dir", metavar="DIR", help="Benchmark files; else DSKD_DATA, else the hub.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of this run. [default: eval-results/<model>-<time>]",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --output.")
+@click.option("--limit", type=click.IntRange(min=1), help="A seeded random subset of N documents per task.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of subsets and sampling."
+)
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Shots of tasks that have rows for them.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    help="paper: sampling, five seeds and prompts as published for the instruction sets.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Programs per code task (pass@k).",
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, min_open=True), help="With --samples. [default: 0.8]"
+)
+@click.option(
+    "--chat-template",
+    default="auto",
+    show_default=True,
+    metavar="auto|on|off|FILE",
+    help="auto: the tokenizer's template where it has one. FILE: a Jinja template for all models.",
+)
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 8 on a CPU, 32 on a GPU]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Share finished generations between runs in this file."
+)
+@click.option(
+    "--unsafe-code", is_flag=True, help="Run generated programs without a sandbox where there is none."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything and show a prompt of every task; generate nothing."
+)
+@click.version_option(package_name="dskd", prog_name="dskd-eval")
+@click.pass_context
+def main(ctx: click.Context, /, **options: Any) -> None:
+    """Instruction-following, maths and code benchmarks for language models, through lm-evaluation-harness.
+
+    \b
+      dskd-eval --model out/student --suite instruct,math,code
+      dskd-eval --recipe recipe.yaml --suite math --limit 100
+      dskd-eval compare eval-results/run-1 eval-results/run-2
+    """
+    if ctx.invoked_subcommand is None:
+        if not any(options[key] for key in ("model", "recipe", "suite", "tasks", "task_file")):
+            click.echo(ctx.get_help())
+            return
+        _evaluate(options)
+    elif any(options[key] for key in ("model", "recipe", "suite", "tasks", "task_file")):
+        ctx.fail(f"`{ctx.invoked_subcommand}` has options of its own; give them after its name.")
+
+
+def _evaluate(options: dict[str, Any]) -> None:
+    """Prepare, then run or show."""
+    _quiet_libraries()
+    specs = catalog.select(_split(options["suite"]), _split(options["tasks"]), options["task_file"])
+    template = _chat_template(options["chat_template"])
+    from dskd_eval import data, models, recipe, run
+
+    refs = [models.parse_model(text) for text in options["model"]]
+    if options["recipe"]:
+        refs = [*recipe.models_of(options["recipe"]), *refs]
+    directory = data.data_directory(options["data_dir"])
+    settings = run.Settings(
+        chat_template=template,
+        **{
+            key: options[key]
+            for key in ("limit", "seed", "batch_size", "dtype", "device", "backend", "protocol",
+                        "num_fewshot", "samples", "temperature", "unsafe_code")
+        },
+    )  # fmt: skip
+    output = options["output"] or _default_output(refs)
+    if options["resume"] and not options["output"]:
+        raise UserError(
+            "--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder."
+        )
+    with _ERR.status("checking data, packages, sandbox and models"):
+        prepared = run.prepare(refs, specs, settings, directory, execute=not options["dry_run"])
+    if options["dry_run"]:
+        _dry_run(prepared)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    watcher = Terminal(sum(len(plans) for plans in prepared.plans.values()))
+    for note in prepared.notes:
+        watcher.note(note)
+    try:
+        with watcher:
+            results = run.evaluate(
+                prepared, output, watcher, resume=options["resume"], cache=options["cache"]
+            )
+    except KeyboardInterrupt:
+        _ERR.print(
+            f"\n[yellow]Stopped.[/] Finished tasks are in {escape(str(output))}. Go on with:", soft_wrap=True
+        )
+        _ERR.print("  " + escape(_again(output)), soft_wrap=True)
+        raise SystemExit(130) from None
+    _show_results(results)
+    _OUT.print(f"\nReport   {escape(str(output / 'report.html'))}", soft_wrap=True)
+    _OUT.print(f"Results  {escape(str(output / 'results.json'))}", soft_wrap=True)
+    _OUT.print(f"Samples  {escape(str(output / 'samples.jsonl'))}", soft_wrap=True)
+    if not results["complete"]:
+        _OUT.print(
+            f"[red]Some tasks failed[/]; details in {escape(str(output / 'errors.log'))}. After the repair:"
+        )
+        _OUT.print("  " + escape(_again(output)), soft_wrap=True)
+        raise SystemExit(1)
+
+
+def _quiet_libraries() -> None:
+    """No progress bars, warnings or network chatter of the libraries between our own lines."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _chat_template(option: str) -> str:
+    if option in ("auto", "on", "off"):
+        return option
+    path = Path(option).expanduser()
+    if not path.is_file():
+        raise UserError(
+            "--chat-template",
+            expected="auto, on, off or a template file",
+            got=repr(option),
+            fix="Check the path.",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _default_output(refs: Sequence[Any]) -> Path:
+    name = refs[-1].name if refs else "run"
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    return Path("eval-results") / f"{safe}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _again(output: Path) -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    if "--output" not in arguments and not any(argument.startswith("--output=") for argument in arguments):
+        arguments += ["--output", str(output)]
+    return shlex.join(["dskd-eval", *arguments, "--resume"])
+
+
+class Terminal:
+    """Progress on a terminal as bars, elsewhere as one line per task."""
+
+    def __init__(self, total: int) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=_ERR,
+            transient=True,
+            disable=not _ERR.is_terminal,
+        )
+        self.all = self.bars.add_task("all tasks", total=total)
+        self.current = self.bars.add_task("starting", total=None)
+        self.label = ""
+
+    def __enter__(self) -> Terminal:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def model(self, name: str, number: int, total: int) -> None:
+        count = f" ({number + 1} of {total})" if total > 1 else ""
+        _ERR.print(f"[bold]{escape(name)}[/]{count}", soft_wrap=True)
+
+    def task(self, model: str, task: str, number: int, total: int) -> None:
+        self.label = task
+        self.bars.reset(self.current, description=escape(task), total=None)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        self.bars.update(
+            self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total
+        )
+
+    def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
+        name, metric = next(iter(score["metrics"].items()))
+        line = f"  {task:<14} {metric['value']:6.1f}  ({metric['low']:.1f} to {metric['high']:.1f})"
+        line += f"  {name}, n={score['n']}"
+        facts = score["answers"]
+        extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]
+        line += f"  {seconds:.0f} s" + (" (kept)" if kept else "")
+        _ERR.print(escape(line) + (f"  [dim]{escape(', '.join(extra))}[/]" if extra else ""), soft_wrap=True)
+        self.bars.advance(self.all)
+
+    def failed(self, model: str, task: str, message: str) -> None:
+        _ERR.print(f"  {escape(task):<14} [red]failed[/]  {escape(message)}", soft_wrap=True)
+        self.bars.advance(self.all)
+
+    def note(self, message: str) -> None:
+        _ERR.print(f"[yellow]note[/] {escape(message)}", soft_wrap=True)
+
+
+_FACTS = {
+    "empty": "empty",
+    "unfinished": "at the token limit",
+    "clamped": "with a lowered limit",
+    "prompts_cut": "prompts cut",
+}
+
+
+def _show_results(results: dict[str, Any]) -> None:
+    labels = [model["name"] for model in results["models"]]
+    table = Table(title="Scores with 95 % intervals", title_justify="left", header_style="bold")
+    table.add_column("task")
+    table.add_column("metric", overflow="fold")
+    table.add_column("n", justify="right")
+    for label in labels:
+        table.add_column(escape(label), justify="right", overflow="fold")
+    tasks = list(dict.fromkeys(score["task"]["task"] for score in results["scores"]))
+    by_place = {(score["task"]["task"], score["model"]): score for score in results["scores"]}
+    previous = None
+    for task in tasks:
+        rows = [by_place[task, label] for label in labels]
+        suite = rows[0]["task"]["suite"]
+        if previous not in (None, suite):
+            _suite_row(table, results, str(previous), labels)
+        previous = suite
+        sizes = sorted({row["n"] for row in rows if row["status"] == "finished"})
+        cells = [_cell(row) for row in rows]
+        table.add_row(task, rows[0]["task"]["primary_metric"], "/".join(map(str, sizes)), *cells)
+    if previous is not None:
+        _suite_row(table, results, str(previous), labels)
+    _OUT.print(table)
+    _show_comparisons(results.get("comparisons") or {})
+    for note in results["notes"]:
+        _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+
+
+def _suite_row(table: Table, results: dict[str, Any], suite: str, labels: list[str]) -> None:
+    values = {item["model"]: item for item in results["suites"] if item["suite"] == suite}
+    if values:
+        cells = [_interval(values[label]) if label in values else "" for label in labels]
+        table.add_row(
+            f"[bold]{suite}[/]", "[dim]mean of the suite[/]", "", *[f"[bold]{cell}[/]" for cell in cells]
+        )
+        table.add_section()
+
+
+def _cell(score: dict[str, Any]) -> str:
+    if score["status"] != "finished":
+        return f"[red]{score['status']}[/]"
+    return _interval(score["metrics"][score["task"]["primary_metric"]])
+
+
+def _interval(item: dict[str, Any]) -> str:
+    return f"{item['value']:.1f} [dim]{item['low']:.1f}–{item['high']:.1f}[/]"
+
+
+def _show_comparisons(found: dict[str, Any]) -> None:
+    for gap in found.get("gaps") or []:
+        if not gap["rows"]:
+            continue
+        table = Table(
+            title=f"Gap closed by {escape(gap['model'])}", title_justify="left", header_style="bold"
+        )
+        for name in ("task", "base", "student", "teacher", "closed", "95 %", "n"):
+            table.add_column(name, justify="left" if name == "task" else "right")
+        for row in gap["rows"]:
+            closed = "–" if row["closed"] is None else f"{row['closed']:.0f} %"
+            span = "teacher not above base" if row["closed"] is None else "open"
+            if row["low"] is not None:
+                span = f"{row['low']:.0f} to {row['high']:.0f}"
+            numbers = [f"{row[key]:.1f}" for key in ("base", "student", "teacher")]
+            table.add_row(row["task"], *numbers, closed, span, str(row["n"]))
+        _OUT.print(table)
+    for pair in found.get("pairs") or []:
+        if not pair["rows"]:
+            continue
+        title = f"{escape(pair['model'])} against {escape(found['baseline'])}"
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for name in ("task", "diff.", "95 %", "p", "p Holm", "win/tie/loss", "n"):
+            table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+        for row in pair["rows"]:
+            colour = "green" if row["low"] > 0 else "red" if row["high"] < 0 else "default"
+            size = str(row["n"]) if row["n"] == row["of"] else f"{row['n']} of {row['of']}"
+            span = f"{row['low']:+.1f} to {row['high']:+.1f}"
+            cells = [f"{row['p']:.3g}", f"{row['p_holm']:.3g}"]
+            cells.append("/".join(str(row[key]) for key in ("wins", "ties", "losses")))
+            table.add_row(row["task"], f"[{colour}]{row['difference']:+.1f}[/]", span, *cells, size)
+        _OUT.print(table)
+
+
+def _dry_run(prepared: Any) -> None:
+    """Plans, one prompt per task and reference; weights are not loaded."""
+    from dskd_eval import hf, runner
+    from dskd_eval.lm import EvalLM
+
+    for folder in prepared.folders:
+        tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
+        lm = EvalLM(_TokenizerOnly(folder.name, tokenizer))
+        _OUT.rule(f"[bold]{escape(folder.name)}[/]")
+        for plan in prepared.plans[folder.name]:
+            rows = prepared.data[plan.spec.name]
+            total = len(rows.test.rows) if rows.test else 0
+            chosen = (
+                runner.choose_documents(total, prepared.settings.limit, prepared.settings.seed)
+                if total
+                else [0]
+            )
+            shown = runner.preview(lm, plan, rows, chosen[0])
+            stop = ", ".join(repr(text) for text in plan.generation["until"]) or "the end token"
+            drawn = (
+                f"{len(plan.seeds)} samples, seeds {plan.seeds}"
+                if plan.generation.get("do_sample")
+                else "greedy"
+            )
+            facts = [
+                f"{plan.spec.suite}/{plan.spec.name} v{plan.spec.version:g}: {plan.spec.summary}",
+                f"documents {len(chosen)} of {total or '?'}   shots {plan.shots}   style {plan.style}   "
+                f"protocol {plan.protocol}",
+                f"primary metric {plan.primary}   scorer {plan.spec.scorer or 'lm-eval metrics'}",
+                f"answers: {drawn}, at most {plan.generation['max_gen_toks']} tokens, until {stop}",
+                f"data {rows.test.source}   digest {rows.test.digest}"
+                if rows.test
+                else "data loaded by lm-eval",
+            ]
+            _OUT.print("\n" + escape("\n".join(facts)), soft_wrap=True)
+            title = f"prompt of document {chosen[0]}" + (
+                f", {shown['tokens']} tokens" if "tokens" in shown else ""
+            )
+            _OUT.print(Panel(escape(shown["prompt"]), title=title, title_align="left"))
+            if shown["reference"]:
+                _OUT.print(
+                    Panel(escape(shown["reference"]), title="reference (scores 100)", title_align="left")
+                )
+    for note in prepared.notes:
+        _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    _OUT.print("\nNothing was generated (--dry-run).")
+
+
+class _TokenizerOnly:
+    """A backend that renders and counts, for dry runs."""
+
+    kind = "none"
+    default_batch_size = 1
+    max_length = 1 << 30
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        self.name, self.tokenizer = name, tokenizer
+        self.identity: Mapping[str, Any] = {"fingerprint": ""}
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        return ids
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        from dskd_eval.hf import render_chat
+
+        return render_chat(self.tokenizer, messages, add_generation_prompt)
+
+    def template(self) -> str | None:
+        found: str | None = self.tokenizer.chat_template
+        return found
+
+    def generate(self, prompts: Any, settings: Any) -> list[Any]:
+        raise NotImplementedError("a dry run generates nothing")
+
+    def likelihood_model(self, batch_size: int) -> Any:
+        raise NotImplementedError("a dry run generates nothing")
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def list_tasks(as_json: bool) -> None:
+    """Suites and tasks, with metric, shots, stop rules and data."""
+    plans = [
+        {style: catalog.plan(spec, chat=style == "chat") for style in catalog.STYLES}
+        for spec in catalog.builtin_tasks().values()
+    ]
+    if as_json:
+        rows = [
+            {**pair["base"].record(), "styles": {s: p.record() for s, p in pair.items()},
+             "protocols": sorted(pair["base"].spec.protocols),
+             "data": [source.file for source in pair["base"].spec.data["test"]]}
+            for pair in plans
+        ]  # fmt: skip
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(header_style="bold")
+    for name in ("suite", "task", "primary metric", "shots base/chat", "max tokens", "rows", "what"):
+        table.add_column(name, overflow="fold")
+    previous = None
+    for pair in plans:
+        base, chat = pair["base"], pair["chat"]
+        if previous not in (None, base.spec.suite):
+            table.add_section()
+        previous = base.spec.suite
+        tokens = "/".join(dict.fromkeys(str(plan.generation["max_gen_toks"]) for plan in (base, chat)))
+        source = base.spec.data["test"][-1]
+        count = "" if source.select else str(source.rows or "")
+        protocols = f" [dim](protocols: {', '.join(base.spec.protocols)})[/]" if base.spec.protocols else ""
+        table.add_row(
+            base.spec.suite, base.spec.name, base.primary, f"{base.shots}/{chat.shots}", tokens,
+            count, escape(base.spec.summary) + protocols,
+        )  # fmt: skip
+    _OUT.print(table)
+    _OUT.print("[dim]A task of your own: --task-file my.yaml (docs/eval.md).[/]")
+
+
+@main.command()
+@click.option("--data-dir", metavar="DIR", help="Benchmark files; else DSKD_DATA, else the hub.")
+@click.option("--suite", multiple=True, metavar="NAMES", help=f"Only these suites: {_SUITES}.")
+@click.option(
+    "--oracle", is_flag=True, help="Also feed every task its reference answers: all must score 100."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="With --oracle: documents per task.")
+def doctor(data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: int | None) -> None:
+    """Check data files, packages, sandbox and devices; name what is missing."""
+    _quiet_libraries()
+    from dskd_eval import doctor as checks
+
+    specs = catalog.select(_split(suite) or catalog.SUITES, (), ())
+    bad = 0
+    with _ERR.status("checking"):
+        found = list(checks.run(specs, data_dir))
+    for check in found:
+        mark = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "bad": "[red]bad [/]"}[check.state]
+        _OUT.print(f"{mark} {escape(check.what):<26} {escape(check.text)}", soft_wrap=True)
+        bad += check.state == "bad"
+    if oracle:
+        for result in checks.oracle(specs, data_dir, limit):
+            mark = "[green]ok  [/]" if result.state == "ok" else "[red]bad [/]"
+            _OUT.print(f"{mark} {escape(result.what):<26} {escape(result.text)}", soft_wrap=True)
+            bad += result.state == "bad"
+    if bad:
+        _OUT.print(f"\n[red]{bad} problems.[/]")
+        raise SystemExit(1)
+    _OUT.print("\n[green]Ready.[/]")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    help="Model the others are compared with. [default: base of a recipe, else the first]",
+)
+@click.option("--teacher", metavar="MODEL", help="For the closed gap; with --base and --student.")
+@click.option("--base", metavar="MODEL", help="The untouched student.")
+@click.option("--student", multiple=True, metavar="MODEL", help="The trained student. Repeatable.")
+@click.option(
+    "--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def compare(
+    runs: tuple[str, ...],
+    baseline: str | None,
+    teacher: str | None,
+    base: str | None,
+    student: tuple[str, ...],
+    skip_different: bool,
+    as_json: bool,
+) -> None:
+    """Paired differences between models of one or several runs."""
+    from dskd_eval import comparison
+
+    found = comparison.compare(
+        comparison.entries([_open(text) for text in runs]),
+        baseline=baseline,
+        teacher=teacher,
+        base=base,
+        students=student,
+        strict=not skip_different,
+    )
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    _show_comparisons(found)
+    for note in found["notes"]:
+        _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    _OUT.print(
+        "[dim]Paired on the same documents; difference in points; p: exact McNemar, or sign-flip permutation "
+        "for graded scores; Holm over the tasks of a pair.[/]"
+    )
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for report.md and report.html. [default: the first run]",
+)
+def report(runs: tuple[str, ...], output: Path | None) -> None:
+    """Write report.md and report.html of one run, or of several side by side."""
+    from dskd_eval import report as writer
+
+    opened = [_open(text) for text in runs]
+    if len(opened) > 1 and output is None:
+        raise UserError(
+            "report", expected="--output for a report of several runs", got="none", fix="Add --output DIR."
+        )
+    for path in writer.write(opened, output or opened[0].folder):
+        _OUT.print(escape(str(path)), soft_wrap=True)
+
+
+def _open(text: str) -> Any:
+    from dskd_eval.records import Run
+
+    if Path(text).exists() or ":" not in text:
+        return Run(Path(text))
+    path, _, model = text.rpartition(":")
+    return Run(Path(path), model)
+
+
+if __name__ == "__main__":
+    main()

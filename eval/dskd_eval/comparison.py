@@ -1,0 +1,294 @@
+"""Paired comparison of models that answered the same prompts, and how much of the way to a teacher a
+student went.
+
+Samples are joined on document hash and prompt hash. Runs whose prompts differ are refused: their difference
+would mix model and prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dskd_eval import scorers, stats
+from dskd_eval.errors import UserError
+from dskd_eval.records import Run
+
+_SAME = ("version", "scorer", "primary_metric", "protocol", "style", "shots", "generation", "seeds", "prompt")
+_TRAINED = ("student", "sft")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of one run; `label` is unique among the compared ones."""
+
+    run: Run
+    model: str
+    label: str
+    role: str | None = None
+
+    def tasks(self) -> list[str]:
+        return [
+            score["task"]["task"]
+            for score in self.run.results["scores"]
+            if score["model"] == self.model and score["status"] == "finished"
+        ]
+
+
+class Mismatch(Exception):
+    """Two models were not asked the same; the text says where."""
+
+
+def entries(runs: Sequence[Run]) -> list[Entry]:
+    """All models of the runs, labelled by name, or by folder and name where names repeat."""
+    found = [(run, model) for run in runs for model in run.models]
+    names = Counter(model["name"] for _, model in found)
+    listed: list[Entry] = []
+    for run, model in found:
+        label = model["name"] if names[model["name"]] == 1 else f"{run.folder.resolve().name}/{model['name']}"
+        taken = {entry.label for entry in listed}
+        number, unique = 2, label
+        while unique in taken:
+            unique, number = f"{label} ({number})", number + 1
+        listed.append(Entry(run, model["name"], unique, model.get("role")))
+    return listed
+
+
+def joined(first: Entry, second: Entry, task: str) -> dict[tuple[str, str, int], tuple[Any, Any]]:
+    """Values of the primary metric on the documents that both answered. Raises Mismatch."""
+    return {key: (values[0], values[1]) for key, values in _join([first, second], task).items()}
+
+
+def _join(group: Sequence[Entry], task: str) -> dict[tuple[str, str, int], list[Any]]:
+    plans = []
+    for entry in group:
+        score = entry.run.score(entry.model, task)
+        if score is None:
+            raise Mismatch(f"{task}: {entry.label} has no finished result")
+        plans.append(score["task"])
+    for entry, plan in zip(group[1:], plans[1:], strict=True):
+        for key in _SAME:
+            if plan[key] != plans[0][key]:
+                raise Mismatch(
+                    f"{task}: {_words(key)} differs: {_place(group[0], plans[0][key], entry, plan[key])}"
+                )
+    tables = [_table(entry, task) for entry in group]
+    for entry, table in zip(group[1:], tables[1:], strict=True):
+        _check_prompts(group[0], tables[0], entry, table, task)
+    shared = [key for key in tables[0] if all(key in table for table in tables[1:])]
+    if not shared:
+        raise Mismatch(f"{task}: no document in common (other --seed, --limit or data)")
+    metric = plans[0]["primary_metric"]
+    return {key: [table[key]["metrics"][metric] for table in tables] for key in shared}
+
+
+def _words(key: str) -> str:
+    return {"style": "prompt style (chat template)", "generation": "generation settings"}.get(key, key)
+
+
+def _place(first: Entry, there: Any, second: Entry, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        there, here = {key: there.get(key) for key in keys}, {key: here.get(key) for key in keys}
+    return f"{first.label} {str(there)[:80]!r}, {second.label} {str(here)[:80]!r}"
+
+
+def _table(entry: Entry, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    seen: Counter[tuple[str, str]] = Counter()
+    table = {}
+    for sample in entry.run.samples(entry.model, task):
+        key = (sample["doc_hash"], sample["prompt_hash"])
+        table[(*key, seen[key])] = sample
+        seen[key] += 1
+    return table
+
+
+def _check_prompts(
+    first: Entry,
+    first_table: dict[tuple[str, str, int], dict[str, Any]],
+    second: Entry,
+    second_table: dict[tuple[str, str, int], dict[str, Any]],
+    task: str,
+) -> None:
+    prompts: dict[str, set[str]] = {}
+    for document, prompt, _ in second_table:
+        prompts.setdefault(document, set()).add(prompt)
+    for (document, prompt, _), sample in first_table.items():
+        if document in prompts and prompt not in prompts[document]:
+            other = next(row for key, row in second_table.items() if key[0] == document)
+            raise Mismatch(
+                f"{task}: the prompt of document {sample['doc_id']} differs: "
+                + _first_difference(first.label, sample["prompt"], second.label, other["prompt"])
+            )
+
+
+def _first_difference(first: str, there: str, second: str, here: str) -> str:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here))
+    )
+    start = max(0, place - 20)
+    return (
+        f"from character {place}, {first} has {there[start : place + 40]!r}, "
+        f"{second} has {here[start : place + 40]!r}"
+    )
+
+
+def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of `second` against `first`, Holm-adjusted over tasks, and what could not be compared.
+
+    strict: raise UserError on the first kind of mismatch instead of leaving tasks out.
+    """
+    common = [task for task in first.tasks() if task in second.tasks()]
+    rows, problems = [], []
+    for task in common:
+        try:
+            values = joined(first, second, task)
+        except Mismatch as mismatch:
+            problems.append(str(mismatch))
+            continue
+        rows.append(_row(first, second, task, list(values.values())))
+    if not common:
+        problems.append(f"{first.label} and {second.label} have no finished task in common")
+    if strict and problems:
+        raise UserError(
+            f"compare {first.label} with {second.label}",
+            expected="the same prompts, settings and documents",
+            got="; ".join(problems),
+            fix="Repeat one run with the settings of the other (--chat-template, --num-fewshot, --seed, "
+            "--data-dir), or compare only what is equal with --skip-different.",
+        )
+    for row, adjusted in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    return rows, problems
+
+
+def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) -> dict[str, Any]:
+    score = first.run.score(first.model, task)
+    other = second.run.score(second.model, task)
+    assert score is not None and other is not None
+    metric = score["task"]["primary_metric"]
+    scale = 100.0 if scorers.metric_info(metric).unit == "percent" else 1.0
+    before, after = [value[0] for value in values], [value[1] for value in values]
+    found = stats.compare(before, after)
+    return {
+        "task": task,
+        "metric": metric,
+        "first": scale * stats.mean(before),
+        "second": scale * stats.mean(after),
+        "difference": scale * found.difference,
+        "low": scale * found.low,
+        "high": scale * found.high,
+        "wins": found.wins,
+        "ties": found.ties,
+        "losses": found.losses,
+        "p": found.p,
+        "test": found.test,
+        "n": found.n,
+        "of": max(score["n"], other["n"]),
+    }
+
+
+def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any]], list[str]]:
+    """Share of the distance from base to teacher that the student covers, per task, and what was left out."""
+    rows, problems = [], []
+    for task in base.tasks():
+        if task not in student.tasks() or task not in teacher.tasks():
+            continue
+        try:
+            values = list(_join([base, student, teacher], task).values())
+        except Mismatch as mismatch:
+            problems.append(str(mismatch))
+            continue
+        columns = [[value[place] for value in values] for place in range(3)]
+        found = stats.gap_closed(*columns)
+        scale = 100.0
+        rows.append(
+            {
+                "task": task,
+                "base": scale * stats.mean(columns[0]),
+                "student": scale * stats.mean(columns[1]),
+                "teacher": scale * stats.mean(columns[2]),
+                "closed": found.value,
+                "low": found.low,
+                "high": found.high,
+                "n": found.n,
+            }
+        )
+    return rows, problems
+
+
+def choose_baseline(group: Sequence[Entry], label: str | None = None) -> Entry:
+    """The named model, else the one a recipe calls base, else the first."""
+    if label is not None:
+        return find(group, label, "--baseline")
+    return next((entry for entry in group if entry.role == "base"), group[0])
+
+
+def find(group: Sequence[Entry], label: str, option: str) -> Entry:
+    for entry in group:
+        if label in (entry.label, entry.model):
+            return entry
+    raise UserError(
+        option,
+        expected="one of " + ", ".join(entry.label for entry in group),
+        got=repr(label),
+        fix="Choose one.",
+    )
+
+
+def compare(
+    group: Sequence[Entry],
+    *,
+    baseline: str | None = None,
+    teacher: str | None = None,
+    base: str | None = None,
+    students: Sequence[str] = (),
+    strict: bool = True,
+) -> dict[str, Any]:
+    """Every model against the baseline, and the closed gap of students where teacher and base are known."""
+    if len(group) < 2:
+        raise UserError(
+            "compare", expected="at least two models", got=str(len(group)), fix="Name another run."
+        )
+    against = choose_baseline(group, baseline)
+    result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": []}
+    for entry in group:
+        if entry is not against:
+            rows, problems = pair(against, entry, strict=strict)
+            result["pairs"].append({"model": entry.label, "rows": rows})
+            result["notes"] += [f"not compared: {problem}" for problem in problems]
+    roles = {
+        "teacher": find(group, teacher, "--teacher")
+        if teacher
+        else next((entry for entry in group if entry.role == "teacher"), None),
+        "base": find(group, base, "--base")
+        if base
+        else next((entry for entry in group if entry.role == "base"), None),
+    }
+    trained = [find(group, label, "--student") for label in students] or [
+        entry for entry in group if entry.role in _TRAINED
+    ]
+    if roles["teacher"] and roles["base"]:
+        for entry in trained:
+            rows, problems = gap(roles["base"], entry, roles["teacher"])
+            result["gaps"].append({"model": entry.label, "rows": rows})
+            result["notes"] += [f"no closed gap: {problem}" for problem in problems]
+    elif teacher or students:
+        raise UserError(
+            "compare",
+            expected="--teacher, --base and --student together",
+            got="only some",
+            fix="Name all three.",
+        )
+    result["notes"] = list(dict.fromkeys(result["notes"]))
+    return result
+
+
+def within(run: Run) -> dict[str, Any]:
+    """The comparison of the models of one run; tasks that cannot be compared become notes."""
+    group = entries([run])
+    if len(group) < 2:
+        return {"notes": []}
+    return compare(group, strict=False)

@@ -1,0 +1,153 @@
+"""What an evaluation needs on this machine, checked one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from dskd_eval import catalog, data, sandbox
+from dskd_eval.catalog import TaskSpec
+from dskd_eval.errors import UserError
+
+_PACKAGES = {
+    "lm_eval": "lm_eval",
+    "transformers": "transformers",
+    "rouge_score": "rouge_score",
+    "math_verify": "math-verify",
+    "langdetect": "langdetect",
+    "immutabledict": "immutabledict",
+    "nltk": "nltk",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """state: ok, warn (works without) or bad (a task cannot run)."""
+
+    state: str
+    what: str
+    text: str
+
+
+def run(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
+    """All checks for these tasks."""
+    yield from _packages()
+    yield from _devices()
+    yield from _data(specs, data_dir)
+    if any(spec.executes_code for spec in specs):
+        yield from _sandbox()
+
+
+def _packages() -> Iterator[Check]:
+    for module, package in _PACKAGES.items():
+        try:
+            import_module(module)
+            yield Check("ok", package, metadata.version(package))
+        except Exception as error:
+            yield Check("bad", package, f"{type(error).__name__}: {error}. Install dskd[eval].")
+    for module in ("peft", "vllm"):
+        try:
+            yield Check("ok", module, metadata.version(module))
+        except metadata.PackageNotFoundError:
+            use = {"peft": "adapters", "vllm": "--backend vllm"}[module]
+            yield Check("warn", module, f"not installed; needed for {use}")
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        yield Check("ok", "device", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    else:
+        yield Check("warn", "device", f"no GPU, {os.cpu_count()} processors: use --limit, or small models")
+
+
+def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
+    try:
+        directory = data.data_directory(data_dir)
+    except UserError as error:
+        yield Check("bad", "data directory", str(error))
+        return
+    if directory is None:
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        text = "none given (--data-dir, DSKD_DATA): data comes from the hub"
+        yield Check(
+            "bad" if offline else "warn",
+            "data directory",
+            text + (", but HF_HUB_OFFLINE is set" if offline else ""),
+        )
+    else:
+        yield Check("ok", "data directory", str(directory))
+        yield from _files(specs, directory)
+    from dskd_eval import runner
+
+    for spec in specs:
+        if "nltk_punkt" in spec.needs:
+            try:
+                runner.check_needs(spec, directory)
+                yield Check("ok", "nltk punkt_tab", "found")
+            except UserError as error:
+                yield Check("bad", "nltk punkt_tab", f"{error.got}. {error.fix}")
+
+
+def _files(specs: Sequence[TaskSpec], directory: Path) -> Iterator[Check]:
+    seen: set[str] = set()
+    for spec in specs:
+        for sources in spec.data.values():
+            present = [source for source in sources if (directory / source.file).is_file()]
+            chosen = present[0] if present else sources[-1]
+            if chosen.file in seen:
+                continue
+            seen.add(chosen.file)
+            problem = data.problem_of(chosen, directory)
+            if problem:
+                yield Check("bad", spec.name, problem)
+            else:
+                rows = len(data.read_rows(directory / chosen.file))
+                wrong = chosen.rows is not None and rows != chosen.rows
+                text = f"{chosen.file}, {rows} rows" + (f", expected {chosen.rows}" if wrong else "")
+                note = f" ({chosen.note})" if chosen.note else ""
+                yield Check("bad" if wrong else "ok", spec.name, text + note)
+
+
+def _sandbox() -> Iterator[Check]:
+    backends: tuple[sandbox.Backend, ...] = ("bubblewrap", "landlock")
+    reasons = {backend: sandbox.unavailable(backend) for backend in backends}
+    works = [backend for backend, reason in reasons.items() if reason is None]
+    for backend, reason in reasons.items():
+        state = "ok" if reason is None else "warn" if works else "bad"
+        text = "works" if reason is None else reason
+        yield Check(state, f"sandbox {backend}", text + (" (will be used)" if works[:1] == [backend] else ""))
+
+
+def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -> Iterator[Check]:
+    """Reference answers through every task, in both styles: the score must be 100."""
+    from dskd_eval import runner
+    from dskd_eval.lm import EvalLM
+    from dskd_eval.oracle import OracleBackend
+
+    directory = data.data_directory(data_dir)
+    for spec in specs:
+        if spec.scorer == "ifeval":
+            yield Check("ok", f"oracle {spec.name}", "has no reference answers")
+            continue
+        for chat in (False, True):
+            plan = catalog.plan(spec, chat=chat)
+            try:
+                box = sandbox.choose() if spec.executes_code else None
+                rows = runner.load_data(spec, directory)
+                result = runner.evaluate_task(
+                    EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box
+                )
+            except UserError as error:
+                yield Check("bad", f"oracle {spec.name}", str(error))
+                break
+            score = result.score["metrics"][plan.primary]["value"]
+            wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][plan.primary] != 1.0]
+            text = f"{score:.1f} on {result.score['n']} documents, {plan.style} style"
+            text += f"; wrong: {wrong[:5]}" if wrong else ""
+            yield Check("bad" if wrong else "ok", f"oracle {spec.name}", text)

@@ -1,0 +1,306 @@
+"""The language model that lm-eval talks to: prompts in, answers out, each batch kept on disk as it is
+finished.
+
+`EvalLM` turns lm-eval requests into batches, fits them into the model's context and looks every batch up in
+the generation store. A backend only tokenizes, renders and generates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lm_eval.api.model import LM
+
+from dskd_eval.data import Row, content_hash
+from dskd_eval.errors import UserError
+
+SMALLEST_ANSWER_SHARE = 4
+_STEP = 32
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `row` is the document it was made from."""
+
+    text: str
+    tokens: list[int]
+    row: Row
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. finish: 'stop' (end token or stop string) or 'length' (ran into max_new_tokens)."""
+
+    text: str
+    new_tokens: int
+    finish: str
+
+
+@dataclass(frozen=True)
+class GenerationInfo:
+    """How one answer came about; cut_tokens is what the prompt lost to fit the context."""
+
+    prompt_tokens: int
+    cut_tokens: int
+    max_new_tokens: int
+    new_tokens: int
+    finish: str
+    clamped: bool
+
+
+class Backend(Protocol):
+    """What EvalLM needs of a model."""
+
+    kind: str
+    name: str
+    identity: Mapping[str, Any]
+    max_length: int
+    default_batch_size: int
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]: ...
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
+    def template(self) -> str | None: ...
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]: ...
+    def likelihood_model(self, batch_size: int) -> Any: ...
+
+
+class GenerationStore:
+    """Finished batches on disk, keyed by model content, dtype, backend, prompts and settings. Survives kill
+    -9.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, value TEXT)")
+        except sqlite3.Error as error:
+            raise UserError(
+                f"generation store {path}",
+                expected="a writable sqlite file",
+                got=str(error),
+                fix="Remove the file, or choose another --cache.",
+            ) from error
+
+    def get(self, key: str) -> list[Generation] | None:
+        found = self._connection.execute("SELECT value FROM batches WHERE key = ?", (key,)).fetchone()
+        return [Generation(**item) for item in json.loads(found[0])] if found else None
+
+    def put(self, key: str, generations: Sequence[Generation]) -> None:
+        value = json.dumps([asdict(item) for item in generations])
+        try:
+            self._connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, value))
+        except sqlite3.Error as error:
+            raise UserError(
+                f"generation store {self.path}",
+                expected="room for finished batches",
+                got=str(error),
+                fix="Free some space or choose another --output; then --resume keeps the finished tasks.",
+            ) from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@dataclass
+class _Work:
+    place: int
+    prompt: Prompt
+    repeat: int
+    settings: GenerationSettings
+    cut_tokens: int
+    clamped: bool
+
+
+@dataclass
+class Trace:
+    """What happened during one task, for its record."""
+
+    infos: dict[tuple[int, int], GenerationInfo] = field(default_factory=dict)
+    messages: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    reused: int = 0
+
+
+class EvalLM(LM):  # type: ignore[misc]
+    """lm-eval's view of a backend.
+
+    Batches depend only on the prompts of the task, so a run that is stopped and resumed forms the same
+    batches and gives the same answers. Prompts that leave less than a quarter of the context for the answer
+    lose their beginning (the start token stays); all other long prompts only shorten the answer.
+    """
+
+    def __init__(
+        self, backend: Backend, *, batch_size: int | None = None, store: GenerationStore | None = None
+    ):
+        super().__init__()
+        self.backend = backend
+        self.chunk = batch_size or backend.default_batch_size
+        self.store = store
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.begin(seeds=(0,))
+
+    def begin(self, seeds: tuple[int, ...]) -> Trace:
+        """Start a task; the k-th answer to a prompt is drawn with the k-th seed."""
+        self.seeds, self.trace = seeds, Trace()
+        return self.trace
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.backend.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.backend.template() if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        rendered = self.backend.render(chat_history, add_generation_prompt)
+        self.trace.messages[rendered] = [dict(message) for message in chat_history]
+        return rendered
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        works = self._works(requests)
+        batches = _batches(works, self.chunk)
+        answers: list[str] = [""] * len(works)
+        done = 0
+        self.on_progress(0, len(works))
+        for number, batch in enumerate(batches):
+            for work, generation in zip(batch, self._answer(batch, number), strict=True):
+                answers[work.place] = generation.text
+                request = requests[work.place]
+                self.trace.infos[(request.doc_id, work.repeat)] = GenerationInfo(
+                    prompt_tokens=len(work.prompt.tokens) + work.cut_tokens,
+                    cut_tokens=work.cut_tokens,
+                    max_new_tokens=work.settings.max_new_tokens,
+                    new_tokens=generation.new_tokens,
+                    finish=generation.finish,
+                    clamped=work.clamped,
+                )
+            done += len(batch)
+            self.on_progress(done, len(works))
+        return answers
+
+    def _works(self, requests: Sequence[Any]) -> list[_Work]:
+        seen: dict[int, int] = {}
+        encoded: dict[tuple[str, int], list[int]] = {}
+        works = []
+        for place, request in enumerate(requests):
+            text, kwargs = request.args[0], dict(request.args[1])
+            repeat = seen.get(request.doc_id, 0)
+            seen[request.doc_id] = repeat + 1
+            first = int(kwargs.get("keep_first_tokens") or 0)
+            if (text, first) not in encoded:
+                special = text not in self.trace.messages and not first
+                encoded[text, first] = self.backend.encode(text, special_tokens=special)
+            tokens = encoded[text, first]
+            kept = tokens[:first] if first else tokens
+            cut = len(tokens) - len(kept)
+            wanted = int(kwargs.get("max_gen_toks") or 256)
+            new, tokens = fit(kept, wanted, self.backend.max_length, keep_start=text in self.trace.messages)
+            cut += len(kept) - len(tokens)
+            sampled = bool(kwargs.get("do_sample"))
+            settings = GenerationSettings(
+                max_new_tokens=new,
+                stop=tuple(kwargs.get("until") or ()),
+                temperature=float(kwargs.get("temperature", 1.0)) if sampled else 0.0,
+                top_p=float(kwargs.get("top_p", 1.0)) if sampled else 1.0,
+                top_k=int(kwargs.get("top_k", 0)) if sampled else 0,
+                seed=self.seeds[repeat % len(self.seeds)],
+            )
+            works.append(_Work(place, Prompt(text, tokens, request.doc), repeat, settings, cut, new < wanted))
+        return works
+
+    def _answer(self, batch: list[_Work], number: int) -> list[Generation]:
+        settings = batch[0].settings
+        if settings.temperature > 0:
+            seed = hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()[:6]
+            settings = GenerationSettings(**{**asdict(settings), "seed": int.from_bytes(seed)})
+        prompts = [work.prompt for work in batch]
+        key = content_hash_long(
+            {
+                "model": dict(self.backend.identity),
+                "backend": self.backend.kind,
+                "settings": asdict(settings) | {"seed": settings.seed if settings.temperature > 0 else None},
+                "prompts": [prompt.tokens for prompt in prompts],
+            }
+        )
+        if self.store is not None and (kept := self.store.get(key)) is not None:
+            self.trace.reused += len(kept)
+            return kept
+        generations = self.backend.generate(prompts, settings)
+        if self.store is not None:
+            self.store.put(key, generations)
+        return generations
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        model = self.backend.likelihood_model(self.chunk)
+        self.on_progress(0, len(requests))
+        answers: list[tuple[float, bool]] = model.loglikelihood(requests, disable_tqdm=True)
+        self.on_progress(len(requests), len(requests))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        model = self.backend.likelihood_model(self.chunk)
+        answers: list[float] = model.loglikelihood_rolling(requests, disable_tqdm=True)
+        self.on_progress(len(requests), len(requests))
+        return answers
+
+
+def content_hash_long(value: Any) -> str:
+    """sha256 of the canonical JSON of a value; token lists make `content_hash` prefixes worth avoiding."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def message_hash(style: str, content: Any) -> str:
+    """Hash of what is asked, before any chat template: equal for models whose templates differ."""
+    return content_hash({"style": style, "content": content})
+
+
+def fit(tokens: list[int], wanted: int, context: int, *, keep_start: bool) -> tuple[int, list[int]]:
+    """Fit a prompt and its answer into a context: (new tokens, kept prompt tokens).
+
+    The answer is shortened first, down to a quarter of the context; then the prompt loses tokens at its
+    beginning, where few-shot examples stand. keep_start keeps the very first token (start of text).
+    """
+    room = context - len(tokens)
+    if room >= wanted:
+        return wanted, tokens
+    least = min(wanted, max(1, context // SMALLEST_ANSWER_SHARE))
+    new = max(least, room // _STEP * _STEP)
+    keep = max(1, context - new)
+    if len(tokens) <= keep:
+        return new, tokens
+    if keep_start and keep > 1:
+        return new, [tokens[0], *tokens[-(keep - 1) :]]
+    return new, tokens[-keep:]
+
+
+def _batches(works: list[_Work], size: int) -> list[list[_Work]]:
+    """Batches of equal settings, longest prompts first; the order depends on the prompts alone."""
+    groups: dict[GenerationSettings, list[_Work]] = {}
+    for work in works:
+        groups.setdefault(work.settings, []).append(work)
+    batches = []
+    for settings in sorted(groups, key=lambda item: (item.seed, -item.max_new_tokens)):
+        group = sorted(groups[settings], key=lambda work: (-len(work.prompt.tokens), work.place))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches

@@ -1,0 +1,266 @@
+"""Models to evaluate: finding them, checking them before anything is loaded, hashing their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd_eval.data import file_sha256
+from dskd_eval.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as the user named it. role: teacher, base, student or sft when a recipe says so."""
+
+    name: str
+    source: str
+    role: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk. `weights` and `tokenizer` are folders; `adapter` is a PEFT folder or None."""
+
+    ref: ModelRef
+    weights: Path
+    tokenizer: Path
+    adapter: Path | None
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "role": self.ref.role,
+            "source": self.ref.source,
+            "revision": self.ref.revision,
+            "adapter": self.ref.adapter
+            if self.ref.adapter
+            else (str(self.adapter) if self.adapter else None),
+            "architecture": (self.config.get("architectures") or [self.config.get("model_type")])[0],
+            "fingerprint": self.fingerprint,
+        }
+
+
+def parse_model(text: str) -> ModelRef:
+    """`PATH_OR_ID` or `NAME=PATH_OR_ID`; the name defaults to the last part of the path."""
+    name, _, source = text.rpartition("=")
+    if not source.strip():
+        raise UserError("--model", expected="a folder or a hub id", got=repr(text), fix="Write --model PATH.")
+    return ModelRef(name or default_name(source), source)
+
+
+def default_name(source: str) -> str:
+    parts = [part for part in source.rstrip("/").split("/") if part not in ("", ".", "..")]
+    name = parts[-1] if parts else source
+    if re.fullmatch(r"checkpoint-\d+", name) and len(parts) > 1:
+        name = f"{parts[-2]}-{name}"
+    return name
+
+
+def distinct(refs: list[ModelRef]) -> list[ModelRef]:
+    """The same references with distinct names: a second one gets its parent folder or a number."""
+    taken: set[str] = set()
+    renamed = []
+    for ref in refs:
+        name, number = ref.name, 2
+        if name in taken:
+            parent = Path(ref.source).parent.name
+            name = f"{parent}-{name}" if parent and f"{parent}-{name}" not in taken else name
+        while name in taken:
+            name, number = f"{ref.name}-{number}", number + 1
+        taken.add(name)
+        renamed.append(ModelRef(name, ref.source, ref.role, ref.revision, ref.adapter))
+    return renamed
+
+
+def locate(ref: ModelRef) -> ModelFolder:
+    """Find a model, check that it can be loaded and hash its content.
+
+    Raises UserError: no such folder, no model in it, unreadable config, missing weight file, hub unreachable.
+    """
+    folder = _folder(ref.source, ref.revision)
+    adapter: Path | None = None
+    weights = folder
+    if ref.adapter:
+        adapter = _folder(ref.adapter, None)
+    elif (folder / "adapter_config.json").is_file() and not _any(folder, _WEIGHTS):
+        adapter = folder
+    if adapter is not None:
+        if not _any(adapter, _ADAPTER_WEIGHTS):
+            raise UserError(
+                f"adapter {adapter}",
+                expected="adapter_model.safetensors",
+                got="no adapter weights",
+                fix="Give the folder that PEFT saved.",
+            )
+        if adapter == folder:
+            weights = _folder(str(_base_of(adapter)), None)
+    config = _config(weights)
+    _check_weights(weights)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = adapter if has_tokenizer and adapter is not None else weights
+    files = [*_fingerprinted(weights), *(_fingerprinted(adapter) if adapter else [])]
+    return ModelFolder(ref, weights, tokenizer, adapter, config, _fingerprint(files))
+
+
+def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise UserError(
+            f"model {source}",
+            expected="a folder or a hub id",
+            got="a file",
+            fix="Give the folder that holds it.",
+        )
+    if not _HUB_ID.match(source) or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"model {source}",
+            expected="an existing folder or a hub id like org/name",
+            got="neither",
+            fix="Check the path.",
+        )
+    return _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    try:
+        found = snapshot_download(
+            source, revision=revision, allow_patterns=patterns, local_files_only=offline
+        )
+    except Exception as error:
+        detail = str(error).splitlines()[0][:200] if str(error) else ""
+        got = f"{type(error).__name__}: {detail}"
+        fix = "Check the id, your access to it and the network, or give a local folder."
+        if offline:
+            got, fix = (
+                "HF_HUB_OFFLINE is set and it is not cached",
+                "Give a local folder, or unset HF_HUB_OFFLINE.",
+            )
+        raise UserError(
+            f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix
+        ) from error
+    return Path(found).resolve()
+
+
+def _base_of(adapter: Path) -> str:
+    settings = _json(adapter / "adapter_config.json", f"adapter {adapter}")
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"adapter {adapter}",
+            expected="base_model_name_or_path in adapter_config.json",
+            got="none",
+            fix="Name the base model there.",
+        )
+    beside = adapter / str(base)
+    return str(beside) if beside.is_dir() else str(base)
+
+
+def _json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            where, expected=f"a readable {path.name}", got=str(error), fix="Restore the file."
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(
+            where, expected=f"an object in {path.name}", got=type(value).__name__, fix="Restore the file."
+        )
+    return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    where = f"model {folder}"
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.name for path in folder.iterdir())[:6]
+        models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
+        fix = (
+            f"Did you mean its subfolder {' or '.join(models)}?"
+            if models
+            else "Give the folder of a saved model."
+        )
+        raise UserError(
+            where,
+            expected="a model folder with config.json",
+            got="a folder with " + (", ".join(inside) or "nothing in it"),
+            fix=fix,
+        )
+    config = _json(folder / "config.json", where)
+    if "model_type" not in config:
+        raise UserError(where, expected="model_type in config.json", got="none", fix="Restore the config.")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    for index in folder.glob("*.index.json"):
+        shards = set(_json(index, f"model {folder}").get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise UserError(
+                f"model {folder}",
+                expected=f"{len(shards)} weight files",
+                got=f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                fix="Copy the missing files.",
+            )
+    if not _any(folder, _WEIGHTS):
+        raise UserError(
+            f"model {folder}",
+            expected="model.safetensors (or shards)",
+            got="no weights",
+            fix="Give the folder that holds the trained model.",
+        )
+
+
+def _fingerprinted(folder: Path) -> list[Path]:
+    weights: list[Path] = []
+    for pattern in (*_WEIGHTS, *_ADAPTER_WEIGHTS):
+        weights += sorted(folder.glob(pattern))
+    return [folder / name for name in _SETTINGS if (folder / name).is_file()] + weights
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:32]

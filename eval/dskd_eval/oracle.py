@@ -1,0 +1,48 @@
+"""A backend that answers from the data: the reference solutions, or one constant text.
+
+It shows that a task can be solved: references must score 100, a constant its known floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dskd_eval import catalog
+from dskd_eval.lm import Generation, GenerationSettings, Prompt
+from dskd_eval.runner import reference_answer
+
+_TEMPLATE = "{role}: {content}"
+
+
+class OracleBackend:
+    """Answers every prompt with the reference of its row, or with `constant`. Tokens are characters' code
+    points.
+    """
+
+    kind = "oracle"
+    default_batch_size = 256
+
+    def __init__(self, plan: catalog.Plan, *, constant: str | None = None, max_length: int = 1 << 30) -> None:
+        self.plan, self.constant, self.max_length = plan, constant, max_length
+        self.name = "oracle" if constant is None else "constant"
+        self.identity: Mapping[str, Any] = {"fingerprint": self.name, "constant": constant}
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return "\n".join(_TEMPLATE.format(**message) for message in messages) + "\nassistant: "
+
+    def template(self) -> str | None:
+        return _TEMPLATE
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
+        texts = [
+            reference_answer(self.plan, prompt.row) if self.constant is None else self.constant
+            for prompt in prompts
+        ]
+        return [Generation(text, len(text), "stop") for text in texts]
+
+    def likelihood_model(self, batch_size: int) -> Any:
+        raise NotImplementedError("an oracle has no likelihoods")

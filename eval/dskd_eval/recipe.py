@@ -1,0 +1,105 @@
+"""The models of a training recipe: teacher, untouched student, its output, and an SFT output beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dskd_eval.errors import UserError
+from dskd_eval.models import ModelRef, default_name
+
+
+def models_of(path: Path) -> list[ModelRef]:
+    """Teacher (`dskd.teacher.model`), base (`base_model`), student (`output_dir`), and sft when there is one.
+
+    The SFT output is the `output_dir` of a recipe `sft.yaml` in the same folder, once it holds a model.
+    Relative folders are looked up from the working directory, as Axolotl does, then from the recipe's
+    folder. Raises UserError: unreadable recipe, no base_model, no trained student.
+    """
+    recipe = _read(path)
+    where = f"recipe {path.name}"
+    base = recipe.get("base_model")
+    if not isinstance(base, str):
+        raise UserError(where, expected="base_model", got="none", fix="Give an Axolotl recipe.")
+    refs = []
+    teacher = (recipe.get("dskd") or {}).get("teacher") if isinstance(recipe.get("dskd"), dict) else None
+    if isinstance(teacher, str):
+        teacher = {"model": teacher}
+    if teacher:
+        if not isinstance(teacher, dict) or not isinstance(teacher.get("model"), str):
+            raise UserError(
+                f"{where}, dskd.teacher.model",
+                expected="a hub id or folder",
+                got=repr(teacher),
+                fix="Name the teacher.",
+            )
+        source = _place(teacher["model"], path)
+        adapter = teacher.get("adapter")
+        refs.append(
+            ModelRef(
+                f"teacher {default_name(source)}",
+                source,
+                "teacher",
+                teacher.get("revision"),
+                _place(adapter, path) if adapter else None,
+            )
+        )
+    source = _place(base, path)
+    refs.append(ModelRef(f"base {default_name(source)}", source, "base", recipe.get("revision_of_model")))
+    if (sft := _sft_output(path)) is not None and sft != _output(recipe, path):
+        refs.append(ModelRef(f"sft {default_name(str(sft))}", str(sft), "sft"))
+    output = _output(recipe, path)
+    if output is None or not _holds_model(output):
+        raise UserError(
+            f"{where}, output_dir",
+            expected="the folder of a trained student",
+            got=f"no model in {output}" if output else "no output_dir",
+            fix=f"Train first: axolotl train {path}.",
+        )
+    refs.append(ModelRef(f"student {default_name(str(output))}", str(output), "student"))
+    return refs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--recipe {path}", expected="a readable YAML recipe", got=problem, fix="Check it."
+        ) from error
+    if not isinstance(recipe, dict):
+        raise UserError(
+            f"--recipe {path}",
+            expected="a mapping of settings",
+            got=type(recipe).__name__,
+            fix="Give a recipe.",
+        )
+    return recipe
+
+
+def _place(source: str, path: Path) -> str:
+    """A folder relative to the working directory or to the recipe, absolute; a hub id stays as it is."""
+    for candidate in (Path(source).expanduser(), path.parent / source):
+        if candidate.is_dir():
+            return str(candidate.resolve())
+    return source
+
+
+def _output(recipe: dict[str, Any], path: Path) -> Path | None:
+    output = recipe.get("output_dir")
+    return Path(_place(str(output), path)) if output else None
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _sft_output(path: Path) -> Path | None:
+    beside = path.parent / "sft.yaml"
+    if beside == path or not beside.is_file():
+        return None
+    output = _output(_read(beside), beside)
+    return output if output is not None and _holds_model(output) else None

@@ -1,0 +1,465 @@
+"""A whole evaluation: checks before anything is loaded, then every task of every model, each saved as it is
+done.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, stats
+from dskd_eval.catalog import Plan, TaskSpec
+from dskd_eval.data import content_hash
+from dskd_eval.errors import UserError
+from dskd_eval.lm import EvalLM, GenerationStore
+from dskd_eval.models import ModelFolder, ModelRef
+
+BACKENDS = ("hf", "vllm")
+PROTOCOLS = ("default", "paper")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything of the command line that shapes a score. chat_template: auto, on, off or the text of a
+    template.
+    """
+
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "hf"
+    protocol: str = "default"
+    num_fewshot: int | None = None
+    samples: int = 1
+    temperature: float | None = None
+    chat_template: str = "auto"
+    unsafe_code: bool = False
+
+
+class Watcher(Protocol):
+    """Where progress goes."""
+
+    def model(self, name: str, number: int, total: int) -> None: ...
+    def task(self, model: str, task: str, number: int, total: int) -> None: ...
+    def step(self, what: str, done: int, total: int) -> None: ...
+    def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None: ...
+    def failed(self, model: str, task: str, message: str) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class Prepared:
+    """A checked evaluation. `plans` holds, per model, one plan per task."""
+
+    settings: Settings
+    folders: list[ModelFolder]
+    plans: dict[str, list[Plan]]
+    data: dict[str, runner.TaskData]
+    sandbox: sandbox.Sandbox | None
+    templates: dict[str, str | None]
+    notes: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """What --resume compares."""
+        settings = asdict(self.settings)
+        return {
+            "schema_version": records.SCHEMA_VERSION,
+            "settings": settings,
+            "models": [{"name": folder.name, "fingerprint": folder.fingerprint} for folder in self.folders],
+            "tasks": {
+                plan.spec.name: {"plan": catalog.digest(plan), "data": _digest(self.data[plan.spec.name])}
+                for plans in self.plans.values()
+                for plan in plans
+            },
+        }
+
+
+def _digest(data: runner.TaskData) -> str | None:
+    return data.test.digest if data.test else None
+
+
+def prepare(
+    refs: list[ModelRef],
+    specs: list[TaskSpec],
+    settings: Settings,
+    directory: Path | None,
+    *,
+    execute: bool = True,
+) -> Prepared:
+    """Check options, data, packages, sandbox and models; loads tokenizers but no weights. Raises UserError.
+
+    execute False (dry run) needs no sandbox.
+    """
+    from dskd_eval import hf
+
+    if not refs:
+        raise UserError(
+            "--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE."
+        )
+    notes = _check_settings(settings, specs)
+    if settings.backend == "vllm":
+        from dskd_eval import vllm_backend
+
+        vllm_backend.require()
+    else:
+        hf.choose_device(settings.device)
+    data = {}
+    for spec in specs:
+        data[spec.name] = runner.load_data(spec, directory)
+        runner.check_needs(spec, directory)
+        notes += [
+            f"{spec.name}: {loaded.note}" for loaded in (data[spec.name].test, data[spec.name].shots)
+            if loaded and loaded.note
+        ]  # fmt: skip
+    box = None
+    if execute and any(spec.executes_code for spec in specs):
+        box = sandbox.choose(unsafe=settings.unsafe_code)
+        if box.backend == "none":
+            notes.append("generated programs run WITHOUT a sandbox (--unsafe-code)")
+    folders = [models.locate(ref) for ref in models.distinct(refs)]
+    plans: dict[str, list[Plan]] = {}
+    templates: dict[str, str | None] = {}
+    for folder in folders:
+        given = None if settings.chat_template in ("auto", "on", "off") else settings.chat_template
+        tokenizer = hf.load_tokenizer(folder, given)
+        chat = hf.has_chat_template(tokenizer)
+        if settings.chat_template == "on" and not chat:
+            raise UserError(
+                f"--chat-template on, model {folder.name}",
+                expected="a tokenizer with a chat template",
+                got="none",
+                fix="Give --chat-template FILE, or leave it to auto.",
+            )
+        if settings.chat_template == "off":
+            chat = False
+        templates[folder.name] = tokenizer.chat_template if chat else None
+        plans[folder.name] = [
+            catalog.plan(
+                spec,
+                chat=chat,
+                protocol=settings.protocol,
+                num_fewshot=settings.num_fewshot,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                seed=settings.seed,
+            )
+            for spec in specs
+        ]
+    if len({template is not None for template in templates.values()}) > 1:
+        without = ", ".join(name for name, template in templates.items() if template is None)
+        notes.append(
+            f"no chat template: {without}; the other models use theirs, so their prompts differ and are not "
+            "compared (--chat-template FILE or off makes them equal)"
+        )
+    return Prepared(settings, folders, plans, data, box, templates, notes)
+
+
+def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
+    """Settings without effect are errors, settings without effect on a part are notes."""
+    notes = []
+    if settings.samples > 1 or settings.temperature is not None:
+        if not any(spec.executes_code for spec in specs):
+            raise UserError(
+                "--samples/--temperature",
+                expected="a task that executes code (pass@k)",
+                got="none among " + ", ".join(spec.name for spec in specs),
+                fix="Leave it out, or add --suite code.",
+            )
+        if settings.samples == 1:
+            raise UserError(
+                "--temperature",
+                expected="--samples of 2 or more",
+                got="one greedy answer",
+                fix="Add --samples 10.",
+            )
+        notes.append(f"--samples {settings.samples} applies to the code tasks; the others are answered once")
+    if settings.num_fewshot is not None:
+        fixed = [spec.name for spec in specs if not catalog.takes_shots(spec)]
+        if len(fixed) == len(specs):
+            raise UserError(
+                "--num-fewshot",
+                expected="a task with rows for shots (gsm8k, mbpp)",
+                got=", ".join(fixed),
+                fix="Leave it out.",
+            )
+        if fixed:
+            notes.append(f"--num-fewshot has no effect on {', '.join(fixed)}")
+    if settings.protocol != "default":
+        without = [spec.name for spec in specs if settings.protocol not in spec.protocols]
+        if len(without) == len(specs):
+            raise UserError(
+                f"--protocol {settings.protocol}",
+                expected="a task with that protocol (dolly, self_instruct, vicuna, s_ni, unni)",
+                got=", ".join(without),
+                fix="Leave it out, or add --suite instruct.",
+            )
+        if without:
+            notes.append(f"--protocol {settings.protocol} has no effect on {', '.join(without)}")
+    return notes
+
+
+def load_backend(folder: ModelFolder, settings: Settings) -> Any:
+    """The model in memory, by the chosen backend."""
+    given = None if settings.chat_template in ("auto", "on", "off") else settings.chat_template
+    if settings.backend == "vllm":
+        from dskd_eval.vllm_backend import VLLMBackend
+
+        return VLLMBackend(folder, dtype=settings.dtype, chat_template=given, seed=settings.seed)
+    from dskd_eval.hf import HFBackend
+
+    return HFBackend(folder, dtype=settings.dtype, device=settings.device, chat_template=given)
+
+
+def evaluate(
+    prepared: Prepared,
+    output: Path,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+    load: Callable[[ModelFolder, Settings], Any] = load_backend,
+) -> dict[str, Any]:
+    """Run everything that is not finished yet; returns (and writes) the results.
+
+    A task that fails is recorded and the rest goes on. KeyboardInterrupt leaves a folder that --resume
+    takes up.
+    """
+    folder = records.RunFolder(output)
+    folder.open(prepared.identity(), resume=resume)
+    progress = _Progress(prepared, folder, watcher)
+    store = GenerationStore(cache or folder.generations)
+    try:
+        for number, model in enumerate(prepared.folders):
+            watcher.model(model.name, number, len(prepared.folders))
+            progress.evaluate_model(model, store, load)
+    finally:
+        store.close()
+        with suppress(UserError):
+            progress.write(complete=False)
+    return progress.write(complete=True)
+
+
+class _Progress:
+    """Runs the tasks of one model after the other and keeps results.json up to date."""
+
+    def __init__(self, prepared: Prepared, folder: records.RunFolder, watcher: Watcher) -> None:
+        self.prepared, self.folder, self.watcher = prepared, folder, watcher
+        self.started = datetime.now(UTC)
+        self.failures: dict[tuple[str, str], str] = {}
+
+    def evaluate_model(
+        self, model: ModelFolder, store: GenerationStore, load: Callable[[ModelFolder, Settings], Any]
+    ) -> None:
+        plans = self.prepared.plans[model.name]
+        lm: EvalLM | None = None
+        for number, plan in enumerate(plans):
+            task = plan.spec.name
+            self.watcher.task(model.name, task, number, len(plans))
+            kept = self.folder.load_part(model.name, task)
+            if kept is not None:
+                self.watcher.finished(model.name, task, kept["score"], kept["times"]["seconds"], True)
+                continue
+            try:
+                if lm is None:
+                    self.watcher.step("loading the model", 0, 1)
+                    lm = EvalLM(
+                        load(model, self.prepared.settings),
+                        batch_size=self.prepared.settings.batch_size,
+                        store=store,
+                    )
+                    self._note_model(model, lm)
+                self._run_task(model, plan, lm)
+            except Exception as error:
+                self._fail(model, plan, error)
+                if lm is None:
+                    for rest in plans[number + 1 :]:
+                        if self.folder.load_part(model.name, rest.spec.name) is None:
+                            self.failures[model.name, rest.spec.name] = "the model could not be loaded"
+                    break
+        del lm
+        gc.collect()
+        with suppress(ImportError):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _note_model(self, model: ModelFolder, lm: EvalLM) -> None:
+        backend = lm.backend
+        facts = {
+            "backend": backend.kind,
+            "dtype": str(getattr(backend, "dtype", "")).removeprefix("torch."),
+            "device": str(getattr(backend, "device", "")),
+            "parameters": getattr(backend, "parameters", None),
+            "context_length": backend.max_length,
+            "batch_size": lm.chunk,
+            "end_tokens": list(getattr(backend, "end_tokens", [])),
+        }
+        records.write_json(self.folder.part(model.name, "model"), facts)
+        if not facts["end_tokens"] and backend.kind != "oracle":
+            self.watcher.note(
+                f"{model.name}: the tokenizer names no end token; answers end at stop strings or their limit"
+            )
+
+    def _run_task(self, model: ModelFolder, plan: Plan, lm: EvalLM) -> None:
+        begun = monotonic()
+        lm.on_progress = lambda done, total: self.watcher.step("answers", done, total)
+        result = runner.evaluate_task(
+            lm,
+            plan,
+            self.prepared.data[plan.spec.name],
+            limit=self.prepared.settings.limit,
+            seed=self.prepared.settings.seed,
+            sandbox=self.prepared.sandbox,
+            on_scoring=lambda done, total: self.watcher.step("programs", done, total),
+        )
+        seconds = monotonic() - begun
+        samples = [{"model": model.name, **sample} for sample in result.samples]
+        times = {"seconds": round(seconds, 2), "answers_reused": lm.trace.reused}
+        self.folder.save_part(model.name, plan.spec.name, {"score": result.score, "times": times}, samples)
+        self.failures.pop((model.name, plan.spec.name), None)
+        self.watcher.finished(model.name, plan.spec.name, result.score, seconds, False)
+        self.write(complete=False)
+
+    def _fail(self, model: ModelFolder, plan: Plan, error: Exception) -> None:
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self.failures[model.name, plan.spec.name] = message
+        with suppress(OSError), (self.folder.path / "errors.log").open("a", encoding="utf-8") as log:
+            log.write(f"{datetime.now(UTC).isoformat()} {model.name} {plan.spec.name}\n")
+            log.write("".join(traceback.format_exception(error)) + "\n")
+        self.watcher.failed(model.name, plan.spec.name, message)
+
+    def write(self, *, complete: bool) -> dict[str, Any]:
+        results = self._results()
+        records.write_json(self.folder.path / "results.json", results)
+        if complete:
+            order = [(score["model"], score["task"]["task"]) for score in results["scores"]]
+            self.folder.join_samples(order)
+            run = records.Run(self.folder.path)
+            results["comparisons"] = comparison.within(run)
+            results["notes"] += [
+                note for note in results["comparisons"].pop("notes") if note not in results["notes"]
+            ]
+            records.write_json(self.folder.path / "results.json", results)
+            report.write([records.Run(self.folder.path)], self.folder.path)
+        return results
+
+    def _results(self) -> dict[str, Any]:
+        prepared = self.prepared
+        scores, times, primaries = [], [], {}
+        for model in prepared.folders:
+            for plan in prepared.plans[model.name]:
+                task = plan.spec.name
+                part = self.folder.load_part(model.name, task)
+                entry: dict[str, Any] = {"model": model.name, "task": plan.record()}
+                entry["task"]["data"] = prepared.data[task].record()
+                if part is not None:
+                    scores.append(entry | part["score"])
+                    times.append({"model": model.name, "task": task, **part["times"]})
+                    primaries[model.name, task] = part["score"]["metrics"][plan.primary]
+                elif (model.name, task) in self.failures:
+                    scores.append(entry | {"status": "failed", "error": self.failures[model.name, task]})
+                else:
+                    scores.append(entry | {"status": "waiting"})
+        return {
+            "schema_version": records.SCHEMA_VERSION,
+            "complete": all(score["status"] == "finished" for score in scores),
+            "settings": asdict(prepared.settings),
+            "environment": records.environment(),
+            "sandbox": prepared.sandbox.record() if prepared.sandbox else None,
+            "notes": list(prepared.notes) + _warnings(scores),
+            "models": [self._model(model) for model in prepared.folders],
+            "scores": scores,
+            "suites": _suites(self.folder, scores, prepared.settings.seed),
+            "comparisons": {},
+            "times": {
+                "started": self.started.isoformat(timespec="seconds"),
+                "written": datetime.now(UTC).isoformat(timespec="seconds"),
+                "tasks": times,
+            },
+        }
+
+    def _model(self, model: ModelFolder) -> dict[str, Any]:
+        template = self.prepared.templates[model.name]
+        facts = model.record() | {
+            "chat_template": template is not None,
+            "chat_template_hash": content_hash(template) if template else None,
+        }
+        path = self.folder.part(model.name, "model")
+        if path.is_file():
+            import json
+
+            facts |= json.loads(path.read_text(encoding="utf-8"))
+        return facts
+
+
+def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Unweighted mean of the primary metrics of a suite, for models that finished all its tasks."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for score in scores:
+        groups.setdefault((score["model"], score["task"]["suite"]), []).append(score)
+    suites = []
+    for (model, suite), members in groups.items():
+        percent = all(score["status"] == "finished" for score in members) and all(
+            score["metrics"][score["task"]["primary_metric"]]["unit"] == "percent" for score in members
+        )
+        if suite == "own" or not percent:
+            continue
+        columns = [
+            [
+                sample["metrics"][score["task"]["primary_metric"]]
+                for sample in folder.samples(model, score["task"]["task"])
+            ]
+            for score in members
+        ]
+        found = stats.macro_interval(columns, seed=seed)
+        suites.append(
+            {
+                "model": model,
+                "suite": suite,
+                "tasks": [score["task"]["task"] for score in members],
+                "value": round(100 * found.value, 6),
+                "low": round(100 * found.low, 6),
+                "high": round(100 * found.high, 6),
+                "n": found.n,
+            }
+        )
+    return suites
+
+
+def _warnings(scores: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know before trusting a number."""
+    notes = []
+    subset = [score for score in scores if score["status"] == "finished" and score["n"] < score["documents"]]
+    if subset:
+        most = max(score["n"] for score in subset)
+        notes.append(f"seeded random subset of at most {most} documents per task: numbers are rough")
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for score in scores:
+        facts, task = score.get("answers") or {}, score["task"]
+        count = facts.get("count", 0)
+
+        def add(text: str, number: int, score: dict[str, Any] = score, count: int = count) -> None:
+            kinds.setdefault((score["model"], text), []).append(f"{score['task']['task']} {number}/{count}")
+
+        if facts.get("clamped"):
+            add(
+                "answers limited to fewer tokens than the task asks, because the context is short",
+                facts["clamped"],
+            )
+        if facts.get("prompts_cut") and task["protocol"] == "default":
+            add("prompts longer than the context, cut at their beginning", facts["prompts_cut"])
+        if count and facts.get("unfinished", 0) > count / 10:
+            add("answers that ran into their token limit", facts["unfinished"])
+        if count and facts.get("empty", 0) > count / 20:
+            add("empty answers", facts["empty"])
+    return notes + [f"{model}: {text}: {', '.join(tasks)}" for (model, text), tasks in kinds.items()]

@@ -1,0 +1,488 @@
+"""One task for one model through lm-eval's `simple_evaluate`, and a whole run of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval import evaluator
+from lm_eval.tasks import TaskManager
+
+from dskd_eval import catalog, data, scorers, stats
+from dskd_eval.catalog import Plan, TaskSpec
+from dskd_eval.data import LoadedData, Row, content_hash
+from dskd_eval.errors import UserError
+from dskd_eval.lm import EvalLM, GenerationInfo, message_hash
+from dskd_eval.sandbox import Sandbox
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Rows of a task: those to answer, and those that may serve as shots."""
+
+    test: LoadedData | None
+    shots: LoadedData | None
+
+    def record(self) -> dict[str, Any]:
+        splits = {"test": self.test, "shots": self.shots}
+        return {name: loaded.record() for name, loaded in splits.items() if loaded is not None}
+
+
+def load_data(spec: TaskSpec, directory: Path | None) -> TaskData:
+    """Rows of a task, checked. A task with lm-eval's own `dataset_path` loads its data itself."""
+    loaded = {split: data.load(sources, directory) for split, sources in spec.data.items()}
+    return TaskData(loaded.get("test"), loaded.get("shots"))
+
+
+def choose_documents(total: int, limit: int | None, seed: int) -> list[int]:
+    """Sorted ids of a seeded random subset; a larger limit contains a smaller one."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    order = list(range(total))
+    random.Random(seed).shuffle(order)
+    return sorted(order[:limit])
+
+
+class _Rows(list[Row]):
+    """Rows as lm-eval expects a split: a list with `features`. Ragged rows stay as they are."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        return {key: None for row in self for key in row}
+
+
+class _OneTask(TaskManager):  # type: ignore[misc]
+    """An index of one task, given as a dictionary; no folder is searched."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.only = config
+        super().__init__()
+
+    def initialize_tasks(self, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+        return {self.only["task"]: {"type": "task", "yaml_path": self.only["task"]}}
+
+    def _get_config(self, name: str) -> dict[str, Any]:
+        return dict(self.only)
+
+    def load(self) -> Any:
+        return self.load_task_or_group([self.only["task"]])[self.only["task"]]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores and samples of one task for one model, ready to be written."""
+
+    score: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
+    """The lm-eval task configuration of a plan, without metrics and filters."""
+    own = ("reference_answer", "shot_target")
+    config = {key: value for key, value in plan.config.items() if key not in own}
+    config["task"] = plan.spec.name
+    config["metadata"] = {"version": plan.spec.version}
+    if rows.test is not None:
+        splits: dict[str, Any] = {"test": rows.test.rows} | ({"shots": rows.shots.rows} if rows.shots else {})
+        if "process_docs" in config:
+            import datasets
+
+            ready = {name: datasets.Dataset.from_list(split) for name, split in splits.items()}
+        else:
+            ready = {name: _Rows(split) for name, split in splits.items()}
+        config["custom_dataset"] = lambda **_: ready
+        config["test_split"] = "test"
+        if rows.shots:
+            available = len(rows.shots.rows)
+            if plan.shots > available:
+                raise UserError(
+                    f"task {plan.spec.name}, --num-fewshot",
+                    expected=f"at most {available} shots",
+                    got=str(plan.shots),
+                    fix="Lower it.",
+                )
+            config["fewshot_split"] = "shots"
+            config["fewshot_config"] = {"sampler": "first_n"}
+        elif plan.shots and not catalog.takes_shots(plan.spec):
+            raise UserError(
+                f"task {plan.spec.name}",
+                expected="rows for its shots",
+                got="none",
+                fix="Add `data: {test: ..., shots: ...}` to the task file, or `shots: 0`.",
+            )
+    if not plan.spec.native:
+        config["doc_to_text"] = _function(plan.config["doc_to_text"])
+        config["doc_to_target"] = _function(plan.config.get("shot_target") or _answer_template(plan))
+        config["output_type"] = "generate_until"
+        config["unsafe_code"] = plan.spec.executes_code
+        config["repeats"] = len(plan.seeds)
+    return config
+
+
+def _function(template: Any) -> Callable[[Row], str]:
+    return lambda row: catalog.render(template, row)
+
+
+def _answer_template(plan: Plan) -> Callable[[Row], str]:
+    return lambda row: catalog.references(plan.config["doc_to_target"], row)[0]
+
+
+def reference_answer(plan: Plan, row: Row) -> str:
+    """An answer that must score 100: the row's own solution in the form that the prompt asks for."""
+    template = plan.config.get("reference_answer")
+    return catalog.render(template if template is not None else _answer_template(plan), row)
+
+
+def check_needs(spec: TaskSpec, directory: Path | None) -> None:
+    """Packages and files that scoring needs, checked before anything is generated. Raises UserError."""
+    modules = {
+        "rouge_l": ("rouge_score",),
+        "math": ("math_verify",),
+        "ifeval": ("langdetect", "immutabledict", "nltk"),
+    }.get(str(spec.scorer), ())
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise UserError(
+                f"task {spec.name}",
+                expected=f"the package {module}",
+                got=str(error),
+                fix="Install dskd[eval].",
+            ) from error
+    if "nltk_punkt" in spec.needs:
+        import nltk
+
+        if directory is not None and str(directory / "nltk_data") not in nltk.data.path:
+            nltk.data.path.insert(0, str(directory / "nltk_data"))
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            if directory is None and nltk.download("punkt_tab", quiet=True):
+                return
+            raise UserError(
+                f"task {spec.name}",
+                expected="NLTK's punkt_tab sentence splitter",
+                got="none in NLTK_DATA or <data-dir>/nltk_data",
+                fix="Run `python -m nltk.downloader punkt_tab`, or copy nltk_data/ into the data directory.",
+            ) from None
+
+
+def evaluate_task(
+    lm: EvalLM,
+    plan: Plan,
+    rows: TaskData,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    sandbox: Sandbox | None = None,
+    on_scoring: Callable[[int, int], None] | None = None,
+) -> TaskResult:
+    """Generate and score the answers of one task.
+
+    limit: number of documents, drawn with `seed`. sandbox: needed by tasks that execute code.
+    """
+    config = lm_eval_config(plan, rows)
+    details: dict[int, list[dict[str, Any]]] = {}
+    if not plan.spec.native:
+        scorer = scorers.make_scorer(plan.spec, _program_runner(sandbox, on_scoring))
+        config |= _scoring(plan, scorer, details)
+    elif plan.spec.config.get("unsafe_code"):
+        raise UserError(
+            f"task file {plan.spec.path.name}",
+            expected="code to run in the sandbox",
+            got="unsafe_code: true with metrics of its own",
+            fix="Use `scorer: python` with `code: {tests: ...}` instead.",
+        )
+    trace = lm.begin(plan.seeds)
+    total = len(rows.test.rows) if rows.test is not None else _size_of(config, plan)
+    chosen = choose_documents(total, limit, seed)
+    with _quiet():
+        output = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[plan.spec.name],
+            task_manager=_OneTask(config),
+            samples={plan.spec.name: chosen},
+            apply_chat_template=plan.style == "chat",
+            fewshot_as_multiturn=True,
+            bootstrap_iters=0,
+            log_samples=True,
+            confirm_run_unsafe_code=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    logged = output["samples"][plan.spec.name]
+    if plan.spec.native:
+        samples = _native_samples(logged, plan, trace.messages)
+    else:
+        samples = _own_samples(logged, plan, trace.messages, trace.infos, chosen)
+    values = {
+        name: [sample["metrics"][name] for sample in samples] for name in _scored_metrics(samples, plan)
+    }
+    score: dict[str, Any] = {
+        "status": "finished",
+        "n": len(samples),
+        "documents": total,
+        "metrics": {name: _metric(name, column, seed) for name, column in values.items()},
+        "answers": _answer_facts(trace.infos, samples),
+    }
+    if len(plan.seeds) > 1 and not plan.spec.executes_code:
+        score["per_seed"] = _per_seed(samples, plan)
+    return TaskResult(score, samples)
+
+
+def _size_of(config: dict[str, Any], plan: Plan) -> int:
+    """Number of documents of a task that loads its own data."""
+    try:
+        with _quiet():
+            return len(_OneTask(config).load().eval_docs)
+    except Exception as error:
+        raise UserError(
+            f"task file {plan.spec.path.name}",
+            expected="data that lm-eval can load",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            fix="Check dataset_path, dataset_kwargs and test_split, or use `data: my.jsonl`.",
+        ) from error
+
+
+def _program_runner(
+    sandbox: Sandbox | None, on_scoring: Callable[[int, int], None] | None
+) -> Callable[[Sequence[tuple[str, str]]], list[Any]] | None:
+    if sandbox is None:
+        return None
+
+    def run(jobs: Sequence[tuple[str, str]]) -> list[Any]:
+        return sandbox.run_all(jobs, on_done=lambda done: on_scoring(done, len(jobs)) if on_scoring else None)
+
+    return run
+
+
+def _scoring(plan: Plan, scorer: scorers.Scorer, details: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Filters and metrics that hand all answers of the task to our scorer at once."""
+    names = plan.metrics
+
+    def score_all(responses: Any, rows: Any) -> list[list[scorers.Scored]]:
+        grouped = [(row, list(texts)) for texts, row in zip(responses, rows, strict=True)]
+        answers = [
+            scorers.Answer(row, text, catalog.references(plan.config["doc_to_target"], row), plan.style)
+            for row, texts in grouped
+            for text in texts
+        ]
+        scored = iter(scorer(answers))
+        return [[next(scored) for _ in texts] for _, texts in grouped]
+
+    def process(row: Row, results: Any) -> dict[str, scorers.Value]:
+        return scorers.combine(results[0], names)
+
+    return {
+        "filter_list": [{"name": "scored", "filter": [{"function": "custom", "filter_fn": score_all}]}],
+        "process_results": process,
+        "metric_list": [
+            {
+                "metric": name,
+                "aggregation": stats.mean,
+                "higher_is_better": scorers.metric_info(name).higher_is_better,
+            }
+            for name in names
+        ],
+    }
+
+
+def _own_samples(
+    logged: list[dict[str, Any]],
+    plan: Plan,
+    messages: Mapping[str, Any],
+    infos: Mapping[tuple[int, int], GenerationInfo],
+    chosen: Sequence[int],
+) -> list[dict[str, Any]]:
+    place_of = {doc_id: place for place, doc_id in enumerate(chosen)}
+    samples = []
+    for row in logged:
+        scored: list[scorers.Scored] = row["filtered_resps"][0]
+        traced = [infos.get((place_of[row["doc_id"]], repeat)) for repeat in range(len(scored))]
+        sample = _sample(row, plan, messages)
+        sample |= {
+            "references": catalog.references(plan.config["doc_to_target"], row["doc"]),
+            "answers": list(row["resps"][0]),
+            "metrics": {name: _plain(row[name]) for name in plan.metrics},
+            "details": [item.details for item in scored],
+            "answer_metrics": [
+                {key: _plain(value) for key, value in item.metrics.items()} for item in scored
+            ],
+            "generation": [asdict(info) if info else None for info in traced],
+        }
+        samples.append(sample)
+    return samples
+
+
+def _native_samples(
+    logged: list[dict[str, Any]], plan: Plan, messages: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Samples scored by lm-eval's metrics; the rows of several filters become one."""
+    by_document: dict[int, dict[str, Any]] = {}
+    first_filter = logged[0]["filter"] if logged else "none"
+    for row in logged:
+        sample = by_document.get(row["doc_id"])
+        if sample is None:
+            target = row["target"]
+            sample = _sample(row, plan, messages) | {
+                "references": [str(item) for item in target] if isinstance(target, list) else [str(target)],
+                "answers": [_readable(response) for group in row["resps"] for response in group],
+                "metrics": {},
+                "details": [{"choices": [str(item[1]) for item in row["arguments"]]}]
+                if len(row["arguments"]) > 1
+                else [],
+                "generation": [],
+            }
+            by_document[row["doc_id"]] = sample
+        for name in row["metrics"]:
+            value = row[name]
+            if isinstance(value, (bool, int, float)) or hasattr(value, "item"):
+                label = name if row["filter"] == first_filter else f"{name},{row['filter']}"
+                sample["metrics"][label] = float(value)
+    return list(by_document.values())
+
+
+def _readable(response: Any) -> str:
+    if isinstance(response, (tuple, list)) and len(response) == 2:
+        return f"log-likelihood {float(response[0]):.4f}"
+    return str(response)
+
+
+def _sample(row: dict[str, Any], plan: Plan, messages: Mapping[str, Any]) -> dict[str, Any]:
+    prompts = [argument[0] for argument in row["arguments"]]
+    asked = [messages.get(prompt, prompt) for prompt in prompts]
+    return {
+        "task": plan.spec.name,
+        "doc_id": row["doc_id"],
+        "doc_hash": content_hash(row["doc"]),
+        "prompt_hash": message_hash(plan.style, asked[0] if len(set(prompts)) == 1 else asked),
+        "prompt": prompts[0],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return [float(part) for part in value] if isinstance(value, (tuple, list)) else float(value)
+
+
+def _scored_metrics(samples: list[dict[str, Any]], plan: Plan) -> list[str]:
+    found = list(dict.fromkeys(name for sample in samples for name in sample["metrics"]))
+    if plan.primary not in found:
+        raise UserError(
+            f"task {plan.spec.name}, `metrics`",
+            expected="a metric with one number per document: " + (", ".join(found) or "none"),
+            got=repr(plan.primary),
+            fix="Name one of them in `metrics:`.",
+        )
+    return [plan.primary, *(name for name in found if name != plan.primary)]
+
+
+def _metric(name: str, values: list[Any], seed: int) -> dict[str, Any]:
+    info = scorers.metric_info(name)
+    scale = 100.0 if info.unit == "percent" else 1.0
+    found = stats.interval(values, seed=seed, proportion=info.unit == "percent")
+    return {
+        "value": round(scale * found.value, 6),
+        "low": round(scale * found.low, 6),
+        "high": round(scale * found.high, 6),
+        "n": found.n,
+        "interval": found.method,
+        "unit": info.unit,
+        "higher_is_better": info.higher_is_better,
+    }
+
+
+def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    scale = 100.0 if scorers.metric_info(plan.primary).unit == "percent" else 1.0
+    return [
+        {
+            "seed": seed,
+            "value": scale * stats.mean([sample["answer_metrics"][k][plan.primary] for sample in samples]),
+        }
+        for k, seed in enumerate(plan.seeds)
+    ]
+
+
+def _answer_facts(
+    infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Counts that tell how far a score may be trusted: cut prompts, shortened, unfinished and empty
+    answers.
+    """
+    answers = [text for sample in samples for text in sample["answers"]]
+    if not infos:
+        return {"count": len(answers)}
+    traced = list(infos.values())
+    finish = Counter(info.finish for info in traced)
+    return {
+        "count": len(traced),
+        "empty": sum(1 for text in answers if not text.strip()),
+        "unfinished": finish["length"],
+        "clamped": sum(1 for info in traced if info.clamped),
+        "smallest_limit": min(info.max_new_tokens for info in traced),
+        "prompts_cut": sum(1 for info in traced if info.cut_tokens),
+        "prompt_tokens_cut": sum(info.cut_tokens for info in traced),
+        "longest_prompt": max(info.prompt_tokens for info in traced),
+        "mean_new_tokens": round(sum(info.new_tokens for info in traced) / len(traced), 2),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval, datasets and transformers say nothing while our own progress is shown."""
+    loggers = [
+        logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "absl", "math_verify")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    # simple_evaluate lists the installed packages after every task, for seconds; records.environment does
+    # it once.
+    collect, evaluator.add_env_info = evaluator.add_env_info, lambda storage: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        evaluator.add_env_info = collect
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, Any]:
+    """One prompt as it would be sent, with its reference, for --dry-run."""
+    if rows.test is None:
+        return {"prompt": "(lm-eval loads this data itself)", "reference": ""}
+    config = lm_eval_config(plan, rows)
+    if not plan.spec.native:
+        config |= _scoring(plan, lambda answers: [], {})
+    with _quiet():
+        task = _OneTask(config).load()
+        task.set_fewshot_seed(0)
+        row = rows.test.rows[doc_id]
+        prompt = task.fewshot_context(
+            row,
+            num_fewshot=plan.shots,
+            apply_chat_template=plan.style == "chat",
+            fewshot_as_multiturn=True,
+            chat_template=lm.apply_chat_template if plan.style == "chat" else None,
+            gen_prefix=task.doc_to_prefix(row),
+        )
+    text = prompt[0] if isinstance(prompt, list) else str(prompt)
+    reference = "" if plan.spec.native else reference_answer(plan, row)
+    special = plan.style != "chat"
+    return {
+        "prompt": text,
+        "reference": reference,
+        "tokens": len(lm.backend.encode(text, special_tokens=special)),
+    }

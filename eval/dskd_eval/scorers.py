@@ -1,0 +1,362 @@
+"""Scores of answers. A scorer takes all answers of a task at once and returns one `Scored` per answer.
+
+Metric values lie in [0, 1], or are a (numerator, denominator) pair of a ratio over prompts;
+`response_words` is a count. Scores read 100 for a reference answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from dskd_eval import catalog
+from dskd_eval.data import Row
+from dskd_eval.errors import UserError
+
+Value = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to read a metric: unit 'percent' (shown times 100) or 'words'."""
+
+    label: str
+    description: str
+    unit: str = "percent"
+    higher_is_better: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "rouge_l": Metric(
+        "Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference"
+    ),
+    "exact_match": Metric("exact match", "answer equals a reference, ignoring case and outer space"),
+    "contains": Metric("contains", "a reference occurs in the answer, ignoring case"),
+    "response_words": Metric("words", "mean number of words of an answer", "words"),
+    "flexible": Metric("last number", "last number of the answer equals the reference"),
+    "strict": Metric("#### number", "the number after '####' equals the reference: also measures the format"),
+    "math_verify": Metric("math-verify", "answer and reference are the same mathematical object"),
+    "boxed": Metric("boxed", "share of answers with a \\boxed{} part"),
+    "prompt_strict": Metric("prompt strict", "all instructions of the prompt followed"),
+    "prompt_loose": Metric("prompt loose", "as strict, after removing markdown and first or last line"),
+    "instruction_strict": Metric("instruction strict", "share of instructions followed"),
+    "instruction_loose": Metric("instruction loose", "share of instructions followed, loose"),
+    "timeout": Metric("timeout", "programs stopped at a limit", higher_is_better=False),
+    "syntax_error": Metric("syntax error", "programs that do not parse", higher_is_better=False),
+}
+
+
+def metric_info(name: str) -> Metric:
+    """Description of a metric; pass@k and metrics of user tasks included."""
+    if name.startswith("pass@"):
+        return Metric(name, f"at least one of {name[5:]} programs passes all tests (unbiased estimate)")
+    return METRICS.get(name) or Metric(name, "metric of the task file")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to score. `style` tells completions (base) from chat replies."""
+
+    row: Row
+    text: str
+    references: list[str]
+    style: str = "base"
+
+
+@dataclass(frozen=True)
+class Scored:
+    metrics: dict[str, Value]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Scorer = Callable[[Sequence[Answer]], list[Scored]]
+
+
+def make_scorer(spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]] | None = None) -> Scorer:
+    """The scorer of a task. `run_programs` executes programs (sandbox.Sandbox.run_all) and is needed for
+    code.
+    """
+    if spec.scorer == "python":
+        if run_programs is None:
+            raise UserError(
+                f"task {spec.name}",
+                expected="a sandbox",
+                got="none",
+                fix="Install bubblewrap (`dskd-eval doctor`).",
+            )
+        return functools.partial(score_python, spec=spec, run_programs=run_programs)
+    single = _SINGLE[str(spec.scorer)]
+    return lambda answers: [single(answer) for answer in answers]
+
+
+def combine(scored: Sequence[Scored], metrics: Sequence[str]) -> dict[str, Value]:
+    """One value per metric from the samples of one prompt: means, sums of pairs, pass@k.
+
+    pass@k = 1 - C(n - c, k) / C(n, k) for n samples of which c pass (Chen et al. 2021, eq. 1).
+    """
+    combined: dict[str, Value] = {}
+    for name in metrics:
+        if name.startswith("pass@"):
+            passed = sum(1 for item in scored if item.metrics["pass@1"] == 1.0)
+            combined[name] = pass_at_k(len(scored), passed, int(name[5:]))
+            continue
+        values = [item.metrics[name] for item in scored]
+        if isinstance(values[0], tuple):
+            pairs = [value for value in values if isinstance(value, tuple)]
+            combined[name] = (sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs))
+        else:
+            combined[name] = sum(float(value) for value in values if not isinstance(value, tuple)) / len(
+                values
+            )
+    return combined
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Chance that at least one of k programs drawn without replacement from `samples` passes."""
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """Rouge-L F-measure in [0, 1] (Lin 2004) with rouge_score's tokenizer and Porter stemmer."""
+    return float(_rouge().score(reference, text)["rougeL"].fmeasure)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def score_rouge(answer: Answer) -> Scored:
+    best = max(rouge_l(answer.text, reference) for reference in answer.references)
+    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    words = float(len(answer.text.split()))
+    return Scored({"rouge_l": best, "exact_match": float(exact), "response_words": words})
+
+
+def score_exact(answer: Answer) -> Scored:
+    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    return Scored({"exact_match": float(exact)})
+
+
+def score_contains(answer: Answer) -> Scored:
+    text = _plain(answer.text)
+    inside = any(_plain(reference) in text for reference in answer.references if reference.strip())
+    return Scored({"contains": float(inside), **score_exact(answer).metrics})
+
+
+# --- numbers and mathematics ----------------------------------------------------------------------
+
+_NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text; '1,200' is one number, '5-3' ends with 3."""
+    found = re.findall(_NUMBER, text)
+    return _decimal(found[-1]) if found else None
+
+
+def marked_number(text: str) -> Decimal | None:
+    """The number after the first '####' (the format of GSM8K's own solutions)."""
+    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", text)
+    return _decimal(found.group(1).replace(" ", "")) if found else None
+
+
+def score_number(answer: Answer) -> Scored:
+    golds = [marked_number(reference) for reference in answer.references]
+    golds = [
+        last_number(reference) if gold is None else gold
+        for gold, reference in zip(golds, answer.references, strict=True)
+    ]
+    strict, flexible = marked_number(answer.text), last_number(answer.text)
+    return Scored(
+        {
+            "flexible": float(flexible is not None and flexible in golds),
+            "strict": float(strict is not None and strict in golds),
+        },
+        {"extracted": None if flexible is None else str(flexible)},
+    )
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...} with balanced braces, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin = start + len("\\boxed{")
+    depth = 1
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[begin:place]
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Any:
+    from math_verify import parse
+
+    # math_verify's own timeouts are signals, which only the main thread may set.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    return parse(text, parsing_timeout=limit)
+
+
+def same_mathematics(text: str, reference: str) -> bool:
+    """Whether the final answer of a text equals a reference (LaTeX or plain) by math-verify."""
+    from math_verify import verify
+
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    return bool(verify(_parsed(f"${reference}$"), _parsed(text), timeout_seconds=limit))
+
+
+def score_math(answer: Answer) -> Scored:
+    inside = boxed(answer.text)
+    exact = inside is not None and any(
+        "".join(inside.split()) == "".join(reference.split()) for reference in answer.references
+    )
+    verified = any(same_mathematics(answer.text, reference) for reference in answer.references)
+    return Scored(
+        {"math_verify": float(verified), "exact_match": float(exact), "boxed": float(inside is not None)},
+        {"extracted": inside},
+    )
+
+
+# --- verifiable instructions ----------------------------------------------------------------------
+
+
+@functools.cache
+def _ifeval() -> Any:
+    import langdetect
+    from lm_eval.tasks.ifeval import utils
+
+    langdetect.DetectorFactory.seed = 0
+    return utils
+
+
+def score_ifeval(answer: Answer) -> Scored:
+    utils = _ifeval()
+    row = answer.row
+    kwargs = [{key: value for key, value in item.items() if value is not None} for item in row["kwargs"]]
+    example = utils.InputExample(
+        key=row["key"], instruction_id_list=row["instruction_id_list"], prompt=row["prompt"], kwargs=kwargs
+    )
+    strict = utils.test_instruction_following_strict(example, answer.text)
+    loose = utils.test_instruction_following_loose(example, answer.text)
+    count = float(len(row["instruction_id_list"]))
+    failed = [
+        name
+        for name, followed in zip(row["instruction_id_list"], strict.follow_instruction_list, strict=True)
+        if not followed
+    ]
+    return Scored(
+        {
+            "prompt_strict": float(strict.follow_all_instructions),
+            "prompt_loose": float(loose.follow_all_instructions),
+            "instruction_strict": (float(sum(strict.follow_instruction_list)), count),
+            "instruction_loose": (float(sum(loose.follow_instruction_list)), count),
+        },
+        {"not_followed": failed},
+    )
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+_FENCE = re.compile(r"```([^\n`]*)\n?(.*?)(?:```|\Z)", re.DOTALL)
+_LANGUAGES = {"", "python", "python3", "py", "python2", "pycon"}
+
+
+def code_blocks(text: str) -> list[str]:
+    """Contents of fenced blocks; an unclosed last fence counts, a first line that is no language is code."""
+    blocks = []
+    for info, body in _FENCE.findall(text):
+        first = info.strip()
+        blocks.append(body if first.lower() in _LANGUAGES or _is_label(first) else f"{info}\n{body}")
+    return blocks
+
+
+def _is_label(first: str) -> bool:
+    return re.fullmatch(r"[A-Za-z+#-]+(\s+[\w.=\"-]+)*", first) is not None and not first.startswith(
+        ("def ", "import ", "from ", "class ", "return ")
+    )
+
+
+def extract_code(text: str, entry_point: str = "") -> str:
+    """The program of a chat reply: the first fenced block that defines the entry point (any function when
+    none is named), else the first block, else the whole text.
+    """
+    blocks = code_blocks(text)
+    wanted = rf"\bdef\s+{re.escape(entry_point)}\s*\(" if entry_point else r"\b(def|lambda)\b"
+    defining = [block for block in blocks if re.search(wanted, block)]
+    return (defining or blocks or [text])[0]
+
+
+def program_of(answer: Answer, parts: Mapping[str, str]) -> str:
+    """The program to test, without its tests.
+
+    A completion is appended to the prompt. A chat reply is extracted; what precedes the entry point in the
+    prompt (imports, helper functions) is kept in front of it, and a reply with only a body completes the
+    prompt.
+    """
+    completes, entry_point = parts["completes"], parts["entry_point"]
+    if answer.style == "base" and "```" not in answer.text:
+        code = completes + answer.text
+    else:
+        code = extract_code(answer.text, entry_point)
+        if completes:
+            defines = re.search(rf"\bdef\s+{re.escape(entry_point)}\s*\(", code) is not None
+            head = re.split(rf"(?m)^(?=(?:async )?def\s+{re.escape(entry_point)}\s*\()", completes)[0]
+            code = f"{head}\n{code}" if defines else completes + code
+    return parts["setup"] + code
+
+
+def score_python(
+    answers: Sequence[Answer], *, spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]]
+) -> list[Scored]:
+    """Run every program with its tests in the sandbox; 1 when the tests ran to their end."""
+    parts = [catalog.code_parts(spec, answer.row) for answer in answers]
+    programs = [program_of(answer, part) for answer, part in zip(answers, parts, strict=True)]
+    outcomes = run_programs([(program, part["tests"]) for program, part in zip(programs, parts, strict=True)])
+    return [
+        Scored(
+            {
+                "pass@1": float(outcome.passed),
+                "timeout": float(outcome.status in ("timeout", "output limit")),
+                "syntax_error": float(outcome.status == "syntax error"),
+            },
+            {"program": program, "status": outcome.status, "error": outcome.error},
+        )
+        for program, outcome in zip(programs, outcomes, strict=True)
+    ]
+
+
+_SINGLE: dict[str, Callable[[Answer], Scored]] = {
+    "rouge_l": score_rouge,
+    "exact_match": score_exact,
+    "contains": score_contains,
+    "number": score_number,
+    "math": score_math,
+    "ifeval": score_ifeval,
+}
