@@ -29,6 +29,18 @@ def data_dir() -> Path:
     return path.resolve()
 
 
+@pytest.fixture(scope="session")
+def punkt(data_dir: Path) -> None:
+    """NLTK's sentence splitter, from the shared files."""
+    import nltk
+
+    nltk.data.path.insert(0, str(data_dir / "nltk_data"))
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("no punkt_tab")
+
+
 def make_tokenizer(folder: Path, *, chat: bool = True, end: bool = True) -> Any:
     """A byte-level tokenizer: every text can be encoded, no training text is needed."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

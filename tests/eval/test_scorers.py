@@ -1,0 +1,144 @@
+"""Scorers against answers whose score is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from decimal import Decimal
+
+import pytest
+from dskd_eval import scorers
+from dskd_eval.scorers import Answer
+
+
+def answer(text: str, *references: str, style: str = "base", **row: object) -> Answer:
+    return Answer(dict(row), text, list(references), style)
+
+
+def lcs_f(text: list[str], reference: list[str]) -> float:
+    """Rouge-L F by the textbook table, on words that need no stemming."""
+    table = [[0] * (len(reference) + 1) for _ in range(len(text) + 1)]
+    for i, j in itertools.product(range(len(text)), range(len(reference))):
+        same = text[i] == reference[j]
+        table[i + 1][j + 1] = table[i][j] + 1 if same else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]
+    return 0.0 if common == 0 else 2 * common / (len(text) + len(reference))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [("the cat sat", "the cat sat"), ("a red dog", "a dog red big"), ("x y", "p q"), ("b a c d", "a b d c")],
+)
+def test_rouge_l_equals_table(text: str, reference: str) -> None:
+    assert scorers.rouge_l(text, reference) == pytest.approx(lcs_f(text.split(), reference.split()))
+
+
+def test_rouge_l_takes_the_best_reference_and_stems() -> None:
+    found = scorers.score_rouge(answer("running dogs", "cat", "run dog")).metrics
+    assert found == {"rouge_l": pytest.approx(1.0), "exact_match": 0.0, "response_words": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so it is 18.", "18"), ("1,200 eggs", "1200"), ("$3.50", "3.50"), ("5-3", "3"), ("-4", "-4"),
+        ("about 1,2 or", "2"), ("none", None), ("x = .5", ".5"), ("18 in 7 days", "7"), ("12,345.6!", "12345.6"),
+    ],
+)  # fmt: skip
+def test_last_number(text: str, number: str | None) -> None:
+    assert scorers.last_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "flexible", "strict"),
+    [
+        ("... #### 18", 1, 1), ("The answer is 18.00", 1, 0), ("#### 17\nso 18", 1, 0), ("18 or 19", 0, 0),
+        ("", 0, 0), ("#### $18", 1, 1), ("####18", 1, 1),
+    ],
+)  # fmt: skip
+def test_number_scorer(text: str, flexible: int, strict: int) -> None:
+    found = scorers.score_number(answer(text, "9 * 2 = <<9*2=18>>18\n#### 18")).metrics
+    assert found == {"flexible": flexible, "strict": strict}
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "same"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", True), (r"\boxed{x+1}", "1+x", True), (r"\boxed{3}", "4", False),
+        ("The final answer is $\\frac{3}{4}$.", "3/4", True), ("no idea", "3", False),
+        (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)", True),
+    ],
+)  # fmt: skip
+def test_mathematics(text: str, reference: str, same: bool) -> None:
+    assert scorers.score_math(answer(text, reference)).metrics["math_verify"] == float(same)
+
+
+def test_boxed_balances_braces() -> None:
+    assert scorers.boxed(r"\boxed{1} then \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert scorers.boxed(r"\boxed{open") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\ndef f():\n    return 1\n```", "def f():\n    return 1\n"),
+        ("```\ndef f(): return 1\n```", "def f(): return 1\n"),
+        ("```def f():\n    return 1\n```", "def f():\n    return 1\n"),
+        ("```import math\ndef f(): return 1\n```", "import math\ndef f(): return 1\n"),
+        ("Sure!\n```py\ndef f(): return 1", "def f(): return 1"),
+        ("```python\nx\n```\nand\n```python\ndef f(): return 1\n```", "def f(): return 1\n"),
+        ("def f(): return 1", "def f(): return 1"),
+    ],
+)
+def test_extract_code(text: str, code: str) -> None:
+    assert scorers.extract_code(text, "f") == code
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "expected"),
+    [
+        ("base", "    return a\n", "import math\ndef f(a):\n    return a\n"),
+        ("chat", "```python\ndef f(a):\n    return a\n```", "import math\n\ndef f(a):\n    return a\n"),
+        ("chat", "```python\n    return a\n```", "import math\ndef f(a):\n    return a\n"),
+    ],
+)
+def test_program_of_keeps_what_precedes_the_function(style: str, text: str, expected: str) -> None:
+    parts = {"setup": "", "completes": "import math\ndef f(a):\n", "entry_point": "f", "tests": ""}
+    assert scorers.program_of(answer(text, style=style), parts) == expected
+
+
+@pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 5), (4, 4, 2), (6, 1, 6)])
+def test_pass_at_k_counts_draws(samples: int, passed: int, k: int) -> None:
+    draws = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+    assert scorers.pass_at_k(samples, passed, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+    assert math.comb(samples, k) == len(draws)
+
+
+def test_combine_means_pairs_and_pass_at_k() -> None:
+    scored = [
+        scorers.Scored({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)})
+        for value in (1.0, 0.0, 0.0, 1.0)
+    ]
+    found = scorers.combine(scored, ["pass@1", "pass@2", "timeout", "part"])
+    assert found == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "timeout": 0.5, "part": (2.0, 8.0)}
+
+
+def test_ifeval_counts_instructions(punkt: None) -> None:
+    pytest.importorskip("langdetect")
+    row = {
+        "key": 1, "prompt": "p",
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "at least", "num_words": 5, "unused": None}],
+    }  # fmt: skip
+    found = scorers.score_ifeval(Answer(row, "no comma here", [""])).metrics
+    assert found["prompt_strict"] == 0.0
+    assert found["instruction_strict"] == (1.0, 2.0)
+
+
+def test_exact_and_contains_ignore_case_and_space() -> None:
+    assert scorers.score_exact(answer("  Paris\n", "paris")).metrics == {"exact_match": 1.0}
+    assert scorers.score_contains(answer("It is PARIS.", "paris")).metrics == {
+        "contains": 1.0,
+        "exact_match": 0.0,
+    }
+    assert scorers.score_contains(answer("anything", "")).metrics["contains"] == 0.0
