@@ -1,0 +1,147 @@
+"""Two ranks under the real engines: the same curve as one process, and a student that loads everywhere."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "offload_params": False,
+        "state_dict_type": "FULL_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "reshard_after_forward": True,
+    },
+}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_embedding_kernel": False,
+}
+PACKED = {"sample_packing": True, "sequence_len": 128, "micro_batch_size": 1}
+
+
+def zero(stage, folder):
+    file = folder / f"zero{stage}.json"
+    file.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "train_batch_size": "auto",
+                "gradient_clipping": "auto",
+            }
+        )
+    )
+    return {"deepspeed": str(file)}
+
+
+def options(engine, folder):
+    return {"ddp": {}, "zero2": zero(2, folder), "zero3": zero(3, folder), "fsdp2": FSDP2}[engine]
+
+
+ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """The curve of one process, computed once."""
+    return {}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one_process(train, tmp_path, engine, one_process):
+    if not one_process:
+        one_process["curve"] = train("single", micro_batch_size=2, gradient_accumulation_steps=2).curve()
+    run = train(engine, ranks=2, gradient_accumulation_steps=1, **options(engine, tmp_path))
+    assert run.curve() == [pytest.approx(step, rel=2e-5) for step in one_process["curve"]]
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    for folder in (run.out, run.out / "checkpoint-4"):
+        if (folder / "model.safetensors").exists():
+            _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert load_file(folder / "dskd_projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
+    assert (run.out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine):
+    run = train(
+        ranks=2,
+        gradient_accumulation_steps=2,
+        dskd={"teacher": {"model": tiny["sibling"], "dtype": "float32"}},
+        **PACKED,
+        **LORA,
+        **options(engine, tmp_path),
+    )
+    from safetensors.torch import load_file
+
+    names = list(load_file(run.out / "adapter_model.safetensors"))
+    assert names and all("lora_" in name for name in names)
+    steps = [entry for entry in run.log if "loss" in entry]
+    assert all(entry["dskd/align_ratio"] == 1 for entry in steps)
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * entry["dskd/kd"], rel=1e-5)
+
+
+def resumed(train, run_axolotl, recipe, name, **changes):
+    """A run killed with kill -9 after a checkpoint and started again, beside one that was left alone."""
+    changes = {"max_steps": 30, "save_steps": 5, "gradient_accumulation_steps": 1, **changes}
+    ranks = changes.pop("ranks", 1)
+    whole = train(f"{name}-whole", ranks=ranks, **changes)
+    cut = {**recipe, **changes, "output_dir": str(whole.out.parent / name)}
+    killed = run_axolotl(cut, ranks=ranks, kill_after=f"{cut['output_dir']}/checkpoint-10/trainer_state.json")
+    assert killed.code != 0
+    assert not (killed.out / "dskd_state.json").exists(), "the run was not cut"
+    again = run_axolotl({**cut, "auto_resume_from_checkpoints": True}, ranks=ranks)
+    assert again.code == 0, again.output[-3000:]
+    return whole, again
+
+
+@pytest.mark.parametrize("engine", ["one process", *ENGINES])
+def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path, engine):
+    changes = {} if engine == "one process" else {"ranks": 2, **options(engine, tmp_path)}
+    whole, again = resumed(train, run_axolotl, recipe, "cut", **changes)
+    assert len(again.curve()) == 30
+    assert again.curve() == whole.curve()  # bit for bit
+    from safetensors.torch import load_file
+
+    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+        ours, theirs = load_file(again.out / file), load_file(whole.out / file)
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+def test_lora_resumes_the_same_curve(train, run_axolotl, recipe):
+    # Axolotl draws LoRA's start without a seed, so the resumed run starts from the other's checkpoint.
+    changes = {**LORA, "max_steps": 20, "save_steps": 5}
+    whole = train("whole", **changes)
+    again = train("again", resume_from_checkpoint=str(whole.out / "checkpoint-10"), **changes)
+    assert again.curve()[10:] == whole.curve()[10:]
+
+
+def test_resume_refuses_another_pair_and_half_a_checkpoint(train, run_axolotl, recipe, tiny):
+    run = train(max_steps=2)
+    checkpoint = run.out / "checkpoint-2"
+    other = {**recipe, "output_dir": f"{run.out}-other", "max_steps": 4, "resume_from_checkpoint": str(checkpoint)}
+    sibling = {"teacher": {"model": tiny["sibling"], "dtype": "float32"}}
+    refused = run_axolotl({**other, "dskd": sibling})
+    assert refused.code != 0
+    assert "dskd_state.json: expected the projectors of this pair, got those of another: teacher" in refused.output
+    (checkpoint / "trainer_state.json").unlink()
+    refused = run_axolotl(other)
+    assert refused.code != 0
+    assert "expected a finished checkpoint" in refused.output
