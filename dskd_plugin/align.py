@@ -17,8 +17,8 @@ _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content":
 class Alignment:
     """Pairs of tokens that cover the same bytes of the same response.
 
-    student_N, teacher_N: positions of the tokens themselves (targets: their predictions sit one position earlier), in
-        rising order. Position 0 can occur where a sequence begins with its response; no row predicts it.
+    student_N, teacher_N: positions of the tokens themselves (targets, predicted one position before), rising.
+        Position 0 can occur where a sequence begins with its response; no row predicts it.
     student_tokens: response tokens of the student, paired or not.
     segments: responses of the student; unmatched_segments: those without a teacher response of the same text.
     """
@@ -44,13 +44,13 @@ def align(
 ) -> Alignment:
     """Exact token alignment of the response segments (maximal runs of response tokens) of two sequences.
 
-    The k-th segment of one side goes with the k-th of the other; where their numbers differ, segments of equal text
-    go together, in order. Within two segments of one text, tokens pair iff they cover the same bytes of it, and the two
-    end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`), else the last special token after
-    which only white space follows. What follows the end of turn is not text. Texts may differ by white space at
-    the ends, by what a template puts before or after one of them, by truncation of one of them, by the dummy
-    prefix, and by what the two tokenizers do to text (NFC, NFKC, lower-casing, white space); a token pairs only where its
-    ends are known on both sides. Any other difference leaves the segment without pairs.
+    The k-th segment of one side goes with the k-th of the other; where their numbers differ, segments of
+    equal text go together, in order. Within two segments of one text, tokens pair iff they cover the same
+    bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
+    else the last special token after which only white space follows. What follows the end of turn is no text.
+    Texts may differ by white space at the ends, by what a template puts before or after one of them, by
+    truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing, white space);
+    then a token pairs only where its ends are known. Any other difference leaves the segment without pairs.
     identity: the tokenizers are one; segments with equal ids pair token by token.
     Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment.
     """
@@ -85,7 +85,7 @@ def align(
 
 
 def end_of_turn(tokenizer: Any, chat_template: str | None, table: TokenTable) -> int | None:
-    """Id of the token that ends an assistant turn: the first special (else added) token after the assistant's text.
+    """Id of the token that ends an assistant turn: the first special, else added, token after its text.
 
     A short conversation is rendered with chat_template. Without one, or where no such token follows, it is
     the end-of-sequence token.
@@ -128,9 +128,9 @@ def role_pairs(
     student_template: str | None = None,
     teacher_template: str | None = None,
 ) -> list[tuple[int, int]]:
-    """(student id, teacher id) of tokens with one role: end of turn with end of turn, end of sequence with the same.
+    """(student id, teacher id) of tokens with one role: end of turn, then end of sequence.
 
-    A student with a single one of the two gives it to both roles of the teacher. The first pair of an id counts.
+    A student with one token for both gives it to both roles of the teacher; the first pair of an id counts.
     """
     ours = end_of_turn(student_tokenizer, student_template, student)
     theirs = end_of_turn(teacher_tokenizer, teacher_template, teacher)
@@ -151,13 +151,13 @@ def _runs(response: Sequence[bool]) -> Iterator[range]:
 
 
 class _Text:
-    """Text of a segment as bytes, the span of each token in it, and the offsets where unknown text is missing."""
+    """Text of a segment as bytes, the span of each token, and the offsets where unknown text is missing."""
 
     def __init__(self, text: bytes, starts: list[int], ends: list[int], cuts: list[int]) -> None:
         self.text, self.starts, self.ends, self.cuts = text, starts, ends, cuts
 
     def canonical(self, changes: Sequence[Canonical]) -> "_Text":
-        """The text after both tokenizers' normalisation; tokens that end inside a changed unit lose their span."""
+        """The text as both tokenizers change it; tokens that end inside a changed unit lose their span."""
         collapses = any(change.collapses_space for change in changes)
         to = [-1] * (len(self.text) + 1)
         parts: list[bytes] = []
@@ -200,6 +200,11 @@ class _Segment:
 
     def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
         self.ids = list(ids[run.start : run.stop])
+        if self.ids and not 0 <= min(self.ids) <= max(self.ids) < table.vocab_size:
+            raise ValueError(
+                f"response token ids: expected ids below {table.vocab_size}, got {min(self.ids)} to "
+                f"{max(self.ids)}. Tokenize with the tokenizer of this table."
+            )
         self.run, self.table = run, table
         self.end = self._find_end(end_id)
         self.truncated = self.end is None and run.stop == len(ids)
@@ -211,7 +216,7 @@ class _Segment:
             token_id = self.ids[index]
             if token_id == end_id:
                 return index
-            if token_id in table.special and (token_id not in table.vague or token_id == table.eos):
+            if token_id in table.special and (token_id != table.unknown or token_id == table.eos):
                 last = index if last is None else last
             elif (table.literal[token_id] or b"x").strip():
                 break
@@ -219,7 +224,7 @@ class _Segment:
 
     @cached_property
     def variants(self) -> list[tuple[bool, bool]]:
-        """Readings of the tokens, likeliest first: (drop a space after added tokens, unknown text is missing)."""
+        """Readings, likeliest first: (drop a space after added tokens, unknown text is missing)."""
         text_ids = self.ids[: self.end]
         tight = self.table.prefix_after_added and not self.table.added.isdisjoint(text_ids)
         cut = not self.table.vague.isdisjoint(text_ids) or any(
@@ -356,24 +361,23 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def _contained(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
-    """Region of the text that lies within the other: at its start where it was cut short, else the last place."""
+    """Region of the text that lies within the other: at its start if cut short, else the last place."""
     if a.cuts or b.cuts:
         return None
     if len(a.text.strip()) > len(b.text.strip()):
         found = _contained(b, a, b_cut, a_cut)
         return found and [(a_start, b_start, size) for b_start, a_start, size in found]
     lead = len(a.text) - len(a.text.lstrip())
-    core = a.text.strip()
+    core = a.text[lead:] if a_cut else a.text.strip()
     if not core:
         return None
-    if a_cut:
-        core = a.text[lead:]
-        at = len(b.text) - len(b.text.lstrip())
-        return [(lead, at, len(core))] if b.text.startswith(core, at) else None
+    at = len(b.text) - len(b.text.lstrip())
+    if a_cut and b.text.startswith(core, at):
+        return [(lead, at, len(core))]
     at = b.text.rfind(core)
-    if at < 0 or _within_word(b.text, at) or _within_word(b.text, at + len(core)):
+    if at < 0 or _within_word(b.text, at) or (not a_cut and _within_word(b.text, at + len(core))):
         return None
-    last = b.text.rstrip().endswith(core)
+    last = not a_cut and b.text.rstrip().endswith(core)
     if not last and b.text.find(core) != at:
         return None
     left = _common(a.text[:lead][::-1], b.text[:at][::-1])
@@ -432,7 +436,7 @@ def _around_cuts(a: _Text, b: _Text) -> Regions | None:
 
 
 def _ends_only(a: _Text, b: _Text) -> Regions | None:
-    """Where both texts lack bytes, only what comes before the first and after the last cut has a certain place."""
+    """Where both texts lack bytes, only what is before the first or after the last cut is certain."""
     regions: Regions = []
     heads = [side.text[: side.cuts[0]] for side in (a, b)]
     leads = [len(head) - len(head.lstrip()) for head in heads]

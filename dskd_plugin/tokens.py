@@ -30,9 +30,10 @@ class TokenTable:
     bytes: bytes by id; None for special tokens, for the unknown token and for ids that do not exist.
     literal: bytes by id of the text the token shows, special tokens included; None where there is none.
     special: ids of special tokens. added: ids matched as a whole before the model runs, special or not.
-    byte_tokens: ids of byte-fallback tokens. vague: ids that can cover text other than their literal bytes (the
-    unknown token where some character has no token, added tokens that swallow neighbouring white space).
-    eos: end-of-sequence id. kind: 'byte-level', 'sentencepiece', 'tiktoken', 'tekken' or 'characters'.
+    byte_tokens: ids of byte-fallback tokens. vague: ids that can cover text other than their literal bytes
+    (the unknown token where a character has no token, added tokens that swallow neighbouring white space).
+    unknown: id of the unknown token, if it can occur. eos: end-of-sequence id.
+    kind: 'byte-level', 'sentencepiece', 'tiktoken', 'tekken' or 'characters'.
     normalization: what the tokenizer does to text before it splits it, 'none' where nothing.
     dummy_prefix: a space is put before the text. prefix_after_added: also after each added token.
     space_mark: character that stands for a space. collapses_space: a run of white space becomes one space.
@@ -47,6 +48,7 @@ class TokenTable:
     kind: str
     byte_tokens: frozenset[int] = frozenset()
     vague: frozenset[int] = frozenset()
+    unknown: int | None = None
     eos: int | None = None
     dummy_prefix: bool = False
     prefix_after_added: bool = False
@@ -62,7 +64,9 @@ class TokenTable:
             content.update(b"\xff" if text is None else len(text).to_bytes(4, "little") + text)
         rest = (self.special, self.added, self.byte_tokens, self.vague)
         content.update(repr([sorted(ids) for ids in rest]).encode())
-        content.update(repr([self.bytes.count(None), self.kind, self.eos, self.dummy_prefix]).encode())
+        content.update(
+            repr([self.bytes.count(None), self.kind, self.unknown, self.eos, self.dummy_prefix]).encode()
+        )
         content.update(repr([self.prefix_after_added, self.space_mark, self.collapses_space]).encode())
         content.update((self.normalizer or "").encode())
         object.__setattr__(self, "digest", content.hexdigest())
@@ -85,8 +89,8 @@ class TokenTable:
 def token_table(tokenizer: Any) -> TokenTable:
     """Token bytes of a Hugging Face tokenizer (fast, SentencePiece, tiktoken or mistral-common behind it).
 
-    The bare objects of tokenizers, sentencepiece, tiktoken and mistral-common work as well. Raises ValueError for
-    WordPiece and word-level tokenizers, and wherever tokens do not spell the text: their bytes cannot be known.
+    The bare objects of tokenizers, sentencepiece, tiktoken and mistral-common work as well. ValueError for
+    WordPiece and word-level tokenizers and wherever tokens do not spell the text: their bytes are not known.
     """
     inner = _attribute(tokenizer, "tokenizer.instruct_tokenizer.tokenizer") or tokenizer
     fast = next(
@@ -109,7 +113,7 @@ def token_table(tokenizer: Any) -> TokenTable:
 
 
 def same_tokenizer(a: TokenTable, b: TokenTable) -> bool:
-    """True where both give every id the same meaning; one side may have added tokens beyond the other's last id."""
+    """True where both give every id the same meaning; one may have more added tokens at its end."""
     if len(a.literal) > len(b.literal):
         a, b = b, a
     size = len(a.literal)
@@ -183,7 +187,7 @@ class Canonical:
 
 @functools.cache
 def units() -> re.Pattern[str]:
-    """Pieces of text that are normalised on their own: white space, or a character with the marks that follow."""
+    """Pieces of text that are normalised on their own: white space, or a character and the marks after it."""
     marks: list[str] = []
     start = None
     for code in range(0x300, sys.maxunicode + 2):
@@ -236,8 +240,8 @@ def _parts(owner: Any) -> list[Any]:
 def _refusal(tokenizer: Any, came: str, what: str) -> ValueError:
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     return ValueError(
-        f"tokenizer {name}: expected a vocabulary whose token bytes are known (byte-level BPE, SentencePiece, "
-        f"tiktoken), got {what}: {came}. Use a model with such a tokenizer."
+        f"tokenizer {name}: expected a vocabulary whose token bytes are known (byte-level BPE, "
+        f"SentencePiece, tiktoken), got {what}: {came}. Use a model with such a tokenizer."
     )
 
 
@@ -262,11 +266,11 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
                 tokenizer, f"{key} {model[key]!r} hides where the white space was", f"{model['type']} pieces"
             )
     metaspaces = [step for step in splitters if step["type"] == "Metaspace"]
-    collapses = any(step["type"] == "WhitespaceSplit" for step in splitters)
+    splits = any(step["type"] == "WhitespaceSplit" for step in splitters)
     dropping = [
         step["type"] for step in splitters if step["type"] in _DROPPING or step.get("behavior") == "Removed"
     ]
-    if collapses and not any(step.get("prepend_scheme") == "always" for step in metaspaces):
+    if splits and not any(step.get("prepend_scheme") == "always" for step in metaspaces):
         dropping.append("WhitespaceSplit")
     if dropping:
         raise _refusal(tokenizer, "it drops white space", f"pre-tokenizer {dropping[0]}")
@@ -311,6 +315,10 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
         or any(step.get("add_prefix_space") for step in levels if step in splitters)
     )
     kept = [step for step in normalizers if step["type"] not in ("Prepend", "Strip", "ByteLevel")]
+    folds = any(
+        step["type"] == "Replace" and step["content"] in (" ", mark) and "Regex" in step["pattern"]
+        for step in kept
+    )
     names = [step["type"] for step in kept if _replaced_space(step) is None]
     if not whole and unknown_id is None:
         names.append("characters without a token are dropped")
@@ -320,12 +328,13 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
         added=added,
         byte_tokens=byte_tokens,
         vague=vague,
+        unknown=None if whole else unknown_id,
         eos=getattr(tokenizer, "eos_token_id", None),
         kind="byte-level" if levels else "sentencepiece" if mark else "characters",
         dummy_prefix=everywhere or "first" in schemes,
         prefix_after_added=everywhere,
         space_mark=mark,
-        collapses_space=collapses,
+        collapses_space=splits or folds,
         normalizer=json.dumps({"type": "Sequence", "normalizers": kept}, sort_keys=True) if kept else None,
         notes=names,
     )
@@ -437,6 +446,7 @@ def _sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:
         added=added,
         byte_tokens=byte_tokens,
         vague=stripping | (unknown if len(byte_tokens) < 256 else set()),
+        unknown=None if len(byte_tokens) == 256 else next(iter(unknown), None),
         eos=getattr(tokenizer, "eos_token_id", None),
         kind="sentencepiece",
         dummy_prefix=prefix,

