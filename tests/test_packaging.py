@@ -314,18 +314,21 @@ def test_broken_install_stops_the_run(tmp_path):
     )
     module = tmp_path / "dskd_plugin" / "plugin.py"
     module.write_text("import a_missing_dependency\n" + module.read_text())
-    code = "import dskd_plugin; print(dskd_plugin.__file__)\n" + textwrap.dedent("""
-        from axolotl.integrations.base import PluginManager
+    code = textwrap.dedent("""
+        import dskd_plugin
+        from axolotl.cli.config import prepare_plugins
+        from axolotl.utils.dict import DictDefault
+        print("imported:", dskd_plugin.__file__)
         for name in ("dskd", "dskd_plugin.DSKDPlugin"):
             try:
-                PluginManager.get_instance().register(name)
+                prepare_plugins(DictDefault({"plugins": [name]}))
                 print("went on")
             except RuntimeError as error:
                 print("stopped:", error)
     """)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     lines = run(sys.executable, "-W", "ignore", "-c", code, **QUIET, PYTHONPATH=path).stdout.splitlines()
-    assert lines[0].startswith(str(tmp_path))
+    assert f"imported: {tmp_path / 'dskd_plugin' / '__init__.py'}" in lines
     assert [line for line in lines if line == "went on"] == []
     stopped = [line for line in lines if line.startswith("stopped:")]
     assert len(stopped) == 2
