@@ -187,9 +187,7 @@ class _Text:
         to[at] = size
         starts, ends = [], []
         for start, end in zip(self.starts, self.ends, strict=True):
-            known = (
-                to[start] >= 0 and to[end] >= 0 and bisect_left(removed, start) == bisect_left(removed, end)
-            )
+            known = to[start] >= 0 and to[end] >= 0 and bisect_left(removed, start) == bisect_left(removed, end)
             starts.append(to[start] if known else 0)
             ends.append(to[end] if known else 0)
         return _Text(b"".join(parts), starts, ends, [to[cut] for cut in self.cuts])
@@ -227,14 +225,8 @@ class _Segment:
         """Readings, likeliest first: (drop a space after added tokens, unknown text is missing)."""
         text_ids = self.ids[: self.end]
         tight = self.table.prefix_after_added and not self.table.added.isdisjoint(text_ids)
-        cut = not self.table.vague.isdisjoint(text_ids) or any(
-            self.table.literal[i] is None for i in text_ids
-        )
-        return [
-            (a, b)
-            for b in ((False, True) if cut else (False,))
-            for a in ((False, True) if tight else (False,))
-        ]
+        cut = not self.table.vague.isdisjoint(text_ids) or any(self.table.literal[i] is None for i in text_ids)
+        return [(a, b) for b in ((False, True) if cut else (False,)) for a in ((False, True) if tight else (False,))]
 
     def read(self, tight: bool, cut: bool, changes: tuple[Canonical, ...]) -> _Text:
         key = (tight, cut, changes)
@@ -275,9 +267,7 @@ def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segme
     same = [[_match(one, other, whole=True) is not None for other in theirs] for one in ours]
     for i in range(len(ours) - 1, -1, -1):
         for j in range(len(theirs) - 1, -1, -1):
-            longest[i][j] = max(
-                longest[i + 1][j], longest[i][j + 1], longest[i + 1][j + 1] + 1 if same[i][j] else 0
-            )
+            longest[i][j] = max(longest[i + 1][j], longest[i][j + 1], longest[i + 1][j + 1] + 1 if same[i][j] else 0)
     chain, i, j = [], 0, 0
     while i < len(ours) and j < len(theirs):
         if same[i][j] and longest[i][j] == longest[i + 1][j + 1] + 1:
@@ -292,9 +282,7 @@ def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segme
 
 def _match(one: _Segment, other: _Segment, whole: bool = False) -> list[tuple[int, int]] | None:
     """Index pairs of two segments, None where their texts differ; whole: a part of a text will not do."""
-    changes = tuple(
-        dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None)
-    )
+    changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
     for locate in (_same,) if whole else (_same, _contained):
         for steps in ((), changes) if changes else ((),):
             for mine in one.variants:

@@ -100,7 +100,9 @@ class Settings(_Block):
         """A setting that the chosen mode would ignore is an error."""
         ignored = []
         if self.spaces == "teacher":
-            ignored += [f"projector.{key}" for key in ("init", "learning_rate") if key in self.projector.model_fields_set]
+            ignored += [
+                f"projector.{key}" for key in ("init", "learning_rate") if key in self.projector.model_fields_set
+            ]
             ignored += ["agreement_mask"] if "agreement_mask" in self.model_fields_set else []
         if self.spaces == "student":
             ignored += ["unmapped_argmax"] if "unmapped_argmax" in self.model_fields_set else []
@@ -124,7 +126,8 @@ def parse_settings(block: Any) -> Settings:
     """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
     if not isinstance(block, dict):
         raise ValueError(
-            f"dskd: expected a block of settings, got {block!r}. Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+            f"dskd: expected a block of settings, got {block!r}. "
+            "Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>"
         )
     try:
         return Settings.model_validate(block)
@@ -135,7 +138,15 @@ def parse_settings(block: Any) -> Settings:
 
 _KINDS = {
     kind: model
-    for model in (ForwardKL, ReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL, AdaptiveKL, TotalVariation)
+    for model in (
+        ForwardKL,
+        ReverseKL,
+        JensenShannon,
+        SkewedForwardKL,
+        SkewedReverseKL,
+        AdaptiveKL,
+        TotalVariation,
+    )
     for kind in (model.model_fields["kind"].annotation.__args__)
 }
 
@@ -168,7 +179,9 @@ def _explain(item: Any) -> str:
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
         return f"{name}.kind: expected one of {', '.join(_KINDS)}, got {kind!r}. {advice}"
     if item["type"] == "literal_error":
-        near = get_close_matches(str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        near = get_close_matches(
+            str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
+        )
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
         return f"{name}: expected {item['ctx']['expected']}, got {got!r}. {advice}"
     if item["type"] == "value_error":

@@ -7,7 +7,8 @@ packing) stays Axolotl's.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,9 @@ class PairedStrategy:
             ids.append(tokenizer.eos_token_id)
         return ids, list(ids)
 
-    def _join(self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]) -> dict[str, Any]:
+    def _join(
+        self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
+    ) -> dict[str, Any]:
         found = align(
             ids,
             _responses(ids, labels, self.student.tokenizer),
@@ -107,7 +110,7 @@ def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
 
 
 _reader: TeacherReader | None = None
-_teacher_strategy: list[Any] | None = None  # a list while the teacher's strategy is being captured
+_on_strategy: Callable[[Any], Any] | None = None
 
 
 def install(reader: TeacherReader | None) -> None:
@@ -116,62 +119,59 @@ def install(reader: TeacherReader | None) -> None:
     _reader = reader
     from axolotl.utils.data import sft, wrappers
 
-    if not hasattr(sft.get_dataset_wrapper, "dskd_original"):
+    if not hasattr(sft.get_dataset_wrapper, "reads_twice"):
         sft.get_dataset_wrapper = _read_twice(sft.get_dataset_wrapper)
-        wrappers.wrap_dataset_for_tokenized_prompt = _keep_or_pair(wrappers.wrap_dataset_for_tokenized_prompt)
+        wrappers.wrap_dataset_for_tokenized_prompt = _exchange_strategy(wrappers.wrap_dataset_for_tokenized_prompt)
 
 
 def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_dataset_wrapper(dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        global _teacher_strategy
         if _reader is None:
             return original(dataset_config, tokenizer, cfg, *args, **kwargs)
         name = f"datasets: {dataset_config['path']}"
-        teacher_config, teacher_cfg = _for_teacher(dataset_config, cfg, _reader)
         captured: list[Any] = []
-        _teacher_strategy = captured
-        try:
-            original(teacher_config, _reader.tokenizer, teacher_cfg, *args, **kwargs)
-        finally:
-            _teacher_strategy = None
+        with _each_strategy(captured.append):
+            original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
         if len(captured) != 1:
             raise ValueError(
                 f"{name}: expected a dataset type that Axolotl tokenizes row by row, got {dataset_config['type']!r}. "
                 "Use chat_template, alpaca, completion or a custom type with raw text."
             )
-        _pairing.append((captured[0], make_pair(tokenizer, _reader.table, _reader.settings)))
-        try:
+        pair = make_pair(tokenizer, _reader.table, _reader.settings)
+        with _each_strategy(lambda strategy: PairedStrategy(strategy, captured[0], pair)):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
-        finally:
-            _pairing.clear()
         return _checked(name, dataset, cfg, _reader), prompter
 
-    get_dataset_wrapper.dskd_original = original  # type: ignore[attr-defined]
+    get_dataset_wrapper.reads_twice = True  # type: ignore[attr-defined]
     return get_dataset_wrapper
 
 
-_pairing: list[tuple[Any, Pair]] = []
-
-
-def _keep_or_pair(original: Callable[..., Any]) -> Callable[..., Any]:
+def _exchange_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrap_dataset_for_tokenized_prompt(strategy: Any, dataset: Any, **kwargs: Any) -> Any:
-        if _teacher_strategy is not None:
-            _teacher_strategy.append(strategy)
-            return dataset
-        if _pairing:
-            teacher, pair = _pairing[0]
-            strategy = PairedStrategy(strategy, teacher, pair)
-        return original(strategy, dataset, **kwargs)
+        if _on_strategy is not None:
+            strategy = _on_strategy(strategy)
+        return dataset if strategy is None else original(strategy, dataset, **kwargs)
 
     return wrap_dataset_for_tokenized_prompt
+
+
+@contextmanager
+def _each_strategy(exchange: Callable[[Any], Any]) -> Iterator[None]:
+    """Hand every strategy that Axolotl builds to ``exchange``; where that returns None, nothing is tokenized."""
+    global _on_strategy
+    _on_strategy = exchange
+    try:
+        yield
+    finally:
+        _on_strategy = None
 
 
 def teacher_sequence_len(settings: Settings, student_sequence_len: int) -> int:
     return settings.teacher.sequence_len or 2 * student_sequence_len
 
 
-def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any]:
-    """Copies of the dataset entry and the recipe in which the teacher's template and limits stand."""
+def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any, Any]:
+    """The dataset entry, tokenizer and recipe of the teacher: copies with its own template and limits."""
     config, teacher_cfg = copy.deepcopy(dataset_config), copy.deepcopy(cfg)
     for block in (config, teacher_cfg):
         if reader.template is not None:
@@ -183,7 +183,7 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     turn_end = end_of_turn(reader.tokenizer, reader.template, reader.table)
     if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
         teacher_cfg["eot_tokens"] = [reader.tokenizer.convert_ids_to_tokens(turn_end)]
-    return config, teacher_cfg
+    return config, reader.tokenizer, teacher_cfg
 
 
 def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
@@ -196,8 +196,8 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
     strategy = (cfg.excess_length_strategy or "drop").lower()
     if over_long and strategy == "raise":
         raise ValueError(
-            f"{name}: expected teacher rows of at most {limit} tokens (excess_length_strategy: raise), got {over_long} longer "
-            "ones. Raise dskd.teacher.sequence_len or shorten the rows."
+            f"{name}: expected teacher rows of at most {limit} tokens (excess_length_strategy: raise), "
+            f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
         )
     if over_long and strategy == "truncate":
         dataset = dataset.map(_Truncate(limit), num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
@@ -217,7 +217,15 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
     LOG.info(
         "dskd: %s: %d rows, %d response tokens, %.1f %% aligned with the teacher; %d over-long teacher rows (%s), "
         "%d response segments without a counterpart",
-        *(name, rows, responses, 100 * aligned / responses, over_long, strategy if over_long else "none", unmatched),
+        *(
+            name,
+            rows,
+            responses,
+            100 * aligned / responses,
+            over_long,
+            strategy if over_long else "none",
+            unmatched,
+        ),
     )
     if aligned == 0:
         raise ValueError(

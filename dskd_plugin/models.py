@@ -33,8 +33,8 @@ def output_head(model: nn.Module) -> nn.Module:
     head = causal_lm(model).get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise DSKDSetupError(
-            f"model {causal_lm(model).config.name_or_path!r}: expected a causal language model with a linear output head, "
-            f"got {type(causal_lm(model)).__name__} without one. Use a decoder-only language model."
+            f"model {causal_lm(model).config.name_or_path!r}: expected a causal language model with a "
+            f"linear output head, got {type(causal_lm(model)).__name__} without one. Use a decoder-only language model."
         )
     return head
 

@@ -46,7 +46,9 @@ class DSKDPlugin(BasePlugin):
         if "dskd" not in cfg:
             near = get_close_matches("dskd", list(cfg), n=1, cutoff=0.7)
             if near:
-                raise ValueError(f"{near[0]}: expected the key 'dskd' for the plugin's block, got '{near[0]}'. Rename it.")
+                raise ValueError(
+                    f"{near[0]}: expected the key 'dskd' for the plugin's block, got '{near[0]}'. Rename it."
+                )
             LOG.warning("dskd: the plugin is listed but the recipe has no `dskd:` block; this run is plain Axolotl.")
             return
         self.reader = self._read(cfg)
@@ -66,7 +68,9 @@ class DSKDPlugin(BasePlugin):
         check_files("base_model", cfg["base_model"])
         tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
         types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]
-        template = resolve_template(settings.teacher, tokenizer, any(kind.startswith("chat_template") for kind in types))
+        template = resolve_template(
+            settings.teacher, tokenizer, any(kind.startswith("chat_template") for kind in types)
+        )
         table = read_table("tokenizer of dskd.teacher.model", tokenizer)
         if settings.alignment == "identity":
             from transformers import AutoTokenizer
@@ -110,7 +114,7 @@ class DSKDPlugin(BasePlugin):
 
 
 def _tokenizer_files(model: str) -> str:
-    """Digest of a local tokenizer's files: retraining it in place must not reuse old rows. Hub ids are their own key."""
+    """Digest of a local tokenizer's files: retraining it in place must not reuse old rows."""
     digest = hashlib.sha256(model.encode())
     for file in sorted(Path(model).glob("token*")) + sorted(Path(model).glob("*.jinja")):
         digest.update(file.read_bytes())
@@ -129,19 +133,22 @@ def check_recipe(cfg: Any) -> None:
         problems.append(f"fsdp_version: expected 2, got {cfg.get('fsdp_version')!r}. Set fsdp_version: 2.")
     if fsdp and fsdp.get("state_dict_type") != "FULL_STATE_DICT":
         problems.append(
-            f"fsdp_config.state_dict_type: expected FULL_STATE_DICT, got {fsdp.get('state_dict_type')!r}. Set it, so that the "
-            "student is saved without the projectors."
+            f"fsdp_config.state_dict_type: expected FULL_STATE_DICT, got {fsdp.get('state_dict_type')!r}. "
+            "Set it, so that the student is saved without the projectors."
         )
     for key in ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"):
         if (cfg.get(key) or 1) > 1:
             problems.append(f"{key}: expected 1 beside a `dskd:` block, got {cfg[key]}. Use data parallelism.")
+    for key in ("dispatch_batches", "split_batches"):
+        if (cfg.get("accelerator_config") or {}).get(key):
+            problems.append(f"accelerator_config.{key}: expected false, got true: it cuts batches apart. Remove it.")
     deepspeed = cfg.get("deepspeed")
     if deepspeed:
         content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
         if "optimizer" in content:
             problems.append(
-                f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: it would give the "
-                "projectors the student's learning rate. Set `optimizer` in the recipe."
+                f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "
+                "it would give the projectors the student's learning rate. Set `optimizer` in the recipe."
             )
     if problems:
         raise ValueError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""The frozen teacher: checked before anything is written, loaded outside every training engine, asked for hidden states.
+"""The frozen teacher: checked before anything is written, loaded outside every engine, asked for hidden states.
 
 Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher width.
 """
@@ -27,10 +27,14 @@ def check_files(name: str, model: str) -> None:
     folder = Path(model).expanduser()
     if not folder.exists():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-            raise ValueError(f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path.")
+            raise ValueError(
+                f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
+            )
         return
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path.")
+        raise ValueError(
+            f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
+        )
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -38,12 +42,17 @@ def check_files(name: str, model: str) -> None:
             length = int.from_bytes(start, "little")
             header = stream.read(length) if len(start) == 8 and length <= size else b""
         try:
-            end = max((entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"), default=0)
+            end = max(
+                (entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"),
+                default=0,
+            )
             expected = 8 + length + end
         except ValueError:
             expected = 8 + length
         if size < expected:
-            raise ValueError(f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again.")
+            raise ValueError(
+                f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again."
+            )
 
 
 def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
@@ -72,11 +81,13 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
     if encoder or not known:
         raise ValueError(
             f"dskd.teacher.model: expected a decoder-only causal language model, got {settings.model!r} of type "
-            f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). Choose a generative teacher."
+            f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
+            "Choose a generative teacher."
         )
     if settings.adapter is not None and not Path(settings.adapter).exists() and Path(settings.adapter).is_absolute():
         raise ValueError(
-            f"dskd.teacher.adapter: expected a PEFT folder or a hub id, got {settings.adapter!r}, which does not exist. Check the path."
+            f"dskd.teacher.adapter: expected a PEFT folder or a hub id, got {settings.adapter!r}, which does "
+            "not exist. Check the path."
         )
 
 
@@ -100,8 +111,8 @@ def resolve_template(settings: TeacherSettings, tokenizer: Any, needed: bool) ->
     if choice == "tokenizer_default":
         if tokenizer.chat_template is None and needed:
             raise ValueError(
-                f"dskd.teacher.chat_template: expected a teacher with a chat template, got {settings.model!r} without one "
-                "(a base model?). Name a template or a jinja file: dskd.teacher.chat_template: <name|file>."
+                f"dskd.teacher.chat_template: expected a teacher with a chat template, got {settings.model!r} without "
+                "one (a base model?). Name a template or a jinja file: dskd.teacher.chat_template: <name|file>."
             )
         return tokenizer.chat_template
     if Path(choice).is_file():
@@ -180,7 +191,10 @@ class Teacher:
                 except ValueError as error:
                     if settings.attn_implementation is not None or "attention" not in str(error):
                         raise
-                    LOG.info("dskd: the teacher does not know the student's %s; using its default", attn_implementation)
+                    LOG.info(
+                        "dskd: the teacher does not know the student's %s; using its default",
+                        attn_implementation,
+                    )
                     model = _load(settings, None, trust_remote_code)
             except (OSError, ValueError) as error:
                 raise DSKDSetupError(
@@ -191,7 +205,6 @@ class Teacher:
         self.decoder = decoder(self.model)
         self.head: Head = read_head(self.model, output_head(self.model), vocab_size).detach()
         self.packed = packed and self._packing_is_exact()
-        self.wants_packing = packed
         self._check_head()
 
     @property

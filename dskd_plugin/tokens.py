@@ -64,9 +64,7 @@ class TokenTable:
             content.update(b"\xff" if text is None else len(text).to_bytes(4, "little") + text)
         rest = (self.special, self.added, self.byte_tokens, self.vague)
         content.update(repr([sorted(ids) for ids in rest]).encode())
-        content.update(
-            repr([self.bytes.count(None), self.kind, self.unknown, self.eos, self.dummy_prefix]).encode()
-        )
+        content.update(repr([self.bytes.count(None), self.kind, self.unknown, self.eos, self.dummy_prefix]).encode())
         content.update(repr([self.prefix_after_added, self.space_mark, self.collapses_space]).encode())
         content.update((self.normalizer or "").encode())
         object.__setattr__(self, "digest", content.hexdigest())
@@ -93,9 +91,7 @@ def token_table(tokenizer: Any) -> TokenTable:
     WordPiece and word-level tokenizers and wherever tokens do not spell the text: their bytes are not known.
     """
     inner = _attribute(tokenizer, "tokenizer.instruct_tokenizer.tokenizer") or tokenizer
-    fast = next(
-        (each for each in (tokenizer, _attribute(tokenizer, "backend_tokenizer")) if _is_fast(each)), None
-    )
+    fast = next((each for each in (tokenizer, _attribute(tokenizer, "backend_tokenizer")) if _is_fast(each)), None)
     processor = next((each for each in _parts(inner) if hasattr(each, "serialized_model_proto")), None)
     encoding = next((each for each in _parts(inner) if hasattr(each, "_mergeable_ranks")), None)
     if fast is not None:
@@ -217,9 +213,7 @@ def _load_normalizer(normalizer: str | None) -> Callable[[str], str]:
     from tokenizers import Tokenizer
 
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    loaded = Tokenizer.from_str(
-        json.dumps({"version": "1.0", "normalizer": json.loads(normalizer), "model": model})
-    )
+    loaded = Tokenizer.from_str(json.dumps({"version": "1.0", "normalizer": json.loads(normalizer), "model": model}))
     return loaded.normalizer.normalize_str
 
 
@@ -267,9 +261,7 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
             )
     metaspaces = [step for step in splitters if step["type"] == "Metaspace"]
     splits = any(step["type"] == "WhitespaceSplit" for step in splitters)
-    dropping = [
-        step["type"] for step in splitters if step["type"] in _DROPPING or step.get("behavior") == "Removed"
-    ]
+    dropping = [step["type"] for step in splitters if step["type"] in _DROPPING or step.get("behavior") == "Removed"]
     if splits and not any(step.get("prepend_scheme") == "always" for step in metaspaces):
         dropping.append("WhitespaceSplit")
     if dropping:
@@ -279,9 +271,7 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
     mark = None if levels else _space_mark(metaspaces, normalizers, decoders)
     if not levels and mark is None:
         levels = [step for step in decoders if step["type"] == "ByteLevel"]
-    fallback = not levels and (
-        model.get("byte_fallback") or any(step["type"] == "ByteFallback" for step in decoders)
-    )
+    fallback = not levels and (model.get("byte_fallback") or any(step["type"] == "ByteFallback" for step in decoders))
     vocab = model["vocab"]
     entries = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
     literal: dict[int, bytes] = {}
@@ -316,8 +306,7 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
     )
     kept = [step for step in normalizers if step["type"] not in ("Prepend", "Strip", "ByteLevel")]
     folds = any(
-        step["type"] == "Replace" and step["content"] in (" ", mark) and "Regex" in step["pattern"]
-        for step in kept
+        step["type"] == "Replace" and step["content"] in (" ", mark) and "Regex" in step["pattern"] for step in kept
     )
     names = [step["type"] for step in kept if _replaced_space(step) is None]
     if not whole and unknown_id is None:
@@ -379,9 +368,7 @@ def _space_mark(
     marks = [step["replacement"] for step in metaspaces]
     marks += [mark for step in normalizers if (mark := _replaced_space(step))]
     marks += [step["replacement"] for step in decoders if step["type"] == "Metaspace"]
-    marks += [
-        step["pattern"].get("String") for step in decoders if step.get("content") == " " and "pattern" in step
-    ]
+    marks += [step["pattern"].get("String") for step in decoders if step.get("content") == " " and "pattern" in step]
     return next((mark for mark in marks if mark), None)
 
 
@@ -432,9 +419,7 @@ def _sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:
             if processor.is_unknown(source):
                 unknown.add(token_id)
     for token_id, token in added.items():
-        literal[token_id] = (
-            token.content.encode() if token.special else literal.get(token_id, token.content.encode())
-        )
+        literal[token_id] = token.content.encode() if token.special else literal.get(token_id, token.content.encode())
         special.update({token_id} if token.special else ())
     stripping = {i for i, token in added.items() if token.lstrip or token.rstrip}
     charsmap, prefix, collapses = spec
@@ -514,9 +499,7 @@ def _tiktoken_table(tokenizer: Any, encoding: Any) -> TokenTable:
         added=special_ids | set(added),
         eos=getattr(tokenizer, "eos_token_id", None),
         kind="tiktoken",
-        normalizer=json.dumps({"type": "Sequence", "normalizers": [{"type": s} for s in steps]})
-        if steps
-        else None,
+        normalizer=json.dumps({"type": "Sequence", "normalizers": [{"type": s} for s in steps]}) if steps else None,
         notes=steps,
     )
 
@@ -530,8 +513,6 @@ def _check_spelling(tokenizer: Any, table: TokenTable) -> None:
         return
     change = canonical(table) or (lambda unit: unit)
     spelled = b"".join(table.literal[i] or b"" for i in ids).decode(errors="replace")
-    got, wanted = (
-        "".join(change(unit) for unit in units().findall(text)).strip() for text in (spelled, _PROBE)
-    )
+    got, wanted = ("".join(change(unit) for unit in units().findall(text)).strip() for text in (spelled, _PROBE))
     if got != wanted:
         raise _refusal(tokenizer, f"its tokens spell {got!r} for {wanted!r}", table.kind)

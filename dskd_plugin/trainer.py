@@ -1,10 +1,12 @@
 """Axolotl's trainer with the distillation loss: batches in, one scalar and exact metrics out."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from dskd_plugin import state
@@ -16,8 +18,16 @@ from dskd_plugin.pair import make_pair, shared_ids
 from dskd_plugin.student import DistillationLoss, MicroBatch, attach
 from dskd_plugin.teacher import Teacher
 
+LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
-OWN_KEYS = ("dskd_rows", "dskd_targets", "dskd_teacher_rows", "teacher_input_ids", "teacher_lengths", "teacher_bins")
+OWN_KEYS = (
+    "dskd_rows",
+    "dskd_targets",
+    "dskd_teacher_rows",
+    "teacher_input_ids",
+    "teacher_lengths",
+    "teacher_bins",
+)
 
 
 class _WithoutPerplexity(dict[str, Any]):
@@ -56,6 +66,9 @@ class DSKDTrainer(AxolotlTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss.step = lambda: self.state.global_step
         self._loss.matmul_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        # Logits of one position only: the loss makes its own, of chosen rows.
+        keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
+        self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._logged = {"align_ratio", *active_names(self._loss.objective)}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
 
@@ -79,6 +92,13 @@ class DSKDTrainer(AxolotlTrainer):
             head_rows=(rows, self._teacher.head.weight_VD.shape[0]),
             top_vocab=settings.projector.top_vocab,
         )
+        LOG.info(
+            "dskd: student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; alignment %s",
+            *(pair.student.vocab_size, width, pair.teacher.vocab_size, self._teacher.width),
+            *(100 * overlap.student_share, "identity" if pair.identity else "eta"),
+        )
+        if self.cfg.sample_packing and not self._teacher.packed:
+            LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
         knobs = settings.divergence.model_dump()
         self._pair_state = {
             "teacher": settings.teacher.model,
@@ -109,15 +129,15 @@ class DSKDTrainer(AxolotlTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The host's optimizer, with the projectors moved into a parameter group of their own learning rate."""
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        own = {id(parameter): parameter for parameter in self._loss.parameters()}
+        own = list(self._loss.parameters())
         if own and not any(group.get("dskd") for group in optimizer.param_groups):
-            decay = self.args.weight_decay
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            learning_rate = self.reader.settings.projector.learning_rate
-            optimizer.add_param_group(
-                {"params": list(own.values()), "lr": learning_rate, "weight_decay": decay, "dskd": True}
+            ids = {id(parameter) for parameter in own}
+            (home,) = (
+                group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
             )
+            home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
+            learning_rate = self.reader.settings.projector.learning_rate
+            optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
         return optimizer
 
     # -- batches ---------------------------------------------------------------------------------------------------
@@ -151,7 +171,11 @@ class DSKDTrainer(AxolotlTrainer):
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         training = "dskd" in inputs
         inputs = dict(inputs)
@@ -163,7 +187,7 @@ class DSKDTrainer(AxolotlTrainer):
         self._loss.reduce_counts = self._over_ranks if training else lambda counts: counts
         self._loss.micro_batch = micro_batch
         try:
-            outputs = model(**inputs, use_cache=False, logits_to_keep=1)
+            outputs = model(**inputs, **self._forward_options)
         finally:
             self._loss.micro_batch = None
         loss = outputs["loss"]

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -127,9 +128,18 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # A plain `kill` then also ends the training below, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     try:
         results = run(options.out, options.teacher, options.seed)
+    except ImportError as error:
+        print(
+            f"quickstart: expected its packages in {sys.executable}, got: {error}. "
+            "Run `make quickstart`, or `pip install -e '.[train,dev]'` first.",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -38,9 +38,32 @@ CHATML = (
 )
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'system' %}[SYS] {{ m.content }} [/SYS]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% elif m.role == 'system' %}[SYS] {{ m.content }} [/SYS]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-WORDS = "red blue green stone river bread lamp seven twelve naïve café 日本 maths code def return if else the a of".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "stone",
+    "river",
+    "bread",
+    "lamp",
+    "seven",
+    "twelve",
+    "naïve",
+    "café",
+    "日本",
+    "maths",
+    "code",
+    "def",
+    "return",
+    "if",
+    "else",
+    "the",
+    "a",
+    "of",
+]
 
 
 def conversations(rows: int, seed: int, turns: int = 2) -> list[dict[str, Any]]:
@@ -98,12 +121,12 @@ def sentencepiece_tokenizer(vocab: int, seed: int) -> Any:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # for training only, as SentencePiece does
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False
+        vocab_size=vocab,
+        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([row["text"] for row in conversations(80, seed)], trainer)
     state = json.loads(tokenizer.to_str())
@@ -158,11 +181,13 @@ def build() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders: student (byte-level BPE, Llama), teacher (SentencePiece-like, Qwen3), sibling (student's tokenizer), data."""
+    """Folders: student (byte-level BPE, Llama), teacher (SentencePiece-like, Qwen3), sibling (as the student), data."""
     root = tmp_path_factory.mktemp("tiny")
     student_tokenizer, teacher_tokenizer = byte_level_tokenizer(420, 1), sentencepiece_tokenizer(460, 2)
     data = root / "train.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(48, 3)), encoding="utf-8")
+    data.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(48, 3)), encoding="utf-8"
+    )
     return {
         "student": save_model(root / "student", student_tokenizer),
         "teacher": save_model(root / "teacher", teacher_tokenizer, "qwen3", width=48, seed=1),
@@ -177,7 +202,10 @@ def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     return {
         "base_model": tiny["student"],
         "plugins": ["dskd"],
-        "dskd": {"teacher": {"model": tiny["teacher"], "dtype": "float32"}, "projector": {"learning_rate": 0.002}},
+        "dskd": {
+            "teacher": {"model": tiny["teacher"], "dtype": "float32"},
+            "projector": {"learning_rate": 0.002},
+        },
         "chat_template": "tokenizer_default",
         "datasets": [{"path": tiny["data"], "ds_type": "json", "type": "chat_template"}],
         "dataset_prepared_path": str(tmp_path / "prepared"),

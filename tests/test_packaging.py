@@ -50,9 +50,7 @@ class Environment:
         self.python = folder / "bin" / "python"
         self.site = Path(self.run("import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
 
-    def run(
-        self, code: str, *options: str, check: bool = True, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, *options: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         return run(self.python, *options, "-c", textwrap.dedent(code), check=check, **env)
 
     def pip(self, *arguments: str | Path) -> None:
@@ -135,11 +133,7 @@ def test_start_is_silent_and_harmless_without_axolotl(installed):
 
 def test_start_imports_only_the_standard_library(installed):
     loaded = json.loads(installed.run("import sys, json; print(json.dumps(sorted(sys.modules)))").stdout)
-    own = {
-        name
-        for name in loaded
-        if name.split(".")[0] not in {*sys.stdlib_module_names, "__main__", "sitecustomize"}
-    }
+    own = {name for name in loaded if name.split(".")[0] not in {*sys.stdlib_module_names, "__main__", "sitecustomize"}}
     assert own == {"dskd_plugin", "dskd_plugin._bootstrap"}
 
 
@@ -298,9 +292,7 @@ def test_plugin_without_a_block_is_inert_and_says_so(answers):
 def test_block_without_the_plugin_is_refused(answers):
     assert len(answers["block alone"]) == 6
     for message in answers["block alone"].values():
-        assert message.startswith(
-            "plugins: expected 'dskd' in the list because the recipe has a `dskd:` block, got ["
-        )
+        assert message.startswith("plugins: expected 'dskd' in the list because the recipe has a `dskd:` block, got [")
         assert message.endswith("Add `plugins: [dskd]`, or remove the block.")
     assert answers["kept"] == 0.25
 
@@ -309,9 +301,7 @@ def test_block_without_the_plugin_is_refused(answers):
 def test_broken_install_stops_the_run(tmp_path):
     """Axolotl 0.19 prints an ImportError and trains on without the plugin; ours must not be one."""
     pytest.importorskip("axolotl", reason="needs an importable Axolotl")
-    shutil.copytree(
-        ROOT / "dskd_plugin", tmp_path / "dskd_plugin", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "dskd_plugin", tmp_path / "dskd_plugin", ignore=shutil.ignore_patterns("__pycache__"))
     module = tmp_path / "dskd_plugin" / "plugin.py"
     module.write_text("import a_missing_dependency\n" + module.read_text())
     code = textwrap.dedent("""

@@ -55,8 +55,16 @@ def kill_tree(pid: int) -> None:
             process.kill()
 
 
-def axolotl(recipe: dict[str, Any], command: str = "train", *, launcher: str = "python", ranks: int = 1,
-            kill_after: str | None = None, timeout: int = 600, extra_env: dict[str, str] | None = None) -> Run:
+def axolotl(
+    recipe: dict[str, Any],
+    command: str = "train",
+    *,
+    launcher: str = "python",
+    ranks: int = 1,
+    kill_after: str | None = None,
+    timeout: int = 600,
+    extra_env: dict[str, str] | None = None,
+) -> Run:
     """Run the real command on the recipe. ranks 2: under torchrun with the CPU engines of cpu_engines.py.
 
     kill_after: kill -9 the whole process group as soon as this path exists.
@@ -66,13 +74,32 @@ def axolotl(recipe: dict[str, Any], command: str = "train", *, launcher: str = "
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     if ranks > 1:
-        arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(LAUNCH), str(file)]
+        arguments = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            str(LAUNCH),
+            str(file),
+        ]
     else:
-        arguments = ["axolotl", command, str(file), *(["--launcher", launcher] if command != "preprocess" else [])]
+        arguments = [
+            "axolotl",
+            command,
+            str(file),
+            *(["--launcher", launcher] if command != "preprocess" else []),
+        ]
     log = out.parent / f"{out.name}.log"
     with log.open("w") as stream:
-        process = subprocess.Popen(arguments, cwd=out.parent, env={**environment(), **(extra_env or {})},
-                                   stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            arguments,
+            cwd=out.parent,
+            env={**environment(), **(extra_env or {})},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         deadline = time.monotonic() + timeout
         try:
             while process.poll() is None:
@@ -94,12 +121,17 @@ def run_axolotl() -> Callable[..., Run]:
 
 
 @pytest.fixture
-def train(recipe: dict[str, Any]):  # noqa: ANN201
+def train(recipe: dict[str, Any]):
     """``train(**changes)``: run the recipe with changes and expect success."""
 
     def run(name: str = "out", *, ranks: int = 1, command: str = "train", **changes: Any) -> Run:
         block = {**recipe["dskd"], **changes.pop("dskd", {})}
-        changed = {**recipe, **changes, "dskd": block, "output_dir": str(Path(recipe["output_dir"]).parent / name)}
+        changed = {
+            **recipe,
+            **changes,
+            "dskd": block,
+            "output_dir": str(Path(recipe["output_dir"]).parent / name),
+        }
         result = axolotl({key: value for key, value in changed.items() if value is not None}, command, ranks=ranks)
         assert result.code == 0, result.output[-4000:]
         return result

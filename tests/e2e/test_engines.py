@@ -26,7 +26,14 @@ LORA = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
-PACKED = {"sample_packing": True, "sequence_len": 128, "micro_batch_size": 1}
+PACKED = {
+    "sample_packing": True,
+    "eval_sample_packing": True,
+    "sequence_len": 128,
+    "micro_batch_size": 1,
+    "val_set_size": 0.25,
+    "eval_steps": 2,
+}
 
 
 def zero(stage, folder):
@@ -93,6 +100,7 @@ def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path
     assert names and all("lora_" in name for name in names)
     steps = [entry for entry in run.log if "loss" in entry]
     assert all(entry["dskd/align_ratio"] == 1 for entry in steps)
+    assert any("eval_dskd/ce" in entry for entry in run.log)
     for entry in steps:
         assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * entry["dskd/kd"], rel=1e-5)
 
@@ -136,7 +144,12 @@ def test_lora_resumes_the_same_curve(train, run_axolotl, recipe):
 def test_resume_refuses_another_pair_and_half_a_checkpoint(train, run_axolotl, recipe, tiny):
     run = train(max_steps=2)
     checkpoint = run.out / "checkpoint-2"
-    other = {**recipe, "output_dir": f"{run.out}-other", "max_steps": 4, "resume_from_checkpoint": str(checkpoint)}
+    other = {
+        **recipe,
+        "output_dir": f"{run.out}-other",
+        "max_steps": 4,
+        "resume_from_checkpoint": str(checkpoint),
+    }
     sibling = {"teacher": {"model": tiny["sibling"], "dtype": "float32"}}
     refused = run_axolotl({**other, "dskd": sibling})
     assert refused.code != 0

@@ -36,7 +36,9 @@ def test_distillation_across_tokenizers(train):
     assert len(steps) == 12
     for entry in steps:
         assert all(math.isfinite(entry[f"dskd/{name}"]) for name in METRICS)
-        assert entry["dskd/kd"] == pytest.approx(sum(entry[f"dskd/{name}"] for name in ("t2s_kd", "t2s_ce", "s2t_kd")), abs=1e-5)
+        assert entry["dskd/kd"] == pytest.approx(
+            sum(entry[f"dskd/{name}"] for name in ("t2s_kd", "t2s_ce", "s2t_kd")), abs=1e-5
+        )
         assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * entry["dskd/kd"], rel=1e-5)
         assert 0.8 < entry["dskd/align_ratio"] <= 1
         assert "ppl" not in entry
@@ -65,7 +67,12 @@ def test_any_split_of_the_batch_gives_the_same_curve(train):
 
 def test_packed_with_evaluation(train):
     run = train(
-        sample_packing=True, eval_sample_packing=True, sequence_len=128, micro_batch_size=2, val_set_size=0.25, eval_steps=2
+        sample_packing=True,
+        eval_sample_packing=True,
+        sequence_len=128,
+        micro_batch_size=2,
+        val_set_size=0.25,
+        eval_steps=2,
     )
     evaluations = [entry for entry in run.log if "eval_loss" in entry]
     assert len(evaluations) >= 2
@@ -78,7 +85,13 @@ def test_packed_equals_padded(train):
     """All rows in one step: however they are laid out, the loss is the same."""
     padded = train("padded", micro_batch_size=48, gradient_accumulation_steps=1, max_steps=1, save_steps=1).curve()
     packed = train(
-        "packed", sample_packing=True, sequence_len=4096, max_steps=1, save_steps=1, micro_batch_size=1, gradient_accumulation_steps=1
+        "packed",
+        sample_packing=True,
+        sequence_len=4096,
+        max_steps=1,
+        save_steps=1,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
     ).curve()
     assert packed == [pytest.approx(step, rel=1e-4) for step in padded]
 
@@ -97,7 +110,10 @@ def test_lora(train, tiny):
 
 @pytest.mark.parametrize("kind", ["alpaca", "completion"])
 def test_other_datasets(train, tiny, kind):
-    run = train(datasets=[{"path": tiny["data"], "ds_type": "json", "type": kind}], sequence_len=64 if kind == "completion" else 256)
+    run = train(
+        datasets=[{"path": tiny["data"], "ds_type": "json", "type": kind}],
+        sequence_len=64 if kind == "completion" else 256,
+    )
     assert run.curve()
 
 

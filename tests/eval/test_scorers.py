@@ -42,7 +42,8 @@ def test_rouge_l_takes_the_best_reference_and_stems() -> None:
     ("text", "number"),
     [
         ("so it is 18.", "18"), ("1,200 eggs", "1200"), ("$3.50", "3.50"), ("5-3", "3"), ("-4", "-4"),
-        ("about 1,2 or", "2"), ("none", None), ("x = .5", ".5"), ("18 in 7 days", "7"), ("12,345.6!", "12345.6"),
+        ("about 1,2 or", "2"), ("none", None), ("x = .5", ".5"), ("18 in 7 days", "7"),
+        ("12,345.6!", "12345.6"),
     ],
 )  # fmt: skip
 def test_last_number(text: str, number: str | None) -> None:

@@ -82,9 +82,9 @@ def test_rows_point_at_the_tokens_of_their_sample(tokenizer, kind, side):
         for r, y, t in zip(rows[:aligned], targets[:aligned], partners, strict=True)
     ]
     assert found == expected_pairs
-    assert sorted(
-        (int(flat[r]), int(y)) for r, y in zip(rows[aligned:], targets[aligned:], strict=True)
-    ) == sorted(expected_rest)
+    assert sorted((int(flat[r]), int(y)) for r, y in zip(rows[aligned:], targets[aligned:], strict=True)) == sorted(
+        expected_rest
+    )
     assert batch["teacher_lengths"].tolist() == [len(one["teacher_input_ids"]) for one in samples]
     assert batch["teacher_bins"].tolist() == ([1] * 6 if per_bin is None else [per_bin] * 2)
     assert next(iter(batch)) == "input_ids"  # the host measures the batch by its first tensor

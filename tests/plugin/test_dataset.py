@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+
 @pytest.fixture
 def prepare(recipe, tmp_path):
     """Rows of the first dataset after Axolotl's pipeline, the student's tokenizer and the teacher's."""
@@ -15,10 +16,10 @@ def prepare(recipe, tmp_path):
     PluginManager._instance = None
 
     def prepare(rows=None, block=None, **changes):
+        from axolotl.cli.args import TrainerCliArgs
         from axolotl.cli.config import load_cfg
         from axolotl.common.datasets import load_datasets
         from axolotl.loaders import load_tokenizer
-        from axolotl.cli.args import TrainerCliArgs
 
         changed = {**recipe, **changes, "dskd": {**recipe["dskd"], **(block or {})}}
         if rows is not None:
@@ -61,7 +62,10 @@ def test_both_sides_read_the_conversation_in_their_own_template(prepare):
     rows, student, teacher = prepare([conversation("red river", "blue stone.", "twelve", "the lamp\n- item")])
     (row,) = rows
     assert student.decode(row["input_ids"]).startswith("<|im_start|>user\nred river<|im_end|>")
-    assert teacher.decode(row["teacher_input_ids"]) == "<s>[INST] red river [/INST] blue stone.</s>[INST] twelve [/INST] the lamp\n- item</s>"
+    assert (
+        teacher.decode(row["teacher_input_ids"])
+        == "<s>[INST] red river [/INST] blue stone.</s>[INST] twelve [/INST] the lamp\n- item</s>"
+    )
     check_pairs(row, student, teacher)
     ends = [s for s in row["aligned_student"] if row["input_ids"][s] == student.eos_token_id]
     assert len(ends) == 2

@@ -81,10 +81,7 @@ def test_teacher_rows_are_those_of_each_sample_alone(folder, name):
     padded, packed = teacher(path, vocab), teacher(path, vocab, packed=True)
     with torch.no_grad():
         alone = torch.cat(
-            [
-                padded.model.get_decoder()(input_ids=s[None], use_cache=False).last_hidden_state[0]
-                for s in samples
-            ]
+            [padded.model.get_decoder()(input_ids=s[None], use_cache=False).last_hidden_state[0] for s in samples]
         )[rows]
     for one in (padded, packed):
         found = one.rows(ids, lengths, torch.tensor([2, 2]), rows)
@@ -133,3 +130,64 @@ def test_adapter_of_the_teacher_is_merged(folder, tmp_path):
         expected = decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
     assert (adapted - plain.rows(ids, lengths, torch.tensor([1]), rows)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(folder, name):
+    from dskd_plugin.core.divergences import divergence
+    from dskd_plugin.core.objective import Objective
+    from dskd_plugin.core.overlap import identity
+    from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+
+    path, vocab = folder(name)
+    one, student = teacher(path, vocab), teacher(path, vocab).model.requires_grad_(True)
+    ids = torch.randint(1, vocab, (2, 9), generator=torch.Generator().manual_seed(2))
+    labels = torch.where(torch.arange(9) > 3, ids, -100).expand(2, 9)
+    expected = student(input_ids=ids, labels=labels).loss
+    expected.backward()
+    gradients = {key: p.grad.clone() for key, p in student.named_parameters()}
+    student.zero_grad()
+    objective = Objective(divergence=divergence("forward_kl"), kd_ratio=1e-9)
+    loss = DistillationLoss(
+        student,
+        student_vocab_size=vocab,
+        teacher_head=one.head,
+        overlap=identity(vocab),
+        objective=objective,
+        keep_unmapped=False,
+        projector_init="ideal",
+        projector_dtype=torch.float32,
+        seed=0,
+    )
+    attach(student, loss)
+    rows = torch.tensor([row * 9 + position for row in (0, 1) for position in range(3, 8)])
+    hidden = one.rows(ids.flatten(), torch.tensor([9, 9]), torch.tensor([1, 1]), rows)
+    batch = MicroBatch(rows, ids.flatten()[rows + 1], hidden)
+    batch.window = [batch]
+    loss.micro_batch = batch
+    found = student(input_ids=ids, use_cache=False, logits_to_keep=1)["loss"]
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(student.get_parameter(key).grad, gradient, rtol=1e-3, atol=1e-6, msg=key)
+    # Student and teacher are one model: the projected teacher is the teacher.
+    assert batch.sums["t2s_kd"][0] / batch.sums["t2s_kd"][1].clamp(min=1) == pytest.approx(0, abs=1e-4)
+    assert batch.sums["s2t_agreement"][0] == batch.sums["s2t_agreement"][1] == len(rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_copy_of_the_head_is_the_head(folder, tied):
+    from peft import LoraConfig, get_peft_model
+
+    path, vocab = folder("llama-tied" if tied else "llama")
+    config = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"])
+    model = get_peft_model(teacher(path, vocab).model, config)
+    head = output_head(model)
+    trained = next(p for key, p in model.named_parameters() if "lm_head" in key and p.requires_grad)
+    torch.nn.init.normal_(trained)
+    hidden = decoder(model)(input_ids=torch.arange(6)[None], use_cache=False).last_hidden_state[0]
+    logits = model(input_ids=torch.arange(6)[None]).logits[0]
+    found = head_logits(hidden, read_head(model, head, vocab))
+    torch.testing.assert_close(found, logits)
+    found.sum().backward()
+    assert trained.grad is not None

@@ -41,7 +41,9 @@ def encoder(tiny, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path / "bert"
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=460)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=460
+    )
     BertForMaskedLM(config).save_pretrained(folder)
     for file in Path(tiny["teacher"]).glob("*token*"):
         shutil.copy(file, folder)
@@ -61,7 +63,11 @@ def cut_short(side):
         shutil.copytree(tiny[side], folder)
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1000])
-        return {"block": {"teacher": {"model": str(folder)}}} if side == "teacher" else {"changes": {"base_model": str(folder)}}
+        return (
+            {"block": {"teacher": {"model": str(folder)}}}
+            if side == "teacher"
+            else {"changes": {"base_model": str(folder)}}
+        )
 
     return make
 
@@ -84,13 +90,22 @@ def own(**kwargs):
 
 # name -> (what makes the recipe wrong, what the message says)
 BAD = {
-    "missing teacher folder": (own(block={"teacher": {"model": "/no/such/folder"}}), ["dskd.teacher.model", "/no/such/folder", "does not exist"]),
-    "teacher that is no hub id": (own(block={"teacher": {"model": "no-such-org/no-such-model"}}), ["dskd.teacher.model", "no-such-org"]),
+    "missing teacher folder": (
+        own(block={"teacher": {"model": "/no/such/folder"}}),
+        ["dskd.teacher.model", "/no/such/folder", "does not exist"],
+    ),
+    "teacher that is no hub id": (
+        own(block={"teacher": {"model": "no-such-org/no-such-model"}}),
+        ["dskd.teacher.model", "no-such-org"],
+    ),
     "missing adapter": (
         lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "adapter": "/no/adapter"}}},
         ["dskd.teacher.adapter", "/no/adapter"],
     ),
-    "teacher without template": (without_template, ["dskd.teacher.chat_template", "dskd.teacher.chat_template: <name|file>"]),
+    "teacher without template": (
+        without_template,
+        ["dskd.teacher.chat_template", "dskd.teacher.chat_template: <name|file>"],
+    ),
     "unknown template": (
         lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "chat_template": "chatmll"}}},
         ["dskd.teacher.chat_template", "'chatmll'"],
@@ -99,18 +114,40 @@ BAD = {
     "wordpiece": (wordpiece, ["tokenizer of dskd.teacher.model", "WordPiece"]),
     "teacher cut short": (cut_short("teacher"), ["model.safetensors: expected", "cut short"]),
     "student cut short": (cut_short("student"), ["model.safetensors: expected", "cut short"]),
-    "unknown divergence": (own(block={"divergence": {"kind": "forward"}}), ["dskd.divergence.kind", "forward_kl"]),
+    "unknown divergence": (
+        own(block={"divergence": {"kind": "forward"}}),
+        ["dskd.divergence.kind", "forward_kl"],
+    ),
     "misspelt key": (own(block={"temprature": 1.0}), ["dskd.temprature", "'temperature'"]),
-    "misspelt block": (lambda tiny, tmp: {"changes": {"dsdk": {"teacher": {"model": "x"}}}, "drop": ["dskd"]}, ["dsdk: expected the key 'dskd'"]),
+    "misspelt block": (
+        lambda tiny, tmp: {"changes": {"dsdk": {"teacher": {"model": "x"}}}, "drop": ["dskd"]},
+        ["dsdk: expected the key 'dskd'"],
+    ),
     "empty block": (own(changes={"dskd": None}), ["dskd: expected a block of settings, got None"]),
-    "identity with two tokenizers": (own(block={"alignment": "identity"}), ["dskd.alignment: expected 'identity' only for one tokenizer", "student with 357 ids", "teacher with 418"]),
+    "identity with two tokenizers": (
+        own(block={"alignment": "identity"}),
+        [
+            "dskd.alignment: expected 'identity' only for one tokenizer",
+            "student with 357 ids",
+            "teacher with 418",
+        ],
+    ),
     "kd_ratio": (own(block={"kd_ratio": 1.5}), ["dskd.kd_ratio", "1.5"]),
     "temperature": (own(block={"temperature": -1}), ["dskd.temperature", "-1"]),
     "top_vocab": (own(block={"projector": {"top_vocab": 0}}), ["dskd.projector.top_vocab", "got 0"]),
-    "block without plugins": (own(drop=["plugins"]), ["plugins: expected 'dskd' in the list", "plugins: [dskd]"]),
+    "block without plugins": (
+        own(drop=["plugins"]),
+        ["plugins: expected 'dskd' in the list", "plugins: [dskd]"],
+    ),
     "preference training": (own(changes={"rl": "dpo"}), ["rl: expected it unset", "'dpo'"]),
-    "label smoothing": (own(changes={"label_smoothing_factor": 0.1}), ["label_smoothing_factor: expected it unset"]),
-    "fsdp 1": (own(changes={"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 1}), ["fsdp_version: expected 2"]),
+    "label smoothing": (
+        own(changes={"label_smoothing_factor": 0.1}),
+        ["label_smoothing_factor: expected it unset"],
+    ),
+    "fsdp 1": (
+        own(changes={"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 1}),
+        ["fsdp_version: expected 2"],
+    ),
     "sharded save": (
         own(changes={"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_version": 2}),
         ["fsdp_config.state_dict_type: expected FULL_STATE_DICT"],
@@ -163,8 +200,12 @@ def test_both_names_give_the_plugin(load, name):
 # What must change the folder of prepared rows, and what must not.
 CHANGES = {
     "teacher": lambda tiny, tmp: {"block": {"teacher": {"model": tiny["sibling"]}}},
-    "template": lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": "chatml"}}},
-    "sequence_len": lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": 99}}},
+    "template": lambda tiny, tmp: {
+        "block": {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": "chatml"}}
+    },
+    "sequence_len": lambda tiny, tmp: {
+        "block": {"teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": 99}}
+    },
     "alignment": own(block={"alignment": "eta"}),
     "over-long rows": own(changes={"excess_length_strategy": "truncate"}),
 }

@@ -62,9 +62,7 @@ def solve(kind: str, question: str) -> str:
     if kind == "home":
         return re.search(r"(?:in|from) (\w+)\.", question)[1]
     if kind == "job":
-        return (
-            between(question, "as a ", ".") if "works as" in question else between(question, "a good ", ".")
-        )
+        return between(question, "as a ", ".") if "works as" in question else between(question, "a good ", ".")
     if kind == "gain":
         return str(found[0] + found[1])
     if kind == "loss":

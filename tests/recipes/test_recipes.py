@@ -136,8 +136,7 @@ def test_the_two_recipes_of_a_pair_differ_only_where_the_comparison_does(pair):
 
 def test_no_two_recipes_write_to_the_same_place():
     places = [
-        (file.parent if name(file).startswith("quickstart") else RECIPES, read(file)["output_dir"])
-        for file in FILES
+        (file.parent if name(file).startswith("quickstart") else RECIPES, read(file)["output_dir"]) for file in FILES
     ]
     assert len(set(places)) == len(places)
 
