@@ -114,6 +114,14 @@ def test_links_lead_somewhere(document):
             assert heading in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}
 
 
+def test_every_refused_key_is_among_the_limits():
+    tree = ast.parse((ROOT / "dskd_plugin" / "plugin.py").read_text(encoding="utf-8"))
+    (refused,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "UNSUPPORTED")
+    keys = {key.value for key in refused.keys}
+    assert len(keys) >= 10
+    assert keys <= set(re.findall(r"`(\w+)`", README.split("## Limits")[1].split("\n## ")[0]))
+
+
 # -- method.md -----------------------------------------------------------------------------------------------
 
 
