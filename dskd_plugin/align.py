@@ -49,8 +49,9 @@ def align(
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
     Texts may differ by white space at the ends, by what a template puts before or after one of them, by
-    truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing, white space);
-    then a token pairs only where its ends are known. Any other difference leaves the segment without pairs.
+    truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
+    white space); then a token pairs only where its ends are known. Any other difference leaves the segment
+    without pairs.
     identity: the tokenizers are one; segments with equal ids pair token by token.
     Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment.
     """

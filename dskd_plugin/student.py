@@ -8,7 +8,8 @@ Shapes: B batch, S student positions, R response rows, N aligned rows (the first
 width, V vocabulary.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,14 +145,15 @@ class DistillationLoss(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in self._student[1].parameters())
         if self._s2t_dD is None or not frozen:
             student_ids, teacher_ids = self._ids
-            self._s2t_dD = head_map(
-                self._effective(student_head),
-                self._effective(self.teacher_head),
-                student_ids,
-                teacher_ids,
-                target_gram_inverse=self._gram_inverse_DD,
-                dtype=torch.float32,
-            )
+            with _full_fp32():
+                self._s2t_dD = head_map(
+                    self._effective(student_head),
+                    self._effective(self.teacher_head),
+                    student_ids,
+                    teacher_ids,
+                    target_gram_inverse=self._gram_inverse_DD,
+                    dtype=torch.float32,
+                )
         self._s2t_step = self.step()
 
     @torch.no_grad()
@@ -213,6 +215,17 @@ class DistillationLoss(nn.Module):
             block_elements=self.block_elements,
         )
         return loss
+
+
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """No TF32 in the products of a least-squares map: its error grows with the square of a condition number."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def attach(student: nn.Module, loss: DistillationLoss) -> None:

@@ -22,11 +22,15 @@ from dskd_plugin.models import check_head, decoder, output_head, read_head
 LOG = get_logger("axolotl.dskd")
 
 
+def _looks_local(model: str) -> bool:
+    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+
+
 def check_files(name: str, model: str) -> None:
     """Raise ``ValueError`` when ``model`` looks like a folder that is missing or holds a truncated safetensors file."""
     folder = Path(model).expanduser()
     if not folder.exists():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        if _looks_local(model):
             raise ValueError(
                 f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
             )
@@ -84,11 +88,13 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
             f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
             "Choose a generative teacher."
         )
-    if settings.adapter is not None and not Path(settings.adapter).exists() and Path(settings.adapter).is_absolute():
-        raise ValueError(
-            f"dskd.teacher.adapter: expected a PEFT folder or a hub id, got {settings.adapter!r}, which does "
-            "not exist. Check the path."
-        )
+    adapter = settings.adapter
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        if Path(adapter).exists() or _looks_local(adapter):
+            raise ValueError(
+                f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
+                "Check the path."
+            )
 
 
 def load_tokenizer(settings: TeacherSettings, trust_remote_code: bool) -> Any:
@@ -153,14 +159,24 @@ def _outside_engines() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = use_fsdp
 
 
-def _load(settings: TeacherSettings, attn_implementation: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load(
+    settings: TeacherSettings, attn_implementation: str | None, device: torch.device, trust_remote_code: bool
+) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    dtype = getattr(torch, settings.dtype)
+    if settings.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif settings.quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     model = AutoModelForCausalLM.from_pretrained(
         settings.model,
         revision=settings.revision,
-        dtype=getattr(torch, settings.dtype),
+        dtype=dtype,
+        device_map={"": device},
         trust_remote_code=trust_remote_code,
         **options,
     )
@@ -187,7 +203,9 @@ class Teacher:
         with _outside_engines():
             try:
                 try:
-                    model = _load(settings, settings.attn_implementation or attn_implementation, trust_remote_code)
+                    model = _load(
+                        settings, settings.attn_implementation or attn_implementation, device, trust_remote_code
+                    )
                 except ValueError as error:
                     if settings.attn_implementation is not None or "attention" not in str(error):
                         raise
@@ -195,13 +213,14 @@ class Teacher:
                         "dskd: the teacher does not know the student's %s; using its default",
                         attn_implementation,
                     )
-                    model = _load(settings, None, trust_remote_code)
-            except (OSError, ValueError) as error:
+                    model = _load(settings, None, device, trust_remote_code)
+            except (ImportError, OSError, ValueError) as error:
                 raise DSKDSetupError(
                     f"dskd.teacher: expected a loadable causal language model, got {settings.model!r}: {error}. "
-                    "Check that the folder is complete."
+                    "Check that the folder is complete "
+                    "and that what its settings need is installed."
                 ) from error
-        self.model = model.requires_grad_(False).eval().to(device)
+        self.model = model.requires_grad_(False).eval()
         self.decoder = decoder(self.model)
         self.head: Head = read_head(self.model, output_head(self.model), vocab_size).detach()
         self.packed = packed and self._packing_is_exact()

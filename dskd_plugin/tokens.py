@@ -288,10 +288,16 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
     unknown = model.get("unk_token") if model["type"] == "BPE" else None
     unknown_id = vocab.get(unknown) if unknown is not None else model.get("unk_id")
     special, added, vague = set(), set(), set() if whole or unknown_id is None else {unknown_id}
+    whole_normalizer = _load_normalizer(json.dumps(spec["normalizer"]) if normalizers else None)
     for token in spec["added_tokens"]:
         added.add(token["id"])
         if token["special"] or levels or token["id"] not in literal:
-            literal[token["id"]] = token["content"].encode()
+            # A normalised added token is looked for in the normalised text, with the space marks put there.
+            shown = whole_normalizer(token["content"]) if token["normalized"] else token["content"]
+            is_mapped = token["normalized"] and any(step["type"] == "ByteLevel" for step in normalizers)
+            literal[token["id"]] = (
+                _byte_level(shown) if is_mapped else _spaced(shown, mark if token["normalized"] else None)
+            )
         if token["special"]:
             special.add(token["id"])
         if token["lstrip"] or token["rstrip"]:

@@ -29,9 +29,7 @@ class Overlap:
 def identity(vocab_size: int) -> Overlap:
     """Overlap of a tokenizer with itself: every id below vocab_size with itself."""
     if vocab_size < 1:
-        raise ValueError(
-            f"vocab_size: expected at least 1, got {vocab_size}. Give the number of tokenizer ids."
-        )
+        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}. Give the number of tokenizer ids.")
     ids = torch.arange(vocab_size)
     return Overlap(ids, ids.clone(), ids.clone(), 1.0, 1.0, 0)
 
@@ -57,9 +55,7 @@ def shared_vocabulary(
         is not cut.
     """
     if top_vocab is not None and top_vocab < 1:
-        raise ValueError(
-            f"top_vocab: expected at least 1, got {top_vocab}. Leave it out to use all shared tokens."
-        )
+        raise ValueError(f"top_vocab: expected at least 1, got {top_vocab}. Leave it out to use all shared tokens.")
     student_of, student_doubles = _preferred(student_bytes, student_byte_tokens)
     teacher_of, teacher_doubles = _preferred(teacher_bytes, teacher_byte_tokens)
     to_student = [-1 if text is None else student_of.get(text, -1) for text in teacher_bytes]
@@ -97,9 +93,7 @@ def shared_vocabulary(
     )
 
 
-def _preferred(
-    token_bytes: Sequence[bytes | None], byte_tokens: Collection[int]
-) -> tuple[dict[bytes, int], int]:
+def _preferred(token_bytes: Sequence[bytes | None], byte_tokens: Collection[int]) -> tuple[dict[bytes, int], int]:
     """The id that stands for each byte string, and how many ids are not the one that stands for theirs."""
     byte_ids = frozenset(byte_tokens)
     first: dict[bytes, int] = {}

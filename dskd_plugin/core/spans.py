@@ -24,9 +24,7 @@ def match_spans(
             "Give both per token."
         )
     teacher_at_end = {
-        end: index
-        for index, (start, end) in enumerate(zip(teacher_starts, teacher_ends, strict=True))
-        if end > start
+        end: index for index, (start, end) in enumerate(zip(teacher_starts, teacher_ends, strict=True)) if end > start
     }
     pairs: list[tuple[int, int]] = []
     for i, (start, end) in enumerate(zip(student_starts, student_ends, strict=True)):

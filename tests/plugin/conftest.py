@@ -8,9 +8,7 @@ import pytest
 
 
 def _load_zoo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "tokenizer_zoo", Path(__file__).with_name("tokenizer_zoo.py")
-    )
+    spec = importlib.util.spec_from_file_location("tokenizer_zoo", Path(__file__).with_name("tokenizer_zoo.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

