@@ -82,10 +82,8 @@ class DistillationLoss(nn.Module):
         self.micro_batch: MicroBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step = lambda: 0
-        self._student = (
-            student,
-            output_head(student),
-        )  # a tuple: the head must not become a child of this module
+        # A tuple, because the head must not become a child of this module.
+        self._student = (student, output_head(student))
         self._s2t_dD: Tensor | None = None
         self._s2t_step: int | None = None
         self._head_checked = False
@@ -220,12 +218,15 @@ class DistillationLoss(nn.Module):
 @contextlib.contextmanager
 def _full_fp32() -> Iterator[None]:
     """No TF32 in the products of a least-squares map: its error grows with the square of a condition number."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 renamed the switch and refuses to read the old name once the new one was used.
+    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    kept = getattr(matmul, name)
+    setattr(matmul, name, full)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, name, kept)
 
 
 def attach(student: nn.Module, loss: DistillationLoss) -> None:
