@@ -21,12 +21,8 @@ def best(ids, byte_tokens):
 @settings(max_examples=300, deadline=None)
 @given(tokens, tokens, st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
 def test_equals_a_search_over_all_pairs(student, teacher, student_bytes, teacher_bytes):
-    found = shared_vocabulary(
-        student, teacher, student_byte_tokens=student_bytes, teacher_byte_tokens=teacher_bytes
-    )
-    expected = [
-        best([i for i, b in enumerate(student) if b and b == text], student_bytes) for text in teacher
-    ]
+    found = shared_vocabulary(student, teacher, student_byte_tokens=student_bytes, teacher_byte_tokens=teacher_bytes)
+    expected = [best([i for i, b in enumerate(student) if b and b == text], student_bytes) for text in teacher]
     assert found.teacher_to_student_V.tolist() == [-1 if i is None else i for i in expected]
     pairs = []
     for i, text in enumerate(student):
@@ -35,9 +31,7 @@ def test_equals_a_search_over_all_pairs(student, teacher, student_bytes, teacher
         if text and there and best(same, student_bytes) == i:
             pairs.append((i, best(there, teacher_bytes)))
     assert list(zip(found.student_ids_O.tolist(), found.teacher_ids_O.tolist(), strict=True)) == pairs
-    doubles = sum(
-        len(filled) - len(set(filled)) for filled in ([b for b in side if b] for side in (student, teacher))
-    )
+    doubles = sum(len(filled) - len(set(filled)) for filled in ([b for b in side if b] for side in (student, teacher)))
     assert found.collisions == doubles
     assert found.student_share == len(pairs) / max(1, len(student))
     assert found.teacher_share == sum(i is not None for i in expected) / max(1, len(teacher))
@@ -79,10 +73,7 @@ def test_nothing_shared():
 def test_identity():
     same = identity(4)
     assert (
-        same.student_ids_O.tolist()
-        == same.teacher_ids_O.tolist()
-        == same.teacher_to_student_V.tolist()
-        == [0, 1, 2, 3]
+        same.student_ids_O.tolist() == same.teacher_ids_O.tolist() == same.teacher_to_student_V.tolist() == [0, 1, 2, 3]
     )
     assert (same.student_share, same.teacher_share, same.collisions) == (1.0, 1.0, 0)
 

@@ -145,6 +145,13 @@ def test_added_tokens_count_with_their_text(zoo):
     assert [neox.table.bytes[i] for i in encode(neox.tokenizer, "a" + " " * 9 + "=")][1] == b" " * 9
 
 
+def test_a_normalised_added_token_has_the_space_that_the_normaliser_puts_before_it(zoo):
+    entry = zoo("llama-legacy")
+    text = "so <think> on"
+    assert spelled(entry, text) == b" so <think> on"
+    assert b" <think>" in [entry.table.bytes[i] for i in encode(entry.tokenizer, text)]
+
+
 def test_a_table_survives_pickling_and_its_digest_is_stable(zoo):
     entry = zoo("mistral")
     again = pickle.loads(pickle.dumps(entry.table))
