@@ -120,11 +120,7 @@ class Plan:
 
 
 def _text_of(template: Any) -> Any:
-    return (
-        template
-        if isinstance(template, (str, int, type(None)))
-        else getattr(template, "__name__", "function")
-    )
+    return template if isinstance(template, (str, int, type(None))) else getattr(template, "__name__", "function")
 
 
 @functools.cache
@@ -149,9 +145,7 @@ def select(suites: Iterable[str], tasks: Iterable[str], files: Iterable[str | Pa
         chosen |= {name: spec for name, spec in known.items() if spec.suite == suite}
     for name in tasks:
         if name not in known:
-            raise UserError(
-                "--tasks", expected="a task of `dskd-eval list`", got=repr(name), fix=nearest(name, known)
-            )
+            raise UserError("--tasks", expected="a task of `dskd-eval list`", got=repr(name), fix=nearest(name, known))
         chosen[name] = known[name]
     for file in files:
         spec = load_task(Path(file).expanduser().resolve())
@@ -181,9 +175,7 @@ def load_task(path: Path) -> TaskSpec:
     where = f"task file {path.name}"
     for key in raw:
         if key not in OWN_KEYS | LM_EVAL_KEYS:
-            raise UserError(
-                where, expected="known keys", got=repr(key), fix=nearest(str(key), OWN_KEYS | LM_EVAL_KEYS)
-            )
+            raise UserError(where, expected="known keys", got=repr(key), fix=nearest(str(key), OWN_KEYS | LM_EVAL_KEYS))
     name = raw.get("task")
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         raise UserError(
@@ -206,9 +198,7 @@ def load_task(path: Path) -> TaskSpec:
             config[key] = raw[key]
 
     scorer = raw.get("scorer")
-    native = scorer is None and any(
-        key in config for key in ("metric_list", "process_results", "doc_to_choice")
-    )
+    native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
     if not native and scorer not in SCORER_METRICS:
         raise UserError(
             f"{where}, `scorer`",
@@ -265,9 +255,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         problem = " ".join(str(error).split())[:300]
         raise UserError(where, expected="a YAML task", got=problem, fix="Correct the file.") from error
     if not isinstance(raw, dict):
-        raise UserError(
-            where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`."
-        )
+        raise UserError(where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`.")
     return raw
 
 
@@ -387,9 +375,7 @@ def _with_absolute_files(config: dict[str, Any], folder: Path) -> dict[str, Any]
             return str((folder / value).resolve())
         return value
 
-    located = {
-        key: absolute(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()
-    }
+    located = {key: absolute(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()}
     return {**config, "dataset_kwargs": located}
 
 

@@ -86,9 +86,7 @@ def _split(values: Sequence[str]) -> list[str]:
     help="Take teacher, base, sft and student from an Axolotl recipe.",
 )
 @click.option("--suite", multiple=True, metavar="NAMES", help=f"Suites, with commas: {_SUITES}.")
-@click.option(
-    "--tasks", multiple=True, metavar="NAMES", help="Single tasks, with commas (see `dskd-eval list`)."
-)
+@click.option("--tasks", multiple=True, metavar="NAMES", help="Single tasks, with commas (see `dskd-eval list`).")
 @click.option(
     "--task-file",
     multiple=True,
@@ -103,9 +101,7 @@ def _split(values: Sequence[str]) -> list[str]:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
 @click.option("--limit", type=click.IntRange(min=1), help="A seeded random subset of N documents per task.")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of subsets and sampling."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of subsets and sampling.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Shots of tasks that have rows for them.")
 @click.option(
     "--protocol",
@@ -121,9 +117,7 @@ def _split(values: Sequence[str]) -> list[str]:
     show_default=True,
     help="Programs per code task (pass@k).",
 )
-@click.option(
-    "--temperature", type=click.FloatRange(min=0, min_open=True), help="With --samples. [default: 0.8]"
-)
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="With --samples. [default: 0.8]")
 @click.option(
     "--chat-template",
     default="auto",
@@ -140,15 +134,9 @@ def _split(values: Sequence[str]) -> list[str]:
     show_default=True,
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Share finished generations between runs in this file."
-)
-@click.option(
-    "--unsafe-code", is_flag=True, help="Run generated programs without a sandbox where there is none."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Check everything and show a prompt of every task; generate nothing."
-)
+@click.option("--cache", type=click.Path(path_type=Path), help="Share finished generations between runs in this file.")
+@click.option("--unsafe-code", is_flag=True, help="Run generated programs without a sandbox where there is none.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show a prompt of every task; generate nothing.")
 @click.version_option(package_name="dskd", prog_name="dskd-eval")
 @click.pass_context
 def main(ctx: click.Context, /, **options: Any) -> None:
@@ -189,9 +177,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     )  # fmt: skip
     output = options["output"] or _default_output(refs)
     if options["resume"] and not options["output"]:
-        raise UserError(
-            "--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder."
-        )
+        raise UserError("--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder.")
     with _ERR.status("checking data, packages, sandbox and models"):
         prepared = run.prepare(refs, specs, settings, directory, execute=not options["dry_run"])
     if options["dry_run"]:
@@ -203,13 +189,9 @@ def _evaluate(options: dict[str, Any]) -> None:
         watcher.note(note)
     try:
         with watcher:
-            results = run.evaluate(
-                prepared, output, watcher, resume=options["resume"], cache=options["cache"]
-            )
+            results = run.evaluate(prepared, output, watcher, resume=options["resume"], cache=options["cache"])
     except KeyboardInterrupt:
-        _ERR.print(
-            f"\n[yellow]Stopped.[/] Finished tasks are in {escape(str(output))}. Go on with:", soft_wrap=True
-        )
+        _ERR.print(f"\n[yellow]Stopped.[/] Finished tasks are in {escape(str(output))}. Go on with:", soft_wrap=True)
         _ERR.print("  " + escape(_again(output)), soft_wrap=True)
         raise SystemExit(130) from None
     _show_results(results)
@@ -217,9 +199,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     _OUT.print(f"Results  {escape(str(output / 'results.json'))}", soft_wrap=True)
     _OUT.print(f"Samples  {escape(str(output / 'samples.jsonl'))}", soft_wrap=True)
     if not results["complete"]:
-        _OUT.print(
-            f"[red]Some tasks failed[/]; details in {escape(str(output / 'errors.log'))}. After the repair:"
-        )
+        _OUT.print(f"[red]Some tasks failed[/]; details in {escape(str(output / 'errors.log'))}. After the repair:")
         _OUT.print("  " + escape(_again(output)), soft_wrap=True)
         raise SystemExit(1)
 
@@ -299,9 +279,7 @@ class Terminal:
         self.bars.reset(self.current, description=escape(task), total=None)
 
     def step(self, what: str, done: int, total: int) -> None:
-        self.bars.update(
-            self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total
-        )
+        self.bars.update(self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total)
 
     def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
         name, metric = next(iter(score["metrics"].items()))
@@ -361,9 +339,7 @@ def _suite_row(table: Table, results: dict[str, Any], suite: str, labels: list[s
     values = {item["model"]: item for item in results["suites"] if item["suite"] == suite}
     if values:
         cells = [_interval(values[label]) if label in values else "" for label in labels]
-        table.add_row(
-            f"[bold]{suite}[/]", "[dim]mean of the suite[/]", "", *[f"[bold]{cell}[/]" for cell in cells]
-        )
+        table.add_row(f"[bold]{suite}[/]", "[dim]mean of the suite[/]", "", *[f"[bold]{cell}[/]" for cell in cells])
         table.add_section()
 
 
@@ -381,9 +357,7 @@ def _show_comparisons(found: dict[str, Any]) -> None:
     for gap in found.get("gaps") or []:
         if not gap["rows"]:
             continue
-        table = Table(
-            title=f"Gap closed by {escape(gap['model'])}", title_justify="left", header_style="bold"
-        )
+        table = Table(title=f"Gap closed by {escape(gap['model'])}", title_justify="left", header_style="bold")
         for name in ("task", "base", "student", "teacher", "closed", "95 %", "n"):
             table.add_column(name, justify="left" if name == "task" else "right")
         for row in gap["rows"]:
@@ -423,37 +397,23 @@ def _dry_run(prepared: Any) -> None:
         for plan in prepared.plans[folder.name]:
             rows = prepared.data[plan.spec.name]
             total = len(rows.test.rows) if rows.test else 0
-            chosen = (
-                runner.choose_documents(total, prepared.settings.limit, prepared.settings.seed)
-                if total
-                else [0]
-            )
+            chosen = runner.choose_documents(total, prepared.settings.limit, prepared.settings.seed) if total else [0]
             shown = runner.preview(lm, plan, rows, chosen[0])
             stop = ", ".join(repr(text) for text in plan.generation["until"]) or "the end token"
-            drawn = (
-                f"{len(plan.seeds)} samples, seeds {plan.seeds}"
-                if plan.generation.get("do_sample")
-                else "greedy"
-            )
+            drawn = f"{len(plan.seeds)} samples, seeds {plan.seeds}" if plan.generation.get("do_sample") else "greedy"
             facts = [
                 f"{plan.spec.suite}/{plan.spec.name} v{plan.spec.version:g}: {plan.spec.summary}",
                 f"documents {len(chosen)} of {total or '?'}   shots {plan.shots}   style {plan.style}   "
                 f"protocol {plan.protocol}",
                 f"primary metric {plan.primary}   scorer {plan.spec.scorer or 'lm-eval metrics'}",
                 f"answers: {drawn}, at most {plan.generation['max_gen_toks']} tokens, until {stop}",
-                f"data {rows.test.source}   digest {rows.test.digest}"
-                if rows.test
-                else "data loaded by lm-eval",
+                f"data {rows.test.source}   digest {rows.test.digest}" if rows.test else "data loaded by lm-eval",
             ]
             _OUT.print("\n" + escape("\n".join(facts)), soft_wrap=True)
-            title = f"prompt of document {chosen[0]}" + (
-                f", {shown['tokens']} tokens" if "tokens" in shown else ""
-            )
+            title = f"prompt of document {chosen[0]}" + (f", {shown['tokens']} tokens" if "tokens" in shown else "")
             _OUT.print(Panel(escape(shown["prompt"]), title=title, title_align="left"))
             if shown["reference"]:
-                _OUT.print(
-                    Panel(escape(shown["reference"]), title="reference (scores 100)", title_align="left")
-                )
+                _OUT.print(Panel(escape(shown["reference"]), title="reference (scores 100)", title_align="left"))
     for note in prepared.notes:
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print("\nNothing was generated (--dry-run).")
@@ -531,9 +491,7 @@ def list_tasks(as_json: bool) -> None:
 @main.command()
 @click.option("--data-dir", metavar="DIR", help="Benchmark files; else DSKD_DATA, else the hub.")
 @click.option("--suite", multiple=True, metavar="NAMES", help=f"Only these suites: {_SUITES}.")
-@click.option(
-    "--oracle", is_flag=True, help="Also feed every task its reference answers: all must score 100."
-)
+@click.option("--oracle", is_flag=True, help="Also feed every task its reference answers: all must score 100.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --oracle: documents per task.")
 def doctor(data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: int | None) -> None:
     """Check data files, packages, sandbox and devices; name what is missing."""
@@ -569,9 +527,7 @@ def doctor(data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: in
 @click.option("--teacher", metavar="MODEL", help="For the closed gap; with --base and --student.")
 @click.option("--base", metavar="MODEL", help="The untouched student.")
 @click.option("--student", multiple=True, metavar="MODEL", help="The trained student. Repeatable.")
-@click.option(
-    "--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing."
-)
+@click.option("--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def compare(
     runs: tuple[str, ...],
@@ -618,9 +574,7 @@ def report(runs: tuple[str, ...], output: Path | None) -> None:
 
     opened = [_open(text) for text in runs]
     if len(opened) > 1 and output is None:
-        raise UserError(
-            "report", expected="--output for a report of several runs", got="none", fix="Add --output DIR."
-        )
+        raise UserError("report", expected="--output for a report of several runs", got="none", fix="Add --output DIR.")
     for path in writer.write(opened, output or opened[0].folder):
         _OUT.print(escape(str(path)), soft_wrap=True)
 

@@ -71,9 +71,7 @@ def _join(group: Sequence[Entry], task: str) -> dict[tuple[str, str, int], list[
     for entry, plan in zip(group[1:], plans[1:], strict=True):
         for key in _SAME:
             if plan[key] != plans[0][key]:
-                raise Mismatch(
-                    f"{task}: {_words(key)} differs: {_place(group[0], plans[0][key], entry, plan[key])}"
-                )
+                raise Mismatch(f"{task}: {_words(key)} differs: {_place(group[0], plans[0][key], entry, plan[key])}")
     tables = [_table(entry, task) for entry in group]
     for entry, table in zip(group[1:], tables[1:], strict=True):
         _check_prompts(group[0], tables[0], entry, table, task)
@@ -125,13 +123,10 @@ def _check_prompts(
 
 
 def _first_difference(first: str, there: str, second: str, here: str) -> str:
-    place = next(
-        (i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here))
-    )
+    place = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
     start = max(0, place - 20)
     return (
-        f"from character {place}, {first} has {there[start : place + 40]!r}, "
-        f"{second} has {here[start : place + 40]!r}"
+        f"from character {place}, {first} has {there[start : place + 40]!r}, {second} has {here[start : place + 40]!r}"
     )
 
 
@@ -249,9 +244,7 @@ def compare(
 ) -> dict[str, Any]:
     """Every model against the baseline, and the closed gap of students where teacher and base are known."""
     if len(group) < 2:
-        raise UserError(
-            "compare", expected="at least two models", got=str(len(group)), fix="Name another run."
-        )
+        raise UserError("compare", expected="at least two models", got=str(len(group)), fix="Name another run.")
     against = choose_baseline(group, baseline)
     result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": []}
     for entry in group:
@@ -263,9 +256,7 @@ def compare(
         "teacher": find(group, teacher, "--teacher")
         if teacher
         else next((entry for entry in group if entry.role == "teacher"), None),
-        "base": find(group, base, "--base")
-        if base
-        else next((entry for entry in group if entry.role == "base"), None),
+        "base": find(group, base, "--base") if base else next((entry for entry in group if entry.role == "base"), None),
     }
     trained = [find(group, label, "--student") for label in students] or [
         entry for entry in group if entry.role in _TRAINED

@@ -31,9 +31,7 @@ class HubSource:
     split: str | None = None
 
     def __str__(self) -> str:
-        return "/".join(
-            ["hub:" + self.repo, *(part for part in (self.config, self.split, self.file) if part)]
-        )
+        return "/".join(["hub:" + self.repo, *(part for part in (self.config, self.split, self.file) if part)])
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,7 @@ def read_rows(path: Path) -> list[Row]:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(
-            str(path), expected="a readable UTF-8 file", got=str(error), fix="Restore the file."
-        ) from error
+        raise UserError(str(path), expected="a readable UTF-8 file", got=str(error), fix="Restore the file.") from error
     return list(_parse(text, path))
 
 
@@ -216,9 +212,7 @@ def _load_one(source: DataSource, directory: Path | None) -> LoadedData:
         )
     rows = [_unix_lines(row) for row in _selected(rows, source)]
     if not rows:
-        raise UserError(
-            f"data {where}", expected="at least one row", got="no rows", fix="Add rows to the file."
-        )
+        raise UserError(f"data {where}", expected="at least one row", got="no rows", fix="Add rows to the file.")
     return LoadedData(rows, where, digest, content_hash(rows), source.note)
 
 

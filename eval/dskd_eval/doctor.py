@@ -140,9 +140,7 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
             try:
                 box = sandbox.choose() if spec.executes_code else None
                 rows = runner.load_data(spec, directory)
-                result = runner.evaluate_task(
-                    EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box
-                )
+                result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))
                 break

@@ -148,9 +148,7 @@ class EvalLM(LM):  # type: ignore[misc]
     lose their beginning (the start token stays); all other long prompts only shorten the answer.
     """
 
-    def __init__(
-        self, backend: Backend, *, batch_size: int | None = None, store: GenerationStore | None = None
-    ):
+    def __init__(self, backend: Backend, *, batch_size: int | None = None, store: GenerationStore | None = None):
         super().__init__()
         self.backend = backend
         self.chunk = batch_size or backend.default_batch_size
@@ -170,9 +168,7 @@ class EvalLM(LM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.backend.template() if chat_template else ""
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         rendered = self.backend.render(chat_history, add_generation_prompt)
         self.trace.messages[rendered] = [dict(message) for message in chat_history]
         return rendered

@@ -63,9 +63,7 @@ class ModelFolder:
             "role": self.ref.role,
             "source": self.ref.source,
             "revision": self.ref.revision,
-            "adapter": self.ref.adapter
-            if self.ref.adapter
-            else (str(self.adapter) if self.adapter else None),
+            "adapter": self.ref.adapter if self.ref.adapter else (str(self.adapter) if self.adapter else None),
             "architecture": (self.config.get("architectures") or [self.config.get("model_type")])[0],
             "fingerprint": self.fingerprint,
         }
@@ -164,9 +162,7 @@ def _download(source: str, revision: str | None) -> Path:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     try:
-        found = snapshot_download(
-            source, revision=revision, allow_patterns=patterns, local_files_only=offline
-        )
+        found = snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline)
     except Exception as error:
         detail = str(error).splitlines()[0][:200] if str(error) else ""
         got = f"{type(error).__name__}: {detail}"
@@ -176,9 +172,7 @@ def _download(source: str, revision: str | None) -> Path:
                 "HF_HUB_OFFLINE is set and it is not cached",
                 "Give a local folder, or unset HF_HUB_OFFLINE.",
             )
-        raise UserError(
-            f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix
-        ) from error
+        raise UserError(f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix) from error
     return Path(found).resolve()
 
 
@@ -200,13 +194,9 @@ def _json(path: Path, where: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            where, expected=f"a readable {path.name}", got=str(error), fix="Restore the file."
-        ) from error
+        raise UserError(where, expected=f"a readable {path.name}", got=str(error), fix="Restore the file.") from error
     if not isinstance(value, dict):
-        raise UserError(
-            where, expected=f"an object in {path.name}", got=type(value).__name__, fix="Restore the file."
-        )
+        raise UserError(where, expected=f"an object in {path.name}", got=type(value).__name__, fix="Restore the file.")
     return value
 
 
@@ -215,11 +205,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir())[:6]
         models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
-        fix = (
-            f"Did you mean its subfolder {' or '.join(models)}?"
-            if models
-            else "Give the folder of a saved model."
-        )
+        fix = f"Did you mean its subfolder {' or '.join(models)}?" if models else "Give the folder of a saved model."
         raise UserError(
             where,
             expected="a model folder with config.json",

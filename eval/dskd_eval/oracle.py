@@ -39,8 +39,7 @@ class OracleBackend:
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         texts = [
-            reference_answer(self.plan, prompt.row) if self.constant is None else self.constant
-            for prompt in prompts
+            reference_answer(self.plan, prompt.row) if self.constant is None else self.constant for prompt in prompts
         ]
         return [Generation(text, len(text), "stop") for text in texts]
 

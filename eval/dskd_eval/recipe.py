@@ -67,9 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--recipe {path}", expected="a readable YAML recipe", got=problem, fix="Check it."
-        ) from error
+        raise UserError(f"--recipe {path}", expected="a readable YAML recipe", got=problem, fix="Check it.") from error
     if not isinstance(recipe, dict):
         raise UserError(
             f"--recipe {path}",

@@ -112,8 +112,7 @@ class RunFolder:
             raise UserError(
                 where,
                 expected="a new or empty folder",
-                got="a folder with other files: "
-                + ", ".join(sorted(p.name for p in self.path.iterdir())[:4]),
+                got="a folder with other files: " + ", ".join(sorted(p.name for p in self.path.iterdir())[:4]),
                 fix="Choose another --output.",
             )
         try:
@@ -139,9 +138,7 @@ class RunFolder:
         try:
             found = json.loads(marker.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                where, expected="a readable run.json", got=str(error), fix="Remove the folder."
-            ) from error
+            raise UserError(where, expected="a readable run.json", got=str(error), fix="Remove the folder.") from error
         different = sorted(_differences(found, json.loads(json.dumps(identity))))
         if different:
             raise UserError(
@@ -161,9 +158,7 @@ class RunFolder:
     def part(self, model: str, task: str) -> Path:
         return self.path / "parts" / _slug(model) / f"{task}.json"
 
-    def save_part(
-        self, model: str, task: str, result: Mapping[str, Any], samples: list[dict[str, Any]]
-    ) -> None:
+    def save_part(self, model: str, task: str, result: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
         path = self.part(model, task)
         write_lines(path.with_suffix(".jsonl"), samples)
         write_json(path, result)
@@ -237,9 +232,7 @@ class Run:
         try:
             self.results: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"run {results}", expected="JSON", got=str(error), fix="Run with --resume."
-            ) from error
+            raise UserError(f"run {results}", expected="JSON", got=str(error), fix="Run with --resume.") from error
         version = self.results.get("schema_version") if isinstance(self.results, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(

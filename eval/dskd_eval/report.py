@@ -55,9 +55,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": "dskd-eval: " + ", ".join(entry.label for entry in entries),
         "complete": all(run.results["complete"] for run in runs),
-        "models": [
-            {**model, "label": labels[id(run), model["name"]]} for run in runs for model in run.models
-        ],
+        "models": [{**model, "label": labels[id(run), model["name"]]} for run in runs for model in run.models],
         "tasks": list(tasks.values()),
         "metrics": {
             name: vars(scorers.metric_info(name))
@@ -103,11 +101,7 @@ def _samples(entries: Sequence[comparison.Entry], tasks: Sequence[str]) -> dict[
                         "prompt": _clip(sample["prompt"]),
                         "texts": [_clip(text) for text in sample["answers"][:10]],
                         "details": [
-                            {
-                                key: _clip(str(item))
-                                for key, item in detail.items()
-                                if item not in (None, "", [])
-                            }
+                            {key: _clip(str(item)) for key, item in detail.items() if item not in (None, "", [])}
                             for detail in sample["details"][:10]
                         ],
                         "finish": [info["finish"] for info in sample["generation"][:10] if info],
@@ -174,9 +168,7 @@ def as_markdown(found: dict[str, Any]) -> str:
         cells = [task["task"], f"{task['version']:g}", task["style"], task["protocol"], str(task["shots"])]
         lines.append(_line([*cells, stop, str(data.get("source", "")), str(data.get("sha256") or "")[:12]]))
     lines += ["", "## Models", ""]
-    lines += [
-        _line(["model", "role", "source", "dtype", "device", "context", "chat template", "fingerprint"])
-    ]
+    lines += [_line(["model", "role", "source", "dtype", "device", "context", "chat template", "fingerprint"])]
     lines += [_line(["---"] * 8)]
     for model in found["models"]:
         facts = [model["label"], model.get("role") or "", model["source"], model.get("dtype") or "",
@@ -196,9 +188,7 @@ def _comparison_lines(found: dict[str, Any]) -> list[str]:
         lines += [f"## Against {_cell(found['baseline'])}", ""]
         for pair in found["pairs"]:
             lines += [f"### {_cell(pair['model'])}", ""]
-            lines += [
-                _line(["task", "difference", "95 % interval", "p", "p (Holm)", "wins/ties/losses", "n"])
-            ]
+            lines += [_line(["task", "difference", "95 % interval", "p", "p (Holm)", "wins/ties/losses", "n"])]
             lines += [_line(["---", *["--:"] * 6])]
             for row in pair["rows"]:
                 span = f"{row['low']:+.1f} to {row['high']:+.1f}"

@@ -102,9 +102,7 @@ def prepare(
     from dskd_eval import hf
 
     if not refs:
-        raise UserError(
-            "--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE."
-        )
+        raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
     notes = _check_settings(settings, specs)
     if settings.backend == "vllm":
         from dskd_eval import vllm_backend
@@ -114,7 +112,7 @@ def prepare(
         hf.choose_device(settings.device)
     data = {}
     for spec in specs:
-        data[spec.name] = runner.load_data(spec, directory)
+        data[spec.name] = runner.load_data(spec, directory, settings.num_fewshot)
         runner.check_needs(spec, directory)
         notes += [
             f"{spec.name}: {loaded.note}" for loaded in (data[spec.name].test, data[spec.name].shots)
@@ -181,7 +179,8 @@ def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
                 got="one greedy answer",
                 fix="Add --samples 10.",
             )
-        notes.append(f"--samples {settings.samples} applies to the code tasks; the others are answered once")
+        if not all(spec.executes_code for spec in specs):
+            notes.append(f"--samples {settings.samples} applies to the code tasks; the others are answered once")
     if settings.num_fewshot is not None:
         fixed = [spec.name for spec in specs if not catalog.takes_shots(spec)]
         if len(fixed) == len(specs):
@@ -346,9 +345,7 @@ class _Progress:
             self.folder.join_samples(order)
             run = records.Run(self.folder.path)
             results["comparisons"] = comparison.within(run)
-            results["notes"] += [
-                note for note in results["comparisons"].pop("notes") if note not in results["notes"]
-            ]
+            results["notes"] += [note for note in results["comparisons"].pop("notes") if note not in results["notes"]]
             records.write_json(self.folder.path / "results.json", results)
             report.write([records.Run(self.folder.path)], self.folder.path)
         return results
@@ -403,7 +400,8 @@ class _Progress:
 
 
 def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Unweighted mean of the primary metrics of a suite, for models that finished all its tasks."""
+    """Unweighted mean of the primary metrics of a suite, for models that finished all tasks of the suite."""
+    known = catalog.builtin_tasks().values()
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for score in scores:
         groups.setdefault((score["model"], score["task"]["suite"]), []).append(score)
@@ -412,7 +410,8 @@ def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) 
         percent = all(score["status"] == "finished" for score in members) and all(
             score["metrics"][score["task"]["primary_metric"]]["unit"] == "percent" for score in members
         )
-        if suite == "own" or not percent:
+        whole = {spec.name for spec in known if spec.suite == suite}
+        if not whole or whole != {score["task"]["task"] for score in members} or not percent:
             continue
         columns = [
             [

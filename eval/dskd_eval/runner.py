@@ -36,9 +36,14 @@ class TaskData:
         return {name: loaded.record() for name, loaded in splits.items() if loaded is not None}
 
 
-def load_data(spec: TaskSpec, directory: Path | None) -> TaskData:
-    """Rows of a task, checked. A task with lm-eval's own `dataset_path` loads its data itself."""
-    loaded = {split: data.load(sources, directory) for split, sources in spec.data.items()}
+def load_data(spec: TaskSpec, directory: Path | None, num_fewshot: int | None = None) -> TaskData:
+    """Rows of a task, checked. A task with lm-eval's own `dataset_path` loads its data itself.
+
+    num_fewshot: as for `catalog.plan`; rows for shots are read only where some style uses them.
+    """
+    shots = any(catalog.plan(spec, chat=chat, num_fewshot=num_fewshot).shots for chat in (False, True))
+    splits = {split: sources for split, sources in spec.data.items() if split == "test" or shots}
+    loaded = {split: data.load(sources, directory) for split, sources in splits.items()}
     return TaskData(loaded.get("test"), loaded.get("shots"))
 
 
@@ -111,7 +116,7 @@ def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
                 )
             config["fewshot_split"] = "shots"
             config["fewshot_config"] = {"sampler": "first_n"}
-        elif plan.shots and not catalog.takes_shots(plan.spec):
+        elif plan.shots:
             raise UserError(
                 f"task {plan.spec.name}",
                 expected="rows for its shots",
@@ -226,9 +231,7 @@ def evaluate_task(
         samples = _native_samples(logged, plan, trace.messages)
     else:
         samples = _own_samples(logged, plan, trace.messages, trace.infos, chosen)
-    values = {
-        name: [sample["metrics"][name] for sample in samples] for name in _scored_metrics(samples, plan)
-    }
+    values = {name: [sample["metrics"][name] for sample in samples] for name in _scored_metrics(samples, plan)}
     score: dict[str, Any] = {
         "status": "finished",
         "n": len(samples),
@@ -316,18 +319,14 @@ def _own_samples(
             "answers": list(row["resps"][0]),
             "metrics": {name: _plain(row[name]) for name in plan.metrics},
             "details": [item.details for item in scored],
-            "answer_metrics": [
-                {key: _plain(value) for key, value in item.metrics.items()} for item in scored
-            ],
+            "answer_metrics": [{key: _plain(value) for key, value in item.metrics.items()} for item in scored],
             "generation": [asdict(info) if info else None for info in traced],
         }
         samples.append(sample)
     return samples
 
 
-def _native_samples(
-    logged: list[dict[str, Any]], plan: Plan, messages: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _native_samples(logged: list[dict[str, Any]], plan: Plan, messages: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Samples scored by lm-eval's metrics; the rows of several filters become one."""
     by_document: dict[int, dict[str, Any]] = {}
     first_filter = logged[0]["filter"] if logged else "none"
@@ -413,9 +412,7 @@ def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]
     ]
 
 
-def _answer_facts(
-    infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts that tell how far a score may be trusted: cut prompts, shortened, unfinished and empty
     answers.
     """
@@ -440,21 +437,20 @@ def _answer_facts(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval, datasets and transformers say nothing while our own progress is shown."""
-    loggers = [
-        logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "absl", "math_verify")
-    ]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "absl", "math_verify")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     # simple_evaluate lists the installed packages after every task, for seconds; records.environment does
     # it once.
     collect, evaluator.add_env_info = evaluator.add_env_info, lambda storage: None
+    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        evaluator.add_env_info = collect
+        evaluator.add_env_info, evaluator.get_git_commit_hash = collect, commit
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -479,7 +475,8 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
             gen_prefix=task.doc_to_prefix(row),
         )
     text = prompt[0] if isinstance(prompt, list) else str(prompt)
-    reference = "" if plan.spec.native else reference_answer(plan, row)
+    known = not plan.spec.native and plan.spec.scorer != "ifeval"
+    reference = reference_answer(plan, row) if known else ""
     special = plan.style != "chat"
     return {
         "prompt": text,

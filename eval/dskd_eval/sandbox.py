@@ -149,9 +149,7 @@ def _why_not(backend: Backend) -> str | None:
 
 def _version(backend: Backend) -> str:
     if backend == "bubblewrap":
-        return subprocess.run(
-            ["bwrap", "--version"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        return subprocess.run(["bwrap", "--version"], capture_output=True, text=True, check=False).stdout.strip()
     if backend == "landlock":
         import ctypes
 
@@ -212,11 +210,7 @@ def _run(backend: Backend, limits: Limits, program: str, tests: str) -> Outcome:
     with contextlib.ExitStack() as stack:
         for handle in (nonce_read, verdict_read, output_read):
             stack.callback(os.close, handle)
-        folder = (
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="dskd-eval-"))
-            if backend == "none"
-            else "/"
-        )
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dskd-eval-")) if backend == "none" else "/"
         stdin = stack.enter_context(tempfile.TemporaryFile())
         stdin.write(json.dumps(job).encode("utf-8", "surrogatepass"))
         stdin.seek(0)

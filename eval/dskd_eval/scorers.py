@@ -33,9 +33,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "rouge_l": Metric(
-        "Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference"
-    ),
+    "rouge_l": Metric("Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference"),
     "exact_match": Metric("exact match", "answer equals a reference, ignoring case and outer space"),
     "contains": Metric("contains", "a reference occurs in the answer, ignoring case"),
     "response_words": Metric("words", "mean number of words of an answer", "words"),
@@ -111,9 +109,7 @@ def combine(scored: Sequence[Scored], metrics: Sequence[str]) -> dict[str, Value
             pairs = [value for value in values if isinstance(value, tuple)]
             combined[name] = (sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs))
         else:
-            combined[name] = sum(float(value) for value in values if not isinstance(value, tuple)) / len(
-                values
-            )
+            combined[name] = sum(float(value) for value in values if not isinstance(value, tuple)) / len(values)
     return combined
 
 

@@ -44,9 +44,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 def as_pairs(values: Sequence[Any]) -> Floats:
     """Values as an [n, 2] array of numerators and denominators; a plain number has denominator 1."""
-    return np.array(
-        [value if isinstance(value, (tuple, list)) else (value, 1.0) for value in values], dtype=float
-    )
+    return np.array([value if isinstance(value, (tuple, list)) else (value, 1.0) for value in values], dtype=float)
 
 
 def mean(values: Sequence[Any]) -> float:
@@ -55,9 +53,7 @@ def mean(values: Sequence[Any]) -> float:
     return float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
 
-def interval(
-    values: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES, proportion: bool = True
-) -> Interval:
+def interval(values: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES, proportion: bool = True) -> Interval:
     """Score and 95 % interval: Wilson for a proportion whose values are all 0 or 1, else a bootstrap over
     documents.
     """
@@ -130,9 +126,7 @@ class Paired:
     n: int
 
 
-def compare(
-    first: Sequence[Any], second: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Paired:
+def compare(first: Sequence[Any], second: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES) -> Paired:
     """Paired comparison of two models on one task.
 
     Interval: bootstrap of the difference over documents. p: exact McNemar test when all values are 0 or 1,
@@ -140,9 +134,7 @@ def compare(
     """
     a, b = as_pairs(first), as_pairs(second)
     if len(a) != len(b):
-        raise ValueError(
-            f"compare: expected equally many documents; got {len(a)} and {len(b)}. Join them first."
-        )
+        raise ValueError(f"compare: expected equally many documents; got {len(a)} and {len(b)}. Join them first.")
     n = len(a)
     quotient_a, quotient_b = a[:, 0] / a[:, 1], b[:, 0] / b[:, 1]
     wins, losses = int((quotient_b > quotient_a).sum()), int((quotient_b < quotient_a).sum())
@@ -225,9 +217,7 @@ def gap_closed(
     b, s, t = as_pairs(base), as_pairs(student), as_pairs(teacher)
     n = len(b)
     if not n == len(s) == len(t):
-        raise ValueError(
-            f"gap_closed: expected equally many documents; got {n}, {len(s)}, {len(t)}. Join them first."
-        )
+        raise ValueError(f"gap_closed: expected equally many documents; got {n}, {len(s)}, {len(t)}. Join them first.")
     gap = mean(teacher) - mean(base)
     if gap <= 0:
         return GapClosed(None, None, None, n)

@@ -44,9 +44,7 @@ class VLLMBackend:
         self.tokenizer = load_tokenizer(folder, chat_template)
         config = transformers.AutoConfig.from_pretrained(folder.weights, local_files_only=True)
         try:
-            generation_config = transformers.GenerationConfig.from_pretrained(
-                folder.weights, local_files_only=True
-            )
+            generation_config = transformers.GenerationConfig.from_pretrained(folder.weights, local_files_only=True)
         except OSError:
             generation_config = None
         self.end_tokens = end_tokens(self.tokenizer, generation_config)

@@ -237,9 +237,7 @@ def test_landlock_runs_where_the_kernel_has_it() -> None:
 
 
 def test_without_a_sandbox_programs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sandbox, "unavailable", lambda backend: None if backend == "none" else "not on this machine"
-    )
+    monkeypatch.setattr(sandbox, "unavailable", lambda backend: None if backend == "none" else "not on this machine")
     with pytest.raises(UserError, match=r"bubblewrap: not on this.*landlock: not on this.*--unsafe-code"):
         sandbox.choose()
     assert sandbox.choose(unsafe=True).backend == "none"

@@ -117,8 +117,7 @@ def test_pass_at_k_counts_draws(samples: int, passed: int, k: int) -> None:
 
 def test_combine_means_pairs_and_pass_at_k() -> None:
     scored = [
-        scorers.Scored({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)})
-        for value in (1.0, 0.0, 0.0, 1.0)
+        scorers.Scored({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)}) for value in (1.0, 0.0, 0.0, 1.0)
     ]
     found = scorers.combine(scored, ["pass@1", "pass@2", "timeout", "part"])
     assert found == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "timeout": 0.5, "part": (2.0, 8.0)}

@@ -45,10 +45,7 @@ def test_bootstrap_interval_equals_loop() -> None:
 
 def test_ratio_interval_resamples_pairs() -> None:
     rng = np.random.default_rng(8)
-    pairs = [
-        (float(min(a, b)), float(b))
-        for a, b in zip(rng.integers(0, 4, 50), rng.integers(1, 4, 50), strict=True)
-    ]
+    pairs = [(float(min(a, b)), float(b)) for a, b in zip(rng.integers(0, 4, 50), rng.integers(1, 4, 50), strict=True)]
     found = stats.interval(pairs, seed=1, resamples=300)
     drawn = np.random.default_rng(1).integers(0, 50, size=(300, 50))
     ratios = [sum(pairs[k][0] for k in row) / sum(pairs[k][1] for k in row) for row in drawn]
@@ -130,9 +127,7 @@ def test_compare_false_alarms_are_rare() -> None:
     alarms = sum(
         not (found.low <= 0 <= found.high)
         for seed in range(100)
-        for found in [
-            stats.compare(binary(2 * seed, 200, 0.5), binary(2 * seed + 1, 200, 0.5), resamples=400)
-        ]
+        for found in [stats.compare(binary(2 * seed, 200, 0.5), binary(2 * seed + 1, 200, 0.5), resamples=400)]
     )
     assert alarms <= 14
 

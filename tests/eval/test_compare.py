@@ -1,0 +1,160 @@
+"""Joining runs, refusing unlike ones, and the numbers of a comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dskd_eval import comparison, report
+from dskd_eval.records import Run
+
+PLAN = {
+    "task": "quiz", "version": 1.0, "suite": "own", "summary": "", "primary_metric": "exact_match",
+    "metrics": ["exact_match"], "scorer": "exact_match", "style": "base", "protocol": "default", "shots": 0,
+    "prompt": "{{q}}", "generation": {"until": [], "max_gen_toks": 8}, "seeds": [0], "floor": {}, "data": {},
+}  # fmt: skip
+
+
+def write_run(folder: Path, models: dict[str, list[float]], *, roles: dict[str, str] | None = None,
+              skip: int = 0, prompt: str = "Question {n}", **plan: Any) -> Path:  # fmt: skip
+    """A run made by hand: one task, one score per document."""
+    folder.mkdir(parents=True)
+    scores, samples = [], []
+    for model, values in models.items():
+        metric = {"value": 100 * float(np.mean(values)), "low": 0.0, "high": 100.0, "n": len(values) - skip,
+                  "interval": "wilson", "unit": "percent", "higher_is_better": True}  # fmt: skip
+        scores.append({"model": model, "task": PLAN | plan, "status": "finished", "n": len(values) - skip,
+                       "documents": len(values), "metrics": {"exact_match": metric}, "answers": {}})  # fmt: skip
+        for n, value in enumerate(values):
+            if n < skip:
+                continue
+            text = prompt.format(n=n)
+            samples.append({"model": model, "task": "quiz", "doc_id": n, "doc_hash": f"d{n}", "prompt_hash": f"h{text}",
+                            "prompt": text, "references": ["r"], "answers": [f"<b>{model}</b> {value}"],
+                            "metrics": {"exact_match": value}, "details": [{}], "generation": []})  # fmt: skip
+    results = {"schema_version": 1, "complete": True, "settings": {}, "sandbox": None, "notes": [], "scores": scores,
+               "environment": {"python": "3", "platform": "x", "packages": {}}, "suites": [], "comparisons": {},
+               "models": [{"name": model, "role": (roles or {}).get(model), "source": "s", "fingerprint": "f" * 32,
+                           "chat_template": False} for model in models]}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return folder
+
+
+def values(seed: int, share: float, n: int = 400) -> list[float]:
+    return [float(value) for value in np.random.default_rng(seed).random(n) < share]
+
+
+def test_known_difference_is_found_and_numbers_agree_with_numpy(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    first = values(0, 0.5)
+    second = [1.0 if better else old for old, better in zip(first, values(1, 0.2), strict=True)]
+    one, two = write_run(tmp_path / "one", {"a": first}), write_run(tmp_path / "two", {"b": second})
+    row = json.loads(invoke("compare", one, two, "--json").output)["pairs"][0]["rows"][0]
+    drawn = np.random.default_rng(0).integers(0, 400, size=(10_000, 400))
+    spread = 100 * (np.array(second)[drawn].mean(axis=1) - np.array(first)[drawn].mean(axis=1))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.percentile(spread, [2.5, 97.5])), abs=1e-9)
+    assert row["difference"] == pytest.approx(100 * (np.mean(second) - np.mean(first)))
+    wins = int(sum(b > a for a, b in zip(first, second, strict=True)))
+    assert (row["wins"], row["ties"], row["losses"], row["n"]) == (wins, 400 - wins, 0, 400)
+    assert row["p"] == pytest.approx(2 * 0.5**wins) == row["p_holm"]
+    assert row["low"] > 0
+    shown = invoke("compare", one, two)
+    assert shown.exit_code == 0 and "b against a" in shown.output
+
+
+def test_two_runs_of_one_model_do_not_differ(tmp_path: Path) -> None:
+    same = values(3, 0.4)
+    runs = [Run(write_run(tmp_path / name, {"m": same})) for name in ("x", "y")]
+    group = comparison.entries(runs)
+    assert [entry.label for entry in group] == ["x/m", "y/m"]
+    row = comparison.compare(group)["pairs"][0]["rows"][0]
+    assert (row["difference"], row["low"], row["high"], row["p"], row["wins"]) == (0.0, 0.0, 0.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"style": "chat"}, "quiz: prompt style (chat template) differs: x/m 'base', y/m 'chat'"),
+        ({"shots": 5}, "shots differs"),
+        ({"version": 2.0}, "version differs"),
+        ({"generation": {"until": [], "max_gen_toks": 9}}, "generation settings differs"),
+        ({"prompt_text": "Question:  {n}"}, "the prompt of document 0 differs: from character 8"),
+    ],
+)
+def test_unlike_prompts_are_refused_with_their_place(
+    tmp_path: Path, invoke: Callable[..., Any], change: dict[str, Any], where: str
+) -> None:
+    text = change.pop("prompt_text", "Question {n}")
+    one = write_run(tmp_path / "x", {"m": values(0, 0.5)})
+    two = write_run(tmp_path / "y", {"m": values(1, 0.5)}, prompt=text, **change)
+    found = invoke("compare", one, two)
+    assert found.exit_code == 1 and where in " ".join(found.output.split())
+    assert "Traceback" not in found.output
+    skipped = invoke("compare", one, two, "--skip-different")
+    assert skipped.exit_code == 0 and "not compared" in skipped.output
+
+
+def test_only_shared_documents_are_compared(tmp_path: Path) -> None:
+    first, second = values(0, 0.5), values(1, 0.6)
+    runs = [Run(write_run(tmp_path / "x", {"a": first})), Run(write_run(tmp_path / "y", {"b": second}, skip=100))]
+    row = comparison.compare(comparison.entries(runs))["pairs"][0]["rows"][0]
+    assert (row["n"], row["of"]) == (300, 400)
+    assert row["first"] == pytest.approx(100 * float(np.mean(first[100:])))
+
+
+def test_gap_closed_between_base_and_teacher(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    models = {"t": values(0, 0.9), "b": values(1, 0.3), "s": values(2, 0.6)}
+    named = write_run(tmp_path / "roles", models, roles={"t": "teacher", "b": "base", "s": "student"})
+    found = json.loads(invoke("compare", named, "--json").output)
+    t, b, s = (float(np.mean(models[name])) for name in "tbs")
+    row = found["gaps"][0]["rows"][0]
+    assert found["baseline"] == "b"
+    assert row["closed"] == pytest.approx(100 * (s - b) / (t - b)) and row["low"] < row["closed"] < row["high"]
+    plain = write_run(tmp_path / "plain", models)
+    options = ["--teacher", "t", "--base", "b", "--student", "s"]
+    assert json.loads(invoke("compare", plain, *options, "--json").output)["gaps"] == found["gaps"]
+    assert "Gap closed by s" in invoke("compare", plain, *options).output
+    assert invoke("compare", plain, "--teacher", "t").exit_code == 1
+    assert "expected  one of t, b, s" in invoke("compare", plain, "--baseline", "x").output
+
+
+def test_runs_that_are_no_runs(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    good = write_run(tmp_path / "good", {"a": values(0, 0.5)})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text('{"schema_version": 0}')
+    for argument, words in (
+        (tmp_path / "nothing", "a folder with results.json"),
+        (tmp_path / "old", "schema version 1"),
+        (f"{good}:b", "one of its models: a"),
+    ):
+        found = invoke("compare", good, argument)
+        assert found.exit_code == 1 and words in found.output and "Traceback" not in found.output
+    assert "at least two models" in invoke("compare", good).output
+
+
+def test_report_of_several_runs(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    one, two = write_run(tmp_path / "x", {"m": values(0, 0.5)}), write_run(tmp_path / "y", {"m": values(1, 0.5)})
+    assert "--output" in invoke("report", one, two).output
+    (tmp_path / "both").mkdir()
+    done = invoke("report", one, two, "--output", tmp_path / "both")
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "both" / "report.md").read_text()
+    assert "| quiz | exact_match | 400 |" in text and "## Against x/m" in text
+
+
+def test_html_is_one_file_and_output_is_never_markup(tmp_path: Path) -> None:
+    import re
+
+    evil = "</script><script>alert(1)</script>"
+    run = write_run(tmp_path / "x", {evil: values(0, 0.5, 20), "b": values(1, 0.5, 20)})
+    report.write([Run(run)], run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert not re.findall(r"(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    assert len(data["samples"]["quiz"]["documents"]) == 20
+    assert data["models"][0]["label"] == evil

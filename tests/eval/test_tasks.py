@@ -1,0 +1,305 @@
+"""Tasks: their files, their plans, and what reference and constant answers score."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dskd_eval import catalog, data, runner, sandbox
+from dskd_eval.errors import UserError
+from dskd_eval.lm import EvalLM
+from dskd_eval.oracle import OracleBackend
+
+# Whole sets take minutes; DSKD_EVAL_WHOLE=1 runs them.
+LIMIT = None if os.environ.get("DSKD_EVAL_WHOLE") == "1" else 6
+SOLVABLE = [name for name in catalog.builtin_tasks() if name != "ifeval"]
+
+
+def score(name: str, directory: Path, *, chat: bool, constant: str | None = None, limit: int | None) -> Any:
+    spec = catalog.builtin_tasks()[name]
+    plan = catalog.plan(spec, chat=chat)
+    rows = runner.load_data(spec, directory)
+    runner.check_needs(spec, directory)
+    box = None
+    if spec.executes_code:
+        try:
+            box = sandbox.choose()
+        except UserError as error:
+            pytest.skip(error.got)
+    return runner.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, limit=limit, sandbox=box)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["base", "chat"])
+@pytest.mark.parametrize("name", SOLVABLE)
+def test_reference_answers_score_100(name: str, chat: bool, data_dir: Path) -> None:
+    result = score(name, data_dir, chat=chat, limit=LIMIT)
+    primary = catalog.builtin_tasks()[name].metrics[0]
+    wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][primary] != 1.0]
+    assert not wrong
+    assert result.score["metrics"][primary]["value"] == 100.0
+    assert result.score["n"] == (LIMIT or result.score["documents"])
+
+
+DOCUMENTS = {
+    "dolly": 500, "self_instruct": 242, "vicuna": 80, "s_ni": 1694, "unni": 1050, "ifeval": 541,
+    "gsm8k": 1319, "math500": 500, "humaneval": 164, "mbpp": 500,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_number_of_documents(name: str, data_dir: Path) -> None:
+    assert len(runner.load_data(catalog.builtin_tasks()[name], data_dir).test.rows) == DOCUMENTS[name]
+
+
+def test_constant_answer_scores_the_floor_of_gsm8k(data_dir: Path) -> None:
+    """'#### 20' is right exactly where the solution ends so, counted here without the scorer."""
+    lines = (data_dir / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    share = sum(json.loads(line)["answer"].endswith("#### 20") for line in lines) / len(lines)
+    result = score("gsm8k", data_dir, chat=False, constant="#### 20", limit=None)
+    assert 0 < share < 0.05
+    assert result.score["metrics"]["flexible"]["value"] == pytest.approx(100 * share, abs=1e-6)
+    assert result.score["metrics"]["strict"]["value"] == pytest.approx(100 * share, abs=1e-6)
+
+
+def test_constant_answer_scores_the_floor_of_ifeval(data_dir: Path, punkt: None) -> None:
+    floor = catalog.builtin_tasks()["ifeval"].floor
+    result = score("ifeval", data_dir, chat=False, constant=floor["answer"], limit=None)
+    assert result.score["metrics"]["prompt_strict"]["value"] == pytest.approx(floor["prompt_strict"], abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["math500", "humaneval", "mbpp", "vicuna"])
+def test_empty_answers_score_nothing(name: str, data_dir: Path) -> None:
+    result = score(name, data_dir, chat=True, constant="", limit=4)
+    primary = catalog.builtin_tasks()[name].metrics[0]
+    assert result.score["metrics"][primary]["value"] == 0.0
+    assert result.score["answers"]["empty"] == 4
+
+
+@pytest.mark.parametrize("name", SOLVABLE)
+def test_prompts_do_not_hold_their_answers(name: str, data_dir: Path) -> None:
+    """The last turn of a prompt never contains the whole reference (long references only)."""
+    spec = catalog.builtin_tasks()[name]
+    for chat in (False, True):
+        plan = catalog.plan(spec, chat=chat, num_fewshot=0)
+        rows = runner.load_data(spec, data_dir)
+        for row in rows.test.rows[:40]:
+            reference = catalog.references(plan.config["doc_to_target"], row)[0]
+            if len(reference) > 120:
+                assert reference not in catalog.render(plan.config["doc_to_text"], row)
+
+
+def test_shots_are_the_same_for_every_subset(data_dir: Path) -> None:
+    spec = catalog.builtin_tasks()["gsm8k"]
+    plan = catalog.plan(spec, chat=False)
+    rows = runner.load_data(spec, data_dir)
+    prompts = {}
+    for limit in (3, 6):
+        result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit)
+        prompts[limit] = {sample["doc_id"]: sample["prompt"] for sample in result.samples}
+    assert set(prompts[3]) < set(prompts[6])
+    assert all(prompts[6][doc] == prompt for doc, prompt in prompts[3].items())
+    assert all(prompt.count("Question:") == 6 for prompt in prompts[6].values())
+
+
+def test_mbpp_uses_tasks_11_to_510_and_shots_2_to_4(data_dir: Path) -> None:
+    rows = runner.load_data(catalog.builtin_tasks()["mbpp"], data_dir)
+    assert [row["task_id"] for row in rows.test.rows] == list(range(11, 511))
+    assert [row["task_id"] for row in rows.shots.rows] == [2, 3, 4]
+
+
+def test_paper_protocol_is_the_published_one() -> None:
+    for name in ("dolly", "self_instruct", "vicuna", "s_ni", "unni"):
+        plan = catalog.plan(catalog.builtin_tasks()[name], chat=True, protocol="paper")
+        assert (plan.style, plan.seeds, plan.protocol) == ("base", (10, 20, 30, 40, 50), "paper")
+        wanted = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_gen_toks": 256}
+        assert wanted.items() <= plan.generation.items()
+        assert plan.generation["keep_first_tokens"] == 256
+        assert catalog.render(plan.config["doc_to_text"], {"prompt": "a<n>b"}) == "a\nb"
+
+
+def test_every_builtin_metric_is_described() -> None:
+    from dskd_eval import scorers
+
+    for spec in catalog.builtin_tasks().values():
+        assert all(scorers.metric_info(name).description != "metric of the task file" for name in spec.metrics)
+        assert spec.summary and spec.version == 1
+
+
+def test_subsets_are_seeded_nested_and_sorted() -> None:
+    small, large = runner.choose_documents(100, 8, 3), runner.choose_documents(100, 20, 3)
+    assert set(small) < set(large) and large == sorted(large) and len(set(large)) == 20
+    assert small != list(range(8)) and small != runner.choose_documents(100, 8, 4)
+    assert runner.choose_documents(5, 8, 0) == [0, 1, 2, 3, 4]
+
+
+# --- files of the user ---
+
+
+def test_altered_and_missing_files_are_named(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "math500").mkdir()
+    text = (data_dir / "math500" / "test.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "math500" / "test.jsonl").write_text(text.replace("the", "teh", 1), encoding="utf-8")
+    spec = catalog.builtin_tasks()["math500"]
+    with pytest.raises(UserError, match=r"math500/test.jsonl is altered: sha256 \w+…, not 35dc41080a36…"):
+        runner.load_data(spec, tmp_path)
+    with pytest.raises(UserError, match=r"gsm8k/test.jsonl is missing"):
+        runner.load_data(catalog.builtin_tasks()["gsm8k"], tmp_path)
+
+
+def test_without_data_and_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"hub:openai/gsm8k/main/test.*--data-dir"):
+        runner.load_data(catalog.builtin_tasks()["gsm8k"], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"a": 1}\n{"a": \n', r"rows.jsonl, row 2"),
+        ("[1, 2]\n", r"row 1: expected a JSON object per line; got a list"),
+        ("\n\n", r"expected at least one row; got no rows"),
+    ],
+)
+def test_bad_rows_are_located(own_task: Callable[..., Path], text: str, problem: str) -> None:
+    path = own_task()
+    (path.parent / "rows.jsonl").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        runner.load_data(catalog.load_task(path), None)
+
+
+def test_rows_may_be_zipped_or_a_json_list(tmp_path: Path) -> None:
+    rows = [{"q": "é\u2028x", "a": "1\r\n2"}]
+    with gzip.open(tmp_path / "r.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(rows[0], ensure_ascii=False) + "\n")
+    (tmp_path / "r.json").write_text(json.dumps(rows), encoding="utf-8")
+    loaded = [data.load((data.DataSource(str(tmp_path / name)),), None) for name in ("r.jsonl.gz", "r.json")]
+    assert loaded[0].rows == loaded[1].rows == [{"q": "é\u2028x", "a": "1\n2"}]
+    assert loaded[0].digest == loaded[1].digest
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"promt": "x"}, r"expected known keys; got 'promt'. Did you mean prompt"),
+        ({"scorer": "rogue_l"}, r"Did you mean rouge_l"),
+        ({"scorer": None}, r"`scorer`: expected one of rouge_l"),
+        ({"prompt": None}, r"expected `doc_to_text` \(or `prompt`\)"),
+        ({"data": None}, r"expected `data:`"),
+        ({"task": "two words"}, r"a name of letters"),
+        ({"extends": "gsm9k"}, r"Did you mean gsm8k"),
+        ({"scorer": "python"}, r"`code: \{tests: ...\}`"),
+        ({"styles": {"talk": {}}}, r"expected base or chat; got 'talk'"),
+        ({"styles": {"chat": {"temperature": 1}}}, r"`styles.chat`: expected a key that shapes prompts"),
+        ({"data": {"train": "rows.jsonl"}}, r"expected test, shots or a file; got 'train'"),
+    ],
+)
+def test_bad_task_files(own_task: Callable[..., Path], keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        catalog.load_task(own_task(**keys))
+
+
+def test_template_of_a_missing_field(own_task: Callable[..., Path]) -> None:
+    spec = catalog.load_task(own_task(prompt="{{frage}}"))
+    plan = catalog.plan(spec, chat=False)
+    with pytest.raises(UserError, match=r"'frage' is undefined"):
+        runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, runner.load_data(spec, None))
+
+
+def oracle(spec: catalog.TaskSpec, *, chat: bool = False, constant: str | None = None, **plan_keys: Any) -> Any:
+    plan = catalog.plan(spec, chat=chat, **plan_keys)
+    box = sandbox.choose(unsafe=True) if spec.executes_code else None
+    rows = runner.load_data(spec, None)
+    return runner.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, sandbox=box)
+
+
+def test_own_task_scores(own_task: Callable[..., Path]) -> None:
+    spec = catalog.load_task(own_task())
+    assert oracle(spec).score["metrics"]["flexible"]["value"] == 100.0
+    assert oracle(spec, constant="4").score["metrics"]["flexible"]["value"] == pytest.approx(100 / 12, abs=1e-4)
+
+
+def test_own_task_with_shots(own_task: Callable[..., Path]) -> None:
+    path = own_task(data={"test": "rows.jsonl", "shots": "shots.jsonl"}, shots=2)
+    shots = [{"question": f"shot {n}?", "answer": f"{n}"} for n in range(3)]
+    (path.parent / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots))
+    result = oracle(catalog.load_task(path))
+    assert result.samples[0]["prompt"] == "shot 0? 0\n\nshot 1? 1\n\nWhat is 0 + 0?"
+    with pytest.raises(UserError, match=r"expected at most 3 shots; got 4"):
+        oracle(catalog.load_task(path), num_fewshot=4)
+
+
+def test_own_rows_in_a_builtin_task(own_task: Callable[..., Path], data_dir: Path) -> None:
+    rows = [{"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}]
+    path = own_task(rows, extends="gsm8k", prompt=None, reference=None, scorer=None, shots=0)
+    result = oracle(catalog.load_task(path))
+    assert result.samples[0]["prompt"] == "Question: 2 + 3?\nAnswer:"
+    assert result.score["metrics"]["strict"]["value"] == 100.0
+
+
+def test_own_code_task(own_task: Callable[..., Path]) -> None:
+    rows = [{"question": f"Write add{n}", "name": f"add{n}", "solution": f"def add{n}(a):\n    return a + {n}\n",
+             "n": n} for n in range(3)]  # fmt: skip
+    spec = catalog.load_task(
+        own_task(rows, reference="solution", scorer="python",
+                 code={"tests": "assert {{name}}(1) == 1 + {{n}}", "entry_point": "{{name}}"})
+    )  # fmt: skip
+    assert oracle(spec).score["metrics"]["pass@1"]["value"] == 100.0
+    assert oracle(spec, constant="import sys; sys.exit(0)").score["metrics"]["pass@1"]["value"] == 0.0
+    many = oracle(spec, samples=4)
+    assert {"pass@1", "pass@4"} <= many.score["metrics"].keys()
+    assert many.score["answers"]["count"] == 12
+
+
+def test_lm_eval_task_file_with_its_own_metrics(own_task: Callable[..., Path]) -> None:
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
+    path = own_task(
+        scorer=None, data=None, prompt=None, reference=None, max_new_tokens=None, dataset_path="json",
+        dataset_kwargs={"data_files": {"test": "rows.jsonl"}}, test_split="test", output_type="generate_until",
+        doc_to_text="{{question}}", doc_to_target="{{answer}}", metric_list=[metric],
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
+    )  # fmt: skip
+    spec = catalog.load_task(path)
+    plan = catalog.plan(spec, chat=False)
+    result = runner.evaluate_task(
+        EvalLM(OracleBackend(plan, constant="4")), plan, runner.load_data(spec, None), limit=6
+    )
+    assert result.score["documents"] == 12 and result.score["n"] == 6
+    right = sum(sample["references"] == ["4"] for sample in result.samples)
+    assert result.score["metrics"]["exact_match"]["value"] == pytest.approx(100 * right / 6, abs=1e-4)
+
+
+def test_lm_eval_task_file_with_a_function(own_task: Callable[..., Path]) -> None:
+    path = own_task(scorer=None, metric_list=[{"metric": "same", "aggregation": "mean", "higher_is_better": True}])
+    (path.parent / "helper.py").write_text(
+        "def process_results(doc, results):\n    return {'same': float(doc['answer'] in results[0])}\n"
+    )
+    path.write_text(path.read_text() + "process_results: !function helper.process_results\n")
+    spec = catalog.load_task(path)
+    assert spec.native
+    assert oracle(spec, constant="4 or 22").score["metrics"]["same"]["value"] == pytest.approx(300 / 12, abs=0.01)
+
+
+def test_metric_that_the_task_does_not_give(own_task: Callable[..., Path]) -> None:
+    path = own_task(scorer=None, metrics=["f1"], metric_list=[{"metric": "exact_match"}])
+    with pytest.raises(UserError, match=r"one number per document: exact_match; got 'f1'"):
+        oracle(catalog.load_task(path), constant="4")
+
+
+def test_unsafe_code_of_a_task_file_is_refused(own_task: Callable[..., Path]) -> None:
+    path = own_task(scorer=None, unsafe_code=True, metric_list=[{"metric": "exact_match"}])
+    with pytest.raises(UserError, match=r"`scorer: python`"):
+        oracle(catalog.load_task(path), constant="4")
+
+
+def test_docs_name_every_task() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "eval.md").read_text(encoding="utf-8")
+    for name, spec in catalog.builtin_tasks().items():
+        row = re.search(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert row, name
+        assert spec.data["test"][-1].file in row[0] and spec.metrics[0] in row[0]
