@@ -42,9 +42,7 @@ def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024, help="width of the target's head")
     parser.add_argument("--source-width", type=int, default=1024, help="width of the source's head")
     parser.add_argument("--tokens", type=int, default=50_000, help="shared tokens")
@@ -83,9 +81,7 @@ def _processor() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
 

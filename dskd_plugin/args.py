@@ -22,7 +22,9 @@ class TeacherSettings(_Block):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     adapter: str | None = Field(None, description="PEFT adapter of the teacher: hub id or folder")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="dtype of the teacher's weights")
-    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes weights; the head stays whole")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="bitsandbytes weights; the head stays whole"
+    )
     attn_implementation: str | None = Field(None, description="attention kernel of the teacher; null: as the student")
     chat_template: str = Field(
         "tokenizer_default", description="tokenizer_default, the name of an Axolotl template, or a jinja file"

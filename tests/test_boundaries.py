@@ -50,9 +50,7 @@ EVAL_FILES = sorted((ROOT / "eval" / "dskd_eval").rglob("*.py"))
 
 
 def test_the_folders_are_found():
-    assert {"heads", "divergences", "reduce", "projectors", "objective", "chunked"} <= {
-        p.stem for p in CORE_FILES
-    }
+    assert {"heads", "divergences", "reduce", "projectors", "objective", "chunked"} <= {p.stem for p in CORE_FILES}
     assert EVAL_FILES
 
 
@@ -67,9 +65,7 @@ def test_core_needs_torch_and_the_standard_library_alone(path):
 @pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
 def test_core_is_a_star(path):
     siblings = {p.stem for p in CORE_FILES}
-    assert core_modules(path) & siblings <= ABOVE.get(path.stem, set()), (
-        "leaf modules do not import one another"
-    )
+    assert core_modules(path) & siblings <= ABOVE.get(path.stem, set()), "leaf modules do not import one another"
 
 
 @pytest.mark.parametrize("path", EVAL_FILES, ids=lambda path: path.stem)
@@ -93,9 +89,7 @@ def test_no_plugin_file_but_the_outer_ring_imports_a_host():
         tree = ast.parse((ROOT / "dskd_plugin" / name).read_text())
         at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         for node in at_import:
-            names = (
-                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            )
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert all(top(module) in sys.stdlib_module_names for module in names), (name, names)
 
 

@@ -112,9 +112,7 @@ class _Walk:
         given = (student_RD, weight_VD, bias_V, t2s_Dd)
         head = _for_compute(replace(self.student_head, weight_VD=weight_VD.detach(), bias_V=_detach(bias_V)))
         teacher_head = _for_compute(self.teacher_head.detach())
-        leaves = [
-            _leaf(x, want) for x, want in zip((head.weight_VD, head.bias_V, t2s_Dd), wanted[1:], strict=True)
-        ]
+        leaves = [_leaf(x, want) for x, want in zip((head.weight_VD, head.bias_V, t2s_Dd), wanted[1:], strict=True)]
         head = replace(head, weight_VD=leaves[0], bias_V=leaves[1])
         wide = torch.promote_types(head.weight_VD.dtype, torch.float32)
         gradients = [
@@ -133,9 +131,7 @@ class _Walk:
         # One space after the other, so that the tensors of one are gone before those of the next come.
         spaces: tuple[Callable[[Rows], Sums], ...] = (
             partial(student_space_sums, student_head=head, t2s_Dd=leaves[2], objective=self.objective),
-            partial(
-                teacher_space_sums, teacher_head=teacher_head, s2t_dD=self.s2t_dD, objective=self.objective
-            ),
+            partial(teacher_space_sums, teacher_head=teacher_head, s2t_dD=self.s2t_dD, objective=self.objective),
         )
         for start, stop in _blocks(len(rows), rows.pairs, block_rows):
             block = rows.block(start, stop)
@@ -183,14 +179,10 @@ class _BlockwiseLoss(torch.autograd.Function):
         return (*(_scaled(g, factor, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None)
 
 
-def _add_gradients(
-    total: Tensor, leaves: list[Tensor | None], gradients: list[Tensor | None], rows: slice
-) -> None:
+def _add_gradients(total: Tensor, leaves: list[Tensor | None], gradients: list[Tensor | None], rows: slice) -> None:
     """Add one block's gradients: those of the student's rows in their place, the others to the whole."""
     wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    found = torch.autograd.grad(
-        total, [leaf for i in wanted if (leaf := leaves[i]) is not None], allow_unused=True
-    )
+    found = torch.autograd.grad(total, [leaf for i in wanted if (leaf := leaves[i]) is not None], allow_unused=True)
     for i, part in zip(wanted, found, strict=True):
         into = gradients[i]
         if part is not None and into is not None:

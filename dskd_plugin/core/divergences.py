@@ -170,8 +170,7 @@ def divergence(kind: str, **knobs: float) -> Divergence:
     """
     if kind not in DIVERGENCES:
         raise ValueError(
-            f"dskd.divergence.kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. "
-            "Choose one of these."
+            f"dskd.divergence.kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. Choose one of these."
         )
     function = DIVERGENCES[kind]
     known = set(inspect.signature(function).parameters) - {"student_NV", "teacher_NV"}

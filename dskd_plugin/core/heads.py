@@ -41,9 +41,7 @@ class Head:
                 "Pass the bias that belongs to this weight."
             )
         if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(
-                f"head: expected a positive softcap or None, got {self.softcap}. Use None for none."
-            )
+            raise ValueError(f"head: expected a positive softcap or None, got {self.softcap}. Use None for none.")
 
     def detach(self) -> Head:
         """The same head as a constant."""

@@ -45,8 +45,7 @@ class Objective:
             raise ValueError(f"dskd.kd_ratio: expected a number from 0 to 1, got {self.kd_ratio}. Try 0.5.")
         if self.spaces not in ("both", "student", "teacher"):
             raise ValueError(
-                f"dskd.spaces: expected 'both', 'student' or 'teacher', got {self.spaces!r}. "
-                "Choose one of these."
+                f"dskd.spaces: expected 'both', 'student' or 'teacher', got {self.spaces!r}. Choose one of these."
             )
 
     @property
@@ -173,9 +172,7 @@ def term_sums(
     return sums | teacher_space_sums(rows, teacher_head=teacher_head, s2t_dD=s2t_dD, objective=objective)
 
 
-def student_space_sums(
-    rows: Rows, *, student_head: Head, t2s_Dd: Tensor | None, objective: Objective
-) -> Sums:
+def student_space_sums(rows: Rows, *, student_head: Head, t2s_Dd: Tensor | None, objective: Objective) -> Sums:
     """ce, t2s_kd, t2s_ce and t2s_agreement: the part of term_sums over the student's vocabulary."""
     masks = row_masks(rows, objective)
     pairs = rows.pairs
@@ -208,9 +205,7 @@ def student_space_sums(
     return sums
 
 
-def teacher_space_sums(
-    rows: Rows, *, teacher_head: Head, s2t_dD: Tensor | None, objective: Objective
-) -> Sums:
+def teacher_space_sums(rows: Rows, *, teacher_head: Head, s2t_dD: Tensor | None, objective: Objective) -> Sums:
     """s2t_kd and s2t_agreement: the part of term_sums over the teacher's vocabulary."""
     if not objective.in_teacher_space or not rows.pairs:
         return {}

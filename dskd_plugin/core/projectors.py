@@ -110,9 +110,7 @@ def t2s_projector(
     return TeacherToStudent(linear)
 
 
-def _product(
-    left_VD: Tensor, right_VE: Tensor, left_ids_O: Tensor, right_ids_O: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _product(left_VD: Tensor, right_VE: Tensor, left_ids_O: Tensor, right_ids_O: Tensor, dtype: torch.dtype) -> Tensor:
     """left[ids]^T right[ids], a block of ids at a time in the given dtype, summed in fp64. Returns [D, E]."""
     device = left_VD.device
     total_DE = torch.zeros(left_VD.shape[1], right_VE.shape[1], dtype=torch.float64, device=device)

@@ -61,8 +61,7 @@ DISTANCES = {
     "forward_kl": lambda p, q: kl(p, q),
     "reverse_kl": lambda p, q: kl(q, p),
     "js": lambda p, q, teacher_share=0.5: (
-        teacher_share * kl(p, mix(p, q, teacher_share))
-        + (1 - teacher_share) * kl(q, mix(p, q, teacher_share))
+        teacher_share * kl(p, mix(p, q, teacher_share)) + (1 - teacher_share) * kl(q, mix(p, q, teacher_share))
     ),
     "skewed_forward_kl": lambda p, q, skew=0.1: kl(p, mix(p, q, skew)),
     "skewed_reverse_kl": lambda p, q, skew=0.1: kl(q, mix(q, p, skew)),

@@ -118,8 +118,7 @@ def slice_rows(case, response, pairs):
     rows = case.rows()
     order = [*pairs, *(r for r in response if r not in pairs)]
     picked = {
-        name: getattr(rows, name)[pairs]
-        for name in ("teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
+        name: getattr(rows, name)[pairs] for name in ("teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
     }
     return dataclasses.replace(rows, student_RD=case.student[order], labels_R=rows.labels_R[order], **picked)
 
@@ -197,9 +196,7 @@ def test_only_asked_gradients_are_made(make_case):
     loss.backward()
     assert case.student.grad.abs().max() > 0
     assert case.t2s.grad.abs().max() > 0
-    assert sorted(tuple(x.shape) for x in saved) == sorted(
-        [(), tuple(case.student.shape), tuple(case.t2s.shape)]
-    )
+    assert sorted(tuple(x.shape) for x in saved) == sorted([(), tuple(case.student.shape), tuple(case.t2s.shape)])
 
 
 def test_one_gradient_per_input(make_case):
@@ -316,9 +313,7 @@ def larger(dtype, *, rows=96, pairs=64, vocabulary=400, seed=0, scale=1.0):
     }
 
 
-def larger_loss(
-    tensors, dtype=None, *, block_elements=20 * 460, kind="forward_kl", divisor=None, chunked=True
-):
+def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_kl", divisor=None, chunked=True):
     """Loss and gradients by student, weight and t2s."""
     cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
     leaves = [cast[name].detach().requires_grad_() for name in ("student", "weight", "t2s")]

@@ -75,9 +75,7 @@ def test_half_precision_logits_are_widened_first(kind, dtype):
     student, teacher = logits(4, 50, seed=1).to(dtype), logits(4, 50, seed=2).to(dtype)
     got = value(kind, student, teacher, 2.0)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(
-        got.double(), value(kind, student.double(), teacher.double(), 2.0), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(got.double(), value(kind, student.double(), teacher.double(), 2.0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e5])

@@ -36,9 +36,7 @@ def check_against_floats(oracle, case, tolerance):
         assert total.item() == pytest.approx(expected[name][0], rel=tolerance, abs=tolerance), name
         assert count.item() == expected[name][1], name
     for term in TERMS:
-        found = torch.autograd.grad(
-            sums[term][0], list(case.leaves().values()), retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(sums[term][0], list(case.leaves().values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(case.leaves(), found, strict=True):
             wanted = oracle.gradient(lambda live, term=term: oracle.terms(floats, live)[term][0], live, name)
             got = torch.zeros_like(case.leaves()[name]) if gradient is None else gradient
@@ -266,9 +264,7 @@ def test_head_logits_in_each_dtype(oracle, make_case, dtype, tolerance):
     hidden = case.student.detach().clone()
     got = head_logits(hidden, case.to(dtype).student_head())
     assert got.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(
-        got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
