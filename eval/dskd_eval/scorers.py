@@ -131,7 +131,13 @@ def _rouge() -> Any:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """Rouge-L F-measure in [0, 1] (Lin 2004) with rouge_score's tokenizer and Porter stemmer."""
+    """Rouge-L F-measure in [0, 1] (Lin 2004) with rouge_score's tokenizer and Porter stemmer.
+
+    That tokenizer drops all but ASCII letters and digits; a reference without any (a symbol, an emoji) is matched
+    as a whole.
+    """
+    if not re.search("[a-zA-Z0-9]", reference):
+        return float(_plain(text) == _plain(reference))
     return float(_rouge().score(reference, text)["rougeL"].fmeasure)
 
 

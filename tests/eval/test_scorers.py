@@ -33,6 +33,11 @@ def test_rouge_l_equals_table(text: str, reference: str) -> None:
     assert scorers.rouge_l(text, reference) == pytest.approx(lcs_f(text.split(), reference.split()))
 
 
+@pytest.mark.parametrize(("text", "score"), [("- 😌😊 ", 1.0), ("😌", 0.0), ("", 0.0), ("calm", 0.0)])
+def test_rouge_l_of_a_reference_without_words(text: str, score: float) -> None:
+    assert scorers.rouge_l(text, "- 😌😊") == score
+
+
 def test_rouge_l_takes_the_best_reference_and_stems() -> None:
     found = scorers.score_rouge(answer("running dogs", "cat", "run dog")).metrics
     assert found == {"rouge_l": pytest.approx(1.0), "exact_match": 0.0, "response_words": 2.0}
