@@ -50,7 +50,7 @@ class PairedStrategy:
         """The student's columns plus the teacher's ids and the aligned target positions of both sides."""
         # Strategies change the row they are given.
         student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
-        teacher = dict(self.teacher.tokenize_prompt(copy.deepcopy(prompt)))
+        teacher = self._teacher_columns(copy.deepcopy(prompt))
         ids = student["input_ids"]
         if not (self.supports_batched and (not ids or isinstance(ids[0], list))):
             return {**student, **self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])}
@@ -64,6 +64,15 @@ class PairedStrategy:
         ]
         columns = ("teacher_input_ids", "aligned_student", "aligned_teacher", UNMATCHED)
         return {**student, **{column: [row[column] for row in rows] for column in columns}}
+
+    def _teacher_columns(self, prompt: Any) -> dict[str, Any]:
+        try:
+            return dict(self.teacher.tokenize_prompt(prompt))
+        except Exception as error:  # whatever a template raises, e.g. for a system message
+            raise ValueError(
+                f"dskd.teacher.chat_template: expected a template that renders every row, got {error!r} from the "
+                "teacher's. Name another template, or change the rows, e.g. with drop_system_message: true."
+            ) from error
 
     def _reread(self, student_ids: list[int]) -> tuple[list[int], list[int]]:
         """The teacher's tokens of the text that a student row covers; all of them are trained on."""

@@ -89,12 +89,13 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
             "Choose a generative teacher."
         )
     adapter = settings.adapter
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        if Path(adapter).exists() or _looks_local(adapter):
-            raise ValueError(
-                f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
-                "Check the path."
-            )
+    if adapter is None or (Path(adapter) / "adapter_config.json").is_file():
+        return
+    if Path(adapter).exists() or _looks_local(adapter):
+        raise ValueError(
+            f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
+            "Check the path."
+        )
 
 
 def load_tokenizer(settings: TeacherSettings, trust_remote_code: bool) -> Any:

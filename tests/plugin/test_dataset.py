@@ -151,6 +151,21 @@ def test_rows_without_a_response_are_refused(prepare, recipe):
         prepare([conversation("red", "blue")], datasets=datasets)
 
 
+def test_template_that_cannot_render_a_row_is_named(prepare, tiny, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(template)}}
+    row = conversation("red", "blue stone")
+    found, _, teacher = prepare([row], block)
+    assert teacher.decode(found[0]["teacher_input_ids"]) == "[user]red</s>[assistant]blue stone</s>"
+    row["messages"].insert(0, {"role": "system", "content": "lamp"})
+    with pytest.raises(ValueError, match=r"dskd\.teacher\.chat_template: expected a template that renders"):
+        prepare([row], block, dataset_prepared_path=str(tmp_path / "again"))
+
+
 def test_tokenized_datasets_are_refused(prepare, recipe):
     rows = [{"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}]
     with pytest.raises(ValueError, match="expected a dataset type that Axolotl tokenizes row by row"):
