@@ -206,6 +206,21 @@ def load_task(path: Path) -> TaskSpec:
             got=repr(scorer),
             fix=nearest(str(scorer), SCORER_METRICS) if scorer else "Add `scorer: exact_match` or another.",
         )
+    for key in ("metric_list", "process_results", "filter_list", "doc_to_choice", "repeats"):
+        if scorer is not None and key in config:
+            raise UserError(
+                f"{where}, `{key}`",
+                expected="either `scorer` or lm-eval's own metrics",
+                got=f"both `scorer: {scorer}` and `{key}`",
+                fix="Leave one of them out.",
+            )
+    if scorer is not None and config.get("output_type", "generate_until") != "generate_until":
+        raise UserError(
+            f"{where}, `output_type`",
+            expected=f"generate_until with `scorer: {scorer}`",
+            got=repr(config["output_type"]),
+            fix="Leave out `scorer` and give lm-eval's metric_list, or leave out `output_type`.",
+        )
     data = _data(raw.get("data"), path, where)
     if not data and not config.get("dataset_path") and not config.get("custom_dataset"):
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
@@ -354,7 +369,8 @@ def _source(item: Any, path: Path, where: str) -> DataSource:
             fix=nearest(name, DataSource.__dataclass_fields__),
         )
     if path.parent != TASK_FOLDER and "hub" not in entry:
-        entry["file"] = str((path.parent / Path(entry["file"]).expanduser()).resolve())
+        beside, here = path.parent / Path(entry["file"]).expanduser(), Path(entry["file"])
+        entry["file"] = str((here if here.is_file() and not beside.is_file() else beside).resolve())
     if "hub" in entry:
         entry["hub"] = HubSource(**entry["hub"])
     return DataSource(**entry)

@@ -187,6 +187,8 @@ def _evaluate(options: dict[str, Any]) -> None:
     watcher = Terminal(sum(len(plans) for plans in prepared.plans.values()))
     for note in prepared.notes:
         watcher.note(note)
+    place = escape(str(output))
+    _ERR.print(f"[dim]output {place} (to go on after a stop: --output {place} --resume)[/]", soft_wrap=True)
     try:
         with watcher:
             results = run.evaluate(prepared, output, watcher, resume=options["resume"], cache=options["cache"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dskd_eval import recipe
@@ -29,6 +32,20 @@ def test_roles_and_folders(pair: Path) -> None:
     ]  # fmt: skip
     assert refs[0].revision == "v1"
     assert all(Path(ref.source).is_absolute() for ref in refs)
+
+
+def test_recipe_run_compares_with_the_base_and_states_the_gap(
+    pair: Path, own_task: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """Four copies of one model: no difference, and no gap that could be closed."""
+    done = invoke("--recipe", pair, "--task-file", own_task(), "--limit", 4, "--output", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["comparisons"]
+    assert found["baseline"] == "base base"
+    assert [pair["model"] for pair in found["pairs"]] == ["teacher teacher", "sft sft", "student dskd"]
+    assert all(row["difference"] == 0.0 and row["p"] == 1.0 for pair in found["pairs"] for row in pair["rows"])
+    assert [gap["rows"][0]["closed"] for gap in found["gaps"]] == [None, None]
+    assert "teacher not above base" in done.output
 
 
 def test_without_an_sft_output_there_is_none(pair: Path) -> None:

@@ -196,6 +196,8 @@ def test_rows_may_be_zipped_or_a_json_list(tmp_path: Path) -> None:
         ({"scorer": "python"}, r"`code: \{tests: ...\}`"),
         ({"styles": {"talk": {}}}, r"expected base or chat; got 'talk'"),
         ({"styles": {"chat": {"temperature": 1}}}, r"`styles.chat`: expected a key that shapes prompts"),
+        ({"metric_list": [{"metric": "acc"}]}, r"either `scorer` or lm-eval's own metrics"),
+        ({"output_type": "multiple_choice"}, r"generate_until with `scorer: number`"),
         ({"data": {"train": "rows.jsonl"}}, r"expected test, shots or a file; got 'train'"),
     ],
 )
