@@ -288,3 +288,23 @@ def test_saved_student_has_no_projector(tiny, tmp_path):
     setup.student.save_pretrained(tmp_path)
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("precision", ["bf16 weights", "fp32 weights, bf16 products"])
+def test_low_precision_is_close(tiny, rows, precision):
+    setup = Setup(tiny["student"], tiny["teacher"])
+    batch = [padded(setup, setup.samples(rows))]
+    expected, sums, _ = setup.run(batch)
+    if precision == "bf16 weights":
+        setup.student.bfloat16()
+        setup.loss.t2s.float()
+    setup.loss.matmul_dtype = torch.bfloat16
+    setup.loss._s2t_step = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "bf16 weights"):
+        found, low_sums, gradients = setup.run(batch)
+    assert found == pytest.approx(expected, rel=0.05)  # t2s_kd is a mean over the few rows that agree
+    for name in ("ce", "t2s_ce", "s2t_kd"):
+        assert low_sums[name][0] == pytest.approx(sums[name][0], rel=0.03), name
+    for name, parameter in setup.student.named_parameters():
+        assert gradients[name].dtype == parameter.dtype
+        assert gradients[name].isfinite().all()
