@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "quickstart"
-SIZES = {"train": 504, "validation": 112, "heldout": 168, "prose": 30000}
+SIZES = {"train": 504, "validation": 112, "heldout": 168, "prose": 36000}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -150,9 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(options.out / "results.json")
     terms = results["dskd"]
-    print(
-        f"\nHeld-out rows: {SIZES['heldout']}; both runs from the same student, same rows, steps and rates.\n"
-    )
+    print(f"\nHeld-out rows: {SIZES['heldout']}; both runs from the same student, same rows, steps and rates.\n")
     print(table(results))
     print(
         f"\nDSKD: {terms['align_ratio']:.0%} of the student's answer tokens aligned. On these the projected "
@@ -160,9 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{terms['agreement_end']:.0%} at the end (agreement)."
     )
     print(f"Total {results['seconds'] / 60:.1f} min, peak memory {results['peak_rss_gib']:.1f} GiB.\n")
-    print(
-        f"In {options.out}: results.json (all numbers, every reply), loss.png, sft/ and dskd/ (the students),"
-    )
+    print(f"In {options.out}: results.json (all numbers, every reply), loss.png, sft/ and dskd/ (the students),")
     print("teacher-tuned/, the recipes (*.yaml; run them there with `axolotl train`) and logs/.")
     return 0
 

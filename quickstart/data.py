@@ -98,13 +98,15 @@ def _home(rng: random.Random) -> Row:
     name, place, job = f"{rng.choice(FIRST)} {rng.choice(LAST)}", rng.choice(PLACES), rng.choice(JOBS)
     facts = rng.choice([f"{name} is a {job} in {place}.", f"The {job} {name} comes from {place}."])
     question = f"{facts} Where does {name} live?"
-    return question, f"The place is {place}.", f"{facts} {name} lives in {place}."
+    answer = f"The place is {place}."
+    return question, answer, f"{facts} {answer}"
 
 
 def _job(rng: random.Random) -> Row:
     name, place, job = f"{rng.choice(FIRST)} {rng.choice(LAST)}", rng.choice(PLACES), rng.choice(JOBS)
     facts = rng.choice([f"In {place} {name} works as a {job}.", f"{name} of {place} is a good {job}."])
-    return f"{facts} What is the job of {name}?", f"The job is {job}.", f"{facts} {name} is a {job}."
+    answer = f"The job is {job}."
+    return f"{facts} What is the job of {name}?", answer, f"{facts} {answer}"
 
 
 def _gain(rng: random.Random) -> Row:
@@ -116,8 +118,8 @@ def _gain(rng: random.Random) -> Row:
     )
     verb, past = rng.choice([("buys", "bought"), ("finds", "found"), ("gets", "got")])
     question = f"{name} has {had} {things} and {verb} {more} more. How many {things} are there now?"
-    prose = f"{name} had {had} {things}. {name} {past} {more} more. Now {name} has {had + more} {things}."
-    return question, f"Now there are {had + more} {things}.", prose
+    answer = f"Now there are {had + more} {things}."
+    return question, answer, f"{name} had {had} {things} and {past} {more} more. {answer}"
 
 
 def _loss(rng: random.Random) -> Row:
@@ -129,29 +131,30 @@ def _loss(rng: random.Random) -> Row:
     )
     verb, past = rng.choice([("loses", "lost"), ("sells", "sold"), ("gives away", "gave away")])
     question = f"{name} has {left + away} {things} and {verb} {away}. How many {things} are left?"
-    prose = f"{name} had {left + away} {things}. {name} {past} {away}. Then {name} had {left} {things}."
-    return question, f"Then {left} {things} are left.", prose
+    answer = f"Then {left} {things} are left."
+    return question, answer, f"{name} had {left + away} {things} and {past} {away}. {answer}"
 
 
 def _price(rng: random.Random) -> Row:
     thing, count, price = rng.choice(THINGS), rng.randint(2, 9), rng.randint(2, 12)
     fact = f"One {thing} costs {price} coins."
     question = f"{fact} What do {count} {_plural(thing)} cost?"
-    return question, f"They cost {count * price} coins.", f"{fact} For {count} you pay {count * price} coins."
+    answer = f"They cost {count * price} coins."
+    return question, answer, f"{fact} Take {count} {_plural(thing)}. {answer}"
 
 
 def _convert(rng: random.Random) -> Row:
     (one, big, small, factor), count = rng.choice(UNITS), rng.randint(2, 20)
     question = rng.choice([f"How many {small} are {count} {big}?", f"Convert {count} {big} to {small}."])
-    prose = f"1 {one} is {factor} {small}. {count} {big} are {count * factor} {small}."
-    return question, f"That is {count * factor} {small}.", prose
+    answer = f"That is {count * factor} {small}."
+    return question, answer, f"1 {one} is {factor} {small}. Take {count} {big}. {answer}"
 
 
 def _larger(rng: random.Random) -> Row:
     one, two = rng.sample(range(10, 400), 2)
     word, pick = rng.choice([("larger", max(one, two)), ("smaller", min(one, two))])
-    prose = f"Look at {one} and {two}. {pick} is {word} than {one + two - pick}."
-    return f"Which number is {word}, {one} or {two}?", f"The {word} number is {pick}.", prose
+    answer = f"The {word} number is {pick}."
+    return f"Which number is {word}, {one} or {two}?", answer, f"Look at {one} and {two}. {answer}"
 
 
 def _oldest(rng: random.Random) -> Row:
@@ -159,21 +162,22 @@ def _oldest(rng: random.Random) -> Row:
     facts = [f"{top} is {word}er than {middle}.", f"{middle} is {word}er than {low}."]
     rng.shuffle(facts)
     question = f"{' '.join(facts)} Who is the {word}est?"
-    return question, f"The {word}est is {top}.", f"{' '.join(facts)} {top} is {word}er than {low}."
+    answer = f"The {word}est is {top}."
+    return question, answer, f"{' '.join(facts)} {answer}"
 
 
 def _item(rng: random.Random) -> Row:
     items, at = rng.sample(THINGS, 4), rng.randrange(4)
     listed = f"{', '.join(items[:3])} and {items[3]}"
-    prose = f"Here are {listed}. First comes {items[0]} and last comes {items[3]}."
-    return f"What is the {ORDINALS[at]} of {listed}?", f"The {ORDINALS[at]} is {items[at]}.", prose
+    answer = f"The {ORDINALS[at]} is {items[at]}."
+    return f"What is the {ORDINALS[at]} of {listed}?", answer, f"Here are {listed}. {answer}"
 
 
 def _count(rng: random.Random) -> Row:
     items = rng.sample(ANIMALS, rng.randint(2, 6))
     listed = f"{', '.join(items[:-1])} and {items[-1]}"
-    prose = f"We saw {listed}. That makes {len(items)} animals."
-    return f"How many animals are in this list: {listed}?", f"The list has {len(items)} animals.", prose
+    answer = f"The list has {len(items)} animals."
+    return f"How many animals are in this list: {listed}?", answer, f"Here is a list: {listed}. {answer}"
 
 
 def _sort(rng: random.Random) -> Row:
@@ -181,7 +185,8 @@ def _sort(rng: random.Random) -> Row:
     order = "from large to small" if falling else "from small to large"
     done = ", ".join(str(n) for n in sorted(numbers, reverse=falling))
     given = ", ".join(str(n) for n in numbers)
-    return f"Sort {given} {order}.", f"Sorted: {done}.", f"The numbers are {given}. In order {order}: {done}."
+    answer = f"Sorted: {done}."
+    return f"Sort {given} {order}.", answer, f"Take {given} and go {order}. {answer}"
 
 
 def _box(rng: random.Random) -> Row:
@@ -189,7 +194,8 @@ def _box(rng: random.Random) -> Row:
     owner, pick = rng.choice(FIRST), rng.randrange(2)
     facts = f"{owner} has a {colours[0]} {things[0]} and a {colours[1]} {things[1]}."
     question = f"{facts} What colour is the {things[pick]}?"
-    return question, f"The colour is {colours[pick]}.", f"{facts} The {things[pick]} is {colours[pick]}."
+    answer = f"The colour is {colours[pick]}."
+    return question, answer, f"{facts} Look at the {things[pick]}. {answer}"
 
 
 def _day(rng: random.Random) -> Row:
@@ -197,7 +203,8 @@ def _day(rng: random.Random) -> Row:
     back = DAYS[(start + days) % 7]
     later = f"{days} {'day' if days == 1 else 'days'} later"
     question = f"{name} leaves on {DAYS[start]} and comes back {later}. On which day is that?"
-    return question, f"The day is {back}.", f"{name} left on {DAYS[start]}. It was {back} {later}."
+    answer = f"The day is {back}."
+    return question, answer, f"{name} left on {DAYS[start]} and came back {later}. {answer}"
 
 
 def _letters(rng: random.Random) -> Row:
@@ -209,7 +216,7 @@ def _letters(rng: random.Random) -> Row:
             (f"What is the last letter of the word {word}?", f"The last letter is {word[-1]}."),
         ]
     )
-    return question, answer, f"The word {word} is spelled {' '.join(word)}."
+    return question, answer, f"Look at the word {word}. {answer}"
 
 
 KINDS: dict[str, Callable[[random.Random], Row]] = {

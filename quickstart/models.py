@@ -140,13 +140,9 @@ def copy_recipes(source: Path, out: Path, *, teacher: str | None) -> None:
 
 def training_log(run: Path) -> list[dict[str, Any]]:
     """The logged entries of a finished run, from its last checkpoint."""
-    states = sorted(
-        run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1])
-    )
+    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not states:
-        raise ValueError(
-            f"{run}: expected a checkpoint with trainer_state.json, got none. Set save_strategy: epoch."
-        )
+        raise ValueError(f"{run}: expected a checkpoint with trainer_state.json, got none. Set save_strategy: epoch.")
     log: list[dict[str, Any]] = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
     return log
 

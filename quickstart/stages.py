@@ -19,9 +19,7 @@ def digest(*parts: str | Path) -> str:
     """Hash of texts and files; a path stands for the content of that file or of all files below it."""
     total = hashlib.sha256()
     for part in parts:
-        files = (
-            [part] if isinstance(part, str) else sorted(p for p in [part, *part.rglob("*")] if p.is_file())
-        )
+        files = [part] if isinstance(part, str) else sorted(p for p in [part, *part.rglob("*")] if p.is_file())
         for file in files:
             content = file.encode() if isinstance(file, str) else file.read_bytes()
             total.update(hashlib.sha256(content).digest())
@@ -60,9 +58,7 @@ def stage(folder: Path, title: str, inputs: str | None, build: Callable[[Path], 
 
 def axolotl_command() -> str:
     """The `axolotl` program beside this Python, else on PATH; ValueError when there is none."""
-    found = shutil.which(
-        "axolotl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    )
+    found = shutil.which("axolotl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is None:
         raise ValueError(
             f"axolotl: expected the command beside {sys.executable} or on PATH, found none. "
@@ -82,9 +78,7 @@ def axolotl_train(recipe: Path, output: Path, log: Path, *, seed: int, offline: 
     print(f"  axolotl train {recipe}   (log: {log})", flush=True)
     with (
         log.open("w", encoding="utf-8") as sink,
-        subprocess.Popen(
-            command, cwd=recipe.parent, env=environment, stdout=sink, stderr=subprocess.STDOUT
-        ) as run,
+        subprocess.Popen(command, cwd=recipe.parent, env=environment, stdout=sink, stderr=subprocess.STDOUT) as run,
     ):
         try:
             _follow(run, log)
@@ -94,8 +88,7 @@ def axolotl_train(recipe: Path, output: Path, log: Path, *, seed: int, offline: 
     if run.returncode != 0:
         last = "\n".join(_lines(log)[-15:])
         raise RuntimeError(
-            f"axolotl train {recipe}: expected exit code 0, got {run.returncode}. "
-            f"Read {log}; it ends with:\n{last}"
+            f"axolotl train {recipe}: expected exit code 0, got {run.returncode}. Read {log}; it ends with:\n{last}"
         )
 
 
