@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from dskd_eval import cpu_attention
 from dskd_eval.errors import UserError
 from dskd_eval.lm import Generation, GenerationSettings, Prompt
 from dskd_eval.models import ModelFolder
@@ -123,6 +124,8 @@ class HFBackend:
         self.tokenizer = load_tokenizer(folder, chat_template)
         self.model = _load(folder, self.dtype).to(self.device).eval()
         saved = self.model.generation_config
+        if self.device.type == "cpu":
+            cpu_attention.use_for(self.model)
         self.end_tokens = end_tokens(self.tokenizer, saved)
         # A checkpoint's own sampling settings (repetition penalty, top-k) must not change a benchmark in
         # silence.
@@ -134,6 +137,7 @@ class HFBackend:
             "fingerprint": folder.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
+            "attention": str(getattr(self.model.config, "_attn_implementation", "")),
         }
         pad = self.tokenizer.pad_token_id
         self._pad = pad if pad is not None else (self.end_tokens[0] if self.end_tokens else 0)
