@@ -469,24 +469,18 @@ def list_tasks(as_json: bool) -> None:
         ]  # fmt: skip
         click.echo(json.dumps(rows, indent=1))
         return
-    table = Table(header_style="bold")
-    for name in ("suite", "task", "primary metric", "shots base/chat", "max tokens", "rows", "what"):
-        table.add_column(name, overflow="fold")
     previous = None
     for pair in plans:
         base, chat = pair["base"], pair["chat"]
-        if previous not in (None, base.spec.suite):
-            table.add_section()
+        if previous != base.spec.suite:
+            _OUT.print(f"\n[bold]{base.spec.suite}[/]")
         previous = base.spec.suite
         tokens = "/".join(dict.fromkeys(str(plan.generation["max_gen_toks"]) for plan in (base, chat)))
-        source = base.spec.data["test"][-1]
-        count = "" if source.select else str(source.rows or "")
-        protocols = f" [dim](protocols: {', '.join(base.spec.protocols)})[/]" if base.spec.protocols else ""
-        table.add_row(
-            base.spec.suite, base.spec.name, base.primary, f"{base.shots}/{chat.shots}", tokens,
-            count, escape(base.spec.summary) + protocols,
-        )  # fmt: skip
-    _OUT.print(table)
+        shots = "/".join(dict.fromkeys(str(plan.shots) for plan in (base, chat)))
+        protocols = "".join(f", protocol {name}" for name in base.spec.protocols)
+        _OUT.print(f"  [bold]{base.spec.name:<14}[/] {base.primary:<14} {shots}-shot, {tokens} tokens{protocols}")
+        _OUT.print(f"  {'':<14} [dim]{escape(base.spec.summary)}[/]", soft_wrap=True)
+    _OUT.print("\n[dim]a/b: base style/chat style. All prompts, stop rules and metrics: dskd-eval list --json[/]")
     _OUT.print("[dim]A task of your own: --task-file my.yaml (docs/eval.md).[/]")
 
 
