@@ -23,7 +23,8 @@ def _wrap_validate_config(module):
 
     def validate_config(cfg, *args, **kwargs):
         # Axolotl drops unknown top-level keys: without this, a `dskd:` block alone would train plain SFT.
-        if cfg.get("dskd") is not None and not {NAME, TARGET} & set(cfg.get("plugins") or ()):
+        listed = [str(plugin).replace(":", ".").split(".")[0] for plugin in cfg.get("plugins") or ()]
+        if cfg.get("dskd") is not None and not {NAME, "dskd_plugin"} & set(listed):
             raise ValueError(
                 f"plugins: expected '{NAME}' in the list because the recipe has a `dskd:` block, "
                 f"got {list(cfg.get('plugins') or ())}. Add `plugins: [{NAME}]`, or remove the block."

@@ -32,6 +32,7 @@ class TeacherReader:
     tokenizer: Any
     template: str | None
     table: TokenTable
+    sequence_len: int
 
 
 class PairedStrategy:
@@ -175,10 +176,6 @@ def _each_strategy(exchange: Callable[[Any], Any]) -> Iterator[None]:
         _on_strategy = None
 
 
-def teacher_sequence_len(settings: Settings, student_sequence_len: int) -> int:
-    return settings.teacher.sequence_len or 2 * student_sequence_len
-
-
 def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any, Any]:
     """The dataset entry, tokenizer and recipe of the teacher: copies with its own template and limits."""
     config, teacher_cfg = copy.deepcopy(dataset_config), copy.deepcopy(cfg)
@@ -187,7 +184,7 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
             block["chat_template"], block["chat_template_jinja"] = "jinja", reader.template
     teacher_cfg["tokenizer_use_mistral_common"] = None
     # One above the limit, so that a row cut by its strategy is still seen to be too long.
-    teacher_cfg["sequence_len"] = teacher_sequence_len(reader.settings, cfg.sequence_len) + 1
+    teacher_cfg["sequence_len"] = reader.sequence_len + 1
     teacher_cfg["eot_tokens"] = None
     turn_end = end_of_turn(reader.tokenizer, reader.template, reader.table)
     if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
@@ -199,7 +196,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
     """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
     import numpy as np
 
-    limit = teacher_sequence_len(reader.settings, cfg.sequence_len)
+    limit = reader.sequence_len
     rows = len(dataset)
     over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
     strategy = (cfg.excess_length_strategy or "drop").lower()

@@ -26,6 +26,9 @@ UNSUPPORTED = {
     "label_smoothing_factor": "Remove it: the cross-entropy of the student's tokens is exact.",
     "push_dataset_to_hub": "Remove it: the hub copy would be shared by different teachers.",
     "kd_trainer": "Remove Axolotl's own distillation settings.",
+    "torch_compile": "Remove it: the loss inside the student's forward is not compiled.",
+    "max_memory": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
+    "gpu_memory_limit": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
     "loraplus_lr_ratio": "Remove it: the projectors need a learning rate of their own.",
 }
 
@@ -59,12 +62,19 @@ class DSKDPlugin(BasePlugin):
         from dskd_plugin.args import parse_settings
         from dskd_plugin.dataset import TeacherReader
         from dskd_plugin.pair import make_pair, read_table
-        from dskd_plugin.teacher import check_config, check_files, load_tokenizer, resolve_template
+        from dskd_plugin.teacher import (
+            check_config,
+            check_files,
+            load_tokenizer,
+            resolve_template,
+            teacher_sequence_len,
+        )
 
         settings = parse_settings(cfg["dskd"].to_dict() if hasattr(cfg["dskd"], "to_dict") else cfg["dskd"])
         check_recipe(cfg)
         trust_remote_code = bool(cfg.get("trust_remote_code"))
-        check_config(settings.teacher, trust_remote_code)
+        positions = check_config(settings.teacher, trust_remote_code)
+        limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
         check_files("base_model", cfg["base_model"])
         tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
         types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]
@@ -72,19 +82,24 @@ class DSKDPlugin(BasePlugin):
             settings.teacher, tokenizer, any(kind.startswith("chat_template") for kind in types)
         )
         table = read_table("tokenizer of dskd.teacher.model", tokenizer)
-        if settings.alignment == "identity":
+        changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
+        if settings.alignment == "identity" and not changed:
             from transformers import AutoTokenizer
 
-            student = AutoTokenizer.from_pretrained(cfg.get("tokenizer_config") or cfg["base_model"])
+            student = AutoTokenizer.from_pretrained(
+                cfg.get("tokenizer_config") or cfg["base_model"],
+                revision=cfg.get("revision_of_model") or "main",
+                trust_remote_code=trust_remote_code,
+            )
             make_pair(student, table, settings)
-        return TeacherReader(settings, tokenizer, template, table)
+        return TeacherReader(settings, tokenizer, template, table, limit)
 
     def _prepared_path(self, cfg: Any) -> str:
         """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
         settings = self.reader.settings
         key = {
             "version": __version__,
-            "teacher": settings.teacher.model_dump(include={"model", "revision", "sequence_len"}),
+            "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
             "alignment": settings.alignment,
             "tokenizer": self.reader.table.digest,
             "template": self.reader.template,
@@ -142,6 +157,16 @@ def check_recipe(cfg: Any) -> None:
     for key in ("dispatch_batches", "split_batches"):
         if (cfg.get("accelerator_config") or {}).get(key):
             problems.append(f"accelerator_config.{key}: expected false, got true: it cuts batches apart. Remove it.")
+    if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+        problems.append(
+            f"device_map: expected it unset beside a `dskd:` block, got {cfg['device_map']!r}. Use DeepSpeed or FSDP2 "
+            "for a student that does not fit on one device."
+        )
+    if cfg.get("lr_scheduler") == "one_cycle":
+        problems.append(
+            "lr_scheduler: expected a schedule that keeps the projectors' own learning rate, got 'one_cycle'. "
+            "Use cosine."
+        )
     deepspeed = cfg.get("deepspeed")
     if deepspeed:
         content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
@@ -149,6 +174,11 @@ def check_recipe(cfg: Any) -> None:
             problems.append(
                 f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "
                 "it would give the projectors the student's learning rate. Set `optimizer` in the recipe."
+            )
+        if "scheduler" in content:
+            problems.append(
+                f"deepspeed: expected a file without a scheduler, got {content['scheduler'].get('type')!r}: "
+                "it would give the projectors the student's learning rate. Set `lr_scheduler` in the recipe."
             )
     if problems:
         raise ValueError("\n".join(problems))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dskd_plugin.args import TeacherSettings
@@ -39,6 +40,11 @@ def check_files(name: str, model: str) -> None:
         raise ValueError(
             f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
         )
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ``ValueError`` for a truncated safetensors file."""
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -59,8 +65,11 @@ def check_files(name: str, model: str) -> None:
             )
 
 
-def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
-    """Raise ``ValueError`` unless the teacher is a decoder-only language model that can be found."""
+def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | None:
+    """Raise ``ValueError`` unless the teacher is a decoder-only language model that can be found.
+
+    Returns the number of positions that it knows, None without a limit.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -89,13 +98,27 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> None:
             "Choose a generative teacher."
         )
     adapter = settings.adapter
-    if adapter is None or (Path(adapter) / "adapter_config.json").is_file():
-        return
-    if Path(adapter).exists() or _looks_local(adapter):
+    if adapter is not None and (Path(adapter) / "adapter_config.json").is_file():
+        check_weights(Path(adapter))
+    elif adapter is not None and (Path(adapter).exists() or _looks_local(adapter)):
         raise ValueError(
             f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
             "Check the path."
         )
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def teacher_sequence_len(settings: TeacherSettings, student_sequence_len: int, positions: int | None) -> int:
+    """Longest teacher row: as set, else twice the student's, never beyond the positions that the teacher knows."""
+    if settings.sequence_len is None:
+        return min(2 * student_sequence_len, positions or 2 * student_sequence_len)
+    if positions is not None and settings.sequence_len > positions:
+        raise ValueError(
+            f"dskd.teacher.sequence_len: expected at most the {positions} positions of the teacher, got "
+            f"{settings.sequence_len}. Lower it, or leave it out."
+        )
+    return settings.sequence_len
 
 
 def load_tokenizer(settings: TeacherSettings, trust_remote_code: bool) -> Any:
@@ -203,6 +226,8 @@ class Teacher:
     ) -> None:
         with _outside_engines():
             try:
+                if attn_implementation and attn_implementation.startswith("flash") and settings.dtype == "float32":
+                    attn_implementation = None  # FlashAttention computes in half precision only
                 try:
                     model = _load(
                         settings, settings.attn_implementation or attn_implementation, device, trust_remote_code
@@ -215,7 +240,7 @@ class Teacher:
                         attn_implementation,
                     )
                     model = _load(settings, None, device, trust_remote_code)
-            except (ImportError, OSError, ValueError) as error:
+            except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
                 raise DSKDSetupError(
                     f"dskd.teacher: expected a loadable causal language model, got {settings.model!r}: {error}. "
                     "Check that the folder is complete "
@@ -244,9 +269,8 @@ class Teacher:
         lengths = torch.tensor([7, 5])
         together = self._packed_hidden(ids, lengths)
         apart = self._padded_hidden(ids, lengths)
-        scale = float(apart.float().abs().max())
-        limit = 1e-4 if self.model.dtype == torch.float32 else 0.05
-        return float((together.float() - apart.float()).abs().max()) <= limit * max(1.0, scale)
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.05
+        return float((together.float() - apart.float()).norm()) <= limit * float(apart.float().norm())
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         # With a cache, transformers does not see the packing and neighbours leak into each other.

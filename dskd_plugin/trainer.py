@@ -69,6 +69,7 @@ class DSKDTrainer(AxolotlTrainer):
         # Logits of one position only: the loss makes its own, of chosen rows.
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
+        self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
         self._logged = {"align_ratio", *active_names(self._loss.objective)}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
 
@@ -102,6 +103,8 @@ class DSKDTrainer(AxolotlTrainer):
         knobs = settings.divergence.model_dump()
         self._pair_state = {
             "teacher": settings.teacher.model,
+            "teacher_revision": settings.teacher.revision,
+            "teacher_adapter": settings.teacher.adapter,
             "student_tokenizer": pair.student.digest,
             "teacher_tokenizer": pair.teacher.digest,
             "widths": [width, self._teacher.width],
@@ -184,6 +187,9 @@ class DSKDTrainer(AxolotlTrainer):
             micro_batch.window = [micro_batch]
         inputs.pop("labels", None)
         inputs.pop("length", None)
+        if self._masks_by_position and "position_ids" in inputs:
+            # With a mask, transformers does not look for packing in the position ids, and neighbours leak.
+            inputs.pop("attention_mask", None)
         self._loss.reduce_counts = self._over_ranks if training else lambda counts: counts
         self._loss.micro_batch = micro_batch
         try:

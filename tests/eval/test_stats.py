@@ -166,7 +166,7 @@ def test_macro_interval_is_the_mean_of_tasks() -> None:
     spread = math.sqrt(sum(np.var(values) / len(values) for values in tasks)) / 3
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
     nothing = stats.macro_interval([[0.0] * 20, [0.0] * 20])
-    assert nothing.value == 0.0 and nothing.high > 0.02
+    assert nothing.value == nothing.low == 0.0 and nothing.high > 0.02
 
 
 def test_unequal_lengths_are_refused() -> None:

@@ -72,6 +72,18 @@ def cut_short(side):
     return make
 
 
+def adapter_cut_short(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(folder)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    return {"block": {"teacher": {"model": tiny["teacher"], "adapter": str(folder)}}}
+
+
 def wordpiece(tiny, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -139,6 +151,17 @@ BAD = {
         own(drop=["plugins"]),
         ["plugins: expected 'dskd' in the list", "plugins: [dskd]"],
     ),
+    "adapter cut short": (
+        adapter_cut_short,
+        ["adapter_model.safetensors: expected", "cut short"],
+    ),
+    "teacher row beyond its positions": (
+        lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "sequence_len": 513}}},
+        ["dskd.teacher.sequence_len: expected at most the 512 positions", "513"],
+    ),
+    "one_cycle": (own(changes={"lr_scheduler": "one_cycle"}), ["lr_scheduler: expected a schedule", "'one_cycle'"]),
+    "student over several devices": (own(changes={"device_map": "auto"}), ["device_map: expected it unset", "'auto'"]),
+    "compiled student": (own(changes={"torch_compile": True}), ["torch_compile: expected it unset"]),
     "preference training": (own(changes={"rl": "dpo"}), ["rl: expected it unset", "'dpo'"]),
     "label smoothing": (
         own(changes={"label_smoothing_factor": 0.1}),
@@ -175,6 +198,13 @@ def test_deepspeed_file_with_an_optimizer_is_refused(load, tmp_path):
         load({"deepspeed": str(file)})
 
 
+def test_deepspeed_file_with_a_scheduler_is_refused(load, tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(ValueError, match="deepspeed: expected a file without a scheduler, got 'WarmupLR'"):
+        load({"deepspeed": str(file)})
+
+
 def test_without_a_block_every_hook_is_inert(load):
     from axolotl.integrations.base import PluginManager
 
@@ -186,7 +216,7 @@ def test_without_a_block_every_hook_is_inert(load):
     assert plugin.get_training_args(cfg) is None
 
 
-@pytest.mark.parametrize("name", ["dskd", "dskd_plugin.DSKDPlugin"])
+@pytest.mark.parametrize("name", ["dskd", "dskd_plugin.DSKDPlugin", "dskd_plugin.plugin.DSKDPlugin"])
 def test_both_names_give_the_plugin(load, name):
     from axolotl.integrations.base import PluginManager
 
