@@ -108,7 +108,7 @@ def macro_interval(tasks: Sequence[Sequence[Any]], *, seed: int = 0, resamples: 
 
         drawn.append(_resampled(len(pairs), seed + place, resamples, statistic))
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return Interval(value, float(low), float(high), n, "bootstrap")
+    return Interval(value, min(value, float(low)), max(value, float(high)), n, "bootstrap")
 
 
 @dataclass(frozen=True)
