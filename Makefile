@@ -11,6 +11,9 @@ NEWEST := build/axolotl-newest
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Tests use tiny models: threads beyond one only wait for each other.
+test%: export OMP_NUM_THREADS = 1
+
 .PHONY: install quickstart test test-core test-plugin test-e2e test-newest check format clean
 
 install: $(VENV)/.installed
