@@ -40,7 +40,7 @@ def draw(sft: Log, dskd: Log, file: Path) -> None:
     rate.plot(*series(dskd, "dskd/t2s_agreement"), color="grey", linestyle=":", label="dskd/t2s_agreement")
     rate.set(ylim=(0, 1), ylabel="share")
     lines = [*right.get_lines(), *rate.get_lines()]
-    right.legend(lines, [str(line.get_label()) for line in lines])
+    right.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
     # Written beside and renamed, so that a killed run leaves no half a picture.
     partial = file.with_name("partial-" + file.name)
     figure.savefig(partial, dpi=120)
