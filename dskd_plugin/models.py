@@ -39,11 +39,6 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def head_parameters(head: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that ``read_head`` touches; engines that shard parameters gather these."""
-    return list(head.parameters())
-
-
 def read_head(model: nn.Module, head: nn.Module, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
     """The output head as plain tensors: weight [V, D], bias, logit scale and soft-cap.
 

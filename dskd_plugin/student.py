@@ -74,7 +74,6 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.objective = objective
         self.teacher_head = teacher_head
-        self.overlap = overlap
         self.keep_unmapped = keep_unmapped
         self.student_vocab_size = student_vocab_size
         self.block_elements = block_elements or BLOCK_ELEMENTS.get(teacher_head.weight_VD.device.type, 2**25)

@@ -10,6 +10,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from dskd_plugin import state
+from dskd_plugin.collator import COLUMNS
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader
@@ -147,8 +148,7 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        own = ("teacher_input_ids", "aligned_student", "aligned_teacher")
-        self._signature_columns += [column for column in own if column not in self._signature_columns]
+        self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
 
     def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
         """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""

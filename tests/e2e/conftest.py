@@ -137,3 +137,18 @@ def train(recipe: dict[str, Any]):
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lora() -> dict[str, Any]:
+    """A small adapter, without the fused kernels that need a GPU."""
+    return {
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "lora_embedding_kernel": False,
+    }

@@ -16,16 +16,6 @@ FSDP2 = {
         "reshard_after_forward": True,
     },
 }
-LORA = {
-    "adapter": "lora",
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
-    "lora_mlp_kernel": False,
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-    "lora_embedding_kernel": False,
-}
 PACKED = {
     "sample_packing": True,
     "eval_sample_packing": True,
@@ -85,13 +75,13 @@ def test_two_ranks_train_as_one_process(train, tmp_path, engine, one_process):
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine):
+def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine, lora):
     run = train(
         ranks=2,
         gradient_accumulation_steps=2,
         dskd={"teacher": {"model": tiny["sibling"], "dtype": "float32"}},
         **PACKED,
-        **LORA,
+        **lora,
         **options(engine, tmp_path),
     )
     from safetensors.torch import load_file
@@ -133,9 +123,9 @@ def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path,
         assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
-def test_lora_resumes_the_same_curve(train, run_axolotl, recipe):
+def test_lora_resumes_the_same_curve(train, lora):
     # Axolotl draws LoRA's start without a seed, so the resumed run starts from the other's checkpoint.
-    changes = {**LORA, "max_steps": 20, "save_steps": 5}
+    changes = {**lora, "max_steps": 20, "save_steps": 5}
     whole = train("whole", **changes)
     again = train("again", resume_from_checkpoint=str(whole.out / "checkpoint-10"), **changes)
     assert again.curve()[10:] == whole.curve()[10:]

@@ -8,16 +8,6 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-LORA = {
-    "adapter": "lora",
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
-    "lora_mlp_kernel": False,
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-    "lora_embedding_kernel": False,
-}
 METRICS = ("ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement", "align_ratio")
 
 
@@ -97,8 +87,8 @@ def test_packed_equals_padded(train):
     assert packed == [pytest.approx(step, rel=1e-4) for step in padded]
 
 
-def test_lora(train, tiny):
-    run = train(**LORA)
+def test_lora(train, tiny, lora):
+    run = train(**lora)
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
