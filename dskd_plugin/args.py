@@ -76,13 +76,41 @@ class ProjectorSettings(_Block):
     top_vocab: int | None = Field(
         None, ge=1, description="use only the k most frequent shared tokens (lowest student ids); null: all"
     )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which the KD terms train the projectors alone and leave the student be"
+    )
+
+
+class OnPolicySettings(_Block):
+    fraction: float = Field(gt=0, le=1, description="share of steps whose KD terms are taken on the student's answers")
+    start_epoch: float = Field(0.0, ge=0, description="epochs before the first such step")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer in student tokens")
+    temperature: float = Field(1.0, gt=0, le=100, description="of the sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens of this total probability")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
+    log_samples: int = Field(0, ge=0, description="answers written to the log at each such step")
+
+
+# Settings that mean nothing to a method.
+_SPACES = ("spaces", "agreement_mask", "unmapped_argmax", "projector")
+_UNUSED_BY: dict[str, tuple[str, ...]] = {
+    "sft": ("alignment", "divergence", "temperature", "kd_ratio", "chunk_ratio", "on_policy", *_SPACES),
+    "kd": ("chunk_ratio", *_SPACES),
+    "overlap_kd": _SPACES,
+    "uld": ("alignment", "divergence", *_SPACES),
+    "mined": ("alignment", "divergence", *_SPACES),
+    "dskd": (),
+}
 
 
 class Settings(_Block):
     teacher: TeacherSettings
-    method: Literal["dskd"] = Field("dskd", description="distillation method")
-    alignment: Literal["auto", "identity", "eta"] = Field(
-        "auto", description="auto: identity for one tokenizer, else eta (exact token alignment)"
+    method: Literal["sft", "kd", "overlap_kd", "uld", "mined", "dskd"] = Field(
+        "dskd", description="distillation method"
+    )
+    alignment: Literal["auto", "identity", "eta", "cma"] = Field(
+        "auto",
+        description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
     )
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
     temperature: float = Field(2.0, gt=0, le=100, description="softens both distributions of a KD term")
@@ -96,11 +124,32 @@ class Settings(_Block):
         description="aligned positions whose teacher argmax has no student id: drop from all KD terms, "
         "or keep them in the teacher-space term",
     )
+    chunk_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="weight of the chunk term: likelihood of spans in which no token has a partner of its own",
+    )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
+    on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @model_validator(mode="after")
     def no_ignored_setting(self) -> "Settings":
         """A setting that the chosen mode would ignore is an error."""
+        unused = [key for key in _UNUSED_BY[self.method] if key in self.model_fields_set]
+        if self.alignment == "cma" and "unmapped_argmax" in self.model_fields_set:
+            unused.append("unmapped_argmax")
+        if unused:
+            chosen = f"method: {self.method}" if self.method != "dskd" else "alignment: cma"
+            raise ValueError(
+                f"expected only settings that have an effect, got {', '.join(unused)} which {chosen} ignores. "
+                "Remove them."
+            )
+        if self.alignment == "cma" and self.method != "dskd":
+            raise ValueError(
+                f"alignment: expected auto, identity or eta beside method: {self.method}, got 'cma': cross-model "
+                "attention belongs to dskd. Remove it."
+            )
         ignored = []
         if self.spaces == "teacher":
             ignored += [
@@ -154,14 +203,21 @@ _KINDS = {
 }
 
 
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "teacher": TeacherSettings,
+    "projector": ProjectorSettings,
+    "on_policy": OnPolicySettings,
+}
+
+
 def _model_at(path: list[str]) -> type[BaseModel]:
     """The block that holds the last key of ``path``; a divergence block is named by its kind."""
     model: type[BaseModel] = Settings
     for key in path[:-1]:
         if key in _KINDS:
             model = _KINDS[key]
-        elif key in ("teacher", "projector"):
-            model = {"teacher": TeacherSettings, "projector": ProjectorSettings}[key]
+        elif key in _BLOCKS:
+            model = _BLOCKS[key]
     return model
 
 

@@ -49,6 +49,19 @@ BAD = [
         {**TEACHER, "spaces": "student", "projector": {"init": "random", "top_vocab": 9}},
         ["projector.top_vocab", "init: random ignores"],
     ),
+    ({**TEACHER, "method": "uld", "spaces": "both"}, ["spaces", "method: uld ignores"]),
+    ({**TEACHER, "method": "sft", "temperature": 2}, ["temperature", "method: sft ignores"]),
+    ({**TEACHER, "method": "kd", "projector": {"init": "random"}}, ["projector", "method: kd ignores"]),
+    ({**TEACHER, "method": "mined", "alignment": "eta"}, ["alignment", "method: mined ignores"]),
+    ({**TEACHER, "method": "overlap_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
+    ({**TEACHER, "alignment": "cma", "unmapped_argmax": "drop"}, ["unmapped_argmax", "alignment: cma ignores"]),
+    ({**TEACHER, "method": "dsdk"}, ["dskd.method", "Did you mean 'dskd'?"]),
+    ({**TEACHER, "on_policy": {}}, ["dskd.on_policy.fraction: expected a value, got nothing"]),
+    ({**TEACHER, "on_policy": {"fraction": 0}}, ["dskd.on_policy.fraction: expected greater than 0, got 0"]),
+    (
+        {**TEACHER, "on_policy": {"fraction": 1, "top_P": 0.9}},
+        ["dskd.on_policy.top_P", "Did you mean 'top_p'?"],
+    ),
     ({**TEACHER, "kd_ratio": 7, "tempe": 1}, ["dskd.kd_ratio", "dskd.tempe"]),
 ]
 
@@ -83,7 +96,9 @@ def test_defaults():
         "spaces": "both",
         "agreement_mask": True,
         "unmapped_argmax": "drop",
-        "projector": {"init": "ideal", "learning_rate": 5e-4, "top_vocab": None},
+        "chunk_ratio": 0.0,
+        "projector": {"init": "ideal", "learning_rate": 5e-4, "top_vocab": None, "warmup_steps": 0},
+        "on_policy": None,
     }
 
 
