@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import lm_eval
 from lm_eval import evaluator
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from dskd_eval import catalog, data, scorers, stats
@@ -64,21 +66,12 @@ class _Rows(list[Row]):
         return {key: None for row in self for key in row}
 
 
-class _OneTask(TaskManager):  # type: ignore[misc]
-    """An index of one task, given as a dictionary; no folder is searched."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.only = config
-        super().__init__()
-
-    def initialize_tasks(self, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
-        return {self.only["task"]: {"type": "task", "yaml_path": self.only["task"]}}
-
-    def _get_config(self, name: str) -> dict[str, Any]:
-        return dict(self.only)
-
-    def load(self) -> Any:
-        return self.load_task_or_group([self.only["task"]])[self.only["task"]]
+@contextlib.contextmanager
+def _index_of(task: ConfigurableTask) -> Iterator[TaskManager]:
+    """An index that knows one task; lm-eval's own tasks, whose search takes seconds, are left out."""
+    with tempfile.TemporaryDirectory(prefix="dskd-eval-") as folder:
+        (Path(folder) / "task.yaml").write_text(f"task: {task.config.task}\n", encoding="utf-8")
+        yield TaskManager(include_path=folder, include_defaults=False)
 
 
 @dataclass(frozen=True)
@@ -207,14 +200,15 @@ def evaluate_task(
             got="unsafe_code: true with metrics of its own",
             fix="Use `scorer: python` with `code: {tests: ...}` instead.",
         )
+    task = _build(config, plan)
     trace = lm.begin(plan.seeds)
-    total = len(rows.test.rows) if rows.test is not None else _size_of(config, plan)
+    total = len(task.eval_docs)
     chosen = choose_documents(total, limit, seed)
-    with _quiet():
+    with _quiet(), _index_of(task) as index:
         output = lm_eval.simple_evaluate(
             model=lm,
-            tasks=[plan.spec.name],
-            task_manager=_OneTask(config),
+            tasks=[task],
+            task_manager=index,
             samples={plan.spec.name: chosen},
             apply_chat_template=plan.style == "chat",
             fewshot_as_multiturn=True,
@@ -244,17 +238,18 @@ def evaluate_task(
     return TaskResult(score, samples)
 
 
-def _size_of(config: dict[str, Any], plan: Plan) -> int:
-    """Number of documents of a task that loads its own data."""
+def _build(config: dict[str, Any], plan: Plan) -> ConfigurableTask:
+    """lm-eval's task. Raises UserError when lm-eval cannot build it or load its data."""
     try:
         with _quiet():
-            return len(_OneTask(config).load().eval_docs)
+            return ConfigurableTask(config=config)
     except Exception as error:
+        lines = str(error).splitlines()
         raise UserError(
             f"task file {plan.spec.path.name}",
-            expected="data that lm-eval can load",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
-            fix="Check dataset_path, dataset_kwargs and test_split, or use `data: my.jsonl`.",
+            expected="a task that lm-eval can build",
+            got=f"{type(error).__name__}: {lines[0][:200] if lines else ''}",
+            fix="Check the metrics, filters and output_type, and dataset_path if it has one.",
         ) from error
 
 
@@ -462,8 +457,8 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
     config = lm_eval_config(plan, rows)
     if not plan.spec.native:
         config |= _scoring(plan, lambda answers: [], {})
+    task = _build(config, plan)
     with _quiet():
-        task = _OneTask(config).load()
         task.set_fewshot_seed(0)
         row = rows.test.rows[doc_id]
         prompt = task.fewshot_context(
