@@ -71,7 +71,7 @@ class DSKDPlugin(BasePlugin):
         )
 
         settings = parse_settings(cfg["dskd"].to_dict() if hasattr(cfg["dskd"], "to_dict") else cfg["dskd"])
-        check_recipe(cfg)
+        check_recipe(cfg, settings)
         trust_remote_code = bool(cfg.get("trust_remote_code"))
         positions = check_config(settings.teacher, trust_remote_code)
         limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
@@ -83,7 +83,8 @@ class DSKDPlugin(BasePlugin):
         )
         table = read_table("tokenizer of dskd.teacher.model", tokenizer)
         changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
-        if settings.alignment == "identity" and not changed:
+        needs_pair = settings.alignment == "identity" or settings.method == "kd" or settings.chunk_ratio > 0
+        if needs_pair and not changed:
             from transformers import AutoTokenizer
 
             student = AutoTokenizer.from_pretrained(
@@ -100,7 +101,10 @@ class DSKDPlugin(BasePlugin):
         key = {
             "version": __version__,
             "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
+            "method": settings.method,
             "alignment": settings.alignment,
+            "chunks": settings.chunk_ratio > 0,
+            "prompts": settings.on_policy is not None,
             "tokenizer": self.reader.table.digest,
             "template": self.reader.template,
             "student_tokenizer": _tokenizer_files(cfg.get("tokenizer_config") or cfg["base_model"]),
@@ -136,7 +140,7 @@ def _tokenizer_files(model: str) -> str:
     return digest.hexdigest()
 
 
-def check_recipe(cfg: Any) -> None:
+def check_recipe(cfg: Any, settings: Any) -> None:
     """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
     problems = [
         f"{key}: expected it unset beside a `dskd:` block, got {cfg[key]!r}. {advice}"
@@ -167,9 +171,20 @@ def check_recipe(cfg: Any) -> None:
             "lr_scheduler: expected a schedule that keeps the projectors' own learning rate, got 'one_cycle'. "
             "Use cosine."
         )
+    if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
+        problems.append(
+            "dskd.on_policy: expected a student that each process holds whole, got fsdp_config. "
+            "Use DDP or DeepSpeed ZeRO-1 or -2."
+        )
     deepspeed = cfg.get("deepspeed")
     if deepspeed:
         content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        stage = (content.get("zero_optimization") or {}).get("stage", 0)
+        if settings.on_policy is not None and stage == 3:
+            problems.append(
+                "dskd.on_policy: expected a student that each process holds whole, got DeepSpeed ZeRO-3. "
+                "Use ZeRO-1 or -2."
+            )
         if "optimizer" in content:
             problems.append(
                 f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "

@@ -256,6 +256,12 @@ class Teacher:
     def width(self) -> int:
         return self.head.weight_VD.shape[1]
 
+    @property
+    def embedding(self) -> Tensor:
+        """Input embeddings [V, D]; D need not be the width of the head in every family."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.detach()
+
     @torch.no_grad()
     def _check_head(self) -> None:
         ids = torch.arange(1, 9, device=self.model.device)[None] % self.head.vocab_size

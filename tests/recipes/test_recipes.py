@@ -105,7 +105,7 @@ def test_the_plugin_accepts_the_recipe(axolotl, file):
     recipe = read(file)
     settings = parse_settings(recipe["dskd"])
     assert settings.model_dump() == parse_settings(settings.model_dump(exclude_unset=True)).model_dump()
-    check_recipe(DictDefault(recipe))
+    check_recipe(DictDefault(recipe), settings)
     assert axolotl(read(file))["dskd"]["teacher"]["model"] == recipe["dskd"]["teacher"]["model"]
 
 
@@ -197,6 +197,7 @@ def test_deepspeed_files_are_accepted(axolotl, engine):
     """By the plugin, by Axolotl and, key by key, by DeepSpeed, whose own schema forbids unknown ZeRO keys."""
     from axolotl.utils.dict import DictDefault
 
+    from dskd_plugin.args import parse_settings
     from dskd_plugin.plugin import check_recipe
 
     content = json.loads(engine.read_text(encoding="utf-8"))
@@ -205,7 +206,7 @@ def test_deepspeed_files_are_accepted(axolotl, engine):
         **read(RECIPES / "qwen2.5-7b-instruct--llama-3.2-1b-instruct" / "dskd.yaml"),
         "deepspeed": str(engine),
     }
-    check_recipe(DictDefault(recipe))
+    check_recipe(DictDefault(recipe), parse_settings(recipe["dskd"]))
     assert axolotl(recipe)["deepspeed"] == str(engine)
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
