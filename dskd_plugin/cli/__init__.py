@@ -1,0 +1,30 @@
+"""The command line: ``dskd generate``. Exit codes: 0 done, 1 failure, 2 wrong usage."""
+
+import sys
+from typing import Any
+
+import click
+
+from dskd_plugin.errors import DSKDSetupError
+
+
+class _Commands(click.Group):
+    """A group that prints the user's mistakes without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, DSKDSetupError) as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dskd", prog_name="dskd")
+def main() -> None:
+    """Distil a teacher language model into a smaller student with Axolotl."""
+
+
+from dskd_plugin.cli.generate import generate  # noqa: E402
+
+main.add_command(generate)

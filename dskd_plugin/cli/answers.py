@@ -1,0 +1,237 @@
+"""The teacher's answers: sampled in fixed batches, kept in a file that survives a kill at any point.
+
+Shapes: B prompts of a batch, L longest of them, S steps, V vocabulary.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """row: number of the prompt; tokens: generated, the end included; finished: ended before the limit."""
+
+    row: int
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the most likely token; top_k 0 and top_p 1: all tokens."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """All rows in batches of like length, longest first, so that too large a batch fails at once."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: where the row's own random number falls in the cumulative probabilities.
+
+    The numbers of a row come from (seed, row), so they depend neither on its batch nor on earlier runs.
+    """
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int], prompt_length: int) -> None:
+        self.numbers_BS = torch.tensor(
+            [
+                [draw.random() for _ in range(sampling.max_new_tokens)]
+                for draw in (random.Random(f"{sampling.seed}:{row}") for row in rows)
+            ],
+            dtype=torch.float64,
+        )
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        precise = torch.float32 if scores.device.type == "mps" else torch.float64
+        cumulative_BV = scores.to(precise).softmax(-1).cumsum(-1)
+        number_B = self.numbers_BS[:, input_ids.shape[1] - self.prompt_length].to(scores.device, precise)
+        # The last bits of the sum are rounding: never beyond the last token with a probability.
+        target_B1 = (number_B.clamp(max=1 - 1e-6) * cumulative_BV[:, -1])[:, None]
+        chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
+
+
+def _processors(sampling: Sampling, rows: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            found.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            found.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            found.append(TopPLogitsWarper(sampling.top_p))
+        found.append(_Draw(sampling, rows, prompt_length))
+    return found
+
+
+class Writer:
+    """The teacher as a writer of answers, free of the sampling defaults that its folder may carry."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, ends: list[int], prefix: str, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.ends, self.prefix, self.sampling = model, tokenizer, ends, prefix, sampling
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        self.config = GenerationConfig(
+            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
+        )
+        model.generation_config = GenerationConfig()
+
+    @torch.inference_mode()
+    def answer(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        """One answer to each prompt, whatever else is in the batch up to rounding."""
+        length = max(map(len, prompts))
+        pad = self.config.pad_token_id
+        ids_BL = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_BL = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        written = self.model.generate(
+            input_ids=ids_BL.to(self.model.device),
+            attention_mask=mask_BL.to(self.model.device),
+            generation_config=self.config,
+            logits_processor=_processors(self.sampling, rows, length),
+        )
+        return [self._read(row, ids) for row, ids in zip(rows, written[:, length:].tolist(), strict=True)]
+
+    def _read(self, row: int, ids: list[int]) -> Answer:
+        end = next((k for k, token in enumerate(ids) if token in self.ends), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(
+            row=row,
+            text=text.removeprefix(self.prefix).rstrip(),
+            tokens=len(ids) if end is None else end + 1,
+            finished=end is not None,
+        )
+
+
+class Partial:
+    """Answers of an unfinished run: a line with what makes them, then one line each, in the order of the batches."""
+
+    def __init__(self, path: Path, made_with: dict[str, Any], plan: list[list[int]], *, overwrite: bool) -> None:
+        self.path, self.plan = path, plan
+        self.answers: list[Answer] = []
+        self.stream: BinaryIO = path.open("a+b")
+        self._lock()
+        start = self._resume(made_with, overwrite)
+        self.stream.truncate(start)
+        if not start:
+            self._append([made_with])
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.stream.close()
+            raise ValueError(
+                f"{self.path}: expected to be its only writer, got another `dskd generate` at work. "
+                "Wait for it, or write elsewhere with --out."
+            ) from None
+
+    def _resume(self, made_with: dict[str, Any], overwrite: bool) -> int:
+        """Take over the whole batches of an earlier run; returns the bytes to keep."""
+        self.stream.seek(0)
+        lines = self.stream.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if len(lines) < 2:
+            return 0
+        try:
+            earlier, *records = [json.loads(line) for line in lines]
+            answers = [Answer(**record) for record in records]
+            order = [row for batch in self.plan for row in batch]
+            changed = _difference(earlier, made_with)
+            damaged = not changed and [answer.row for answer in answers] != order[: len(answers)]
+        except (ValueError, TypeError, AttributeError):
+            changed, damaged = None, True
+        if overwrite and (changed or damaged):
+            return 0
+        if damaged:
+            self.stream.close()
+            raise ValueError(
+                f"{self.path}: expected the answers of an unfinished run, got other content. "
+                "Remove the file, or start anew with --overwrite."
+            )
+        if changed:
+            self.stream.close()
+            key, old, new = changed
+            raise ValueError(
+                f"{self.path}: expected an unfinished run with {key}: {new!r}, got one with {old!r}. "
+                "Use the earlier value to go on with it, or start anew with --overwrite."
+            )
+        whole = 0
+        for batch in self.plan:
+            if whole + len(batch) > len(answers):
+                break
+            whole += len(batch)
+        self.answers = answers[:whole]
+        return sum(map(len, lines[: 1 + whole])) if whole else 0
+
+    def remaining(self) -> Iterator[list[int]]:
+        done = len(self.answers)
+        for batch in self.plan:
+            if done <= 0:
+                yield batch
+            done -= len(batch)
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        self._append([asdict(answer) for answer in answers])
+        self.answers.extend(answers)
+
+    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.stream.write(lines.encode())
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def remove(self) -> None:
+        self.close()
+        self.path.unlink()
+
+
+def _difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting that differs: (dotted name, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new | old:
+            found = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (name, old, new)
+
+
+def write_whole(path: Path, lines: Iterator[str]) -> None:
+    """The file appears under its name at once, complete."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)

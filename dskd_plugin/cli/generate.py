@@ -1,0 +1,369 @@
+"""``dskd generate``: sequence-level distillation, the teacher's answers as an ordinary Axolotl dataset."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from dskd_plugin.errors import DSKDSetupError
+
+if TYPE_CHECKING:
+    from dskd_plugin.cli.answers import Answer, Partial, Sampling
+    from dskd_plugin.cli.prompts import Source
+
+# Settings of a recipe's chat_template entries that say how the student reads a conversation.
+_STUDENT_KEYS = ("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot")
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: <output_dir>-generated.jsonl]")
+@click.option(
+    "--write-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Also write a recipe to train on."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0: the most likely token."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this total probability.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k most likely tokens.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the sampling. [default: 0]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 8 on a CPU, 32 on a GPU]")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--keep-unfinished/--drop-unfinished",
+    default=False,
+    show_default=True,
+    help="Answers cut at --max-new-tokens: keep them or leave them out.",
+)
+@click.option("--skip-long", is_flag=True, help="Leave out prompts that leave no room for an answer.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result or an unfinished one with other settings.")
+def generate(
+    recipe: Path,
+    out: Path | None,
+    write_recipe: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    batch_size: int | None,
+    limit: int | None,
+    device: str,
+    keep_unfinished: bool,
+    skip_long: bool,
+    overwrite: bool,
+) -> None:
+    """Let the teacher of RECIPE answer the prompts of its `datasets` and write a dataset to train on.
+
+    The last user turn of every conversation is answered; a stopped run goes on when it is started again.
+    """
+    given = {"--top-p": top_p, "--top-k": top_k, "--seed": seed}
+    unused = [name for name, value in given.items() if value is not None and temperature == 0]
+    if unused:
+        raise click.UsageError(f"{', '.join(unused)}: expected --temperature above 0 beside it, got 0. Set it.")
+
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    written = read_recipe(recipe)
+    out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
+    for path in (out, write_recipe):
+        if path is not None:
+            _check_target(path, overwrite, recipe)
+
+    from dskd_plugin.cli.answers import Partial, Sampling, batches
+
+    source = load_recipe(recipe, written)
+    target = _device(device)
+    rows = read_prompts(source, limit)
+    kept = _answerable(rows, source, max_new_tokens, skip_long)
+    sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
+    size = batch_size or (32 if target.startswith("cuda") else 8)
+    lengths = [len(ids) for ids in kept["prompt_ids"]]
+    made_with = _made_with(source, sampling, size, target, kept)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Partial(out.with_name(out.name + ".partial"), made_with, batches(lengths, size), overwrite=overwrite)
+    try:
+        speed = _generate(source, sampling, target, partial, kept)
+    except KeyboardInterrupt:
+        partial.close()
+        click.echo(
+            f"\nStopped after {len(partial.answers)} of {len(kept)} answers; the same command goes on from there.",
+            err=True,
+        )
+        sys.exit(1)
+    counts = _write_dataset(out, made_with, partial, kept, keep_unfinished, recipe)
+    partial.remove()
+    _report(counts, speed, out, max_new_tokens, keep_unfinished, skipped=len(rows) - len(kept))
+    _hand_over(out, counts, written, source, write_recipe)
+
+
+def _check_target(path: Path, overwrite: bool, recipe: Path) -> None:
+    """Refuse now what would fail after hours."""
+    if path.exists() and path.samefile(recipe):
+        raise ValueError(f"{path}: expected another file than the recipe, got the recipe itself. Choose another name.")
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"{path}: expected no file of this name, got an earlier result. "
+            "Name another file with --out, or replace it with --overwrite."
+        )
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        got = "one without permission to write" if nearest.is_dir() else "a file"
+        raise ValueError(f"{path}: expected a folder to write to, got {got} at {nearest}. Choose another file.")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device: expected auto or a device that torch has here, got {name!r}: {str(error).splitlines()[0]}. "
+            "Choose another device."
+        ) from None
+    return name
+
+
+def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: bool) -> Any:
+    """The rows with a prompt that leaves room for an answer; ``ValueError`` when some do not and should."""
+    lengths = [len(ids) for ids in rows["prompt_ids"]]
+    if not any(lengths):
+        raise ValueError(
+            f"datasets: expected conversations with a user turn to answer, got none in {len(rows)} rows. "
+            "Check field_messages, message_property_mappings and roles."
+        )
+    room = float("inf") if source.positions is None else source.positions - max_new_tokens
+    long = [row for row, length in enumerate(lengths) if length > room]
+    if long and not skip_long:
+        row = max(long, key=lambda row: lengths[row])
+        raise ValueError(
+            f"datasets: expected prompts that leave room for --max-new-tokens {max_new_tokens} in the "
+            f"{source.positions} positions of the teacher, got {len(long)} longer ones, up to {lengths[row]} tokens "
+            f"(row {row}). Lower --max-new-tokens, or leave them out with --skip-long."
+        )
+    kept = [row for row, length in enumerate(lengths) if 0 < length <= room]
+    if not kept:
+        raise ValueError(
+            f"--skip-long: expected some prompt that leaves room for an answer, got {len(long)} too long ones and no "
+            "other. Lower --max-new-tokens."
+        )
+    return rows.select(kept)
+
+
+def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: str, rows: Any) -> dict[str, Any]:
+    """All that decides the answers. A run goes on only where it is unchanged."""
+    import axolotl
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from dskd_plugin import __version__
+
+    teacher = source.settings.teacher
+    config = AutoConfig.from_pretrained(
+        teacher.model, revision=teacher.revision, trust_remote_code=source.trust_remote_code
+    )
+    return {
+        "teacher": {
+            **teacher.model_dump(include={"model", "revision", "adapter", "dtype", "quantization"}),
+            "commit": getattr(config, "_commit_hash", None),
+            "files": _folder_digest(teacher.model),
+            "adapter_files": _folder_digest(teacher.adapter or ""),
+            "chat_template": hashlib.sha256(
+                json.dumps([source.template, source.template_options], sort_keys=True).encode()
+            ).hexdigest(),
+            "ends": source.ends,
+        },
+        "settings": {**asdict(sampling), "batch_size": batch_size, "device": device.split(":")[0]},
+        "data": {"rows": len(rows), "sha256": _rows_digest(rows)},
+        "versions": {
+            "dskd": __version__,
+            "axolotl": axolotl.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _folder_digest(model: str) -> str | None:
+    """Names, sizes and times of a local folder's files: a teacher trained again is another teacher."""
+    files = sorted(path for path in Path(model).glob("*") if path.is_file()) if model and Path(model).is_dir() else []
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest() if files else None
+
+
+def _rows_digest(rows: Any) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Partial", rows: Any) -> float | None:
+    """Answer what is missing; returns tokens per second, None when nothing was."""
+    import torch
+    from tqdm import tqdm
+
+    from dskd_plugin.cli.answers import Writer
+    from dskd_plugin.teacher import Teacher
+
+    remaining = list(partial.remaining())
+    if not remaining:
+        return None
+    teacher = Teacher(
+        source.settings.teacher,
+        vocab_size=source.vocab_size,
+        device=torch.device(device),
+        attn_implementation=None,
+        packed=False,
+        trust_remote_code=source.trust_remote_code,
+    )
+    writer = Writer(teacher.model, source.tokenizer, ends=source.ends, prefix=source.answer_prefix, sampling=sampling)
+    start, tokens = time.monotonic(), 0
+    with tqdm(total=len(rows), initial=len(partial.answers), unit="answer", desc="Generating") as bar:
+        for batch in remaining:
+            try:
+                answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch])
+            except torch.OutOfMemoryError as error:
+                raise DSKDSetupError(
+                    f"--batch-size: expected a batch that fits on {device}, got {len(batch)} prompts that do not "
+                    f"({str(error).splitlines()[0]}). Lower --batch-size or --max-new-tokens."
+                ) from error
+            partial.append(answers)
+            tokens += sum(answer.tokens for answer in answers)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+    return tokens / (time.monotonic() - start)
+
+
+def _write_dataset(
+    out: Path, made_with: dict[str, Any], partial: "Partial", rows: Any, keep_unfinished: bool, recipe: Path
+) -> dict[str, Any]:
+    """Dataset and manifest from the complete answers; returns the counts."""
+    from dskd_plugin.cli.answers import write_whole
+
+    answers = sorted(partial.answers, key=lambda answer: answer.row)
+    used = [answer for answer in answers if answer.text and (answer.finished or keep_unfinished)]
+    counts = {
+        "prompts": len(answers),
+        "written": len(used),
+        "empty": sum(not answer.text for answer in answers),
+        "unfinished": sum(bool(answer.text) and not answer.finished for answer in answers),
+        "tokens": sum(answer.tokens for answer in answers),
+    }
+    if not used:
+        raise ValueError(
+            f"{out}: expected some whole answer, got {counts['unfinished']} cut at the limit and {counts['empty']} "
+            "empty ones. Raise --max-new-tokens, keep cut answers with --keep-unfinished, or choose another teacher."
+        )
+    earlier = any(message["role"] == "assistant" for text in rows["messages"] for message in json.loads(text))
+    manifest = {
+        **made_with,
+        "recipe": {"file": recipe.name, "sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()},
+        "keep_unfinished": keep_unfinished,
+        "counts": counts,
+    }
+    write_whole(_manifest(out), iter([json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"]))
+    write_whole(out, _lines(used, rows, earlier))
+    return {**counts, "earlier_answers": earlier}
+
+
+def _manifest(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.manifest.json")
+
+
+def _lines(answers: "list[Answer]", rows: Any, earlier: bool) -> Iterator[str]:
+    """One conversation per line; every message of the file has the same keys, as Arrow wants it."""
+    keys = list(dict.fromkeys(key for text in rows["messages"] for turn in json.loads(text) for key in turn))
+    tools = any(rows["tools"])
+    for answer in answers:
+        row = rows[answer.row]
+        turns = [*json.loads(row["messages"]), {"role": "assistant", "content": answer.text}]
+        messages = [{key: _plain(key, turn.get(key)) for key in keys} for turn in turns]
+        if earlier:
+            for message in messages:
+                message["training"] = message is messages[-1]
+        line = {"messages": messages, **({"tools": row["tools"] or None} if tools else {})}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Arguments of tool calls as JSON text: their keys differ from call to call."""
+    if key != "tool_calls" or not value:
+        return value
+    return [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments"))}}
+        if isinstance(call.get("function"), dict) and not isinstance(call["function"].get("arguments"), str)
+        else call
+        for call in value
+    ]
+
+
+def _report(
+    counts: dict[str, Any], speed: float | None, out: Path, max_new_tokens: int, keep_unfinished: bool, *, skipped: int
+) -> None:
+    click.echo(
+        f"{counts['written']} of {counts['prompts']} answers written, {counts['tokens']} tokens"
+        + (f", {speed:.0f} tokens/s" if speed else "")
+    )
+    if counts["unfinished"]:
+        fate = "kept" if keep_unfinished else "left out; raise --max-new-tokens or use --keep-unfinished"
+        click.echo(f"{counts['unfinished']} answers cut at {max_new_tokens} tokens ({fate})")
+    if counts["empty"]:
+        click.echo(f"{counts['empty']} empty answers (left out)")
+    if skipped:
+        click.echo(f"{skipped} rows without a turn to answer or too long for the teacher (left out)")
+    click.echo(f"Dataset: {out}\nMade with: {_manifest(out)}")
+
+
+def _hand_over(
+    out: Path, counts: dict[str, Any], recipe: dict[str, Any], source: "Source", write_recipe: Path | None
+) -> None:
+    """Print what to put into a recipe, or write one."""
+    from dskd_plugin.cli.answers import write_whole
+
+    entry: dict[str, Any] = {"path": str(out), "type": "chat_template"}
+    chats = [old for old in recipe["datasets"] if old.get("type") == "chat_template"]
+    if chats:
+        entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
+    if counts["earlier_answers"]:
+        entry["message_field_training"] = "training"
+    changes: dict[str, Any] = {"datasets": [entry]}
+    if not chats and not recipe.get("chat_template") and not _student_has_template(source):
+        changes["chat_template"] = "alpaca"
+    if write_recipe is None:
+        click.echo("In the recipe, in place of its datasets:\n")
+        click.echo(yaml.safe_dump(changes, sort_keys=False, allow_unicode=True), nl=False)
+        return
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
+    new = {key: value for key, value in recipe.items() if key not in ("dskd", "plugins")} | changes
+    others = [name for name in recipe.get("plugins") or () if str(name).split(".")[0] not in ("dskd", "dskd_plugin")]
+    if others:
+        new["plugins"] = others
+    new["output_dir"] = f"{str(recipe.get('output_dir') or './model-out').rstrip('/')}-seqkd"
+    # Axolotl knows prepared data by its path, not by its content.
+    new["dataset_prepared_path"] = f"{recipe.get('dataset_prepared_path') or 'last_run_prepared'}/generated-{digest}"
+    write_whole(write_recipe, iter([yaml.safe_dump(new, sort_keys=False, allow_unicode=True)]))
+    click.echo(f"Next: axolotl train {write_recipe}")
+
+
+def _student_has_template(source: "Source") -> bool:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.cfg.get("tokenizer_config") or source.cfg["base_model"], trust_remote_code=source.trust_remote_code
+    )
+    return tokenizer.chat_template is not None

@@ -1,0 +1,272 @@
+"""A recipe's datasets as prompts for its teacher: read by Axolotl's own loaders, rendered in the teacher's template."""
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dskd_plugin.args import Settings
+
+# Settings of the training run that mean nothing here and may not suit this machine.
+_TRAINING_ONLY = {
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "resume_from_checkpoint")),
+    **dict.fromkeys(("context_parallel_size", "tensor_parallel_size", "dp_shard_size")),
+    **dict.fromkeys(("bf16", "fp16", "tf32"), False),
+}
+# Prompters that lay out an instruction and an input and add no words of their own to the task.
+_LAYOUTS = {
+    "AlpacaPrompter",
+    "UnpromptedPrompter",
+    "GPTeacherPrompter",
+    "SystemDataPrompter",
+    "OpenOrcaSystemDataPrompter",
+}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected an Axolotl recipe in YAML, got {error}. Correct the file.") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected an Axolotl recipe, got {type(recipe).__name__}. Name another file.")
+    if not recipe.get("dskd"):
+        raise ValueError(
+            f"{path}: expected a `dskd:` block that names the teacher, got none. "
+            "Add at least:\n  plugins: [dskd]\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        )
+    if not recipe.get("datasets"):
+        raise ValueError(f"{path}: expected `datasets` with the prompts, got none. List at least one.")
+    return recipe
+
+
+@dataclass
+class Source:
+    """A checked recipe, and its teacher's way to read and end a conversation."""
+
+    cfg: Any
+    settings: Settings
+    tokenizer: Any
+    template: str
+    template_options: dict[str, Any]
+    vocab_size: int
+    positions: int | None
+    ends: list[int] = field(default_factory=list)
+    answer_prefix: str = ""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.cfg.get("trust_remote_code"))
+
+
+def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
+    """Validate the recipe as ``axolotl train`` does, with the plugin's own checks; nothing is written for the run."""
+    os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
+    os.environ["AXOLOTL_TEE_STDOUT"] = "0"
+    try:
+        from axolotl.cli.config import load_cfg
+        from axolotl.integrations.base import PluginManager
+        from axolotl.utils import tee
+    except ImportError as error:
+        raise ValueError(
+            f"axolotl: expected an installed Axolotl, got {error}. Install it: pip install 'dskd[train]'."
+        ) from error
+
+    from dskd_plugin import dataset
+    from dskd_plugin.align import end_of_turn
+    from dskd_plugin.plugin import DSKDPlugin
+    from dskd_plugin.teacher import check_config, resolve_template
+
+    changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
+    with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
+        cfg = load_cfg(str(path), output_dir=scratch, **changes)
+        if hasattr(tee, "close_debug_log"):
+            tee.close_debug_log()
+    dataset.install(None)
+    (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
+    settings, tokenizer, table = plugin.reader.settings, plugin.reader.tokenizer, plugin.reader.table
+    trust_remote_code = bool(cfg.get("trust_remote_code"))
+    template = resolve_template(settings.teacher, tokenizer, needed=True)
+    assert template is not None
+    source = Source(
+        cfg=cfg,
+        settings=settings,
+        tokenizer=tokenizer,
+        template=template,
+        template_options=dict(cfg.get("chat_template_kwargs") or {}),
+        vocab_size=table.vocab_size,
+        positions=check_config(settings.teacher, trust_remote_code),
+    )
+    source.ends = _ends(source, end_of_turn(tokenizer, template, table))
+    source.answer_prefix = _answer_prefix(source)
+    return source
+
+
+def _ends(source: Source, turn_end: int | None) -> list[int]:
+    """Ids that end an answer: of the tokenizer, of the template's turns and of the model's own list."""
+    from transformers import GenerationConfig
+
+    teacher = source.settings.teacher
+    try:
+        listed = GenerationConfig.from_pretrained(teacher.model, revision=teacher.revision).eos_token_id
+    except OSError:
+        listed = None
+    more = listed if isinstance(listed, list) else [listed]
+    ends = sorted({int(i) for i in (source.tokenizer.eos_token_id, turn_end, *more) if i is not None})
+    if not ends:
+        raise ValueError(
+            f"dskd.teacher.model: expected a tokenizer with an end-of-sequence token, got {teacher.model!r} without "
+            "one: its answers would never end. Set eos_token in its tokenizer_config.json."
+        )
+    return ends
+
+
+def _answer_prefix(source: Source) -> str:
+    """What the template writes between its generation prompt and an answer, such as the space after ``[/INST]``."""
+    turns = [{"role": "user", "content": "Question?"}]
+    options = {"chat_template": source.template, "tokenize": False, **source.template_options}
+    render = source.tokenizer.apply_chat_template
+    prompt = render(turns, add_generation_prompt=True, **options)
+    whole = render([*turns, {"role": "assistant", "content": "Answer."}], **options)
+    before, found, _ = whole.removeprefix(prompt).partition("Answer.")
+    return before if found and whole.startswith(prompt) else ""
+
+
+def read_prompts(source: Source, limit: int | None) -> Any:
+    """A dataset with the columns ``messages`` (JSON, up to the turn to answer), ``tools`` (JSON or ""), ``prompt_ids``.
+
+    Rows keep the order of the recipe's datasets. A row without a turn to answer has no prompt_ids.
+    """
+    from axolotl.utils.data import sft
+    from axolotl.utils.data.shared import datasets_with_name_generator
+    from datasets import concatenate_datasets
+
+    cfg = copy.deepcopy(source.cfg)
+    cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
+    cfg["tokenizer_use_mistral_common"] = None
+    parts = []
+    for entry in datasets_with_name_generator(cfg.datasets):
+        name = f"datasets: {entry['path']}"
+        entry["chat_template"], entry["chat_template_jinja"] = "jinja", source.template
+        with _captured() as found:
+            try:
+                sft._load_and_process_single_dataset(entry, cfg, source.tokenizer, split="train", seed=cfg.seed)
+            except Exception as error:
+                raise ValueError(
+                    f"{name}: expected data that Axolotl reads, got {type(error).__name__}: {error}. "
+                    "Check path, split, ds_type and type of the entry."
+                ) from error
+        if len(found) != 1:
+            raise _unreadable(name, entry)
+        strategy, rows = found[0]
+        reader = _Reader(name, strategy, source.tokenizer, source.template, source.template_options)
+        if not reader.understands:
+            raise _unreadable(name, entry)
+        if limit is not None:
+            rows = rows.select(range(min(len(rows), limit - sum(map(len, parts)))))
+        if strategy.filter_rows:
+            rows = rows.filter(strategy.filter_rows)
+        parts.append(
+            rows.map(
+                reader,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                num_proc=cfg.dataset_num_proc if len(rows) > 1000 else None,
+                desc="Reading prompts",
+            )
+        )
+    return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+
+
+def _unreadable(name: str, entry: Any) -> ValueError:
+    kind = entry["type"] if isinstance(entry["type"], str) else "a custom type"
+    return ValueError(
+        f"{name}: expected type chat_template or an alpaca type, whose prompt and answer are apart, got {kind!r}. "
+        "Convert the rows to conversations (`messages`, type: chat_template), or remove the entry."
+    )
+
+
+@contextmanager
+def _captured() -> Iterator[list[tuple[Any, Any]]]:
+    """Inside, Axolotl loads a dataset and builds its strategy, but tokenizes nothing: both are kept."""
+    from axolotl.utils.data import wrappers
+
+    found: list[tuple[Any, Any]] = []
+
+    def keep(strategy: Any, dataset: Any, **_: Any) -> Any:
+        found.append((strategy, dataset))
+        return dataset
+
+    original = wrappers.wrap_dataset_for_tokenized_prompt
+    wrappers.wrap_dataset_for_tokenized_prompt = keep
+    try:
+        yield found
+    finally:
+        wrappers.wrap_dataset_for_tokenized_prompt = original
+
+
+@dataclass
+class _Reader:
+    """One row of a dataset entry -> its prompt. Picklable, for several processes."""
+
+    name: str
+    strategy: Any
+    tokenizer: Any
+    template: str
+    template_options: dict[str, Any]
+
+    @property
+    def understands(self) -> bool:
+        return hasattr(self.strategy, "get_conversation_thread") or (
+            hasattr(self.strategy, "parse_instruction_fields") and type(self.strategy.prompter).__name__ in _LAYOUTS
+        )
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        from axolotl.utils.dict import remove_none_values
+
+        try:
+            turns, tools = self._conversation(remove_none_values(row))
+            asked = [k for k, turn in enumerate(turns) if turn["role"] in ("user", "tool")]
+            turns = turns[: asked[-1] + 1] if asked else []
+            ids = [] if not turns else self._render(turns, tools)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}, row {index}: expected a conversation that the teacher's template renders, got "
+                f"{type(error).__name__}: {error}. Correct the row, its field names or dskd.teacher.chat_template."
+            ) from error
+        return {
+            "messages": json.dumps(turns, ensure_ascii=False),
+            "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
+            "prompt_ids": ids,
+        }
+
+    def _render(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            turns,
+            tools=tools or None,
+            chat_template=self.template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self.template_options,
+        )
+        return ids
+
+    def _conversation(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        if hasattr(self.strategy, "get_conversation_thread"):
+            markup = ("training", "training_detail", "reasoning_training_detail")
+            turns = self.strategy.get_conversation_thread(row)
+            plain = [{key: value for key, value in turn.items() if key not in markup} for turn in turns]
+            return plain, self.strategy._get_tools(row)
+        instruction, given, _, *system = self.strategy.parse_instruction_fields({"output": "", "response": "", **row})
+        turns = [{"role": "system", "content": system[0]}] if system and system[0] else []
+        turns.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
+        return turns, None
