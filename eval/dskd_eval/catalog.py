@@ -8,7 +8,8 @@ docs/eval.md). `load_task` reads one, `plan` settles what depends on the model a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,67 @@ STYLE_KEYS = {
     "target_delimiter", "fewshot_delimiter", "description", "style", "seeds", "gen_prefix",
 }  # fmt: skip
 PASS_AT_K = (1, 5, 10, 25, 50, 100)
+LENGTH_ALIASES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, least: float, most: float = float("inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_texts(value: Any) -> bool:
+    return all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
+
+
+def _is_version(value: Any) -> bool:
+    return _is_number(value, 0) or (isinstance(value, str) and value.replace(".", "", 1).isdigit())
+
+
+Kinds = Mapping[str, tuple[str, Callable[[Any], bool]]]
+_COUNT = ("a whole number, 1 or more", lambda value: _is_whole(value, 1))
+_MAPPING = ("a mapping", lambda value: isinstance(value, dict))
+_MAPPINGS = (
+    "a list of mappings",
+    lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+)
+_TEXTS = ("a text or a list of texts, none empty", _are_texts)
+KINDS: Kinds = {
+    "max_new_tokens": _COUNT,
+    "repeats": _COUNT,
+    "num_fewshot": ("a whole number, 0 or more", lambda value: _is_whole(value, 0)),
+    "version": ("a number", _is_version),
+    "suite": ("a name", lambda value: isinstance(value, str)),
+    "stop": ("a text or a list of texts, none empty", lambda value: value == [] or _are_texts(value)),
+    "metrics": _TEXTS,
+    "needs": _TEXTS,
+    "metric_list": _MAPPINGS,
+    "filter_list": _MAPPINGS,
+    **dict.fromkeys(
+        ("styles", "protocols", "code", "floor", "generation_kwargs", "dataset_kwargs", "metadata"), _MAPPING
+    ),
+}
+DATA_KINDS: Kinds = {
+    "rows": _COUNT,
+    "first": _COUNT,
+    "select": (
+        "columns with the lowest and highest value to keep, {column: [1, 5]}",
+        lambda value: (
+            isinstance(value, dict) and all(isinstance(ends, list) and len(ends) == 2 for ends in value.values())
+        ),
+    ),
+}
+GENERATION_KINDS: Kinds = {
+    "until": KINDS["stop"],
+    "max_gen_toks": _COUNT,
+    "do_sample": ("true or false", lambda value: isinstance(value, bool)),
+    "temperature": ("a number, 0 or more", lambda value: _is_number(value, 0)),
+    "top_p": ("a number from 0 to 1", lambda value: _is_number(value, 0, 1)),
+    "top_k": ("a whole number, 0 or more", lambda value: _is_whole(value, 0)),
+    "keep_first_tokens": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -184,22 +246,23 @@ def load_task(path: Path) -> TaskSpec:
             got=repr(name),
             fix="Add `task: my_task`.",
         )
+    _check_kinds(raw, KINDS, where)
     config = {key: value for key, value in raw.items() if key in LM_EVAL_KEYS}
     config |= {ALIASES[key]: value for key, value in raw.items() if key in ALIASES}
     generation = dict(config.get("generation_kwargs") or {})
     if "stop" in raw:
-        generation["until"] = [raw["stop"]] if isinstance(raw["stop"], str) else list(raw["stop"] or [])
+        generation["until"] = raw["stop"] or []
     if "max_new_tokens" in raw:
-        generation["max_gen_toks"] = int(raw["max_new_tokens"])
+        generation["max_gen_toks"] = raw["max_new_tokens"]
     if generation:
-        config["generation_kwargs"] = generation
+        config["generation_kwargs"] = _generation(generation, where)
     for key in ("reference_answer", "shot_target"):
         if key in raw:
             config[key] = raw[key]
 
-    scorer = raw.get("scorer")
+    scorer: str | None = raw.get("scorer")
     native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
-    if not native and scorer not in SCORER_METRICS:
+    if not native and (not isinstance(scorer, str) or scorer not in SCORER_METRICS):
         raise UserError(
             f"{where}, `scorer`",
             expected="one of " + ", ".join(SCORER_METRICS) + ", or lm-eval's metric_list",
@@ -233,22 +296,30 @@ def load_task(path: Path) -> TaskSpec:
         raise UserError(
             where, expected="`code: {tests: ...}`", got="none", fix="Give a template of the tests of a row."
         )
-    metrics = tuple(raw.get("metrics") or ()) or _default_metrics(scorer, config)
-    _check_overrides(raw, where)
+    metrics = tuple(_listed(raw.get("metrics"))) or _default_metrics(scorer, config)
+    known = SCORER_METRICS[scorer] if scorer else metrics
+    for metric in metrics:
+        if metric not in known:
+            raise UserError(
+                f"{where}, `metrics`",
+                expected=f"metrics of `scorer: {scorer}`",
+                got=repr(metric),
+                fix=nearest(metric, known),
+            )
     return TaskSpec(
         name=name,
         version=float(raw.get("version") or (config.get("metadata") or {}).get("version") or 1),
         suite=str(raw.get("suite") or "own"),
         summary=str(raw.get("summary") or ""),
         path=path,
-        scorer=None if native else str(scorer),
+        scorer=scorer,
         metrics=metrics,
         data=data,
         config=_with_absolute_files(config, path.parent),
-        styles=raw.get("styles") or {},
-        protocols=raw.get("protocols") or {},
+        styles=_overrides(raw, "styles", where),
+        protocols=_overrides(raw, "protocols", where),
         code=raw.get("code") or {},
-        needs=tuple(raw.get("needs") or ()),
+        needs=tuple(_listed(raw.get("needs"))),
         floor=raw.get("floor") or {},
     )
 
@@ -256,22 +327,42 @@ def load_task(path: Path) -> TaskSpec:
 def _read_yaml(path: Path) -> dict[str, Any]:
     where = f"task file {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(where, expected="a readable file", got=str(error), fix="Check the path.") from error
-    try:
-        if "!function" in text or "\ninclude:" in "\n" + text:
-            from lm_eval.utils import load_yaml_config
-
-            raw = load_yaml_config(str(path), mode="full")
-        else:
-            raw = yaml.safe_load(text)
+        raw = _parsed(path)
     except Exception as error:
         problem = " ".join(str(error).split())[:300]
-        raise UserError(where, expected="a YAML task", got=problem, fix="Correct the file.") from error
+        unreadable = isinstance(error, (OSError, UnicodeDecodeError))
+        expected, fix = ("a readable file", "Check the path.") if unreadable else ("a YAML task", "Correct the file.")
+        raise UserError(where, expected=expected, got=problem, fix=fix) from error
     if not isinstance(raw, dict):
         raise UserError(where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`.")
     return raw
+
+
+def _parsed(path: Path) -> Any:
+    """A YAML file with lm-eval's `include: FILE` (the file's own keys win) and `!function module.name`."""
+
+    class Loader(yaml.SafeLoader):
+        """Finds modules beside this file."""
+
+    Loader.add_constructor("!function", lambda loader, node: _function(path.parent, str(node.value)))
+    raw = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    if not isinstance(raw, dict) or "include" not in raw:
+        return raw
+    included: dict[str, Any] = {}
+    for name in reversed(_listed(raw.pop("include"))):
+        included |= _parsed(path.parent / name)
+    return included | raw
+
+
+def _function(folder: Path, name: str) -> Any:
+    module_name, _, attribute = name.rpartition(".")
+    file = folder.joinpath(*module_name.split(".")).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, attribute)
 
 
 def _extended(raw: dict[str, Any], extends: str, path: Path) -> dict[str, Any]:
@@ -304,24 +395,53 @@ def _extended(raw: dict[str, Any], extends: str, path: Path) -> dict[str, Any]:
     return {**base, **raw}
 
 
-def _check_overrides(raw: Mapping[str, Any], where: str) -> None:
-    for group, names in (("styles", STYLES), ("protocols", None)):
-        for name, block in (raw.get(group) or {}).items():
-            if names and name not in names:
+def _check_kinds(block: Mapping[str, Any], kinds: Kinds, where: str) -> None:
+    for key, value in block.items():
+        expected, fits = kinds.get(ALIASES.get(key, key), ("", None))
+        if fits is not None and value is not None and not fits(value):
+            raise UserError(f"{where}, `{key}`", expected=expected, got=repr(value), fix="Correct the value.")
+
+
+def _generation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """generation_kwargs under lm-eval's canonical names; a temperature alone asks for sampling, as there."""
+    where = f"{where}, `generation_kwargs`"
+    found = {"max_gen_toks" if key in LENGTH_ALIASES else key: value for key, value in raw.items()}
+    for key in found:
+        if key not in GENERATION_KINDS:
+            raise UserError(where, expected="known settings", got=repr(key), fix=nearest(str(key), GENERATION_KINDS))
+    _check_kinds(found, GENERATION_KINDS, where)
+    found = {key: value for key, value in found.items() if value is not None}
+    if "until" in found:
+        found["until"] = _listed(found["until"])
+    if "temperature" in found and "do_sample" not in found:
+        found["do_sample"] = found["temperature"] > 0
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value or ()) if not isinstance(value, str) else [value]
+
+
+def _overrides(raw: Mapping[str, Any], group: str, where: str) -> dict[str, dict[str, Any]]:
+    """The blocks of `styles` or `protocols`, checked."""
+    blocks = {}
+    for name, block in (raw.get(group) or {}).items():
+        place = f"{where}, `{group}.{name}`"
+        if group == "styles" and name not in STYLES:
+            raise UserError(
+                f"{where}, `{group}`", expected=" or ".join(STYLES), got=repr(name), fix=nearest(str(name), STYLES)
+            )
+        if not isinstance(block, dict):
+            raise UserError(place, expected="a mapping", got=repr(block), fix="Correct the value.")
+        for key in block:
+            if key not in STYLE_KEYS:
                 raise UserError(
-                    f"{where}, `{group}`",
-                    expected=" or ".join(names),
-                    got=repr(name),
-                    fix=nearest(name, names),
+                    place, expected="a key that shapes prompts", got=repr(key), fix=nearest(str(key), STYLE_KEYS)
                 )
-            for key in block or {}:
-                if key not in STYLE_KEYS:
-                    raise UserError(
-                        f"{where}, `{group}.{name}`",
-                        expected="a key that shapes prompts",
-                        got=repr(key),
-                        fix=nearest(str(key), STYLE_KEYS),
-                    )
+        _check_kinds(block, KINDS, place)
+        generation = block.get("generation_kwargs")
+        blocks[name] = block | ({"generation_kwargs": _generation(generation, place)} if generation else {})
+    return blocks
 
 
 def _default_metrics(scorer: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -359,6 +479,7 @@ def _source(item: Any, path: Path, where: str) -> DataSource:
             fix="Write `data: my.jsonl`.",
         )
     entry = dict[str, Any](entry)
+    _check_kinds(entry, DATA_KINDS, f"{where}, `data`")
     unknown = set(entry) - set(DataSource.__dataclass_fields__)
     if unknown:
         name = sorted(unknown)[0]
@@ -421,8 +542,6 @@ def plan(
     merged |= dict(spec.styles.get(style, {}).get("generation_kwargs") or {})
     generation = {"until": [], "max_gen_toks": 256, "do_sample": False} | merged
     generation |= dict(overrides.get("generation_kwargs") or {})
-    if isinstance(generation["until"], str):
-        generation["until"] = [generation["until"]]
     seeds: tuple[int, ...] = (seed,)
     if published is not None:
         seeds = tuple(published.get("seeds") or seeds)
@@ -461,15 +580,31 @@ def render(template: Any, row: Row) -> str:
         return str(template)
     if template in row:
         return str(row[template])
+    if template.isidentifier():
+        raise UserError(
+            f"field {template!r}",
+            expected="a field of the row: " + ", ".join(sorted(row)),
+            got="none of that name",
+            fix=f"{nearest(template, row)} A constant text is written {{{{ {template!r} }}}}.",
+        )
     return _template(template, row)
 
 
 def references(template: Any, row: Row) -> list[str]:
-    """Accepted answers of a row; a field or function may hold a list."""
-    value = template(row) if callable(template) else row.get(template) if template in row else None
-    if value is None:
-        value = render(template, row)
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    """Accepted answers of a row; a field or function may hold a list. Raises UserError when there is none."""
+    if callable(template):
+        value = template(row)
+    else:
+        value = row[template] if isinstance(template, str) and template in row else render(template, row)
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values or any(item is None for item in values):
+        raise UserError(
+            f"reference {template if isinstance(template, str) else 'function'!r}",
+            expected="a reference answer in every row",
+            got=repr(value),
+            fix="Correct or remove the row.",
+        )
+    return [str(item) for item in values]
 
 
 @functools.cache

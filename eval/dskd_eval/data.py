@@ -218,6 +218,14 @@ def _load_one(source: DataSource, directory: Path | None) -> LoadedData:
 
 def _selected(rows: list[Row], source: DataSource) -> list[Row]:
     for column, (lowest, highest) in source.select.items():
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get(column), (int, float)):
+                raise UserError(
+                    f"{source.file}, row {number}",
+                    expected=f"a number in {column!r}, because `select` names it",
+                    got=repr(row.get(column)),
+                    fix="Correct `select` or the row.",
+                )
         rows = [row for row in rows if lowest <= row[column] <= highest]
     return rows[: source.first] if source.first else rows
 

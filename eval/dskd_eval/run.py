@@ -152,6 +152,9 @@ def prepare(
             )
             for spec in specs
         ]
+    for plan in {(plan.spec.name, plan.style): plan for several in plans.values() for plan in several}.values():
+        if plan.spec.own:
+            runner.check_task(plan, data[plan.spec.name])
     if len({template is not None for template in templates.values()}) > 1:
         without = ", ".join(name for name, template in templates.items() if template is None)
         notes.append(

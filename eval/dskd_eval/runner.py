@@ -116,6 +116,13 @@ def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
                 got="none",
                 fix="Add `data: {test: ..., shots: ...}` to the task file, or `shots: 0`.",
             )
+    if plan.spec.native and config.get("unsafe_code"):
+        raise UserError(
+            f"task file {plan.spec.path.name}",
+            expected="code to run in the sandbox",
+            got="unsafe_code: true with metrics of its own",
+            fix="Use `scorer: python` with `code: {tests: ...}` instead.",
+        )
     if not plan.spec.native:
         config["doc_to_text"] = _function(plan.config["doc_to_text"])
         config["doc_to_target"] = _function(plan.config.get("shot_target") or _answer_template(plan))
@@ -174,6 +181,31 @@ def check_needs(spec: TaskSpec, directory: Path | None) -> None:
             ) from None
 
 
+def check_task(plan: Plan, rows: TaskData) -> None:
+    """Make every prompt, reference and test of a user's task once, before a model is loaded. Raises UserError."""
+    config = lm_eval_config(plan, rows)
+    if plan.spec.native:
+        _build(config, plan)
+        return
+    loaded = rows.test is not None and "process_docs" not in config
+    documents = (
+        rows.test.rows if rows.test and loaded else _build(config | _scoring(plan, _score_none, {}), plan).eval_docs
+    )
+    for number, row in enumerate(documents, 1):
+        try:
+            catalog.render(plan.config["doc_to_text"], row)
+            catalog.references(plan.config["doc_to_target"], row)
+            catalog.code_parts(plan.spec, row)
+            scorers.check_row(plan.spec, row)
+        except UserError as error:
+            where = f"task file {plan.spec.path.name}, row {number}, {error.where}"
+            raise UserError(where, expected=error.expected, got=error.got, fix=error.fix) from error
+
+
+def _score_none(answers: Sequence[scorers.Answer]) -> list[scorers.Scored]:
+    return []
+
+
 def evaluate_task(
     lm: EvalLM,
     plan: Plan,
@@ -193,13 +225,6 @@ def evaluate_task(
     if not plan.spec.native:
         scorer = scorers.make_scorer(plan.spec, _program_runner(sandbox, on_scoring))
         config |= _scoring(plan, scorer, details)
-    elif plan.spec.config.get("unsafe_code"):
-        raise UserError(
-            f"task file {plan.spec.path.name}",
-            expected="code to run in the sandbox",
-            got="unsafe_code: true with metrics of its own",
-            fix="Use `scorer: python` with `code: {tests: ...}` instead.",
-        )
     task = _build(config, plan)
     trace = lm.begin(plan.seeds)
     total = len(task.eval_docs)
@@ -243,13 +268,15 @@ def _build(config: dict[str, Any], plan: Plan) -> ConfigurableTask:
     try:
         with _quiet():
             return ConfigurableTask(config=config)
+    except UserError:
+        raise
     except Exception as error:
         lines = str(error).splitlines()
         raise UserError(
             f"task file {plan.spec.path.name}",
             expected="a task that lm-eval can build",
             got=f"{type(error).__name__}: {lines[0][:200] if lines else ''}",
-            fix="Check the metrics, filters and output_type, and dataset_path if it has one.",
+            fix="Check metric_list (metric, aggregation, higher_is_better), filter_list, output_type and dataset_path.",
         ) from error
 
 
@@ -456,7 +483,7 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
         return {"prompt": "(lm-eval loads this data itself)", "reference": ""}
     config = lm_eval_config(plan, rows)
     if not plan.spec.native:
-        config |= _scoring(plan, lambda answers: [], {})
+        config |= _scoring(plan, _score_none, {})
     task = _build(config, plan)
     with _quiet():
         task.set_fewshot_seed(0)

@@ -258,12 +258,24 @@ def _ifeval() -> Any:
     return utils
 
 
+def check_row(spec: catalog.TaskSpec, row: Row) -> None:
+    """Raises UserError when a row lacks a field that its scorer reads."""
+    for name in ("prompt", "instruction_id_list", "kwargs") if spec.scorer == "ifeval" else ():
+        if name not in row:
+            raise UserError(
+                "`scorer: ifeval`",
+                expected=f"the field {name!r}, as in IFEval",
+                got=", ".join(sorted(row)),
+                fix="Add it, or choose another scorer.",
+            )
+
+
 def score_ifeval(answer: Answer) -> Scored:
     utils = _ifeval()
     row = answer.row
     kwargs = [{key: value for key, value in item.items() if value is not None} for item in row["kwargs"]]
     example = utils.InputExample(
-        key=row["key"], instruction_id_list=row["instruction_id_list"], prompt=row["prompt"], kwargs=kwargs
+        key=row.get("key", 0), instruction_id_list=row["instruction_id_list"], prompt=row["prompt"], kwargs=kwargs
     )
     strict = utils.test_instruction_following_strict(example, answer.text)
     loose = utils.test_instruction_following_loose(example, answer.text)

@@ -350,10 +350,14 @@ def test_a_failing_task_leaves_the_others(
 ) -> None:
     good = own_task()
     bad = tmp_path / "bad.yaml"
-    bad.write_text(good.read_text().replace("task: sums", "task: bad").replace("{{question}}", "{{missing}}"))
+    bad.write_text(
+        "task: bad\ndata: rows.jsonl\ndoc_to_text: question\ndoc_to_target: answer\n"
+        "metric_list: [{metric: exact_match}]\nprocess_results: !function marks.fails\n"
+    )
+    (tmp_path / "marks.py").write_text("def fails(doc, results):\n    raise RuntimeError('no marks today')\n")
     arguments = ["--model", tiny_model, "--task-file", bad, "--task-file", good, "--output", tmp_path / "o"]
     done = invoke(*arguments)
-    assert done.exit_code == 1 and "'missing' is undefined" in done.output
+    assert done.exit_code == 1 and "RuntimeError: no marks today" in done.output
     status = {score["task"]["task"]: score["status"] for score in results(tmp_path / "o")["scores"]}
     assert status == {"bad": "failed", "sums": "finished"}
     assert (tmp_path / "o" / "errors.log").read_text().count("Traceback") >= 1

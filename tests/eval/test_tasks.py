@@ -299,6 +299,112 @@ def test_unsafe_code_of_a_task_file_is_refused(own_task: Callable[..., Path]) ->
         oracle(catalog.load_task(path), constant="4")
 
 
+def test_lm_eval_task_file_that_includes_another(own_task: Callable[..., Path]) -> None:
+    """The included file's functions lie beside it; own keys win over included ones."""
+    path = own_task(scorer=None, metric_list=[{"metric": "same", "aggregation": "mean", "higher_is_better": True}])
+    folder = path.parent / "common"
+    folder.mkdir()
+    (folder / "marks.py").write_text(
+        "def same(doc, results):\n    return {'same': float(doc['answer'] == results[0])}\n"
+    )
+    (folder / "base.yaml").write_text("task: other\nprocess_results: !function marks.same\ndescription: 'Sums. '\n")
+    path.write_text("include: common/base.yaml\n" + path.read_text())
+    result = oracle(catalog.load_task(path), constant="4")
+    assert result.score["metrics"]["same"]["value"] == pytest.approx(100 / 12, abs=1e-4)
+    assert result.samples[0]["task"] == "sums" and result.samples[0]["prompt"].startswith("Sums. What is")
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"max_new_tokens": "many"}, r"`max_new_tokens`: expected a whole number, 1 or more; got 'many'"),
+        ({"max_new_tokens": 0}, r"`max_new_tokens`: expected a whole number, 1 or more; got 0"),
+        ({"version": "v1"}, r"`version`: expected a number; got 'v1'"),
+        ({"shots": "three"}, r"`shots`: expected a whole number, 0 or more; got 'three'"),
+        ({"stop": 5}, r"`stop`: expected a text"),
+        ({"stop": ["x", ""]}, r"`stop`: expected a text or a list of texts, none empty"),
+        ({"styles": ["base"]}, r"`styles`: expected a mapping"),
+        ({"styles": {"base": "x"}}, r"`styles.base`: expected a mapping"),
+        ({"styles": {"base": {"num_fewshot": -1}}}, r"`styles.base`, `num_fewshot`: expected a whole number"),
+        ({"protocols": "paper"}, r"`protocols`: expected a mapping"),
+        ({"code": "assert True"}, r"`code`: expected a mapping"),
+        ({"floor": "x"}, r"`floor`: expected a mapping"),
+        ({"suite": ["math"]}, r"`suite`: expected a name"),
+        ({"metrics": ["flexibel"]}, r"`metrics`: expected metrics of `scorer: number`; got 'flexibel'.*mean flexible"),
+        ({"metric_list": "exact_match", "scorer": None}, r"`metric_list`: expected a list of mappings"),
+        ({"generation_kwargs": "x"}, r"`generation_kwargs`: expected a mapping"),
+        ({"generation_kwargs": {"temprature": 1}}, r"got 'temprature'. Did you mean temperature"),
+        ({"generation_kwargs": {"temperature": "hot"}}, r"`temperature`: expected a number, 0 or more; got 'hot'"),
+        ({"data": {"file": "rows.jsonl", "rows": "6"}}, r"`rows`: expected a whole number"),
+        ({"data": {"file": "rows.jsonl", "select": {"n": 1}}}, r"`select`: expected columns"),
+    ],
+)
+def test_wrong_kinds_of_values(own_task: Callable[..., Path], keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        catalog.load_task(own_task(**keys))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"max_new_tokens": 5}, {"max_gen_toks": 5, "do_sample": False}),
+        ({"max_tokens": 5, "until": "x"}, {"max_gen_toks": 5, "until": ["x"]}),
+        ({"temperature": 0.5}, {"do_sample": True, "temperature": 0.5}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"do_sample": False, "temperature": 0.5}, {"do_sample": False}),
+    ],
+)
+def test_generation_settings_read_as_lm_eval_does(
+    own_task: Callable[..., Path], given: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    spec = catalog.load_task(own_task(max_new_tokens=None, generation_kwargs=given))
+    generation = catalog.plan(spec, chat=False).generation
+    assert {key: generation[key] for key in kept} == kept
+
+
+def test_one_metric_needs_no_list(own_task: Callable[..., Path]) -> None:
+    assert catalog.load_task(own_task(metrics="strict")).metrics == ("strict",)
+
+
+ROWS = [{"q": "1?", "a": "1"}, {"q": "2?", "a": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "problem"),
+    [
+        (ROWS, {"reference": "aa"}, r"row 1, field 'aa': expected a field of the row: a, q; got none"),
+        (ROWS, {"prompt": "question"}, r"row 1, field 'question'"),
+        ([*ROWS, {"q": "3?"}], {}, r"row 3, field 'a'"),
+        (
+            [*ROWS, {"q": "3?", "a": None}],
+            {},
+            r"row 3, reference 'a': expected a reference answer in every row; got None",
+        ),
+        ([*ROWS, {"q": "3?", "a": []}], {}, r"row 3, reference 'a'"),
+        (ROWS, {"prompt": "{{q"}, r"row 1, template '\{\{q'"),
+        (ROWS, {"prompt": "{{p}}"}, r"row 1, template .*'p' is undefined"),
+        (ROWS, {"scorer": "python", "code": {"tests": "{{t}}"}}, r"row 1, template .*'t' is undefined"),
+        (ROWS, {"scorer": "ifeval"}, r"row 1, `scorer: ifeval`: expected the field 'prompt'"),
+        (ROWS, {"shots": 2}, r"expected rows for its shots"),
+        (ROWS, {"scorer": None, "metric_list": [{"metric": "exactmatch"}]}, r"a task that lm-eval can build"),
+        (ROWS, {"scorer": None, "metric_list": [{"metric": "exact_match"}], "output_type": "generate"}, r"output_type"),
+    ],
+)
+def test_rows_that_do_not_fit_the_task(
+    own_task: Callable[..., Path], rows: list[dict[str, Any]], keys: dict[str, Any], problem: str
+) -> None:
+    """Found before a model is loaded, with the number of the row."""
+    spec = catalog.load_task(own_task(rows, **{"prompt": "{{q}}", "reference": "a", **keys}))
+    with pytest.raises(UserError, match=problem):
+        runner.check_task(catalog.plan(spec, chat=False), runner.load_data(spec, None))
+
+
+def test_rows_without_a_selected_column(own_task: Callable[..., Path]) -> None:
+    path = own_task(ROWS, data={"file": "rows.jsonl", "select": {"n": [1, 2]}})
+    with pytest.raises(UserError, match=r"row 1: expected a number in 'n'"):
+        runner.load_data(catalog.load_task(path), None)
+
+
 def test_docs_name_every_task() -> None:
     text = (Path(__file__).parents[2] / "docs" / "eval.md").read_text(encoding="utf-8")
     for name, spec in catalog.builtin_tasks().items():
