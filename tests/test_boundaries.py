@@ -13,6 +13,7 @@ HOSTS = {"axolotl", "transformers", "lm_eval"}
 LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend"}
 # core module -> core modules that it may import
 ABOVE = {
+    "attend": {"projectors"},
     "objective": LEAVES,
     "chunked": LEAVES | {"objective"},
     "baselines": LEAVES | {"objective"},

@@ -1,13 +1,13 @@
 """The objective in row blocks: nothing of the size rows x vocabulary is ever held.
 
-Shape letters as in objective.py: R response rows, N rows with a teacher partner, V ids of a head.
+Shape letters as in objective.py: R response rows, N rows with a teacher partner, M teacher rows (cross-model
+attention), V ids of a head, T terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,16 @@ from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import (
     RATES,
     TERMS,
+    Chunks,
+    Compare,
     Objective,
     Rows,
     Sums,
+    chunk_term,
     project,
+    projected_student,
+    projected_teacher,
+    row_masks,
     student_space_sums,
     teacher_space_sums,
     term_weights,
@@ -33,23 +39,43 @@ _ROWS_AT_FULL_WEIGHT = 64
 @torch.no_grad()
 def teacher_argmax(teacher_NE: Tensor, teacher_head: Head, *, block_elements: int) -> Tensor:
     """The teacher's most likely real id at each row. Returns [N] int64, without gradient."""
-    head = _for_compute(teacher_head).real()
-    return _argmax(teacher_NE, lambda block_BE: head_logits(block_BE, head), head, block_elements)
+    return _argmax(teacher_NE, _for_compute(teacher_head), block_elements)
 
 
 @torch.no_grad()
 def agreement(
     teacher_NE: Tensor, t2s_Dd: Tensor, student_head: Head, label_N: Tensor, *, block_elements: int
 ) -> Tensor:
-    """Where the projected teacher predicts the label: argmax of head_s(H W_t2s) over the real ids == label.
+    """Where the projected teacher predicts the label: agreement_of(H W_t2s). Returns [N] bool, without gradient."""
+    with _no_autocast(teacher_NE.device):
+        projected_Nd = project(teacher_NE, t2s_Dd)
+    return agreement_of(projected_Nd, student_head, label_N, block_elements=block_elements)
+
+
+@torch.no_grad()
+def agreement_of(projected_Nd: Tensor, student_head: Head, label_N: Tensor, *, block_elements: int) -> Tensor:
+    """Where rows in the student's space predict the label: argmax of head_s over the real ids == label.
 
     label_N: student ids, -1 for none (never agrees). Returns [N] bool, without gradient.
     """
-    head = _for_compute(student_head).real()
-    predicted_N = _argmax(
-        teacher_NE, lambda block_BE: head_logits(project(block_BE, t2s_Dd), head), head, block_elements
+    return _argmax(projected_Nd, _for_compute(student_head), block_elements) == label_N
+
+
+@torch.no_grad()
+def token_log_probs(hidden_ND: Tensor, head: Head, ids_N: Tensor, *, block_elements: int) -> Tensor:
+    """Log-probability of one id at each row, at temperature 1 over all V rows of the head, as ce has it.
+
+    Returns [N] nats, <= 0, fp32 or wider, without gradient.
+    """
+    head = _for_compute(head)
+    found_N = torch.empty(
+        len(hidden_ND), dtype=torch.promote_types(head.weight_VD.dtype, torch.float32), device=hidden_ND.device
     )
-    return predicted_N == label_N
+    with _no_autocast(hidden_ND.device):
+        for block in _blocks(0, len(hidden_ND), _block_rows(block_elements, head)):
+            logits_BV = head_logits(hidden_ND[block], head)
+            found_N[block] = -torch.nn.functional.cross_entropy(logits_BV, ids_N[block], reduction="none")
+    return found_N
 
 
 def dskd_loss(
@@ -60,140 +86,309 @@ def dskd_loss(
     t2s_Dd: Tensor | None,
     s2t_dD: Tensor | None,
     objective: Objective,
-    divisors_4: Tensor,
+    divisors_T: Tensor,
     block_elements: int,
 ) -> tuple[Tensor, Sums]:
-    """The loss and the sums of its terms, in blocks of max(1, block_elements // V) rows.
+    """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
-        loss = (1 - r) ce / div_0 + r (t2s_kd / div_1 + t2s_ce / div_2 + s2t_kd / div_3)
+        loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c chunk_ratio / div)
 
-    Terms, gradients and shapes: objective.term_sums. divisors_4: rows per term over the whole optimizer
-    step in the order of TERMS (counts summed over micro-batches and ranks); a term with divisor 0 is 0.
+    Terms, gradients and shapes: objective.term_sums and objective.chunk_term, whose gradient reaches student_RD and
+    the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
+    over micro-batches and ranks); a term with divisor 0 is 0.
     block_elements: rows x vocabulary entries at a time, 10 to 13 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
     left out. With gradients disabled only values are computed.
+    Under projectors_alone only ce reaches student_RD and the student's head; t2s_ce still reaches t2s_Dd.
     Values and gradients are both computed in the forward, one block after another, which needs the divisors
     beforehand; the backward only scales them, once per input. No second derivatives.
     Products are taken in the dtype of the weights, or in autocast's where it is on; sums in fp32 or wider.
     """
-    walk = _Walk(rows, student_head, teacher_head, s2t_dD, objective, divisors_4, block_elements)
-    inputs = (rows.student_RD, student_head.weight_VD, student_head.bias_V, t2s_Dd)
-    if torch.is_grad_enabled():
-        apply: Callable[..., tuple[Tensor, Tensor]] = _BlockwiseLoss.apply
-        loss, sums_62 = apply(*inputs, walk)
-    else:
-        loss, sums_62, _, _ = walk.run(*inputs, wanted=(False,) * 4)
-    return loss, {name: (sums_62[i, 0], sums_62[i, 1]) for i, name in enumerate(TERMS + RATES)}
+    walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
+
+    def student_space(block: slice, *, t2s_Dd: Tensor | None, **of_student: Any) -> Sums:
+        part = walk.rows.block(block)
+        t2s_Nd = None
+        if objective.in_student_space and part.pairs > 0 and t2s_Dd is not None:
+            t2s_Nd = projected_teacher(part, t2s_Dd)
+        return walk.student_space(block, t2s_Nd=t2s_Nd, **of_student)
+
+    def teacher_space(block: slice, *, student_RD: Tensor) -> Sums:
+        part = replace(walk.rows.block(block), student_RD=student_RD)
+        assert s2t_dD is not None and part.teacher_NE is not None and part.teacher_argmax_N is not None
+        mask_N = row_masks(part, objective)["s2t_kd"]
+        s2t_ND = projected_student(part, s2t_dD, mask_N)
+        return walk.teacher_space(s2t_ND, part.teacher_NE, part.teacher_argmax_N, mask_N)
+
+    walk.sweep(len(rows), student_space, sliced=("student_RD",), whole=("weight_VD", "bias_V", "t2s_Dd"))
+    if objective.in_teacher_space:
+        walk.sweep(rows.pairs, teacher_space, sliced=("student_RD",))
+    return walk.loss(t2s_Dd=t2s_Dd)
+
+
+def cma_loss(
+    rows: Rows,
+    *,
+    t2s_Nd: Tensor | None,
+    s2t_MD: Tensor | None,
+    teacher_MD: Tensor,
+    teacher_argmax_M: Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    objective: Objective,
+    divisors_T: Tensor,
+    block_elements: int,
+) -> tuple[Tensor, Sums]:
+    """Method dskd with cross-model attention, in blocks like dskd_loss and with its loss, divisors and result.
+
+        ce      = CE(z, gold)
+        t2s_ce  = CE(z_t2s, gold)                z_t2s = head_s(t2s_Nd) at the first N rows, label_N >= 0
+        t2s_kd  = dist(z, sg(z_t2s))             the same rows, those of agree_N with the agreement mask
+        s2t_kd  = dist(z_s2t, sg(z_t))           z_s2t = head_t(s2t_MD) at the M teacher rows, s2t_M
+
+    rows: label_N the gold ids, or -1; s2t_M which teacher rows count, required in the teacher's space.
+    t2s_Nd, s2t_MD: attend.CrossModelAttention's rows in the student's and in the teacher's space, each None where the
+    objective does not use that space. teacher_MD, teacher_argmax_M: the teacher's states and most likely ids.
+    Gradients: ce and t2s_kd reach student_RD and the student's head. t2s_ce reaches t2s_Nd, and through it the
+    projectors t2s and query. s2t_kd reaches s2t_MD, and through it the projectors s2t and query and the student's
+    states that s2t_MD was made of. The heads in z_t2s and z_s2t and the teacher get none.
+    Under projectors_alone t2s_kd and the chunk term weigh nothing and s2t_kd stays, for its projector: make s2t_MD
+    from detached states then. The loss is attached to every given tensor.
+    Source: arXiv 2406.17328 (DSKD v1), values of the mixture as in arXiv 2504.11426.
+    """
+    teacher_rows = len(teacher_MD)
+    walk = _Walk(
+        rows, student_head, teacher_head, objective, divisors_T, block_elements, max(len(rows), teacher_rows), True
+    )
+
+    walk.sweep(len(rows), walk.student_space, sliced=("student_RD", "t2s_Nd"), whole=("weight_VD", "bias_V"))
+    if objective.in_teacher_space:
+        s2t_M = rows.s2t_M
+        if s2t_M is None:
+            raise ValueError(
+                "rows.s2t_M: expected a bool tensor over the teacher rows with cross-model attention, got None. "
+                "Set it where a student row of the same sample exists."
+            )
+
+        def teacher_space(block: slice, *, s2t_MD: Tensor) -> Sums:
+            return walk.teacher_space(s2t_MD, teacher_MD[block], teacher_argmax_M[block], s2t_M[block])
+
+        walk.sweep(teacher_rows, teacher_space, sliced=("s2t_MD",))
+    return walk.loss(t2s_Nd=t2s_Nd, s2t_MD=s2t_MD)
+
+
+def baseline_loss(
+    rows: Rows,
+    *,
+    student_head: Head,
+    teacher_head: Head | None,
+    compare: Compare | None,
+    objective: Objective,
+    divisors_T: Tensor,
+    block_elements: int,
+) -> tuple[Tensor, Sums]:
+    """Methods sft, kd, overlap_kd, uld and mined, in blocks like dskd_loss and with its divisors and result.
+
+        loss = (1 - r) ce / div_ce + r (kd / div_kd + c chunk_ratio / div_chunk);   sft: ce / div_ce
+        kd   = compare(z, sg(z_t)) at the first N rows, over the real ids of both heads
+
+    compare: from baselines.py. It and teacher_head may be None for sft.
+    Gradients reach student_RD and the student's head, nothing of the teacher.
+    """
+    walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
+
+    def student_space(block: slice, **of_student: Any) -> Sums:
+        return walk.student_space(block, teacher_head=walk.teacher_head, compare=compare, **of_student)
+
+    walk.sweep(len(rows), student_space, sliced=("student_RD",), whole=("weight_VD", "bias_V"))
+    return walk.loss()
 
 
 @dataclass(frozen=True)
+class _Sweep:
+    """One pass over rows: sums(block, **tensors), with the block of each sliced tensor and the whole of the others."""
+
+    blocks: list[slice]
+    sums: Callable[..., Sums]
+    sliced: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
 class _Walk:
-    """One pass over the row blocks."""
+    """The engine: sweeps over row blocks in which values and gradients are computed at once.
 
-    rows: Rows
-    student_head: Head
-    teacher_head: Head
-    s2t_dD: Tensor | None
-    objective: Objective
-    divisors_4: Tensor
-    block_elements: int
+    rows, student_head, teacher_head: constants, in the dtype of their products.
+    """
 
-    def run(
+    def __init__(
         self,
-        student_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        t2s_Dd: Tensor | None,
-        *,
-        wanted: tuple[bool, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-        """Loss, sums [6, 2], scale, and the gradients of loss / scale for the wanted inputs."""
-        given = (student_RD, weight_VD, bias_V, t2s_Dd)
-        head = _for_compute(replace(self.student_head, weight_VD=weight_VD.detach(), bias_V=_detach(bias_V)))
-        teacher_head = _for_compute(self.teacher_head.detach())
-        leaves = [_leaf(x, want) for x, want in zip((head.weight_VD, head.bias_V, t2s_Dd), wanted[1:], strict=True)]
-        head = replace(head, weight_VD=leaves[0], bias_V=leaves[1])
-        wide = torch.promote_types(head.weight_VD.dtype, torch.float32)
-        gradients = [
-            torch.zeros_like(x, dtype=x.dtype if i == 0 else torch.promote_types(x.dtype, torch.float32))
-            if want and x is not None
-            else None
-            for i, (x, want) in enumerate(zip(given, wanted, strict=True))
-        ]
-        block_rows = min(_block_rows(self.block_elements, head, teacher_head), max(1, len(self.rows)))
-        weights_4 = term_weights(self.divisors_4, self.objective.kd_ratio).to(student_RD.device, wide)
-        # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
-        scale = weights_4.max() * max(1.0, block_rows / _ROWS_AT_FULL_WEIGHT)
-        relative_4 = weights_4 / torch.where(scale > 0, scale, 1)
-        sums_62 = torch.zeros(len(TERMS + RATES), 2, dtype=wide, device=student_RD.device)
-        rows = replace(self.rows, student_RD=student_RD.detach(), teacher_NE=self.rows.teacher_NE.detach())
-        # One space after the other, so that the tensors of one are gone before those of the next come.
-        spaces: tuple[Callable[[Rows], Sums], ...] = (
-            partial(student_space_sums, student_head=head, t2s_Dd=leaves[2], objective=self.objective),
-            partial(teacher_space_sums, teacher_head=teacher_head, s2t_dD=self.s2t_dD, objective=self.objective),
+        rows: Rows,
+        student_head: Head,
+        teacher_head: Head | None,
+        objective: Objective,
+        divisors_T: Tensor,
+        block_elements: int,
+        longest: int,
+        s2t_is_learned: bool = False,
+    ) -> None:
+        """longest: rows of the longest sweep."""
+        self.inputs: dict[str, Tensor | None] = {
+            "student_RD": rows.student_RD,
+            "weight_VD": student_head.weight_VD,
+            "bias_V": student_head.bias_V,
+        }
+        self.objective = objective
+        self.rows = replace(rows, student_RD=rows.student_RD.detach())
+        self.student_head = _for_compute(student_head.detach())
+        self.teacher_head = None if teacher_head is None else _for_compute(teacher_head.detach())
+        self.dtype = torch.promote_types(self.student_head.weight_VD.dtype, torch.float32)
+        heads = [head for head in (self.student_head, self.teacher_head) if head is not None]
+        self.block_rows = min(_block_rows(block_elements, *heads), max(1, longest))
+        shares = objective.shares(s2t_is_learned=s2t_is_learned)
+        self.moving = frozenset(shares)
+        self.weights_T = term_weights(divisors_T, shares).to(rows.student_RD.device, self.dtype)
+        self.sweeps: list[_Sweep] = []
+        self.known: Sums = {}
+        self.pull_R: Tensor | None = None
+        if "chunk_ratio" in objective.terms and rows.chunks is not None:
+            self._measure_chunks(rows.chunks, block_elements)
+
+    def _measure_chunks(self, chunks: Chunks, block_elements: int) -> None:
+        """A first pass without gradient: a chunk's rows lie in several blocks, and its derivative needs all of them."""
+        log_probs_P = token_log_probs(
+            self.rows.student_RD[chunks.rows_P],
+            self.student_head,
+            self.rows.labels_R[chunks.rows_P],
+            block_elements=block_elements,
         )
-        for start, stop in _blocks(len(rows), rows.pairs, block_rows):
-            block = rows.block(start, stop)
-            block_leaf = _leaf(block.student_RD, wanted[0])
-            block = replace(block, student_RD=block_leaf)
-            for space_sums in spaces:
-                with torch.set_grad_enabled(any(wanted)), _no_autocast(student_RD.device):
-                    sums = space_sums(block)
-                    total = sums_62.new_zeros(())
+        moves = torch.is_grad_enabled() and "chunk_ratio" in self.moving
+        log_probs_P.requires_grad_(moves)
+        total, count = chunk_term(chunks, log_probs_P, temperature=self.objective.chunk_temperature)
+        self.known["chunk_ratio"] = (total.detach(), count)
+        if moves:
+            (pull_P,) = torch.autograd.grad(total, log_probs_P)
+            self.pull_R = pull_P.new_zeros(len(self.rows)).index_add(0, chunks.rows_P, pull_P)
+
+    def student_space(
+        self, block: slice, *, student_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, **more: Any
+    ) -> Sums:
+        """The sums of a block over the student's vocabulary, as functions of these tensors."""
+        return student_space_sums(
+            replace(self.rows.block(block), student_RD=student_RD),
+            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V),
+            objective=self.objective,
+            pull_R=None if self.pull_R is None else self.pull_R[block],
+            **more,
+        )
+
+    def teacher_space(self, s2t_KD: Tensor, teacher_KD: Tensor, teacher_argmax_K: Tensor, mask_K: Tensor) -> Sums:
+        """The sums of a block over the teacher's vocabulary."""
+        assert self.teacher_head is not None
+        return teacher_space_sums(
+            s2t_KD,
+            teacher_KD=teacher_KD,
+            teacher_argmax_K=teacher_argmax_K,
+            mask_K=mask_K,
+            teacher_head=self.teacher_head,
+            objective=self.objective,
+        )
+
+    def sweep(
+        self, rows: int, sums: Callable[..., Sums], *, sliced: tuple[str, ...], whole: tuple[str, ...] = ()
+    ) -> None:
+        """Add a pass over rows 0 to rows - 1. One after the other, so that one's tensors are gone before the next."""
+        split = self.rows.pairs if rows == len(self.rows) else 0
+        self.sweeps.append(_Sweep(list(_blocks(split, rows, self.block_rows)), sums, sliced, whole))
+
+    def loss(self, **more: Tensor | None) -> tuple[Tensor, Sums]:
+        """The loss and its sums; more: the inputs by name beside the student's rows and head."""
+        self.inputs |= more
+        tensors = tuple(self.inputs.values())
+        if torch.is_grad_enabled():
+            apply: Callable[..., tuple[Tensor, Tensor]] = _BlockwiseLoss.apply
+            loss, sums_K2 = apply(self, *tensors)
+        else:
+            loss, sums_K2, _, _ = self.run((False,) * len(tensors))
+        return loss, {name: (sums_K2[i, 0], sums_K2[i, 1]) for i, name in enumerate(TERMS + RATES)}
+
+    def run(self, wanted: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+        """Loss, sums [terms and rates, 2], scale, and the gradients of loss / scale for the wanted inputs."""
+        flags = dict(zip(self.inputs, wanted, strict=True))
+        by_row = {name for sweep in self.sweeps for name in sweep.sliced}
+        gradients = {
+            name: torch.zeros_like(x, dtype=x.dtype if name in by_row else torch.promote_types(x.dtype, torch.float32))
+            for name, x in self.inputs.items()
+            if flags[name] and x is not None
+        }
+        computed = self.inputs | {"weight_VD": self.student_head.weight_VD, "bias_V": self.student_head.bias_V}
+        leaves = {name: _leaf(x, flags[name]) for name, x in computed.items()}
+        # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
+        scale = self.weights_T.max() * max(1.0, self.block_rows / _ROWS_AT_FULL_WEIGHT)
+        relative_T = self.weights_T / torch.where(scale > 0, scale, 1)
+        sums_K2 = self.weights_T.new_zeros(len(TERMS + RATES), 2)
+        for name, pair in self.known.items():
+            sums_K2[TERMS.index(name)] = torch.stack(pair)
+        for sweep in self.sweeps:
+            for block in sweep.blocks:
+                given = {name: leaves[name] for name in sweep.whole}
+                given |= {name: _leaf(_part(leaves[name], block), flags[name]) for name in sweep.sliced}
+                with torch.set_grad_enabled(any(wanted)), _no_autocast(sums_K2.device):
+                    sums = sweep.sums(block, **given)
+                    total = sums_K2.new_zeros(())
                     for i, name in enumerate(TERMS + RATES):
                         if name in sums:
-                            sums_62[i] += torch.stack(sums[name]).detach()
-                            if name in TERMS:
-                                total = total + relative_4[i] * sums[name][0]
+                            sums_K2[i] += torch.stack(sums[name]).detach()
+                            if name in self.moving:
+                                total = total + relative_T[i] * sums[name][0]
                     if total.requires_grad:
-                        _add_gradients(total, [block_leaf, *leaves], gradients, slice(start, stop))
-        loss = (weights_4 * sums_62[: len(TERMS), 0]).sum()
-        return loss, sums_62, scale, gradients
+                        _add_gradients(total, given, gradients, sweep.sliced, block)
+        sums_T = sums_K2[: len(TERMS), 0]
+        loss = torch.where(self.weights_T > 0, self.weights_T * sums_T, 0).sum()
+        return loss, sums_K2, scale, [gradients.get(name) for name in self.inputs]
 
 
 class _BlockwiseLoss(torch.autograd.Function):
     """Hands the gradients of the walk to autograd, scaled by whatever multiplies the loss."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        t2s_Dd: Tensor | None,
-        walk: _Walk,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (student_RD, weight_VD, bias_V, t2s_Dd)
-        loss, sums_62, scale, gradients = walk.run(*inputs, wanted=ctx.needs_input_grad[:4])
+    def forward(ctx: Any, walk: _Walk, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss, sums_K2, scale, gradients = walk.run(ctx.needs_input_grad[1:])
         ctx.save_for_backward(scale, *gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.mark_non_differentiable(sums_62)
-        return loss, sums_62
+        ctx.mark_non_differentiable(sums_K2)
+        return loss, sums_K2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gradients = ctx.saved_tensors
         factor = scale * loss_gradient
-        return (*(_scaled(g, factor, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None)
+        return (None, *(_scaled(g, factor, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)))
 
 
-def _add_gradients(total: Tensor, leaves: list[Tensor | None], gradients: list[Tensor | None], rows: slice) -> None:
-    """Add one block's gradients: those of the student's rows in their place, the others to the whole."""
-    wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    found = torch.autograd.grad(total, [leaf for i in wanted if (leaf := leaves[i]) is not None], allow_unused=True)
-    for i, part in zip(wanted, found, strict=True):
-        into = gradients[i]
-        if part is not None and into is not None:
-            (into[rows] if i == 0 else into).add_(part)
+def _add_gradients(
+    total: Tensor,
+    given: Mapping[str, Tensor | None],
+    gradients: Mapping[str, Tensor],
+    sliced: tuple[str, ...],
+    block: slice,
+) -> None:
+    """Add one block's gradients: those of sliced tensors in their place, the others to the whole."""
+    leaves = {name: leaf for name, leaf in given.items() if name in gradients and leaf is not None}
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    for name, part in zip(leaves, found, strict=True):
+        if part is not None:
+            (gradients[name][block] if name in sliced else gradients[name]).add_(part)
 
 
-def _argmax(hidden_NE: Tensor, logits: Callable[[Tensor], Tensor], head: Head, block_elements: int) -> Tensor:
-    predicted_N = torch.empty(len(hidden_NE), dtype=torch.long, device=hidden_NE.device)
-    with _no_autocast(hidden_NE.device):
-        for start, stop in _blocks(len(hidden_NE), 0, _block_rows(block_elements, head)):
-            predicted_N[start:stop] = logits(hidden_NE[start:stop]).argmax(-1)
+def _argmax(hidden_ND: Tensor, head: Head, block_elements: int) -> Tensor:
+    """The most likely real id at each row."""
+    real = head.real()
+    predicted_N = torch.empty(len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
+    with _no_autocast(hidden_ND.device):
+        for block in _blocks(0, len(hidden_ND), _block_rows(block_elements, real)):
+            predicted_N[block] = head_logits(hidden_ND[block], real).argmax(-1)
     return predicted_N
 
 
@@ -201,11 +396,11 @@ def _block_rows(block_elements: int, *heads: Head) -> int:
     return max(1, block_elements // max(head.weight_VD.shape[0] for head in heads))
 
 
-def _blocks(rows: int, pairs: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the blocks; none straddles the end of the rows with a partner."""
+def _blocks(pairs: int, rows: int, block_rows: int) -> Iterator[slice]:
+    """The blocks of all rows; none straddles the end of the rows with a partner."""
     for first, last in ((0, pairs), (pairs, rows)):
         for start in range(first, last, block_rows):
-            yield start, min(start + block_rows, last)
+            yield slice(start, min(start + block_rows, last))
 
 
 def _for_compute(head: Head) -> Head:
@@ -220,12 +415,12 @@ def _no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _detach(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
-def _leaf(x: Tensor | None, wanted: bool) -> Any:
+def _leaf(x: Tensor | None, wanted: bool) -> Tensor | None:
     return None if x is None else x.detach().requires_grad_(wanted)
+
+
+def _part(x: Tensor | None, block: slice) -> Tensor | None:
+    return None if x is None else x[block]
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -151,6 +151,21 @@ def tvd(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     return (teacher_NV.exp() - student_NV.exp()).abs().sum(-1) / 2
 
 
+def binary_kl(*, student_C: Tensor, teacher_C: Tensor, temperature: float) -> Tensor:
+    """Forward KL of two events of one text each: that it is said, or that it is not.
+
+        p log(p / q) + (1 - p) log((1 - p) / (1 - q)),   p = exp(teacher / temperature), q = exp(student / temperature)
+
+    student_C, teacher_C: log-likelihoods in nats, <= 0, -inf allowed. temperature: > 0; it keeps the likelihood of
+    a long text away from 0. Returns [C] nats, 0 where the sides agree, no upper bound, always finite: both sides are
+    held at or below -1e-6 nats, where fp32 log-probabilities end, and at or above -1e30. Beyond, the gradient is 0.
+    Source: approximate likelihood matching, arXiv 2503.20083.
+    """
+    p_C, q_C = (x.clamp(-1e30, -1e-6) / temperature for x in (teacher_C, student_C))
+    said_C = p_C.exp()
+    return said_C * (p_C - q_C) - torch.expm1(p_C) * (_log1mexp(p_C) - _log1mexp(q_C))
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -239,6 +254,16 @@ def _log_mixture(ratio_NV: Tensor, own_share: float) -> Tensor:
     damped_NV = torch.expm1(-ratio_NV.abs())
     damped_NV = torch.where(ratio_NV > 0, own_share * damped_NV, (1 - own_share) * damped_NV)
     return torch.log1p(damped_NV) + ratio_NV.clamp(min=0)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0; expm1 near 0 and log1p far from it, where the other loses its digits."""
+    near = x > -math.log(2)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
 
 
 def _check_shapes(student_NV: Tensor, teacher_NV: Tensor) -> None:

@@ -1,27 +1,37 @@
-"""The dual-space objective on the rows of one micro-batch: named terms, each a (sum, count) pair.
+"""The objective on the rows of one micro-batch: named terms, each a (sum, count) pair.
 
-    L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd)
+    L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd + c chunk_ratio)      method dskd
+    L = (1 - r) ce + r (kd + c chunk_ratio)                            kd, overlap_kd, uld, mined
+    L = ce                                                             sft
 
-Shape letters: R response rows, N rows of them with a teacher partner, V ids of a head, D and E width of
-student and teacher; in the maps between the spaces d is the student's width and D the teacher's.
+Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
+of a head, D and E width of student and teacher, P response rows within chunks, C chunks; in the maps between the
+spaces d is the student's width and D the teacher's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.divergences import Divergence, log_probs
+from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 
-TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd")
+TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "chunk_ratio")
 RATES = ("t2s_agreement", "s2t_agreement")
+METHODS = ("sft", "kd", "overlap_kd", "uld", "mined", "dskd")
 
 Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+class Compare(Protocol):
+    """A distance of two sides that need not share a vocabulary: logits of the real ids -> [N]."""
+
+    def __call__(self, *, student_NV: Tensor, teacher_NV: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +39,13 @@ class Objective:
     """What to compute.
 
     divergence: see divergences.divergence. temperature: > 0, of the KD distributions only.
-    kd_ratio: r in [0, 1]. spaces: which of the two comparisons to make.
+    kd_ratio: r in [0, 1]. spaces: which of the two comparisons of method dskd to make.
     agreement_mask: t2s_kd only where the projected teacher predicts the label.
+    method: one of METHODS. chunk_ratio: c >= 0, the weight of the chunk term beside the other KD terms.
+    chunk_temperature: > 0, divides the log-likelihood of a chunk (divergences.binary_kl).
+    projectors_alone: projector warm-up of method dskd. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
+        chunk_ratio) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
+        learned (cma_loss), that term stays too and the caller detaches the student's states from it.
     Terms of weight 0 are left out: no ce at r = 1, nothing else at r = 0; they count 0 rows.
     """
 
@@ -39,6 +54,10 @@ class Objective:
     kd_ratio: float = 0.5
     spaces: Literal["both", "student", "teacher"] = "both"
     agreement_mask: bool = True
+    method: str = "dskd"
+    chunk_ratio: float = 0.0
+    chunk_temperature: float = 100.0
+    projectors_alone: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
@@ -47,18 +66,81 @@ class Objective:
             raise ValueError(
                 f"dskd.spaces: expected 'both', 'student' or 'teacher', got {self.spaces!r}. Choose one of these."
             )
+        if self.method not in METHODS:
+            raise ValueError(
+                f"dskd.method: expected one of {', '.join(METHODS)}, got {self.method!r}. Choose one of these."
+            )
+        if not 0 <= self.chunk_ratio < float("inf") or (self.chunk_ratio and self.method == "sft"):
+            raise ValueError(
+                f"dskd.chunk_ratio: expected a finite number from 0, and 0 for method sft, got {self.chunk_ratio}. "
+                "Use 0 for no chunk term."
+            )
+        if not 0 < self.chunk_temperature < float("inf"):
+            raise ValueError(
+                f"chunk_temperature: expected a finite number above 0, got {self.chunk_temperature}. Try 100."
+            )
+        if self.projectors_alone and self.method != "dskd":
+            raise ValueError(
+                f"dskd.projector.warmup_steps: expected method dskd, got {self.method!r}, which has no projector. "
+                "Leave it out."
+            )
 
     @property
     def with_ce(self) -> bool:
-        return self.kd_ratio < 1
+        return self.method == "sft" or self.kd_ratio < 1
+
+    @property
+    def with_kd(self) -> bool:
+        return self.method != "sft" and self.kd_ratio > 0
 
     @property
     def in_student_space(self) -> bool:
-        return self.kd_ratio > 0 and self.spaces != "teacher"
+        return self.method == "dskd" and self.with_kd and self.spaces != "teacher"
 
     @property
     def in_teacher_space(self) -> bool:
-        return self.kd_ratio > 0 and self.spaces != "student"
+        return self.method == "dskd" and self.with_kd and self.spaces != "student"
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that it computes, in the order of TERMS."""
+        computed = {
+            "ce": self.with_ce,
+            "t2s_kd": self.in_student_space,
+            "t2s_ce": self.in_student_space,
+            "s2t_kd": self.in_teacher_space,
+            "kd": self.with_kd and self.method != "dskd",
+            "chunk_ratio": self.with_kd and self.chunk_ratio > 0,
+        }
+        return tuple(term for term in TERMS if computed[term])
+
+    def shares(self, *, s2t_is_learned: bool = False) -> dict[str, float]:
+        """Weight of the mean of each term in the loss; a term without an entry adds nothing, nor any gradient.
+
+        s2t_is_learned: s2t_kd also trains a projector, so that projectors_alone keeps it.
+        """
+        silent: set[str] = set()
+        if self.projectors_alone:
+            silent = {"t2s_kd", "chunk_ratio"} if s2t_is_learned else {"t2s_kd", "chunk_ratio", "s2t_kd"}
+        special = {
+            "ce": 1.0 if self.method == "sft" else 1 - self.kd_ratio,
+            "chunk_ratio": self.kd_ratio * self.chunk_ratio,
+        }
+        return {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """Spans of text that both sides split into several tokens, or into other tokens than a pair.
+
+    rows_P: the response rows (0 to R - 1) whose gold tokens make up the student's side of the chunks.
+    of_P: number of the chunk (0 to C - 1) that each belongs to.
+    teacher_C: log-likelihood of each chunk under the teacher, nats, <= 0: chunk_sums of token_log_probs.
+    """
+
+    rows_P: Tensor
+    of_P: Tensor
+    teacher_C: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +149,29 @@ class Rows:
 
     student_RD: last hidden states of the student (after the final norm) at all response rows.
     labels_R: gold next token of each, an id of the student.
-    teacher_NE: last hidden states of the teacher at the partners.
-    teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1.
+    ce_R: bool, rows of ce; None for all R.
+    chunks: None for no chunk.
+    teacher_NE: last hidden states of the teacher at the partners; not read by cross-model attention.
+    teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1; with
+        cross-model attention the gold id, or -1 for a row that attended to nothing.
     agree_N: bool, the projected teacher predicts the label (chunked.agreement); None only where the
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
-    A teacher row may hold NaN where label_N is -1 and s2t_N is False.
+    s2t_M: bool, the teacher rows of s2t_kd with cross-model attention, where it takes the place of s2t_N.
+    The baselines read teacher_NE alone of the tensors over N, and method sft none of them.
+    A teacher row may hold NaN where label_N is -1 and s2t_N is False, a student row where no term takes it.
     """
 
     student_RD: Tensor
     labels_R: Tensor
-    teacher_NE: Tensor
-    label_N: Tensor
-    teacher_argmax_N: Tensor
+    ce_R: Tensor | None = None
+    chunks: Chunks | None = None
+    teacher_NE: Tensor | None = None
+    label_N: Tensor | None = None
+    teacher_argmax_N: Tensor | None = None
     agree_N: Tensor | None = None
     s2t_N: Tensor | None = None
+    s2t_M: Tensor | None = None
 
     def __len__(self) -> int:
         return self.student_RD.shape[0]
@@ -89,60 +179,89 @@ class Rows:
     @property
     def pairs(self) -> int:
         """N, the number of rows with a teacher partner."""
-        return self.teacher_NE.shape[0]
+        given = self.teacher_NE if self.label_N is None else self.label_N
+        return 0 if given is None else given.shape[0]
 
-    def block(self, start: int, stop: int) -> Rows:
-        """Response rows start..stop with whatever partners they have."""
-        return replace(
-            self,
-            student_RD=self.student_RD[start:stop],
-            labels_R=self.labels_R[start:stop],
-            teacher_NE=self.teacher_NE[start:stop],
-            label_N=self.label_N[start:stop],
-            teacher_argmax_N=self.teacher_argmax_N[start:stop],
-            agree_N=None if self.agree_N is None else self.agree_N[start:stop],
-            s2t_N=None if self.s2t_N is None else self.s2t_N[start:stop],
-        )
+    def block(self, rows: slice) -> Rows:
+        """These response rows with whatever partners they have; without chunks, which may cross the bounds."""
+        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
+        changes: dict[str, Any] = {"chunks": None}
+        for name in parts:
+            given = getattr(self, name)
+            changes[name] = None if given is None else given[rows]
+        return replace(self, **changes)
 
 
 def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
-    """Which rows each term of the objective takes: name in TERMS -> bool, [R] for ce and [N] for the others.
+    """Which rows each term of the objective takes: name in TERMS -> bool.
 
+    Shapes: [R] for ce, [C] for chunk_ratio, [M] for s2t_kd of cross-model attention and [N] for the others.
     A term that the objective leaves out has no entry. ValueError when the agreement mask lacks agree_N.
     """
+
+    def all_of(number: int) -> Tensor:
+        return torch.ones(number, dtype=torch.bool, device=rows.labels_R.device)
+
     masks: dict[str, Tensor] = {}
     if objective.with_ce:
-        masks["ce"] = torch.ones_like(rows.labels_R, dtype=torch.bool)
+        masks["ce"] = all_of(len(rows.labels_R)) if rows.ce_R is None else rows.ce_R
     if objective.in_student_space:
-        labelled_N = rows.label_N >= 0
+        labelled_N = all_of(0) if rows.label_N is None else rows.label_N >= 0
         masks["t2s_ce"] = masks["t2s_kd"] = labelled_N
         if objective.agreement_mask:
             if rows.agree_N is None:
                 raise ValueError(
                     "rows.agree_N: expected a bool tensor with agreement_mask on, got None. "
-                    "Compute it with agreement()."
+                    "Compute it with agreement() or agreement_of()."
                 )
             masks["t2s_kd"] = labelled_N & rows.agree_N
     if objective.in_teacher_space:
-        all_N = torch.ones_like(rows.label_N, dtype=torch.bool)
-        masks["s2t_kd"] = all_N if rows.s2t_N is None else rows.s2t_N
+        given = rows.s2t_N if rows.s2t_M is None else rows.s2t_M
+        masks["s2t_kd"] = all_of(rows.pairs) if given is None else given
+    if "kd" in objective.terms:
+        masks["kd"] = all_of(rows.pairs)
+    if "chunk_ratio" in objective.terms:
+        masks["chunk_ratio"] = all_of(0 if rows.chunks is None else len(rows.chunks.teacher_C))
     return masks
 
 
 def counts(rows: Rows, objective: Objective) -> Tensor:
-    """Rows per term in the order of TERMS, known before any student forward.
+    """Rows (for chunk_ratio: chunks) per term in the order of TERMS, known before any student forward.
 
-    Only labels_R, label_N, agree_N and s2t_N are read. Returns [4] int64; sum them over micro-batches and
-    ranks to get divisors for the loss. A term that the objective leaves out counts 0.
+    Only labels_R, the masks and labels over R, N and M, the lengths of teacher_NE (without label_N) and of
+    chunks.teacher_C are read. Returns [T] int64, T terms; sum them over micro-batches and ranks to get divisors
+    for the loss. A term that the objective leaves out counts 0.
     """
     masks = row_masks(rows, objective)
     none = torch.zeros((), dtype=torch.long, device=rows.labels_R.device)
     return torch.stack([masks[term].sum() if term in masks else none for term in TERMS])
 
 
+def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:
+    """Factor of each sum in the loss, in the order of TERMS: its share (Objective.shares) / its divisor.
+
+    divisors_T: rows per term over the whole optimizer step, >= 0; a divisor of 0 gives weight 0.
+    Returns [T] fp64.
+    """
+    divisors_T = divisors_T.double()
+    shares_T = divisors_T.new_tensor([shares.get(term, 0.0) for term in TERMS])
+    return torch.where(divisors_T > 0, shares_T / divisors_T.clamp(min=1e-30), 0)
+
+
 def project(hidden_ND: Tensor, map_DE: Tensor) -> Tensor:
     """Hidden states in the other space: h W, in the dtype of the map. Returns [N, E]."""
     return hidden_ND.to(map_DE.dtype) @ map_DE
+
+
+def projected_teacher(rows: Rows, t2s_Dd: Tensor) -> Tensor:
+    """Teacher rows in the student's space, H W_t2s; rows without a label are zeros. Returns [N, d]."""
+    assert rows.teacher_NE is not None and rows.label_N is not None
+    return project(keep_rows(rows.teacher_NE.detach(), rows.label_N >= 0), t2s_Dd)
+
+
+def projected_student(rows: Rows, s2t_dD: Tensor, mask_N: Tensor) -> Tensor:
+    """Student rows in the teacher's space, h sg(W_s2t); rows off the mask are zeros. Returns [N, D]."""
+    return project(keep_rows(rows.student_RD[: rows.pairs], mask_N), s2t_dD.detach())
 
 
 def term_sums(
@@ -154,7 +273,7 @@ def term_sums(
     s2t_dD: Tensor | None,
     objective: Objective,
 ) -> Sums:
-    """All terms of the given rows, without division; holds [rows, V] tensors, so give it a block at a time.
+    """The terms of method dskd on paired rows, without division or chunks; holds [rows, V] tensors.
 
         ce      = CE(z, gold)                    all V rows of the head, temperature 1
         t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
@@ -168,70 +287,148 @@ def term_sums(
     gradient. A term that the objective leaves out is absent.
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
-    sums = student_space_sums(rows, student_head=student_head, t2s_Dd=t2s_Dd, objective=objective)
-    return sums | teacher_space_sums(rows, teacher_head=teacher_head, s2t_dD=s2t_dD, objective=objective)
-
-
-def student_space_sums(rows: Rows, *, student_head: Head, t2s_Dd: Tensor | None, objective: Objective) -> Sums:
-    """ce, t2s_kd, t2s_ce and t2s_agreement: the part of term_sums over the student's vocabulary."""
-    masks = row_masks(rows, objective)
-    pairs = rows.pairs
-    with_pairs = objective.in_student_space and pairs > 0
-    sums: Sums = {}
-    if objective.with_ce or with_pairs:
-        needed_RD = rows.student_RD if objective.with_ce else rows.student_RD[:pairs]
-        student_RV = head_logits(needed_RD, student_head)
-    if objective.with_ce:
-        ce_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
-        sums["ce"] = masked_sum(ce_R, masks["ce"])
-    if with_pairs:
-        assert t2s_Dd is not None
-        labelled_N = masks["t2s_ce"]
-        real = student_head.vocab_size
-        label_N = rows.label_N.clamp(min=0)
-        teacher_NE = keep_rows(rows.teacher_NE.detach(), labelled_N)
-        t2s_NV = head_logits(project(teacher_NE, t2s_Dd), student_head.detach())
-        t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
-        sums["t2s_ce"] = masked_sum(t2s_ce_N, labelled_N)
-        t2s_kd_N = objective.divergence(
-            student_NV=log_probs(student_RV[:pairs, :real], temperature=objective.temperature),
-            teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),
+    t2s_Nd = projected_teacher(rows, t2s_Dd) if objective.in_student_space and t2s_Dd is not None else None
+    sums = student_space_sums(rows, student_head=student_head, objective=objective, t2s_Nd=t2s_Nd)
+    if objective.in_teacher_space and rows.pairs:
+        assert s2t_dD is not None and rows.teacher_NE is not None and rows.teacher_argmax_N is not None
+        mask_N = row_masks(rows, objective)["s2t_kd"]
+        sums |= teacher_space_sums(
+            projected_student(rows, s2t_dD, mask_N),
+            teacher_KD=rows.teacher_NE,
+            teacher_argmax_K=rows.teacher_argmax_N,
+            mask_K=mask_N,
+            teacher_head=teacher_head,
+            objective=objective,
         )
-        sums["t2s_kd"] = masked_sum(t2s_kd_N, masks["t2s_kd"])
-        agree_N = rows.agree_N
-        if agree_N is None:
-            agree_N = t2s_NV.detach()[:, :real].argmax(-1) == label_N
-        sums["t2s_agreement"] = masked_sum(agree_N.to(t2s_ce_N.dtype), labelled_N)
     return sums
 
 
-def teacher_space_sums(rows: Rows, *, teacher_head: Head, s2t_dD: Tensor | None, objective: Objective) -> Sums:
-    """s2t_kd and s2t_agreement: the part of term_sums over the teacher's vocabulary."""
-    if not objective.in_teacher_space or not rows.pairs:
-        return {}
-    assert s2t_dD is not None
-    s2t_N = row_masks(rows, objective)["s2t_kd"]
-    head = teacher_head.detach().real()
-    student_ND = keep_rows(rows.student_RD[: rows.pairs], s2t_N)
-    teacher_NE = keep_rows(rows.teacher_NE.detach(), s2t_N)
-    s2t_NV = head_logits(project(student_ND, s2t_dD.detach()), head)
-    s2t_kd_N = objective.divergence(
-        student_NV=log_probs(s2t_NV, temperature=objective.temperature),
-        teacher_NV=log_probs(head_logits(teacher_NE, head), temperature=objective.temperature),
+def student_space_sums(
+    rows: Rows,
+    *,
+    student_head: Head,
+    objective: Objective,
+    t2s_Nd: Tensor | None = None,
+    teacher_head: Head | None = None,
+    compare: Compare | None = None,
+    pull_R: Tensor | None = None,
+) -> Sums:
+    """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of chunks.
+
+    t2s_Nd: projected teacher rows, [N, d]; for method dskd in the student's space. teacher_head, compare: for kd.
+    pull_R: derivative of the chunk term by each row's log p(gold), 0 outside of chunks.
+    Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
+    Returns sums as term_sums does; "chunk_ratio" has the gradient of the chunk term but value and count 0.
+    """
+    masks = row_masks(rows, objective)
+    pairs = rows.pairs
+    with_t2s, with_kd = objective.in_student_space and pairs > 0, "kd" in masks and pairs > 0
+    with_gold = objective.with_ce or pull_R is not None
+    sums: Sums = {}
+    if not (with_gold or with_t2s or with_kd):
+        return sums
+    needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
+    if objective.with_ce:
+        needed_R |= masks["ce"]
+    if pull_R is not None:
+        needed_R |= pull_R != 0
+    if with_t2s or with_kd:
+        needed_R[:pairs] |= masks["t2s_kd" if with_t2s else "kd"]
+    # Rows are dropped before the product with the head and not only masked in its result.
+    size = len(rows) if with_gold else pairs
+    student_RV = head_logits(keep_rows(rows.student_RD[:size], needed_R[:size]), student_head)
+    if with_gold:
+        nll_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
+        if objective.with_ce:
+            sums["ce"] = masked_sum(nll_R, masks["ce"])
+        if pull_R is not None:
+            pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
+            sums["chunk_ratio"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
+    student_NV = student_RV[:pairs, : student_head.vocab_size]
+    if with_t2s:
+        assert t2s_Nd is not None and rows.label_N is not None
+        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective)
+    if with_kd:
+        assert compare is not None and teacher_head is not None and rows.teacher_NE is not None
+        teacher_NV = head_logits(rows.teacher_NE.detach(), teacher_head.detach().real())
+        sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_NV), masks["kd"])
+    return sums
+
+
+def _t2s_sums(
+    student_NV: Tensor,
+    t2s_Nd: Tensor,
+    label_N: Tensor,
+    agree_N: Tensor | None,
+    masks: dict[str, Tensor],
+    student_head: Head,
+    objective: Objective,
+) -> Sums:
+    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids."""
+    labelled_N, real = masks["t2s_ce"], student_head.vocab_size
+    label_N = label_N.clamp(min=0)
+    t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
+    t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+    t2s_kd_N = objective.divergence(
+        student_NV=log_probs(student_NV, temperature=objective.temperature),
+        teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),
     )
-    agree_N = s2t_NV.detach().argmax(-1) == rows.teacher_argmax_N
+    if agree_N is None:
+        agree_N = t2s_NV.detach()[:, :real].argmax(-1) == label_N
     return {
-        "s2t_kd": masked_sum(s2t_kd_N, s2t_N),
-        "s2t_agreement": masked_sum(agree_N.to(s2t_kd_N.dtype), s2t_N),
+        "t2s_ce": masked_sum(t2s_ce_N, labelled_N),
+        "t2s_kd": masked_sum(t2s_kd_N, masks["t2s_kd"]),
+        "t2s_agreement": masked_sum(agree_N.to(t2s_ce_N.dtype), labelled_N),
     }
 
 
-def term_weights(divisors_4: Tensor, kd_ratio: float) -> Tensor:
-    """Factor of each sum in the loss, in the order of TERMS: (1 - r) / div for ce, r / div for the others.
+def teacher_space_sums(
+    s2t_KD: Tensor,
+    *,
+    teacher_KD: Tensor,
+    teacher_argmax_K: Tensor,
+    mask_K: Tensor,
+    teacher_head: Head,
+    objective: Objective,
+) -> Sums:
+    """s2t_kd and s2t_agreement: what needs logits over the teacher's vocabulary, at K rows.
 
-    divisors_4: rows per term over the whole optimizer step, >= 0; a divisor of 0 gives weight 0.
-    Returns [4] fp64.
+    s2t_KD: the student's states in the teacher's space. Its gradient is the only one. teacher_KD: the teacher's own.
+    mask_K: bool, rows that count.
     """
-    divisors_4 = divisors_4.double()
-    shares_4 = divisors_4.new_tensor([1 - kd_ratio, kd_ratio, kd_ratio, kd_ratio])
-    return torch.where(divisors_4 > 0, shares_4 / divisors_4.clamp(min=1e-30), 0)
+    head = teacher_head.detach().real()
+    s2t_KV = head_logits(keep_rows(s2t_KD, mask_K), head)
+    s2t_kd_K = objective.divergence(
+        student_NV=log_probs(s2t_KV, temperature=objective.temperature),
+        teacher_NV=log_probs(
+            head_logits(keep_rows(teacher_KD.detach(), mask_K), head), temperature=objective.temperature
+        ),
+    )
+    agree_K = s2t_KV.detach().argmax(-1) == teacher_argmax_K
+    return {
+        "s2t_kd": masked_sum(s2t_kd_K, mask_K),
+        "s2t_agreement": masked_sum(agree_K.to(s2t_kd_K.dtype), mask_K),
+    }
+
+
+def chunk_sums(log_probs_P: Tensor, of_P: Tensor, chunks: int) -> Tensor:
+    """Log-likelihood of each chunk: the sum over its tokens, in fp64 because many small numbers add up.
+
+    log_probs_P: nats per token. of_P: number of the chunk of each, 0 to chunks - 1. Returns [chunks] fp64.
+    """
+    return log_probs_P.new_zeros(chunks, dtype=torch.float64).index_add(0, of_P, log_probs_P.double())
+
+
+def chunk_term(chunks: Chunks, log_probs_P: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """How far the likelihoods of the chunks are apart.
+
+        sum over chunks of binary_kl(student_C, teacher_C),   student_C = sum of log p(gold) of the chunk's rows
+
+    log_probs_P: the student's log p(gold) at rows_P; the gradient reaches it alone. temperature: chunk_temperature.
+    Returns (sum in nats, number of chunks), fp64.
+    Source: approximate likelihood matching, arXiv 2503.20083, on the chunks that exact token alignment leaves over.
+    """
+    student_C = chunk_sums(log_probs_P, chunks.of_P, len(chunks.teacher_C))
+    teacher_C = chunks.teacher_C.detach().double()
+    all_C = torch.ones_like(teacher_C, dtype=torch.bool)
+    return masked_sum(binary_kl(student_C=student_C, teacher_C=teacher_C, temperature=temperature), all_C)

@@ -90,24 +90,39 @@ def t2s_projector(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TeacherToStudent:
-    """The learned map, from the given weight or from uniform noise in +-1 / sqrt(D).
+    """The learned map of teacher hidden states: linear_map(D, d).
 
-    weight_Dd: [D, d], e.g. head_map(teacher head, student head, ...); None draws from the generator, and the
-    global random state is left alone. ValueError for a weight of another shape.
+    weight_Dd: [D, d], e.g. head_map(teacher head, student head, ...), or None.
     """
-    if weight_Dd is None:
-        bound = 1 / math.sqrt(teacher_width)
-        weight_Dd = (torch.rand(teacher_width, student_width, generator=generator) * 2 - 1) * bound
-    if weight_Dd.shape != (teacher_width, student_width):
+    return TeacherToStudent(linear_map(teacher_width, student_width, weight_Dd, generator=generator, dtype=dtype))
+
+
+def linear_map(
+    source_width: int,
+    target_width: int,
+    weight_DE: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Linear:
+    """A learned map without bias, from the given weight or from uniform noise in +-1 / sqrt(D).
+
+    weight_DE: in the orientation of the method, h W; None draws from the generator, and the global random state is
+    left alone. ValueError for a weight of another shape.
+    """
+    if weight_DE is None:
+        bound = 1 / math.sqrt(source_width)
+        weight_DE = (torch.rand(source_width, target_width, generator=generator) * 2 - 1) * bound
+    if weight_DE.shape != (source_width, target_width):
         raise ValueError(
-            f"projector weight: expected shape ({teacher_width}, {student_width}), got "
-            f"{tuple(weight_Dd.shape)}. It belongs to another pair of models; build it from these heads."
+            f"projector weight: expected shape ({source_width}, {target_width}), got "
+            f"{tuple(weight_DE.shape)}. It belongs to another pair of models; build it from these heads."
         )
-    linear = nn.Linear(teacher_width, student_width, bias=False, dtype=dtype, device="meta")
-    linear = linear.to_empty(device=weight_Dd.device)
+    linear = nn.Linear(source_width, target_width, bias=False, dtype=dtype, device="meta")
+    linear = linear.to_empty(device=weight_DE.device)
     with torch.no_grad():
-        linear.weight.copy_(weight_Dd.T)
-    return TeacherToStudent(linear)
+        linear.weight.copy_(weight_DE.T)
+    return linear
 
 
 def _product(left_VD: Tensor, right_VE: Tensor, left_ids_O: Tensor, right_ids_O: Tensor, dtype: torch.dtype) -> Tensor:

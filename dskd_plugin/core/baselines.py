@@ -1,0 +1,102 @@
+"""The other methods' comparisons of two next-token distributions: logits of the real ids in, one number per row out.
+
+The gradient reaches the student's logits alone. Shape letters: N rows, V ids (the student's in student_NV, the
+teacher's in teacher_NV), O ids that both vocabularies share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskd_plugin.core.divergences import Divergence, forward_kl, log_probs
+from dskd_plugin.core.objective import Compare
+
+
+def vanilla(divergence: Divergence, temperature: float) -> Compare:
+    """Plain distillation between models of one tokenizer: dist(z_s, z_t) over its ids, at the temperature.
+
+    Returns [N] nats; ValueError at the call for vocabularies of unequal size.
+    Source: Hinton et al., arXiv 1503.02531, without the factor temperature^2.
+    """
+
+    def compare(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        return divergence(
+            student_NV=log_probs(student_NV, temperature=temperature),
+            teacher_NV=log_probs(teacher_NV.detach(), temperature=temperature),
+        )
+
+    return compare
+
+
+def overlap(divergence: Divergence, temperature: float, student_ids_O: Tensor, teacher_ids_O: Tensor) -> Compare:
+    """Distillation on the shared vocabulary: dist of the two distributions given that the id is a shared one.
+
+    student_ids_O, teacher_ids_O: the same tokens, overlap.Overlap. Ids beyond them get no gradient.
+    Returns [N] nats; ValueError when the ids do not pair up or are none.
+    """
+    if student_ids_O.shape != teacher_ids_O.shape or not len(student_ids_O):
+        raise ValueError(
+            f"dskd.method overlap_kd: expected as many shared ids of the student as of the teacher and at least one, "
+            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Choose uld for tokenizers without shared tokens."
+        )
+    plain = vanilla(divergence, temperature)
+
+    def compare(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        return plain(
+            student_NV=student_NV.index_select(-1, student_ids_O),
+            teacher_NV=teacher_NV.index_select(-1, teacher_ids_O),
+        )
+
+    return compare
+
+
+def uld(temperature: float) -> Compare:
+    """Universal logit distillation: how far the sorted probabilities are apart, whatever the ids.
+
+        sum over k of |p_(k) - q_(k)|,   p teacher, q student, each sorted from the largest, at the temperature
+
+    The shorter vocabulary is padded with probability 0.
+    Returns [N], from 0 (equal up to order) to below 2; a sum of probabilities and not nats.
+    Source: Boizard et al., arXiv 2402.12030.
+    """
+
+    def compare(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        # Sorted logits have the sorted probabilities, so the sort is not in the way of an exact log softmax.
+        student_NV, teacher_NV = (
+            log_probs(x.sort(dim=-1, descending=True).values, temperature=temperature).exp()
+            for x in (student_NV, teacher_NV.detach())
+        )
+        both = min(student_NV.shape[-1], teacher_NV.shape[-1])
+        paired_N = (student_NV[:, :both] - teacher_NV[:, :both]).abs().sum(-1)
+        return paired_N + student_NV[:, both:].sum(-1) + teacher_NV[:, both:].sum(-1)
+
+    return compare
+
+
+def mined(temperature: float, to_student_V: Tensor, student_vocab: int) -> Compare:
+    """Minimum-edit-distance distillation: forward KL from the teacher's mass moved to the nearest student ids.
+
+        sum over ids of p log(p / q),   p(id) = sum of the teacher's probabilities of all tokens with this image
+
+    to_student_V: image of each teacher id, -1 for none: its mass is left out and the rest renormalised. Student ids
+    that are no image have teacher probability 0. student_vocab: number of the student's real ids.
+    Returns [N] nats; ValueError for images beyond the student's ids or for none at all.
+    Source: Wan et al., arXiv 2401.10491 (FuseLLM), as the baseline MinED of arXiv 2406.17328.
+    """
+    mapped_V = to_student_V >= 0
+    if not bool(mapped_V.any()) or int(to_student_V.max()) >= student_vocab:
+        raise ValueError(
+            f"dskd.method mined: expected student ids below {student_vocab} and at least one, got "
+            f"{int(mapped_V.sum())} up to {int(to_student_V.max()) if len(to_student_V) else None}. "
+            "Build the map from these two tokenizers."
+        )
+    image_V = to_student_V.clamp(min=0)
+
+    def compare(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        teacher_NV = torch.where(mapped_V, teacher_NV.detach(), -torch.inf)
+        mass_NV = log_probs(teacher_NV, temperature=temperature).exp()
+        moved_NV = mass_NV.new_zeros(len(mass_NV), student_vocab).index_add(-1, image_V, mass_NV)
+        return forward_kl(student_NV=log_probs(student_NV, temperature=temperature), teacher_NV=moved_NV.log())
+
+    return compare
