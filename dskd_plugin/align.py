@@ -5,22 +5,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from dskd_plugin.core.spans import match_spans
 from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
+Pairing = Literal["exact", "position", "warped", "all"]
+Chunk = tuple[int, int, int, int]
+
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pairs of tokens that cover the same bytes of the same response.
+    """Which response tokens of two sequences belong together.
 
-    student_N, teacher_N: positions of the tokens themselves (targets, predicted one position before), rising.
-        Position 0 can occur where a sequence begins with its response; no row predicts it.
+    student_N, teacher_N: positions of the tokens themselves (targets, predicted one position before), pair by
+        pair; with pairing "all", two lists of their own lengths. The student's rise strictly. Position 0 can
+        occur where a sequence begins with its response; no row predicts it.
     student_tokens: response tokens of the student, paired or not.
-    segments: responses of the student; unmatched_segments: those without a teacher response of the same text.
+    segments: responses of the student; unmatched_segments: those without a counterpart of the teacher's.
+    chunks: (student start, student stop, teacher start, teacher stop), half-open positions, see `align`.
     """
 
     student_N: list[int]
@@ -28,6 +35,49 @@ class Alignment:
     student_tokens: int
     segments: int
     unmatched_segments: int
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """How the rows of one run are aligned: the rules of `align` with the two tokenizers."""
+
+    student: TokenTable
+    teacher: TokenTable
+    pairing: Pairing = "exact"
+    identity: bool = False
+    chunks: bool = False
+    student_end: int | None = None
+    teacher_end: int | None = None
+
+    def columns(
+        self,
+        student_ids: Sequence[int],
+        student_response: Sequence[bool],
+        teacher_ids: Sequence[int],
+        teacher_response: Sequence[bool],
+    ) -> dict[str, Any]:
+        """Columns of a training row: aligned_student, aligned_teacher, chunks (flat, if on), unmatched_segments."""
+        found = align(
+            student_ids,
+            student_response,
+            teacher_ids,
+            teacher_response,
+            self.student,
+            self.teacher,
+            identity=self.identity,
+            student_end=self.student_end,
+            teacher_end=self.teacher_end,
+            pairing=self.pairing,
+            chunks=self.chunks,
+        )
+        flat = {"chunks": [position for chunk in found.chunks for position in chunk]} if self.chunks else {}
+        return {
+            "aligned_student": found.student_N,
+            "aligned_teacher": found.teacher_N,
+            **flat,
+            "unmatched_segments": found.unmatched_segments,
+        }
 
 
 def align(
@@ -41,19 +91,29 @@ def align(
     identity: bool = False,
     student_end: int | None = None,
     teacher_end: int | None = None,
+    pairing: Pairing = "exact",
+    chunks: bool = False,
 ) -> Alignment:
-    """Exact token alignment of the response segments (maximal runs of response tokens) of two sequences.
+    """Alignment of the response segments (maximal runs of response tokens) of two sequences.
 
     The k-th segment of one side goes with the k-th of the other; where their numbers differ, segments of
-    equal text go together, in order. Within two segments of one text, tokens pair iff they cover the same
+    equal text go together, in order.
+
+    pairing "exact": within two segments of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
     Texts may differ by white space at the ends, by what a template puts before or after one of them, by
     truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
     white space); then a token pairs only where its ends are known. Any other difference leaves the segment
     without pairs.
+    pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
+    pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
+    pairing "all": every token of two segments of one text (in the sense of "exact").
     identity: the tokenizers are one; segments with equal ids pair token by token.
-    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment.
+    chunks: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
+    not one token on each, where the bytes of every token within are certain.
+    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); chunks:
+    approximate likelihood matching (arXiv 2503.20083).
     """
     for side, ids, response in (
         ("student", student_ids, student_response),
@@ -66,23 +126,81 @@ def align(
             )
     ours = [_Segment(student_ids, run, student, student_end) for run in _runs(student_response)]
     theirs = [_Segment(teacher_ids, run, teacher, teacher_end) for run in _runs(teacher_response)]
-    pairs: list[tuple[int, int]] = []
+    student_N: list[int] = []
+    teacher_N: list[int] = []
+    spans: list[Chunk] = []
     unmatched = len(ours)
     for one, other in _partners(ours, theirs):
-        if identity and one.ids == other.ids:
+        same = identity and one.ids == other.ids
+        common = _match(one, other) if not same and (chunks or pairing in ("exact", "all")) else None
+        found: list[tuple[int, int]] = []
+        if pairing == "position":
+            found = list(zip(one.run, other.run, strict=False))
+        elif pairing == "warped":
+            found = _warped(one, other)
+        elif same:
             found = list(zip(one.run, other.run, strict=True))
-        else:
-            matched = _match(one, other)
-            if matched is None:
-                continue
-            found = [(one.run[i], other.run[j]) for i, j in matched]
-            if one.end is not None and other.end is not None:
-                found.append((one.run[one.end], other.run[other.end]))
+        elif common is None:
+            continue
+        elif pairing == "exact":
+            found = [(one.run[i], other.run[j]) for i, j in match_spans(*common)] + _ends(one, other)
         unmatched -= 1
-        pairs.extend(found)
-    return Alignment(
-        [i for i, _ in pairs], [j for _, j in pairs], sum(map(bool, student_response)), len(ours), unmatched
+        if pairing == "all":
+            student_N.extend(one.run)
+            teacher_N.extend(other.run)
+        else:
+            student_N.extend(i for i, _ in found)
+            teacher_N.extend(j for _, j in found)
+        if chunks and common is not None:
+            first, start = one.run.start, other.run.start
+            spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _chunks(one, other, common))
+    return Alignment(student_N, teacher_N, sum(map(bool, student_response)), len(ours), unmatched, spans)
+
+
+def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
+    """Index of the teacher token of each student token, by dynamic time warping of the two token sequences.
+
+    The path runs from the first cell to the last by steps of one token on either side or both and has the least sum
+    of costs; cost of a cell: Levenshtein distance of the two tokens / length of the longer, 0 where both are empty.
+    Of equally good paths, followed from the end, one that steps on both sides, then on the student's. Each student
+    token gets the cell of least cost in its row of the path, the first of equals. Empty if either side is.
+    O(n m) time, n m bytes. Source: minimum edit distance alignment (arXiv 2401.10491).
+    """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    rows, columns = len(student), len(teacher)
+    if not rows or not columns:
+        return []
+    words, others = list(dict.fromkeys(student)), list(dict.fromkeys(teacher))
+    table = cdist(words, others, scorer=Levenshtein.normalized_distance, dtype=np.float64)
+    word, other = (
+        np.array([number[text] for text in side])
+        for side, number in (
+            (student, {text: k for k, text in enumerate(words)}),
+            (teacher, {text: k for k, text in enumerate(others)}),
+        )
     )
+    steps = np.zeros((rows, columns), dtype=np.uint8)  # 0: from both, 1: from the student token before, 2: teacher
+    # Costs of the last two antidiagonals by student index, shifted by one.
+    before, last = np.full(rows + 1, np.inf), np.full(rows + 1, np.inf)
+    before[0] = 0.0
+    for diagonal in range(rows + columns - 1):
+        low, high = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
+        i = np.arange(low, high)
+        ways = np.stack([before[low:high], last[low:high], last[low + 1 : high + 1]])
+        way = ways.argmin(0)
+        steps[i, diagonal - i] = way
+        now = np.full(rows + 1, np.inf)
+        now[low + 1 : high + 1] = table[word[i], other[diagonal - i]] + ways[way, np.arange(len(i))]
+        before, last = last, now
+    best = [(np.inf, 0)] * rows
+    a, b = rows - 1, columns - 1
+    while a >= 0 and b >= 0:
+        best[a] = min(best[a], (float(table[word[a], other[b]]), b))
+        step = steps[a, b]
+        a, b = a - (step != 2), b - (step != 1)
+    return [b for _, b in best]
 
 
 def end_of_turn(tokenizer: Any, chat_template: str | None, table: TokenTable) -> int | None:
@@ -281,8 +399,17 @@ def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segme
     return chain
 
 
-def _match(one: _Segment, other: _Segment, whole: bool = False) -> list[tuple[int, int]] | None:
-    """Index pairs of two segments, None where their texts differ; whole: a part of a text will not do."""
+def _ends(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
+    return [] if one.end is None or other.end is None else [(one.run[one.end], other.run[other.end])]
+
+
+def _warped(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
+    texts = [[side.table.literal[i] or b"" for i in side.ids[: side.end]] for side in (one, other)]
+    return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other)
+
+
+def _match(one: _Segment, other: _Segment, whole: bool = False) -> "Spans | None":
+    """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
     changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
     for locate in (_same,) if whole else (_same, _contained):
         for steps in ((), changes) if changes else ((),):
@@ -291,12 +418,12 @@ def _match(one: _Segment, other: _Segment, whole: bool = False) -> list[tuple[in
                     a, b = one.read(*mine, steps), other.read(*yours, steps)
                     regions = locate(a, b, one.truncated, other.truncated)
                     if regions is not None:
-                        return _pairs_in(a, b, regions)
+                        return _spans_in(a, b, regions)
     return None
 
 
-def _pairs_in(a: _Text, b: _Text, regions: "Regions") -> list[tuple[int, int]]:
-    """Pairs within the regions (start in a, start in b, size), each the same text on both sides."""
+def _spans_in(a: _Text, b: _Text, regions: "Regions") -> "Spans":
+    """Where the tokens lie in the text of a, within the regions (start in a, start in b, size) that both have."""
     starts, ends = [], []
     for side, text in enumerate((a, b)):
         places = [(region[side], region[side] + region[2], region[0] - region[side]) for region in regions]
@@ -314,10 +441,43 @@ def _pairs_in(a: _Text, b: _Text, regions: "Regions") -> list[tuple[int, int]]:
             moved.append((start + places[at][2], end + places[at][2]) if inside else (0, 0))
         starts.append([start for start, _ in moved])
         ends.append([end for _, end in moved])
-    return match_spans(starts[0], ends[0], starts[1], ends[1])
+    return starts[0], ends[0], starts[1], ends[1]
 
 
 Regions = list[tuple[int, int, int]]
+# Starts and ends of the student's tokens, then of the teacher's; a token of uncertain place has an empty span.
+Spans = tuple[list[int], list[int], list[int], list[int]]
+
+
+def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
+    """Half-open index ranges of the chunks of two segments."""
+    sides = []
+    for segment, starts, ends in ((one, spans[0], spans[1]), (other, spans[2], spans[3])):
+        known = [segment.table.bytes[token] is not None for token in segment.ids]
+        sides.append([(s, e) if sure else (0, 0) for s, e, sure in zip(starts, ends, known, strict=False)])
+    ours, theirs = sides
+    begin = {start: j for j, (start, end) in enumerate(theirs) if end > start}
+    i = 0
+    while i < len(ours):
+        start, end = ours[i]
+        first = begin.get(start) if end > start else None
+        if first is None:
+            i += 1
+            continue
+        stops, at = [i + 1, first + 1], [end, theirs[first][1]]
+        while at[0] != at[1]:
+            side = int(at[1] < at[0])
+            tokens = sides[side]
+            if stops[side] == len(tokens) or not tokens[stops[side]][0] == at[side] < tokens[stops[side]][1]:
+                break
+            at[side] = tokens[stops[side]][1]
+            stops[side] += 1
+        else:
+            if stops != [i + 1, first + 1]:
+                yield i, stops[0], first, stops[1]
+            i = stops[0]
+            continue
+        i += 1
 
 
 def _same(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:

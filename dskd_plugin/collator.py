@@ -14,50 +14,136 @@ from axolotl.utils.collators import (
 )
 from torch import Tensor
 
-COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher")
+# Columns that a prepared row adds to the host's; the last three only where the settings ask for them.
+COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", "chunks", "teacher_prompt")
+# Set by the trainer: True for an answer of the student, False for the gold row beside it.
+ON_POLICY = "on_policy"
 IGNORE = -100
 
 Sample = dict[str, Any]
+Placed = tuple[int, int, Sample]
 
 
-def pair_rows(labels: Tensor, samples: list[tuple[int, int, Sample]]) -> dict[str, Tensor]:
+def pair_rows(
+    input_ids: Tensor, labels: Tensor, samples: list[Placed], *, cross_attention: bool = False
+) -> dict[str, Tensor]:
     """Indices of the rows that a step needs.
 
-    labels: [B, S] student labels, IGNORE outside responses.
+    input_ids, labels: [B, S] of the student, labels IGNORE outside responses.
     samples: (batch row, offset of the sample in that row, sample) in batch order. The first token of a sample has no
     position that predicts it: what stands before it is padding or a packed neighbour.
-    Returns dskd_rows [R] flat positions in B x S that predict a response token, the aligned ones first;
-    dskd_targets [R] their gold ids; dskd_teacher_rows [N] flat teacher positions of the aligned ones.
+    Axes: R student rows, N aligned ones (the first of R), M teacher rows, P and Q rows of chunks.
+    Returns dskd_rows [R] flat positions in B x S that predict a response token; dskd_targets [R] their gold ids;
+    dskd_ce [R] whether the row counts for the cross-entropy; dskd_teacher_rows [N] flat teacher positions of the
+    aligned ones.
+    cross_attention: dskd_teacher_rows [M], and dskd_row_sample [R], dskd_teacher_row_sample [M] the number of each
+    row's sample (-1: takes no part), dskd_row_inputs [R], dskd_teacher_row_inputs [M] ids at the rows,
+    dskd_teacher_row_targets [M] ids after them.
+    Samples with chunks: dskd_chunk_rows [P] index into R, dskd_chunk_of [P] number of the chunk;
+    dskd_chunk_teacher_rows [Q] flat teacher positions, dskd_chunk_teacher_targets [Q] ids after them,
+    dskd_chunk_teacher_of [Q].
     """
     width = labels.shape[1]
-    flat_labels = labels.flatten()
-    flat_valid = flat_labels != IGNORE
-    flat_valid[[row * width + offset for row, offset, _ in samples]] = False
-    student, teacher, teacher_offset = [], [], 0
-    for row, offset, sample in samples:
-        targets = torch.as_tensor(sample["aligned_student"], dtype=torch.long)
-        partners = torch.as_tensor(sample["aligned_teacher"], dtype=torch.long)
-        length = len(sample["input_ids"])  # truncation by the host shortens the student's side only
-        inside = (targets > 0) & (targets < length) & (partners > 0)
-        student.append(targets[inside] + (row * width + offset))
-        teacher.append(partners[inside] + (teacher_offset - 1))
-        teacher_offset += len(sample["teacher_input_ids"])
-    targets, partners = torch.cat(student), torch.cat(teacher)
-    trained = flat_valid[targets]
-    targets, partners = targets[trained], partners[trained]
-    flat_valid[targets] = False
-    targets_R = torch.cat([targets, flat_valid.nonzero().flatten()])
-    return {"dskd_rows": targets_R - 1, "dskd_targets": flat_labels[targets_R], "dskd_teacher_rows": partners}
+    flat_labels, flat_ids = labels.flatten(), input_ids.flatten()
+    teacher_ids = torch.cat([_ids(sample["teacher_input_ids"]) for _, _, sample in samples])
+    trained = flat_labels != IGNORE
+    trained[[row * width + offset for row, offset, _ in samples]] = False
+    counted = trained.clone()
+    student, teacher, student_sample, teacher_sample, chunks = [], [], [], [], []
+    teacher_offset = 0
+    for number, (row, offset, sample) in enumerate(samples):
+        base, length = row * width + offset, len(sample["input_ids"])  # the host truncates the student's side only
+        teacher_length = len(sample["teacher_input_ids"])
+        if sample.get(ON_POLICY):
+            counted[base : base + length] = False
+        if sample.get(ON_POLICY) is not False:
+            targets, partners = _ids(sample["aligned_student"]), _ids(sample["aligned_teacher"])
+            inside = (targets > 0) & (targets < length)
+            inside[inside.clone()] = trained[targets[inside] + base]
+            there = (partners > 0) & (partners < teacher_length)
+            if not cross_attention:
+                inside = there = inside & there
+            elif not inside.any() or not there.any():
+                inside, there = torch.zeros_like(inside), torch.zeros_like(there)
+            student.append(targets[inside] + base)
+            teacher.append(partners[there] + teacher_offset)
+            student_sample.append(torch.full_like(student[-1], number))
+            teacher_sample.append(torch.full_like(teacher[-1], number))
+            chunks.append(_kept_chunks(sample, trained[base : base + length], base, teacher_offset))
+        teacher_offset += teacher_length
+    aligned, partners, chunks_C4 = _cat(student), _cat(teacher), _cat(chunks).view(-1, 4)
+    chunk_targets, chunk_of = _spread(chunks_C4[:, 0], chunks_C4[:, 1])
+    rest = counted.clone()
+    rest[chunk_targets] = True
+    rest[aligned] = False
+    targets_R = torch.cat([aligned, rest.nonzero().flatten()])
+    out = {
+        "dskd_rows": targets_R - 1,
+        "dskd_targets": flat_labels[targets_R],
+        "dskd_ce": counted[targets_R],
+        "dskd_teacher_rows": partners - 1,
+    }
+    if cross_attention:
+        row_sample = torch.full_like(targets_R, -1)
+        row_sample[: len(aligned)] = _cat(student_sample)
+        out |= {
+            "dskd_row_sample": row_sample,
+            "dskd_teacher_row_sample": _cat(teacher_sample),
+            "dskd_row_inputs": flat_ids[targets_R - 1],
+            "dskd_teacher_row_inputs": teacher_ids[partners - 1],
+            "dskd_teacher_row_targets": teacher_ids[partners],
+        }
+    if any("chunks" in sample for _, _, sample in samples):
+        place = torch.full_like(flat_labels, -1)
+        place[targets_R] = torch.arange(len(targets_R))
+        chunk_partners, chunk_teacher_of = _spread(chunks_C4[:, 2], chunks_C4[:, 3])
+        out |= {
+            "dskd_chunk_rows": place[chunk_targets],
+            "dskd_chunk_of": chunk_of,
+            "dskd_chunk_teacher_rows": chunk_partners - 1,
+            "dskd_chunk_teacher_targets": teacher_ids[chunk_partners],
+            "dskd_chunk_teacher_of": chunk_teacher_of,
+        }
+    return out
+
+
+def _ids(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.long)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+def _kept_chunks(sample: Sample, trained: Tensor, base: int, teacher_offset: int) -> Tensor:
+    """The chunks, flat, whose every token is predicted and, for the student, trained on; as flat positions."""
+    chunks_C4 = _ids(sample.get("chunks", ())).view(-1, 4)
+    begin, stop, teacher_begin, teacher_stop = chunks_C4.unbind(1)
+    inside = (begin > 0) & (stop <= len(trained))
+    inside &= (teacher_begin > 0) & (teacher_stop <= len(sample["teacher_input_ids"]))
+    chunks_C4 = chunks_C4[inside]
+    until = torch.cat([torch.zeros(1, dtype=torch.long), trained.long().cumsum(0)])
+    whole = until[chunks_C4[:, 1]] - until[chunks_C4[:, 0]] == chunks_C4[:, 1] - chunks_C4[:, 0]
+    return (chunks_C4[whole] + torch.tensor([base, base, teacher_offset, teacher_offset])).flatten()
+
+
+def _spread(begin: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of all spans in order, and the number of the span of each."""
+    sizes = stop - begin
+    number = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    first = sizes.cumsum(0) - sizes
+    return torch.arange(len(number)) - first[number] + begin[number], number
 
 
 def _strip(sample: Sample) -> Sample:
-    return {key: value for key, value in sample.items() if key not in COLUMNS}
+    return {key: value for key, value in sample.items() if key not in COLUMNS and key != ON_POLICY}
 
 
 class _PairMixin:
     """Adds the teacher's side and the row indices to what the host's collator returns."""
 
     packed = True
+    cross_attention = False
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> Any:
         packed = self.packed
@@ -76,11 +162,13 @@ class _PairMixin:
             for sample, length in zip(samples, lengths[row], strict=True):
                 placed.append((row, offset, sample))
                 offset += length
-        batch.update(pair_rows(labels, placed))
-        teacher_ids = [torch.as_tensor(sample["teacher_input_ids"], dtype=torch.long) for _, _, sample in placed]
+        batch.update(pair_rows(batch["input_ids"], labels, placed, cross_attention=self.cross_attention))
+        teacher_ids = [_ids(sample["teacher_input_ids"]) for _, _, sample in placed]
         batch["teacher_input_ids"] = torch.cat(teacher_ids)
         batch["teacher_lengths"] = torch.tensor([len(ids) for ids in teacher_ids])
         batch["teacher_bins"] = torch.tensor([len(samples) for samples in bins])
+        if any("teacher_prompt" in sample and ON_POLICY not in sample for _, _, sample in placed):
+            batch["dskd_samples"] = list(features)
         return batch
 
 
@@ -98,8 +186,38 @@ class PackedMaskPairCollator(_PairMixin, V2BatchSamplerDataCollatorForSeq2Seq):
     """Several conversations per batch row, numbered in the attention mask where the model reads it."""
 
 
+class PaddedAttentionCollator(PaddedPairCollator):
+    """Padded, with what cross-model attention needs."""
+
+    cross_attention = True
+
+
+class PackedAttentionCollator(PackedPairCollator):
+    """Packed, with what cross-model attention needs."""
+
+    cross_attention = True
+
+
+class PackedMaskAttentionCollator(PackedMaskPairCollator):
+    """Packed and numbered, with what cross-model attention needs."""
+
+    cross_attention = True
+
+
+_ATTENDING: dict[type[_PairMixin], type[_PairMixin]] = {
+    PaddedPairCollator: PaddedAttentionCollator,
+    PackedPairCollator: PackedAttentionCollator,
+    PackedMaskPairCollator: PackedMaskAttentionCollator,
+}
+
+
 def collator_class(cfg: Any, is_eval: bool) -> type[_PairMixin]:
     """The collator that extends the one Axolotl would choose for this recipe."""
+    chosen = _host_choice(cfg, is_eval)
+    return _ATTENDING[chosen] if (cfg.dskd or {}).get("alignment") == "cma" else chosen
+
+
+def _host_choice(cfg: Any, is_eval: bool) -> type[_PairMixin]:
     if not (cfg.eval_sample_packing if is_eval else cfg.sample_packing):
         return PaddedPairCollator
     from axolotl.monkeypatch.multipack import SUPPORTED_MULTIPACK_MODEL_TYPES

@@ -7,16 +7,18 @@ packing) stays Axolotl's.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from axolotl.utils.logging import get_logger
 
-from dskd_plugin.align import align, end_of_turn
+from dskd_plugin.align import end_of_turn
 from dskd_plugin.args import Settings
-from dskd_plugin.pair import Pair, make_pair
+from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.tokens import TokenTable
 
 LOG = get_logger("axolotl.dskd")
@@ -38,9 +40,10 @@ class TeacherReader:
 class PairedStrategy:
     """A student strategy and a teacher strategy on the same raw rows."""
 
-    def __init__(self, student: Any, teacher: Any, pair: Pair) -> None:
+    def __init__(self, student: Any, teacher: Any, pair: Pair, settings: Settings, student_len: int | None) -> None:
         self.student, self.teacher, self.pair = student, teacher, pair
-        self.ends = _turn_end(student, pair.student), _turn_end(teacher, pair.teacher)
+        self.aligner = aligner(pair, settings, (_turn_end(student, pair.student), _turn_end(teacher, pair.teacher)))
+        self.with_prompts, self.student_len = settings.on_policy is not None, student_len
         self.filter_rows = getattr(student, "filter_rows", None)
 
     @property
@@ -48,7 +51,7 @@ class PairedStrategy:
         return bool(self.student.supports_batched)
 
     def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
-        """The student's columns plus the teacher's ids and the aligned target positions of both sides."""
+        """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
         # Strategies change the row they are given.
         student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
         teacher = self._teacher_columns(copy.deepcopy(prompt))
@@ -63,8 +66,7 @@ class PairedStrategy:
             self._join(*row, *teacher_row)
             for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
         ]
-        columns = ("teacher_input_ids", "aligned_student", "aligned_teacher", UNMATCHED)
-        return {**student, **{column: [row[column] for row in rows] for column in columns}}
+        return {**student, **{column: [row[column] for row in rows] for column in self._join([], [], [], [])}}
 
     def _teacher_columns(self, prompt: Any) -> dict[str, Any]:
         try:
@@ -87,23 +89,34 @@ class PairedStrategy:
     def _join(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
     ) -> dict[str, Any]:
-        found = align(
+        found = self.aligner.columns(
             ids,
             _responses(ids, labels, self.student.tokenizer),
             teacher_ids,
             _responses(teacher_ids, teacher_labels, self.teacher.tokenizer),
-            self.pair.student,
-            self.pair.teacher,
-            identity=self.pair.identity,
-            student_end=self.ends[0],
-            teacher_end=self.ends[1],
         )
+        if self.with_prompts:
+            found["teacher_prompt"] = _prompt(labels[: self.student_len], labels, teacher_labels)
+        # Arrays know that they hold integers where they are empty in all of the first rows.
         return {
-            "teacher_input_ids": list(teacher_ids),
-            "aligned_student": found.student_N,
-            "aligned_teacher": found.teacher_N,
-            UNMATCHED: found.unmatched_segments,
+            column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
+            for column, value in {"teacher_input_ids": list(teacher_ids), **found}.items()
         }
+
+
+def _prompt(kept: list[int], labels: list[int], teacher_labels: list[int]) -> int:
+    """Teacher tokens before the answer to the student's last prompt within ``kept``; 0 where there is no prompt."""
+    starts, whole, theirs = _starts(kept), _starts(labels), _starts(teacher_labels)
+    if not starts or starts[-1] == 0:
+        return 0
+    if len(whole) == len(theirs):
+        return theirs[len(starts) - 1]
+    return theirs[-1] if theirs and len(starts) == len(whole) else 0
+
+
+def _starts(labels: list[int]) -> list[int]:
+    """Where the responses begin."""
+    return [k for k, label in enumerate(labels) if label != IGNORE and (k == 0 or labels[k - 1] == IGNORE)]
 
 
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:
@@ -147,8 +160,10 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name}: expected a dataset type that Axolotl tokenizes row by row, got {dataset_config['type']!r}. "
                 "Use chat_template, alpaca, completion or a custom type with raw text."
             )
-        pair = make_pair(tokenizer, _reader.table, _reader.settings)
-        with _each_strategy(lambda strategy: PairedStrategy(strategy, captured[0], pair)):
+        settings = _reader.settings
+        pair = make_pair(tokenizer, _reader.table, settings)
+        paired = functools.partial(PairedStrategy, pair=pair, settings=settings, student_len=cfg.sequence_len)
+        with _each_strategy(lambda strategy: paired(strategy, captured[0])):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         return _checked(name, dataset, cfg, _reader), prompter
 
@@ -194,8 +209,6 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
 
 def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
     """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
-    import numpy as np
-
     limit = reader.sequence_len
     rows = len(dataset)
     over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
@@ -206,7 +219,8 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
             f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
         )
     if over_long and strategy == "truncate":
-        dataset = dataset.map(_Truncate(limit), num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
+        cut = _Truncate(limit, pairs=reader.settings.alignment != "cma")
+        dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
     elif over_long:
         dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")
     responses = sum(
@@ -214,36 +228,44 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
         for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
     )
     aligned = int(_lengths(dataset, "aligned_student").sum())
+    chunked = _chunk_tokens(dataset) if "chunks" in dataset.column_names else None
     unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
     if responses == 0:
         raise ValueError(
             f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
             "roles_to_train, train_on_inputs and the chat template."
         )
+    in_chunks = "" if chunked is None else f", {100 * chunked / responses:.1f} % in chunks"
     LOG.info(
-        "dskd: %s: %d rows, %d response tokens, %.1f %% aligned with the teacher; %d over-long teacher rows (%s), "
+        "dskd: %s: %d rows, %d response tokens, %.1f %% aligned with the teacher%s; %d over-long teacher rows (%s), "
         "%d response segments without a counterpart",
-        *(
-            name,
-            rows,
-            responses,
-            100 * aligned / responses,
-            over_long,
-            strategy if over_long else "none",
-            unmatched,
-        ),
+        *(name, rows, responses, 100 * aligned / responses, in_chunks),
+        *(over_long, strategy if over_long else "none", unmatched),
     )
-    if aligned == 0:
+    if aligned == 0 and reader.settings.method != "sft":
         raise ValueError(
             f"{name}: expected response tokens that student and teacher share, got none aligned of {responses}. "
             "Check that both chat templates render the answers and that train_on_eos and roles_to_train fit both."
         )
+    if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
+        raise ValueError(
+            f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
+            "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
+            "prompts, or remove dskd.on_policy."
+        )
     return dataset.remove_columns(UNMATCHED)
 
 
-def _lengths(dataset: Any, column: str) -> Any:
-    import numpy as np
+def _chunk_tokens(dataset: Any) -> int:
+    """Student tokens within chunks."""
+    flat = (
+        batch["chunks"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+        for batch in dataset.select_columns(["chunks"]).with_format("arrow").iter(1000)
+    )
+    return sum(int(np.sum(chunks[:, 1] - chunks[:, 0])) for chunks in flat)
 
+
+def _lengths(dataset: Any, column: str) -> Any:
     parts = [
         batch[column].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
         for batch in dataset.select_columns([column]).with_format("arrow").iter(1000)
@@ -261,12 +283,22 @@ class _Fits:
 
 @dataclass
 class _Truncate:
+    """Cut the teacher's side; pairs: the two aligned columns go together, else each on its own."""
+
     limit: int
+    pairs: bool
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         kept = [k for k, position in enumerate(row["aligned_teacher"]) if position < self.limit]
-        return {
+        new = {
             "teacher_input_ids": row["teacher_input_ids"][: self.limit],
-            "aligned_student": [row["aligned_student"][k] for k in kept],
             "aligned_teacher": [row["aligned_teacher"][k] for k in kept],
         }
+        if self.pairs:
+            new["aligned_student"] = [row["aligned_student"][k] for k in kept]
+        if "chunks" in row:
+            chunks = [row["chunks"][k : k + 4] for k in range(0, len(row["chunks"]), 4)]
+            new["chunks"] = [position for chunk in chunks if chunk[3] <= self.limit for position in chunk]
+        if row.get("teacher_prompt", 0) > self.limit:
+            new["teacher_prompt"] = 0
+        return new

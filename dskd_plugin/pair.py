@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
-from dskd_plugin.align import role_pairs
+from dskd_plugin.align import Aligner, Pairing, role_pairs
 from dskd_plugin.args import Settings
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
 from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
+
+_PAIRING: dict[str, Pairing] = {"uld": "position", "mined": "warped"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Pair:
 
 
 def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -> Pair:
-    """Read the student's vocabulary and settle ``alignment``; ``ValueError`` for a choice that cannot work."""
+    """Read the student's vocabulary and settle ``alignment``; ``ValueError`` for settings that do not fit the pair."""
     student = read_table("tokenizer of the student", student_tokenizer)
     same = same_tokenizer(student, teacher)
     if settings.alignment == "identity" and not same:
@@ -30,7 +32,31 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
             f"ids and a teacher with {teacher.vocab_size}, {overlap(student, teacher).student_share:.0%} of the "
             "student's shared. Use 'eta' or 'auto'."
         )
-    return Pair(student, teacher, same and settings.alignment != "eta")
+    if settings.method == "kd" and not same:
+        raise ValueError(
+            f"dskd.method: expected 'kd' only for one tokenizer, got a student with {student.vocab_size} ids and a "
+            f"teacher with {teacher.vocab_size}: their distributions are over different tokens. Use 'overlap_kd'."
+        )
+    as_one = same and settings.alignment != "eta"
+    if settings.chunk_ratio > 0 and as_one:
+        raise ValueError(
+            f"dskd.chunk_ratio: expected 0 for one tokenizer, got {settings.chunk_ratio:g}: every token has a partner "
+            "of its own, so there are no chunks. Remove it."
+        )
+    return Pair(student, teacher, as_one)
+
+
+def aligner(pair: Pair, settings: Settings, ends: tuple[int | None, int | None]) -> Aligner:
+    """How this run aligns its rows; ends: the end-of-turn ids of (student, teacher), see `end_of_turn`."""
+    return Aligner(
+        pair.student,
+        pair.teacher,
+        pairing="all" if settings.alignment == "cma" else _PAIRING.get(settings.method, "exact"),
+        identity=pair.identity,
+        chunks=settings.chunk_ratio > 0,
+        student_end=ends[0],
+        teacher_end=ends[1],
+    )
 
 
 def read_table(name: str, tokenizer: Any) -> TokenTable:

@@ -98,7 +98,7 @@ def test_first_token_of_a_packed_neighbour_is_not_predicted():
         "aligned_student": [0, 1],
         "aligned_teacher": [1, 2],
     }
-    out = pair_rows(labels, [(0, 0, rows), (0, 3, rows)])
+    out = pair_rows(labels.clamp(min=0), labels, [(0, 0, rows), (0, 3, rows)])
     assert out["dskd_rows"].tolist() == [0, 3, 1, 4]
     assert out["dskd_targets"].tolist() == [6, 9, 7, 10]
     assert out["dskd_teacher_rows"].tolist() == [1, 4]
@@ -107,8 +107,8 @@ def test_first_token_of_a_packed_neighbour_is_not_predicted():
 def test_no_pair_at_all():
     labels = torch.full((1, 4), -100)
     rows = {"input_ids": [0] * 4, "teacher_input_ids": [0], "aligned_student": [], "aligned_teacher": []}
-    out = pair_rows(labels, [(0, 0, rows)])
-    assert [len(value) for value in out.values()] == [0, 0, 0]
+    out = pair_rows(labels.clamp(min=0), labels, [(0, 0, rows)])
+    assert [len(value) for value in out.values()] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
