@@ -87,7 +87,7 @@ def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any
 def context_length(config: Any, tokenizer: Any) -> int:
     """Tokens that prompt and answer may have together: the smallest limit that config and tokenizer name."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
     limits = [getattr(text, name, None) for name in names]
     limits.append(getattr(tokenizer, "model_max_length", None))
     known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 10_000_000]

@@ -22,13 +22,13 @@ _SETTINGS = (
     "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
 )
+_VOCABULARIES = ("*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,18 @@ class ModelFolder:
 
 def parse_model(text: str) -> ModelRef:
     """`PATH_OR_ID` or `NAME=PATH_OR_ID`; the name defaults to the last part of the path."""
-    name, _, source = text.rpartition("=")
+    name, equals, source = text.partition("=")
+    if not equals or "/" in name or Path(text).expanduser().is_dir():
+        name, source = "", text
     if not source.strip():
         raise UserError("--model", expected="a folder or a hub id", got=repr(text), fix="Write --model PATH.")
     return ModelRef(name or default_name(source), source)
 
 
 def default_name(source: str) -> str:
-    parts = [part for part in source.rstrip("/").split("/") if part not in ("", ".", "..")]
-    name = parts[-1] if parts else source
+    path = Path(source).expanduser()
+    parts = Path(os.path.abspath(path)).parts if path.is_dir() else source.rstrip("/").split("/")
+    name = parts[-1]
     if re.fullmatch(r"checkpoint-\d+", name) and len(parts) > 1:
         name = f"{parts[-2]}-{name}"
     return name
@@ -161,8 +164,18 @@ def _download(source: str, revision: str | None) -> Path:
 
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    # Second copies of the weights, in other formats.
+    copies = ["consolidated*", "original/*", "onnx/*"]
+
+    def fetch(wanted: list[str]) -> str:
+        return snapshot_download(
+            source, revision=revision, allow_patterns=wanted, ignore_patterns=copies, local_files_only=offline
+        )
+
     try:
-        found = snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        found = fetch(patterns)
+        if not _any(Path(found), (*_WEIGHTS, *_ADAPTER_WEIGHTS)):
+            found = fetch([*patterns, "*.bin"])
     except Exception as error:
         detail = str(error).splitlines()[0][:200] if str(error) else ""
         got = f"{type(error).__name__}: {detail}"
@@ -240,7 +253,7 @@ def _check_weights(folder: Path) -> None:
 
 def _fingerprinted(folder: Path) -> list[Path]:
     weights: list[Path] = []
-    for pattern in (*_WEIGHTS, *_ADAPTER_WEIGHTS):
+    for pattern in (*_VOCABULARIES, *_WEIGHTS, *_ADAPTER_WEIGHTS):
         weights += sorted(folder.glob(pattern))
     return [folder / name for name in _SETTINGS if (folder / name).is_file()] + weights
 

@@ -49,6 +49,13 @@ for handle in range(3, 64):
     except OSError: pass
 os._exit(0)
 """,
+    "a verdict of its own": """
+import os
+for handle in range(3, 64):
+    try: os.write(handle, b'{"kind": "passed", "error": ""}')
+    except OSError: pass
+os._exit(0)
+""",
     "own signal": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "crash": "import ctypes; ctypes.string_at(0)",
     "exit at exit": "import atexit, os; atexit.register(os._exit, 0); raise KeyboardInterrupt",
