@@ -1,8 +1,10 @@
 """What two tokenizers have in common: the alignment to use and the shared vocabulary."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from dskd_plugin.align import Aligner, Pairing, role_pairs
@@ -109,3 +111,72 @@ def shared_ids(
             "Choose another teacher."
         )
     return shared
+
+
+def nearest_ids(student: TokenTable, teacher: TokenTable, roles: Iterable[tuple[int, int]] = ()) -> torch.Tensor:
+    """Student id [V] nearest to each id of the teacher: least Levenshtein distance of the token bytes.
+
+    Of several at the same distance an ordinary token comes before a byte-fallback token, then the lowest id.
+    roles: (student id, teacher id) that mean the same whatever their bytes, see `role_pairs`; the first pair of a
+    teacher id counts, then the end-of-sequence tokens. -1 for other special tokens and ids that do not exist.
+    Source: vocabulary mapping of minimum edit distance (arXiv 2401.10491).
+    """
+    of: dict[bytes, int] = {}
+    for last in (False, True):
+        for token_id, text in enumerate(student.bytes):
+            if text and (token_id in student.byte_tokens) == last:
+                of.setdefault(text, token_id)
+    nearest = _nearest(list(of), [text for text in dict.fromkeys(teacher.bytes) if text and text not in of])
+    nearest |= {text: text for text in of}
+    ids = [of[nearest[text]] if text and of else -1 for text in teacher.bytes]
+    named = [*roles, (student.eos, teacher.eos)]
+    for student_id, teacher_id in reversed(named):
+        if student_id is not None and teacher_id is not None:
+            ids[teacher_id] = student_id
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _nearest(words: list[bytes], unknown: list[bytes]) -> dict[bytes, bytes]:
+    """For each unknown text the first of the words that are nearest to it.
+
+    Words are tried by rising difference in length, which the distance cannot be below, until it exceeds the best.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    longest = max(map(len, [*words, *unknown]), default=0)
+    dtype = np.uint8 if longest < 255 else np.uint16
+    by_length: dict[int, list[int]] = {}
+    for place, word in enumerate(words):
+        by_length.setdefault(len(word), []).append(place)
+    groups: dict[int, list[bytes]] = {}
+    for text in unknown:
+        groups.setdefault(len(text), []).append(text)
+    found: dict[bytes, bytes] = {}
+    for length, texts in groups.items():
+        for start in range(0, len(texts), 4096):
+            block = texts[start : start + 4096]
+            best, rank = np.full(len(block), longest + 1), np.full(len(block), len(words))
+            for size in sorted(by_length, key=lambda size: abs(size - length)):
+                open_rows = np.flatnonzero(best >= abs(size - length))
+                if not len(open_rows):
+                    break
+                for at in range(0, len(by_length[size]), 16384):
+                    ranks = by_length[size][at : at + 16384]
+                    distances = cdist(
+                        [block[k] for k in open_rows],
+                        [words[k] for k in ranks],
+                        scorer=Levenshtein.distance,
+                        score_cutoff=int(best[open_rows].max()),
+                        dtype=dtype,
+                        workers=-1,
+                    )
+                    column = distances.argmin(1)
+                    distance = distances[np.arange(len(open_rows)), column]
+                    candidate = np.asarray(ranks)[column]
+                    better = (distance < best[open_rows]) | (
+                        (distance == best[open_rows]) & (candidate < rank[open_rows])
+                    )
+                    best[open_rows[better]], rank[open_rows[better]] = distance[better], candidate[better]
+            found |= {text: words[k] for text, k in zip(block, rank.tolist(), strict=True)}
+    return found
