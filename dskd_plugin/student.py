@@ -2,230 +2,225 @@
 
 DDP, DeepSpeed and FSDP hook the root module's forward: outside it, parameters are missing or sharded. So a hook on the
 root, registered before any engine wraps it, hands the decoder's last hidden state to :class:`DistillationLoss`, a child
-module of the root, and puts the result into ``output["loss"]``.
+module of the root, and puts the result into ``output["loss"]``. What each method compares is in ``methods``.
 
-Shapes: B batch, S student positions, R response rows, N aligned rows (the first N of R), d student width, D teacher
-width, V vocabulary.
+Shapes: B batch, S student positions, R response rows, N aligned rows (the first N of R), M teacher rows, P and Q rows
+of the chunks on the student's and the teacher's side, C chunks, T terms, d student width, D teacher width, V ids.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dskd_plugin.core.chunked import agreement, dskd_loss, teacher_argmax
+from dskd_plugin.core.chunked import token_log_probs
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows, Sums, counts
-from dskd_plugin.core.overlap import Overlap
-from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, head_map, t2s_projector
-from dskd_plugin.models import (
-    causal_lm,
-    check_head,
-    decoder,
-    gathered,
-    is_partitioned,
-    output_head,
-    read_head,
-)
+from dskd_plugin.core.objective import Chunks, Objective, Rows, Sums, chunk_sums, counts
+from dskd_plugin.models import causal_lm, check_head, decoder, is_partitioned, output_head, read_head
+from dskd_plugin.teacher import Teacher
 
 # Logits computed at a time; about 13 fp32 tensors of this size live at the peak (1.7 GiB, on a CPU 0.2 GiB).
 BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}
 
 
+@dataclass(frozen=True)
+class ChunkRows:
+    """Where the tokens of the chunks are; the teacher's side as hidden states."""
+
+    rows_P: Tensor
+    of_P: Tensor
+    teacher_QD: Tensor
+    teacher_targets_Q: Tensor
+    teacher_of_Q: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """What cross-model attention reads: sample number, input token and target of each row."""
+
+    sample_N: Tensor
+    inputs_N: Tensor
+    sample_M: Tensor
+    inputs_M: Tensor
+    targets_M: Tensor
+
+
 @dataclass
 class MicroBatch:
-    """One micro-batch of aligned rows; the window fields are filled in before its first use."""
+    """One micro-batch of paired rows; the fields from ``window`` on are filled in before its first use."""
 
     rows_R: Tensor
-    """Flat student positions that predict a response token; the aligned ones first."""
+    """Flat student positions that predict a response token; the paired ones first."""
     targets_R: Tensor
     """Their gold token ids."""
     teacher_ND: Tensor
-    """Teacher hidden states of the aligned rows."""
+    """Teacher hidden states of the paired rows; with attention those of all M teacher rows."""
+    ce_R: Tensor | None = None
+    """Which rows have a gold token; None for all."""
+    chunks: ChunkRows | None = None
+    attention: AttentionRows | None = None
+    aligned: int = 0
+    """Rows with a partner, out of ``responses``."""
+    responses: int = 0
     window: list["MicroBatch"] = field(default_factory=list)
     """All micro-batches of the optimizer step; set on the first of them only."""
     argmax_N: Tensor | None = None
     label_N: Tensor | None = None
     agree_N: Tensor | None = None
-    divisors_4: Tensor | None = None
+    teacher_C: Tensor | None = None
+    divisors_T: Tensor | None = None
     sums: Sums = field(default_factory=dict)
 
 
+def micro_batch(own: dict[str, Tensor], teacher: Teacher | None) -> MicroBatch:
+    """The rows of a batch with the teacher's hidden states. own: the keys that the collator added, on one device."""
+    pairs, chunked = own["dskd_teacher_rows"], own.get("dskd_chunk_teacher_rows")
+    hidden = torch.zeros(0, 0, device=pairs.device)
+    if teacher is not None:
+        wanted = pairs if chunked is None else torch.cat([pairs, chunked])
+        lengths, bins = own["teacher_lengths"].cpu(), own["teacher_bins"].cpu()
+        hidden = teacher.rows(own["teacher_input_ids"], lengths, bins, wanted)
+    chunks = attention = None
+    if chunked is not None:
+        hidden, of_chunks = hidden[: len(pairs)], hidden[len(pairs) :]
+        chunks = ChunkRows(
+            own["dskd_chunk_rows"],
+            own["dskd_chunk_of"],
+            of_chunks,
+            own["dskd_chunk_teacher_targets"],
+            own["dskd_chunk_teacher_of"],
+        )
+    if "dskd_row_sample" in own:
+        attending = own["dskd_row_sample"] >= 0
+        attention = AttentionRows(
+            own["dskd_row_sample"][attending],
+            own["dskd_row_inputs"][attending],
+            own["dskd_teacher_row_sample"],
+            own["dskd_teacher_row_inputs"],
+            own["dskd_teacher_row_targets"],
+        )
+    rows = own["dskd_rows"]
+    return MicroBatch(
+        rows,
+        own["dskd_targets"],
+        hidden,
+        ce_R=own["dskd_ce"],
+        chunks=chunks,
+        attention=attention,
+        aligned=len(pairs),
+        responses=int(own.get("dskd_responses", len(rows))),
+    )
+
+
 class DistillationLoss(nn.Module):
-    """Child of the student that owns the teacher-to-student projector and computes the loss of a micro-batch."""
+    """Child of the student that owns the projectors, if the method has some, and computes the loss of a micro-batch.
+
+    Methods fill in :meth:`_label` and :meth:`_loss`.
+    """
 
     def __init__(
         self,
         student: nn.Module,
+        objective: Objective,
         *,
         student_vocab_size: int,
-        teacher_head: Head,
-        overlap: Overlap,
-        objective: Objective,
-        keep_unmapped: bool,
-        projector_init: str,
-        projector_dtype: torch.dtype,
-        seed: int,
+        teacher_head: Head | None,
+        warmup_steps: int = 0,
         block_elements: int | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
         self.teacher_head = teacher_head
-        self.keep_unmapped = keep_unmapped
         self.student_vocab_size = student_vocab_size
-        self.block_elements = block_elements or BLOCK_ELEMENTS.get(teacher_head.weight_VD.device.type, 2**25)
+        self.warmup_steps = warmup_steps
+        # A tuple, because the head must not become a child of this module.
+        self._student = (student, output_head(student))
+        device = self._student[1].weight.device.type
+        self.block_elements = block_elements or BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
         self.matmul_dtype: torch.dtype | None = None
         self.micro_batch: MicroBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step = lambda: 0
-        # A tuple, because the head must not become a child of this module.
-        self._student = (student, output_head(student))
-        self._s2t_dD: Tensor | None = None
-        self._s2t_step: int | None = None
         self._head_checked = False
 
-        head_weight = self._student[1].weight
-        device = teacher_head.weight_VD.device
-        self._ids = (overlap.student_ids_O.to(device), overlap.teacher_ids_O.to(device))
-        self._to_student_V = overlap.teacher_to_student_V.to(device)
-        self._gram_inverse_DD = (
-            None if objective.spaces == "student" else gram_inverse(self._effective(teacher_head), self._ids[1])
-        )
-        self.t2s: TeacherToStudent | None = None
-        if objective.spaces != "teacher":
-            width = head_weight.ds_shape[1] if is_partitioned(head_weight) else head_weight.shape[1]
-            self.t2s = t2s_projector(
-                teacher_head.weight_VD.shape[1],
-                width,
-                self._ideal_t2s() if projector_init == "ideal" and head_weight.device.type != "meta" else None,
-                generator=torch.Generator().manual_seed(seed),
-                dtype=projector_dtype,
-            ).to(head_weight.device)
-        if is_partitioned(head_weight):
-            self._register_external_parameters()
-
-    def _register_external_parameters(self) -> None:
+    def _read_with(self, *modules: nn.Module) -> None:
         """ZeRO-3 gathers a module's own parameters only; name the others that its forward reads."""
-        import deepspeed
+        if is_partitioned(self._student[1].weight):
+            import deepspeed
 
-        for parameter in [*self._student[1].parameters(), *self.parameters()]:
-            deepspeed.zero.register_external_parameter(self, parameter)
+            for parameter in [p for module in (self, *modules) for p in module.parameters()]:
+                deepspeed.zero.register_external_parameter(self, parameter)
 
-    def _student_head(self) -> Head:
+    @property
+    def student_width(self) -> int:
+        weight = self._student[1].weight
+        return int(getattr(weight, "ds_shape", weight.shape)[1])
+
+    def student_head(self) -> Head:
         return read_head(*self._student, self.student_vocab_size, self.matmul_dtype)
 
-    @staticmethod
-    def _effective(head: Head) -> Tensor:
-        """Rows that map a hidden state to logits, logit scale included."""
-        return head.weight_VD if head.scale == 1.0 else head.weight_VD * head.scale
+    def _label(self, batch: MicroBatch, student_head: Head) -> None:
+        """Fill in what decides which rows of a micro-batch count."""
 
-    @torch.no_grad()
-    def _ideal_t2s(self) -> Tensor:
-        student_ids, teacher_ids = self._ids
-        with gathered(list(self._student[1].parameters())):
-            student = self._effective(read_head(*self._student, self.student_vocab_size))
-            return head_map(
-                self._effective(self.teacher_head),
-                student.to(self.teacher_head.weight_VD.device),
-                teacher_ids,
-                student_ids,
-            )
-
-    @torch.no_grad()
-    def _refresh_s2t(self, student_head: Head) -> None:
-        """Recompute the student-to-teacher map from the student's live head, once per optimizer step."""
-        if self._gram_inverse_DD is None or self._s2t_step == self.step():
-            return
-        frozen = not any(parameter.requires_grad for parameter in self._student[1].parameters())
-        if self._s2t_dD is None or not frozen:
-            student_ids, teacher_ids = self._ids
-            with _full_fp32():
-                self._s2t_dD = head_map(
-                    self._effective(student_head),
-                    self._effective(self.teacher_head),
-                    student_ids,
-                    teacher_ids,
-                    target_gram_inverse=self._gram_inverse_DD,
-                    dtype=torch.float32,
-                )
-        self._s2t_step = self.step()
+    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+        """The loss of the rows and the sums of its terms."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def _prepare_window(self, window: list[MicroBatch], student_head: Head) -> None:
         """Labels, agreement and divisors of all micro-batches of one optimizer step.
 
-        Teacher, projector and head stand still between two optimizer steps, so everything that decides which rows
+        Teacher, projectors and heads stand still between two optimizer steps, so everything that decides which rows
         count is known before the first loss, and the loss does not depend on how the batch was split.
         """
         for batch in window:
-            batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
-            batch.label_N = self._to_student_V[batch.argmax_N]
-            if self.t2s is not None and self.objective.agreement_mask:
-                batch.agree_N = agreement(
-                    batch.teacher_ND,
-                    self._t2s_Dd(),
-                    student_head,
-                    batch.label_N,
+            self._label(batch, student_head)
+            if batch.chunks is not None:
+                log_probs_Q = token_log_probs(
+                    batch.chunks.teacher_QD,
+                    self.teacher_head,
+                    batch.chunks.teacher_targets_Q,
                     block_elements=self.block_elements,
                 )
+                of_Q = batch.chunks.teacher_of_Q
+                number = int(of_Q.max()) + 1 if len(of_Q) else 0
+                batch.teacher_C = chunk_sums(log_probs_Q, of_Q, number)
         totals = torch.stack([counts(self._rows(batch), self.objective) for batch in window]).sum(0)
         totals = self.reduce_counts(totals)
         for batch in window:
-            batch.divisors_4 = totals
-
-    def _t2s_Dd(self) -> Tensor | None:
-        return None if self.t2s is None else self.t2s.weight_Dd
+            batch.divisors_T = totals
 
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        chunks = None
+        if batch.chunks is not None:
+            chunks = Chunks(rows_P=batch.chunks.rows_P, of_P=batch.chunks.of_P, teacher_C=batch.teacher_C)
         return Rows(
             student_RD=torch.empty(len(batch.targets_R), 0) if student_Rd is None else student_Rd,
             labels_R=batch.targets_R,
+            ce_R=batch.ce_R,
+            chunks=chunks,
             teacher_NE=batch.teacher_ND,
             teacher_argmax_N=batch.argmax_N,
             label_N=batch.label_N,
             agree_N=batch.agree_N,
-            s2t_N=None if self.keep_unmapped else batch.label_N >= 0,
         )
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
-        student_head = self._student_head()
+        student_head = self.student_head()
         if not self._head_checked:
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")
             self._head_checked = True
-        self._refresh_s2t(student_head)
         if batch.window:
             self._prepare_window(batch.window, student_head)
             batch.window = []
         student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R]
-        loss, batch.sums = dskd_loss(
-            self._rows(batch, student_Rd),
-            student_head=student_head,
-            teacher_head=self.teacher_head,
-            t2s_Dd=self._t2s_Dd(),
-            s2t_dD=self._s2t_dD,
-            objective=self.objective,
-            divisors_4=batch.divisors_4,
-            block_elements=self.block_elements,
-        )
+        warming_up = self.training and self.step() < self.warmup_steps
+        objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
+        loss, batch.sums = self._loss(self._rows(batch, student_Rd), batch, student_head, objective)
         return loss
-
-
-@contextlib.contextmanager
-def _full_fp32() -> Iterator[None]:
-    """No TF32 in the products of a least-squares map: its error grows with the square of a condition number."""
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch and refuses to read the old name once the new one was used.
-    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    kept = getattr(matmul, name)
-    setattr(matmul, name, full)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, kept)
 
 
 def attach(student: nn.Module, loss: DistillationLoss) -> None:

@@ -10,25 +10,21 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from dskd_plugin import state
-from dskd_plugin.collator import COLUMNS
-from dskd_plugin.core.divergences import divergence
+from dskd_plugin.align import end_of_turn
+from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.dataset import TeacherReader
+from dskd_plugin.methods import distillation_loss
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import make_pair, shared_ids
-from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+from dskd_plugin.pair import Pair, aligner, make_pair, shared_ids
+from dskd_plugin.rollout import COUNTS, Rollout
+from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
 from dskd_plugin.teacher import Teacher
 
 LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
-OWN_KEYS = (
-    "dskd_rows",
-    "dskd_targets",
-    "dskd_teacher_rows",
-    "teacher_input_ids",
-    "teacher_lengths",
-    "teacher_bins",
-)
+OWN_PREFIXES = ("dskd_", "teacher_")
 
 
 class _WithoutPerplexity(dict[str, Any]):
@@ -41,9 +37,8 @@ class _WithoutPerplexity(dict[str, Any]):
 
 def active_names(objective: Objective) -> set[str]:
     """Terms and rates that the objective computes."""
-    names = {"ce"} if objective.with_ce else set()
-    names |= {"t2s_kd", "t2s_ce", "t2s_agreement"} if objective.in_student_space else set()
-    return names | ({"s2t_kd", "s2t_agreement"} if objective.in_teacher_space else set())
+    rates = {"t2s_agreement"} if objective.in_student_space else set()
+    return {*objective.terms, *rates, *({"s2t_agreement"} if objective.in_teacher_space else ())}
 
 
 class DSKDTrainer(AxolotlTrainer):
@@ -59,75 +54,102 @@ class DSKDTrainer(AxolotlTrainer):
         return type(cls.__name__, (cls,), {"reader": reader, "cfg": cfg})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        model, training_args = kwargs["model"], kwargs["args"]
-        self._loss = self._distillation_loss(model, kwargs["processing_class"], training_args)
+        model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
+        settings = self.reader.settings
+        pair = make_pair(tokenizer, self.reader.table, settings)
+        # Plain fine-tuning reads the teacher's tokenizer, for the same rows, and needs no more of it.
+        self._teacher = None if settings.method == "sft" else self._load_teacher(model, pair, training_args)
+        self._loss = self._distillation_loss(model, tokenizer, pair, training_args)
         attach(model, self._loss)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True
         self._loss.step = lambda: self.state.global_step
-        self._loss.matmul_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        self._loss.matmul_dtype = self._autocast
         # Logits of one position only: the loss makes its own, of chosen rows.
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
-        self._logged = {"align_ratio", *active_names(self._loss.objective)}
+        self._rollout = self._make_rollout(tokenizer, pair)
+        self._logged = active_names(self._loss.objective)
+        # Attention has no pairs to count.
+        self._logged |= set() if settings.alignment == "cma" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
 
-    def _distillation_loss(self, model: nn.Module, tokenizer: Any, args: Any) -> DistillationLoss:
-        settings = self.reader.settings
-        pair = make_pair(tokenizer, self.reader.table, settings)
-        self._teacher = Teacher(
-            settings.teacher,
+    def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
+        teacher = Teacher(
+            self.reader.settings.teacher,
             vocab_size=pair.teacher.vocab_size,
             device=args.device,
             attn_implementation=causal_lm(model).config._attn_implementation,
             packed=bool(self.cfg.sample_packing),
             trust_remote_code=bool(self.cfg.trust_remote_code),
         )
-        head = output_head(model).weight
-        rows, width = getattr(head, "ds_shape", head.shape)
-        overlap = shared_ids(
+        if self.cfg.sample_packing and not teacher.packed:
+            LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
+        return teacher
+
+    def _shared_ids(self, tokenizer: Any, pair: Pair, student_rows: int, teacher_rows: int) -> Overlap:
+        return shared_ids(
             pair,
             (tokenizer, self.reader.tokenizer),
             (tokenizer.chat_template, self.reader.template),
-            head_rows=(rows, self._teacher.head.weight_VD.shape[0]),
-            top_vocab=settings.projector.top_vocab,
+            head_rows=(student_rows, teacher_rows),
+            top_vocab=self.reader.settings.projector.top_vocab,
         )
-        LOG.info(
-            "dskd: student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; alignment %s",
-            *(pair.student.vocab_size, width, pair.teacher.vocab_size, self._teacher.width),
-            *(100 * overlap.student_share, "identity" if pair.identity else "eta"),
-        )
-        if self.cfg.sample_packing and not self._teacher.packed:
-            LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
-        knobs = settings.divergence.model_dump()
+
+    def _distillation_loss(self, model: nn.Module, tokenizer: Any, pair: Pair, args: Any) -> DistillationLoss:
+        settings, teacher = self.reader.settings, self._teacher
+        head = output_head(model).weight
+        rows, width = getattr(head, "ds_shape", head.shape)
         self._pair_state = {
             "teacher": settings.teacher.model,
             "teacher_revision": settings.teacher.revision,
             "teacher_adapter": settings.teacher.adapter,
             "student_tokenizer": pair.student.digest,
             "teacher_tokenizer": pair.teacher.digest,
-            "widths": [width, self._teacher.width],
+            "widths": [width, None if teacher is None else teacher.width],
+            "method": settings.method,
+            "alignment": settings.alignment,
             "spaces": settings.spaces,
         }
-        return DistillationLoss(
+        overlap = None
+        if teacher is not None:
+            overlap = self._shared_ids(tokenizer, pair, rows, teacher.head.weight_VD.shape[0])
+            LOG.info(
+                "dskd: method %s; student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; "
+                "%s tokenizer",
+                *(settings.method, pair.student.vocab_size, width, pair.teacher.vocab_size, teacher.width),
+                *(100 * overlap.student_share, "one" if pair.identity else "not one"),
+            )
+        return distillation_loss(
+            settings,
             model,
-            student_vocab_size=pair.student.vocab_size,
-            teacher_head=self._teacher.head,
-            overlap=overlap,
-            objective=Objective(
-                divergence=divergence(knobs.pop("kind"), **knobs),
-                temperature=settings.temperature,
-                kd_ratio=settings.kd_ratio,
-                spaces=settings.spaces,
-                agreement_mask=settings.agreement_mask,
-            ),
-            keep_unmapped=settings.unmapped_argmax == "teacher_space",
-            projector_init=settings.projector.init,
+            teacher,
+            pair,
+            overlap,
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
+        )
+
+    def _make_rollout(self, tokenizer: Any, pair: Pair) -> Rollout | None:
+        settings, reader = self.reader.settings, self.reader
+        if settings.on_policy is None:
+            return None
+        ends = (
+            end_of_turn(tokenizer, tokenizer.chat_template, pair.student),
+            end_of_turn(reader.tokenizer, reader.template, pair.teacher),
+        )
+        return Rollout(
+            settings.on_policy,
+            tokenizer,
+            reader.tokenizer,
+            aligner(pair, settings, ends),
+            seed=self.args.seed,
+            teacher_len=reader.sequence_len,
+            student_len=self.cfg.sequence_len,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -152,26 +174,46 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
         """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""
-        own = {key: inputs.pop(key).to(self.args.device) for key in OWN_KEYS}
-        hidden = self._teacher.rows(
-            own["teacher_input_ids"],
-            own["teacher_lengths"].cpu(),
-            own["teacher_bins"].cpu(),
-            own["dskd_teacher_rows"],
-        )
-        return MicroBatch(own["dskd_rows"], own["dskd_targets"], hidden)
+        inputs.pop("dskd_samples", None)
+        own = {key: inputs.pop(key).to(self.args.device) for key in list(inputs) if key.startswith(OWN_PREFIXES)}
+        return micro_batch(own, self._teacher)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
+            batches = [self._with_answers(batch, k) for k, batch in enumerate(batches)]
         window = [self._micro_batch(batch) for batch in batches]
-        for batch, micro_batch in zip(batches, window, strict=True):
-            batch["dskd"] = micro_batch
+        for batch, paired in zip(batches, window, strict=True):
+            batch["dskd"] = paired
         if window:
             window[0].window = window
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
+
+    def _with_answers(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
+        features = batch["dskd_samples"]
+        packed = isinstance(features[0], list)
+        bins = features if packed else [features]
+        tokens = self._rollout.counts["tokens"]
+        answered = [
+            self._rollout.answer(
+                self.model,
+                samples,
+                step=self.state.global_step,
+                rank=self.args.process_index,
+                micro_batch=number * len(bins) + k,
+                autocast=self._autocast,
+            )
+            for k, samples in enumerate(bins)
+        ]
+        gold = [[{**sample, ON_POLICY: False} for sample in samples] for samples in bins]
+        rows = [samples for samples in (*gold, *answered) if samples]
+        new = self.data_collator(rows if packed else [sample for samples in rows for sample in samples])
+        new["dskd_responses"] = torch.tensor(self._rollout.counts["tokens"] - tokens)
+        return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
         self,
@@ -182,24 +224,24 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> Any:
         training = "dskd" in inputs
         inputs = dict(inputs)
-        micro_batch = inputs.pop("dskd") if training else self._micro_batch(inputs)
+        paired = inputs.pop("dskd") if training else self._micro_batch(inputs)
         if not training:
-            micro_batch.window = [micro_batch]
+            paired.window = [paired]
         inputs.pop("labels", None)
         inputs.pop("length", None)
         if self._masks_by_position and "position_ids" in inputs:
             # With a mask, transformers does not look for packing in the position ids, and neighbours leak.
             inputs.pop("attention_mask", None)
         self._loss.reduce_counts = self._over_ranks if training else lambda counts: counts
-        self._loss.micro_batch = micro_batch
+        self._loss.micro_batch = paired
         try:
             outputs = model(**inputs, **self._forward_options)
         finally:
             self._loss.micro_batch = None
         loss = outputs["loss"]
         self._totals["train" if training else "eval"] += torch.stack(
-            [torch.stack([value.double() for value in micro_batch.sums[name]]) for name in SUMS]
-            + [loss.new_tensor([len(micro_batch.teacher_ND), len(micro_batch.rows_R)], dtype=torch.double)]
+            [torch.stack([value.double() for value in paired.sums[name]]) for name in SUMS]
+            + [loss.new_tensor([paired.aligned, paired.responses], dtype=torch.double)]
         )
         if training:
             # Engines average gradients over ranks; our divisor is already that of all ranks.
@@ -226,15 +268,30 @@ class DSKDTrainer(AxolotlTrainer):
                 for name, (total, count) in zip((*SUMS, "align_ratio"), totals, strict=True)
                 if name in self._logged
             }
-            means["kd"] = sum(means[term] for term in TERMS if term in means and term != "ce")
+            objective = self._loss.objective
+            shares = objective.shares()
             if kind == "eval":
-                ratio = self.reader.settings.kd_ratio
-                logs["eval_loss"] = (1 - ratio) * means.get("ce", 0.0) + ratio * means["kd"]
+                logs["eval_loss"] = sum(share * means[term] for term, share in shares.items())
+            if objective.with_kd:
+                of_kd = (share * means[term] for term, share in shares.items() if term != "ce")
+                means["kd"] = sum(of_kd) / objective.kd_ratio
+            if kind == "train" and self._rollout is not None:
+                means |= self._rollout_totals()
             for name, value in means.items():
                 logs[f"{prefix}dskd/{name}"] = round(value, 6)
         quiet = _WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
+
+    def _rollout_totals(self) -> dict[str, float]:
+        """Counts of the sampled answers since the last log over all ranks; seconds per rank."""
+        counts = self._over_ranks(
+            torch.tensor([self._rollout.counts[name] for name in COUNTS], dtype=torch.double, device=self.args.device)
+        ).tolist()
+        self._rollout.reset_counts()
+        found = {f"rollout_{name}": value for name, value in zip(COUNTS, counts, strict=True)}
+        found["rollout_seconds"] /= self.accelerator.num_processes
+        return found
 
     # -- state -----------------------------------------------------------------------------------------------------
 

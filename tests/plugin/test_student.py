@@ -6,24 +6,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd_plugin.align import align
+from dskd_plugin.align import end_of_turn
 from dskd_plugin.args import TeacherSettings, parse_settings
-from dskd_plugin.collator import PackedMaskPairCollator, PaddedPairCollator
-from dskd_plugin.core.divergences import divergence
-from dskd_plugin.core.objective import Objective
-from dskd_plugin.pair import make_pair, shared_ids
-from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+from dskd_plugin.collator import (
+    PackedMaskAttentionCollator,
+    PackedMaskPairCollator,
+    PaddedAttentionCollator,
+    PaddedPairCollator,
+)
+from dskd_plugin.methods import distillation_loss
+from dskd_plugin.pair import aligner, make_pair, shared_ids
+from dskd_plugin.student import attach, micro_batch
 from dskd_plugin.teacher import Teacher
 from dskd_plugin.tokens import token_table
 
-OWN = (
-    "dskd_rows",
-    "dskd_targets",
-    "dskd_teacher_rows",
-    "teacher_input_ids",
-    "teacher_lengths",
-    "teacher_bins",
-)
+
+def split(batch):
+    """The collator's own keys, and what the student's forward takes."""
+    own = {key: value for key, value in batch.items() if key.startswith(("dskd_", "teacher_"))}
+    return own, {key: value for key, value in batch.items() if key not in own and key != "labels"}
 
 
 class Setup:
@@ -50,24 +51,15 @@ class Setup:
             head_rows=(self.student.config.vocab_size, self.teacher.head.weight_VD.shape[0]),
             top_vocab=None,
         )
-        knobs = self.settings.divergence.model_dump()
-        self.loss = DistillationLoss(
-            self.student,
-            student_vocab_size=self.pair.student.vocab_size,
-            teacher_head=self.teacher.head,
-            overlap=self.overlap,
-            objective=Objective(
-                divergence=divergence(knobs.pop("kind"), **knobs),
-                temperature=self.settings.temperature,
-                kd_ratio=self.settings.kd_ratio,
-                spaces=self.settings.spaces,
-                agreement_mask=self.settings.agreement_mask,
-            ),
-            keep_unmapped=self.settings.unmapped_argmax == "teacher_space",
-            projector_init=self.settings.projector.init,
-            projector_dtype=torch.float32,
-            seed=0,
-            block_elements=3000,
+        templates = self.tokenizer.chat_template, self.teacher_tokenizer.chat_template
+        ends = (
+            end_of_turn(self.tokenizer, templates[0], self.pair.student),
+            end_of_turn(self.teacher_tokenizer, templates[1], self.pair.teacher),
+        )
+        self.aligner = aligner(self.pair, self.settings, ends)
+        teacher = None if self.settings.method == "sft" else self.teacher
+        self.loss = distillation_loss(
+            self.settings, self.student, teacher, self.pair, teacher and self.overlap, seed=0, block_elements=3000
         )
         attach(self.student, self.loss)
 
@@ -86,44 +78,39 @@ class Setup:
                 ids = whole
             sides.append((ids, response))
         (ids, response), (teacher_ids, teacher_response) = sides
-        found = align(ids, response, teacher_ids, teacher_response, self.pair.student, self.pair.teacher)
+        found = self.aligner.columns(ids, response, teacher_ids, teacher_response)
+        found.pop("unmatched_segments")
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
             "labels": [token if inside else -100 for token, inside in zip(ids, response, strict=True)],
             "teacher_input_ids": teacher_ids,
-            "aligned_student": found.student_N,
-            "aligned_teacher": found.teacher_N,
+            **found,
         }
-
-    def micro_batch(self, batch):
-        own = {key: batch[key] for key in OWN}
-        hidden = self.teacher.rows(
-            own["teacher_input_ids"], own["teacher_lengths"], own["teacher_bins"], own["dskd_teacher_rows"]
-        )
-        return MicroBatch(own["dskd_rows"], own["dskd_targets"], hidden)
 
     def run(self, batches):
         """Loss, sums and gradients of one optimizer step over these micro-batches."""
         self.student.zero_grad()
-        window = [self.micro_batch(batch) for batch in batches]
+        teacher = None if self.settings.method == "sft" else self.teacher
+        sides = [split(batch) for batch in batches]
+        window = [micro_batch(own, teacher) for own, _ in sides]
         window[0].window = window
         total, sums = 0.0, {}
-        for batch, micro_batch in zip(batches, window, strict=True):
-            inputs = {key: value for key, value in batch.items() if key not in (*OWN, "labels")}
-            self.loss.micro_batch = micro_batch
+        for (_, inputs), rows in zip(sides, window, strict=True):
+            self.loss.micro_batch = rows
             loss = self.student(**inputs, use_cache=False, logits_to_keep=1)["loss"]
             self.loss.micro_batch = None
             loss.backward()
             total += float(loss.detach())
-            for name, (value, count) in micro_batch.sums.items():
+            for name, (value, count) in rows.sums.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + float(value), old[1] + float(count))
         return total, sums, {name: p.grad.clone() for name, p in self.student.named_parameters()}
 
 
 def padded(setup, samples):
-    return PaddedPairCollator(setup.tokenizer, pad_to_multiple_of=8)([dict(sample) for sample in samples])
+    collator = PaddedAttentionCollator if setup.settings.alignment == "cma" else PaddedPairCollator
+    return collator(setup.tokenizer, pad_to_multiple_of=8)([dict(sample) for sample in samples])
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +139,16 @@ MODES = {
     "random": {"projector": {"init": "random"}},
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
     "keep": {"unmapped_argmax": "teacher_space"},
+    "chunks": {"chunk_ratio": 0.7},
+    "sft": {"method": "sft"},
+    "overlap_kd": {"method": "overlap_kd"},
+    "overlap_kd chunks": {"method": "overlap_kd", "chunk_ratio": 2.0},
+    "uld": {"method": "uld"},
+    "mined": {"method": "mined"},
+    "cma": {"alignment": "cma"},
+    "cma student": {"alignment": "cma", "spaces": "student"},
+    "cma teacher": {"alignment": "cma", "spaces": "teacher"},
+    "cma random": {"alignment": "cma", "projector": {"init": "random"}, "chunk_ratio": 0.5},
 }
 
 
@@ -168,16 +165,26 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
     close(setup.run([padded(setup, [sample]) for sample in samples]), whole)
 
 
-@pytest.mark.parametrize("pair", ["teacher", "sibling"])
-def test_packed_equals_padded(tiny, rows, pair):
-    apart, together = Setup(tiny["student"], tiny[pair]), Setup(tiny["student"], tiny[pair], packed=True)
+@pytest.mark.parametrize(
+    ("pair", "mode"),
+    [
+        ("teacher", {}),
+        ("sibling", {}),
+        ("teacher", {"alignment": "cma", "chunk_ratio": 0.5}),
+        ("teacher", {"method": "uld"}),
+    ],
+)
+def test_packed_equals_padded(tiny, rows, pair, mode):
+    apart = Setup(tiny["student"], tiny[pair], **mode)
+    together = Setup(tiny["student"], tiny[pair], packed=True, **mode)
     assert together.teacher.packed
     samples = apart.samples(rows)
     bins = [
         [{**sample, "position_ids": list(range(len(sample["input_ids"])))} for sample in samples[k : k + 3]]
         for k in (0, 3)
     ]
-    batch = PackedMaskPairCollator(together.tokenizer, pad_to_multiple_of=8)(bins)
+    collator = PackedMaskAttentionCollator if mode.get("alignment") == "cma" else PackedMaskPairCollator
+    batch = collator(together.tokenizer, pad_to_multiple_of=8)(bins)
     batch.pop("attention_mask")  # as Axolotl does: position ids keep the neighbours apart
     close(together.run([batch]), apart.run([padded(apart, samples)]))
 
@@ -235,6 +242,45 @@ def test_loss_is_the_formula_of_the_method(tiny, rows):
     for name, term in zip(("ce", "t2s_kd", "t2s_ce", "s2t_kd"), (ce, t2s_kd, t2s_ce, s2t_kd), strict=True):
         assert sums[name] == (pytest.approx(sum(term), rel=1e-4, abs=1e-4), len(term))
     assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
+
+
+def test_warm_up_trains_the_projectors_alone(tiny, rows):
+    """The student gets the gradient of ce, the projectors that of the KD terms they are learned from."""
+    for mode in ({}, {"alignment": "cma"}):
+        setup = Setup(tiny["student"], tiny["teacher"], projector={"warmup_steps": 3}, **mode)
+        batch = [padded(setup, setup.samples(rows))]
+        step = [2]
+        setup.loss.step = lambda step=step: step[0]
+        _, sums, warming = setup.run(batch)
+        plain = Setup(tiny["student"], tiny["teacher"], method="sft")
+        expected = plain.run([padded(plain, plain.samples(rows))])[2]
+        for name, gradient in expected.items():
+            torch.testing.assert_close(warming[name], 0.5 * gradient, rtol=1e-4, atol=1e-6)
+        step[0] = 3
+        _, later_sums, after = setup.run(batch)
+        assert later_sums["t2s_kd"] == sums["t2s_kd"]
+        own = [name for name in after if name.startswith("dskd.")]
+        assert own and not all(torch.equal(after[name], warming[name]) for name in expected)
+        for name in own:
+            assert warming[name].abs().sum() > 0
+            torch.testing.assert_close(warming[name], after[name])
+
+
+def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
+    """ce comes from the gold rows and the KD terms from the answers, as two batches of their own would give."""
+    setup = Setup(tiny["student"], tiny["teacher"], chunk_ratio=0.5, agreement_mask=False)
+    gold, answers = setup.samples(rows[:3]), setup.samples(rows[3:])
+    mixed = padded(setup, [{**s, "on_policy": False} for s in gold] + [{**s, "on_policy": True} for s in answers])
+    total, sums, _ = setup.run([mixed])
+    of_gold, of_answers = (setup.run([padded(setup, samples)])[1] for samples in (gold, answers))
+    sums = {name: sums[name] for name in setup.loss.objective.terms}
+    for name, (value, count) in sums.items():
+        other, number = (of_gold if name == "ce" else of_answers)[name]
+        assert count == number > 0
+        assert value == pytest.approx(other, rel=2e-5), name
+    means = {name: value / count for name, (value, count) in sums.items()}
+    kd = means["t2s_kd"] + means["t2s_ce"] + means["s2t_kd"] + 0.5 * means["chunk_ratio"]
+    assert total == pytest.approx(0.5 * means["ce"] + 0.5 * kd, rel=1e-5)
 
 
 def test_student_equal_to_teacher_has_no_divergence(tiny, rows):
