@@ -3,7 +3,9 @@
 A vector is a list, a matrix a list of rows. -inf marks an excluded id.
 """
 
+import decimal
 import math
+from decimal import Decimal
 
 INF = math.inf
 
@@ -158,6 +160,165 @@ def loss(case, live):
         if div[name]:
             total += r * found[name][0] / div[name]
     return total
+
+
+# --- other methods -------------------------------------------------------------------------------------
+
+
+def compare_vanilla(z_s, z_t, tau, kind):
+    return DISTANCES[kind](softmax(z_t, tau), softmax(z_s, tau))
+
+
+def compare_overlap(z_s, z_t, tau, kind, pairs):
+    """pairs: (student id, teacher id). Probabilities first, then each divided by what the shared ids have."""
+    q, p = softmax(z_s, tau), softmax(z_t, tau)
+    shared_q, shared_p = math.fsum(q[i] for i, _ in pairs), math.fsum(p[j] for _, j in pairs)
+    return DISTANCES[kind]([p[j] / shared_p for _, j in pairs], [q[i] / shared_q for i, _ in pairs])
+
+
+def compare_uld(z_s, z_t, tau):
+    q, p = sorted(softmax(z_s, tau)), sorted(softmax(z_t, tau))
+    total = 0.0
+    while p or q:
+        total += abs((p.pop() if p else 0.0) - (q.pop() if q else 0.0))
+    return total
+
+
+def compare_mined(z_s, z_t, tau, image):
+    p, q = softmax(z_t, tau), softmax(z_s, tau)
+    kept = math.fsum(a for a, i in zip(p, image, strict=True) if i >= 0)
+    total = 0.0
+    for i, b in enumerate(q):
+        a = math.fsum(a for a, j in zip(p, image, strict=True) if j == i) / kept
+        if a > 0:
+            total += a * math.log(a / b)
+    return total
+
+
+def baseline_loss(case, live, compare, share_of_ce, share_of_kd):
+    """ce over the rows of case["ce_rows"] and compare(student logits, teacher logits) over the pairs."""
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    total = 0.0
+    for r, gold in enumerate(case["gold"]):
+        if case["ce_rows"][r]:
+            total += share_of_ce * cross_entropy(logits(live["student"][r], head), gold)
+    for n, teacher in enumerate(case["teacher"]):
+        z_s = logits(live["student"][n], head)[: case["ids"]]
+        z_t = logits(teacher, case["teacher_head"])[: case["teacher_ids"]]
+        total += share_of_kd * compare(z_s, z_t)
+    return total
+
+
+# --- chunks --------------------------------------------------------------------------------------------
+
+
+def binary_kl(student, teacher, tau):
+    """In 80 digits, so that no rounding has to be thought about; both sides held in [-1e30, -1e-6]."""
+    with decimal.localcontext(prec=80):
+        a, b = (Decimal(max(-1e30, min(-1e-6, x))) / Decimal(tau) for x in (teacher, student))
+        p, q = a.exp(), b.exp()
+        said = p * (a - b) if p > 0 else Decimal(0)
+        return float(said + (1 - p) * ((1 - p).ln() - (1 - q).ln()))
+
+
+def chunks_loss(case, live, chunks, tau):
+    """chunks: list of (response rows, log-likelihood under the teacher)."""
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    total = 0.0
+    for rows, teacher in chunks:
+        student = -math.fsum(cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r in rows)
+        total += binary_kl(student, teacher, tau)
+    return total
+
+
+# --- cross-model attention -----------------------------------------------------------------------------
+
+
+def deviation(rows):
+    entries = [x for row in rows for x in row]
+    mean = math.fsum(entries) / len(entries)
+    found = math.sqrt(math.fsum((x - mean) ** 2 for x in entries) / len(entries))
+    return found if found > 0 else 1.0
+
+
+def attended(case, query, t2s, s2t, student):
+    """Rows in the student's and in the teacher's space, row after row; zeros where a row attends to nothing."""
+    N, M = len(case["sample"]), len(case["teacher_sample"])
+    width, teacher_width = len(t2s[0]), len(t2s)
+    root = math.sqrt(len(query[0]))
+
+    def score(n, m):
+        members = [k for k in range(M) if case["teacher_sample"][k] == case["teacher_sample"][m]]
+        std = deviation([case["teacher_pairs"][k] for k in members])
+        asked = row_times_matrix(case["student_pairs"][n], query)
+        return math.fsum(a * b / std for a, b in zip(asked, case["teacher_pairs"][m], strict=True)) / root
+
+    def value(m):
+        members = [k for k in range(M) if case["teacher_sample"][k] == case["teacher_sample"][m]]
+        std = deviation([case["teacher"][k] for k in members])
+        std_of_embeddings = deviation([case["argmax_embeddings"][k] for k in members])
+        mixed = [
+            h / std + e / std_of_embeddings
+            for h, e in zip(case["teacher"][m], case["argmax_embeddings"][m], strict=True)
+        ]
+        return row_times_matrix(mixed, t2s)
+
+    def mixture(weights, rows, size):
+        return [math.fsum(w * row[i] for w, row in zip(weights, rows, strict=True)) for i in range(size)]
+
+    in_student, in_teacher = [], []
+    for n, sample in enumerate(case["sample"]):
+        seen = [m for m in range(M) if sample >= 0 and case["teacher_sample"][m] == sample]
+        weights = softmax([score(n, m) for m in seen]) if seen else []
+        in_student.append(mixture(weights, [value(m) for m in seen], width))
+    for m, sample in enumerate(case["teacher_sample"]):
+        seen = [n for n in range(N) if sample >= 0 and case["sample"][n] == sample]
+        weights = softmax([score(n, m) for n in seen]) if seen else []
+        in_teacher.append(mixture(weights, [row_times_matrix(student[n], s2t) for n in seen], teacher_width))
+    return in_student, in_teacher
+
+
+def attention_terms(case, live):
+    """Sum and count of each term. A term takes from `live` what its gradient may reach and the rest from `case`."""
+    live_head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    ids, tau, distance = case["ids"], case["temperature"], DISTANCES[case["distance"]]
+    out = {name: [0.0, 0] for name in ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement")}
+
+    def add(name, value):
+        out[name][0] += value
+        out[name][1] += 1
+
+    for r, gold in enumerate(case["gold"]):
+        add("ce", cross_entropy(logits(live["student"][r], live_head), gold))
+    moving_t2s, moving_s2t = attended(case, live["query"], live["t2s"], live["s2t"], live["student"])
+    fixed_t2s, _ = attended(case, case["query"], case["t2s"], case["s2t"], case["student"])
+    for n, sample in enumerate(case["sample"]):
+        if sample < 0 or sample not in case["teacher_sample"]:
+            continue
+        add("t2s_ce", cross_entropy(logits(moving_t2s[n], case["head"]), case["gold"][n]))
+        fixed = logits(fixed_t2s[n], case["head"])[:ids]
+        right = argmax(fixed) == case["gold"][n]
+        add("t2s_agreement", float(right))
+        if right or not case["agreement_mask"]:
+            q = softmax(logits(live["student"][n], live_head)[:ids], tau)
+            add("t2s_kd", distance(softmax(fixed, tau), q))
+    for m, sample in enumerate(case["teacher_sample"]):
+        if sample < 0 or sample not in case["sample"]:
+            continue
+        real = case["teacher_ids"]
+        truth = logits(case["teacher"][m], case["teacher_head"])[:real]
+        seen = logits(moving_s2t[m], case["teacher_head"])[:real]
+        add("s2t_kd", distance(softmax(truth, tau), softmax(seen, tau)))
+        add("s2t_agreement", float(argmax(seen) == argmax(truth)))
+    return out
+
+
+def attention_loss(case, live, shares, divisors):
+    found = attention_terms(case, live)
+    return math.fsum(shares[name] * found[name][0] / divisors[name] for name in shares if divisors[name])
+
+
+# --- derivatives ---------------------------------------------------------------------------------------
 
 
 def gradient(function, live, name, step=1e-5):

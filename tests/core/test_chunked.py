@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd_plugin.core.chunked import agreement, dskd_loss, teacher_argmax
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
@@ -178,6 +177,39 @@ def test_student_rows_with_nan_beyond_the_pairs_without_ce(make_case):
     assert torch.equal(loss, expected)
     for got, clean in zip(gradients(case, loss), wanted, strict=True):
         assert torch.equal(got, clean)
+
+
+def test_projector_warm_up_leaves_the_student_to_ce(make_case):
+    case = make_case(seed=9)
+    plain, sums = run(case, block_elements=24)
+    expected = gradients(case, plain)
+    divisors = counts(case.rows(), case.objective())
+    objective = dataclasses.replace(case.objective(), projectors_alone=True)
+    parts = case.parts() | {"objective": objective}
+    loss, warm_sums = dskd_loss(case.rows(), **parts, divisors_T=divisors, block_elements=24)
+    torch.testing.assert_close(warm_sums, sums, rtol=0, atol=0)
+    means = {term: sums[term][0] / sums[term][1] for term in ("ce", "t2s_ce")}
+    torch.testing.assert_close(loss, 0.6 * means["ce"] + 0.4 * means["t2s_ce"], rtol=1e-12, atol=0)
+    *of_student, of_map = gradients(case, loss)
+    torch.testing.assert_close(of_map, expected[-1], rtol=1e-12, atol=1e-14)
+    ce_alone, _ = run(case, divisors=divisors * torch.tensor([1, 0, 0, 0, 0, 0]))
+    for got, wanted in zip(of_student, gradients(case, ce_alone), strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_infinite_terms_without_weight_do_not_reach_the_loss(make_case):
+    """In the warm-up a term is measured, whatever it is, and not followed."""
+
+    def endless(*, student_NV, teacher_NV):
+        return (student_NV + teacher_NV).sum(-1) * math.inf
+
+    case = make_case(seed=9)
+    objective = dataclasses.replace(case.objective(), projectors_alone=True, divergence=endless)
+    parts = case.parts() | {"objective": objective}
+    loss, sums = dskd_loss(case.rows(), **parts, divisors_T=counts(case.rows(), objective), block_elements=24)
+    assert not sums["t2s_kd"][0].isfinite()
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients(case, loss))
 
 
 def test_teacher_side_gets_no_gradient(make_case):
@@ -457,33 +489,18 @@ def test_under_autocast_the_agreement_is_that_of_the_loss():
 # --- memory --------------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Sees every tensor that an operation makes, also within autograd's own steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
-def test_nothing_of_rows_by_vocabulary_is_made():
+def test_nothing_of_rows_by_vocabulary_is_made(largest):
     rows, vocabulary, block = 600, 400, 10
     tensors = larger(torch.float32, rows=rows, pairs=500, vocabulary=vocabulary)
     allowed = max((vocabulary + 60) * 48, rows * 48, block * (vocabulary + 60))
-    with Largest() as plain:
+    with largest() as plain:
         larger_loss(tensors, chunked=False)
     assert plain.elements >= rows * vocabulary  # the spy sees it where it exists
-    with Largest() as spy:
+    with largest() as spy:
         larger_loss(tensors, block_elements=block * (vocabulary + 60))
     assert spy.elements <= allowed
     head, teacher_head = Head(tensors["weight"], 400), Head(tensors["teacher_weight"], 460)
-    with Largest() as spy:
+    with largest() as spy:
         teacher_argmax(tensors["teacher"], teacher_head, block_elements=block * 460)
         agreement(tensors["teacher"], tensors["t2s"], head, tensors["label"], block_elements=block * 460)
     assert spy.elements <= allowed

@@ -6,7 +6,7 @@ import torch
 
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import RATES, TERMS, Objective, counts, term_sums, term_weights
+from dskd_plugin.core.objective import METHODS, RATES, TERMS, Objective, counts, term_sums, term_weights
 
 KINDS = sorted(DIVERGENCES)
 DSKD_TERMS = TERMS[:4]
@@ -241,9 +241,90 @@ def test_weights_of_the_terms():
     assert term_weights(torch.zeros(6, dtype=torch.long), {"ce": 1.0}).tolist() == [0] * 6
 
 
+BASELINES = ("kd", "overlap_kd", "uld", "mined")
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, {"ce": 0.75, "t2s_kd": 0.25, "t2s_ce": 0.25, "s2t_kd": 0.25}),
+        ({"spaces": "student"}, {"ce": 0.75, "t2s_kd": 0.25, "t2s_ce": 0.25}),
+        ({"spaces": "teacher"}, {"ce": 0.75, "s2t_kd": 0.25}),
+        ({"kd_ratio": 0.0, "chunk_ratio": 2.0}, {"ce": 1.0}),
+        ({"kd_ratio": 1.0, "spaces": "teacher", "chunk_ratio": 2.0}, {"s2t_kd": 1.0, "chunk_ratio": 2.0}),
+        ({"method": "sft"}, {"ce": 1.0}),
+        ({"method": "sft", "kd_ratio": 1.0}, {"ce": 1.0}),
+        *(({"method": method}, {"ce": 0.75, "kd": 0.25}) for method in BASELINES),
+        ({"method": "uld", "chunk_ratio": 2.0}, {"ce": 0.75, "kd": 0.25, "chunk_ratio": 0.5}),
+        ({"method": "mined", "kd_ratio": 1.0}, {"kd": 1.0}),
+        ({"method": "kd", "kd_ratio": 0.0}, {"ce": 1.0}),
+    ],
+)
+def test_terms_of_each_method_and_their_shares(settings, shares):
+    objective = Objective(divergence=divergence("js"), **{"kd_ratio": 0.25} | settings)
+    assert objective.terms == tuple(shares)
+    assert objective.shares() == shares
+
+
+@pytest.mark.parametrize(
+    ("learned", "shares"),
+    [(False, {"ce": 0.75, "t2s_ce": 0.25}), (True, {"ce": 0.75, "t2s_ce": 0.25, "s2t_kd": 0.25})],
+)
+def test_shares_in_projector_warm_up(learned, shares):
+    objective = Objective(divergence=divergence("js"), kd_ratio=0.25, chunk_ratio=1.0, projectors_alone=True)
+    assert objective.terms == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "chunk_ratio")
+    assert objective.shares(s2t_is_learned=learned) == shares
+
+
+def test_every_method_is_known():
+    assert set(METHODS) == {"sft", "dskd", *BASELINES}
+
+
+def test_ce_takes_the_named_rows(oracle, make_case):
+    case = make_case(seed=3)
+    ce_R = torch.tensor([True, False, True, False, False, True, False])
+    sums = term_sums(dataclasses.replace(case.rows(), ce_R=ce_R), **case.parts())
+    floats = case.floats()
+    expected = sum(
+        oracle.cross_entropy(oracle.logits(floats["student"][r], floats["head"]), case.gold[r]) for r in (0, 2, 5)
+    )
+    assert [x.item() for x in sums["ce"]] == pytest.approx([expected, 3], rel=1e-12)
+    whole = term_sums(case.rows(), **case.parts())
+    for name in set(whole) - {"ce"}:
+        assert torch.equal(sums[name][0], whole[name][0]), name
+    found = torch.autograd.grad(sums["ce"][0], case.student)[0]
+    assert found.abs().sum(1).gt(0).tolist() == ce_R.tolist()
+    assert counts(dataclasses.replace(case.rows(), ce_R=ce_R), case.objective()).tolist() == [3, 2, 3, 3, 0, 0]
+
+
+def test_student_rows_with_nan_that_no_term_takes(make_case):
+    case = make_case(seed=3)
+    rows = dataclasses.replace(case.rows(), ce_R=torch.tensor([True] * 4 + [False] * 3))
+    parts = case.parts()
+
+    def run():
+        sums = term_sums(rows, **parts)
+        total = sum(sums[term][0] for term in DSKD_TERMS)
+        return total, torch.autograd.grad(total, [case.student, case.weight, case.t2s])
+
+    total, clean = run()
+    with torch.no_grad():
+        case.student[4:] = math.nan  # pair 4 has neither a label nor s2t, rows 5 and 6 no partner
+    dirty_total, dirty = run()
+    assert torch.equal(dirty_total, total)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(dirty, clean, strict=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"method": "hints"}, r"dskd\.method: expected one of sft, .* got 'hints'"),
+        ({"chunk_ratio": -0.1}, r"dskd\.chunk_ratio: .* got -0\.1"),
+        ({"chunk_ratio": math.inf}, r"dskd\.chunk_ratio: .* got inf"),
+        ({"chunk_ratio": math.nan}, r"dskd\.chunk_ratio: .* got nan"),
+        ({"chunk_ratio": 1.0, "method": "sft"}, r"dskd\.chunk_ratio: .* 0 for method sft, got 1\.0"),
+        ({"chunk_temperature": 0.0}, r"chunk_temperature: .* got 0\.0"),
+        ({"projectors_alone": True, "method": "uld"}, r"warmup_steps: expected method dskd, got 'uld'"),
         ({"kd_ratio": 1.5}, r"dskd\.kd_ratio: .* got 1\.5"),
         ({"kd_ratio": math.nan}, r"dskd\.kd_ratio: .* got nan"),
         ({"spaces": "neither"}, r"dskd\.spaces: .* got 'neither'"),
