@@ -147,8 +147,9 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     """
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import datasets_with_name_generator
-    from datasets import concatenate_datasets
+    from datasets import Features, Value, concatenate_datasets
 
+    columns = Features({"messages": Value("string"), "tools": Value("string"), "prompt_ids": [Value("int32")]})
     cfg = copy.deepcopy(source.cfg)
     cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
     cfg["tokenizer_use_mistral_common"] = None
@@ -179,6 +180,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
                 reader,
                 with_indices=True,
                 remove_columns=rows.column_names,
+                features=columns,
                 num_proc=cfg.dataset_num_proc if len(rows) > 1000 else None,
                 desc="Reading prompts",
             )

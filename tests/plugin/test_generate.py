@@ -1,0 +1,679 @@
+"""`dskd generate`: which prompts the teacher gets, what it answers, and that a kill at any point changes nothing."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+pytestmark = pytest.mark.axolotl
+NEW = 24
+
+
+@pytest.fixture(autouse=True)
+def fresh_plugin_manager(monkeypatch):
+    from axolotl.integrations.base import PluginManager
+
+    from dskd_plugin import dataset
+
+    monkeypatch.setenv("AXOLOTL_TEE_STDOUT", "0")
+    monkeypatch.setenv("AXOLOTL_LOG_LEVEL", "WARNING")
+    PluginManager._instance = None
+    yield
+    PluginManager._instance = None
+    dataset.install(None)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny, tmp_path_factory) -> str:
+    """The tiny teacher with an end-of-sequence token likely enough that some answers end and some are cut."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("generate") / "teacher"
+    shutil.copytree(tiny["teacher"], folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] *= 2
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def written(recipe, teacher, tmp_path, monkeypatch):
+    """written(changes, block) -> path of the recipe file, in the current folder."""
+
+    def write(changes=None, block=None, drop=()):
+        changed = {**recipe, "output_dir": "out", **(changes or {})}
+        changed["dskd"] = {"teacher": {"model": teacher, "dtype": "float32"}, **(block or {})}
+        for key in drop:
+            changed.pop(key)
+        Path("recipe.yaml").write_text(yaml.safe_dump(changed))
+        return "recipe.yaml"
+
+    monkeypatch.chdir(tmp_path)
+    return write
+
+
+def run(*arguments, code=0):
+    """Output of the command in this process; fails unless it ends with the exit code."""
+    from axolotl.integrations.base import PluginManager
+
+    from dskd_plugin.cli import main
+
+    PluginManager._instance = None
+    result = CliRunner().invoke(main, ["generate", *map(str, arguments)])
+    unexpected = result.exception if not isinstance(result.exception, SystemExit) else None
+    assert result.exit_code == code, (result.output, unexpected)
+    assert unexpected is None
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def data_of(rows, name="data.jsonl"):
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def entry(path, **more):
+    return {"datasets": [{"path": path, "ds_type": "json", "type": "chat_template", **more}]}
+
+
+def test_whole_run(written, tiny):
+    output = run(written(), "--max-new-tokens", NEW, "--batch-size", 5, "--write-recipe", "next.yaml")
+    rows, source = lines("out-generated.jsonl"), lines(tiny["data"])
+    manifest = json.loads(Path("out-generated.manifest.json").read_text())
+    counts = manifest["counts"]
+    assert counts["prompts"] == len(source) == 48
+    assert counts["written"] == len(rows) > 5
+    assert counts["unfinished"] > 5
+    assert counts["written"] + counts["unfinished"] + counts["empty"] == 48
+    assert f"{counts['written']} of 48 answers written" in output
+    assert f"{counts['unfinished']} answers cut at {NEW} tokens (left out" in output
+    assert manifest["recipe"]["sha256"] == hashlib.sha256(Path("recipe.yaml").read_bytes()).hexdigest()
+    assert {"out-generated.jsonl", "out-generated.manifest.json", "recipe.yaml", "next.yaml"} == set(os.listdir())
+    # In dataset order; all up to the last user turn is the source's.
+    prompts = [[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in source]
+    found = [[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in rows]
+    places = [prompts.index(prompt) for prompt in found]
+    assert places == sorted(places)
+    for row in rows:
+        *before, last = row["messages"]
+        assert last["role"] == "assistant" and last["content"].strip()
+        assert last["training"] is True and not any(message["training"] for message in before)
+    new = yaml.safe_load(Path("next.yaml").read_text())
+    assert new["datasets"] == [
+        {"path": "out-generated.jsonl", "type": "chat_template", "message_field_training": "training"}
+    ]
+    assert "dskd" not in new and "plugins" not in new and new["output_dir"] == "out-seqkd"
+    assert new["base_model"] == tiny["student"]
+
+
+def reference_prompts(teacher, source):
+    """Token ids of each prompt, from the template's text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    texts = [
+        tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+        for row in source
+    ]
+    return tokenizer, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def test_greedy_answers_are_those_of_single_prompts(written, teacher, tiny):
+    from transformers import AutoModelForCausalLM
+
+    run(written(), "--max-new-tokens", NEW, "--batch-size", 7, "--keep-unfinished", "--limit", 20)
+    tokenizer, prompts = reference_prompts(teacher, lines(tiny["data"])[:20])
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    expected = []
+    for ids in prompts:
+        made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW)[0, len(ids) :]
+        expected.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+    answers = [row["messages"][-1]["content"].strip() for row in lines("out-generated.jsonl")]
+    assert answers == [answer for answer in expected if answer]
+    assert len(set(answers)) > 10
+
+
+def test_sampled_answers_follow_a_loop_over_floats(written, teacher, tiny):
+    from transformers import AutoModelForCausalLM
+
+    options = ["--temperature", 1.3, "--top-k", 40, "--top-p", 0.9, "--seed", 5, "--keep-unfinished", "--limit", 6]
+    run(written(), "--max-new-tokens", 12, "--batch-size", 4, *options)
+    tokenizer, prompts = reference_prompts(teacher, lines(tiny["data"])[:6])
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    expected = []
+    for row, prompt in enumerate(prompts):
+        draw, ids = random.Random(f"5:{row}"), list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                logits = [value / 1.3 for value in model(torch.tensor([ids])).logits[0, -1].tolist()]
+            top = sorted(range(len(logits)), key=lambda i: -logits[i])[:40]
+            weights = [math.exp(logits[i] - logits[top[0]]) for i in top]
+            kept, mass = {}, 0.0
+            for i, weight in zip(top, weights, strict=True):
+                if mass < 0.9:
+                    kept[i] = weight / sum(weights)
+                mass += weight / sum(weights)
+            number, reached = draw.random() * sum(kept.values()), 0.0
+            for i in sorted(kept):
+                reached += kept[i]
+                if reached > number:
+                    ids.append(i)
+                    break
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    answers = [row["messages"][-1]["content"].strip() for row in lines("out-generated.jsonl")]
+    assert answers == [answer for answer in expected if answer]
+
+
+def test_draws_follow_the_probabilities():
+    from dskd_plugin.cli.answers import Sampling, _Draw
+
+    weights = [0.5, 0.0, 0.2, 0.05, 0.25]
+    scores = torch.tensor(weights).log().expand(20_000, -1)
+    draw = _Draw(Sampling(1, 1.0, 1.0, 0, 3), range(20_000), prompt_length=4)
+    chosen = draw(torch.zeros(20_000, 4, dtype=torch.long), scores).argmax(-1)
+    for token, weight in enumerate(weights):
+        share = float((chosen == token).double().mean())
+        assert abs(share - weight) <= 4 * math.sqrt(weight * (1 - weight) / 20_000)
+
+
+def test_seed_and_batch_size_of_sampled_answers(written):
+    def answers(*options):
+        run(written(), "--max-new-tokens", 8, "--temperature", 1, "--keep-unfinished", "--overwrite", *options)
+        return Path("out-generated.jsonl").read_bytes()
+
+    first = answers("--seed", 1, "--batch-size", 6)
+    assert answers("--seed", 1, "--batch-size", 6) == first
+    assert answers("--seed", 1, "--batch-size", 11) == first
+    assert answers("--seed", 2, "--batch-size", 6) != first
+
+
+# -- stopped and started again -------------------------------------------------------------------------------
+
+
+def stop_after(monkeypatch, count):
+    """Ctrl-C in the batch after the first ``count``."""
+    from dskd_plugin.cli.answers import Writer
+
+    original, calls = Writer.answer, []
+
+    def answer(self, rows, prompts):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(rows)
+        return original(self, rows, prompts)
+
+    monkeypatch.setattr(Writer, "answer", answer)
+    return lambda: monkeypatch.setattr(Writer, "answer", original)
+
+
+SETTINGS = {
+    "greedy": ["--max-new-tokens", 10, "--batch-size", 4],
+    "sampled": ["--max-new-tokens", 10, "--batch-size", 4, "--temperature", 0.8, "--top-p", 0.95, "--seed", 3],
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_ctrl_c_and_every_torn_file_lead_to_the_same_bytes(settings, written, monkeypatch):
+    options = [written(), *SETTINGS[settings], "--keep-unfinished", "--limit", 22]
+    run(*options, "--out", "whole.jsonl")
+    resume = stop_after(monkeypatch, 4)
+    assert "Stopped after 16 of 22 answers; the same command goes on from there." in run(*options, code=1)
+    resume()
+    partial = Path("out-generated.jsonl.partial")
+    content = partial.read_bytes()
+    assert content.count(b"\n") == 17
+    assert not Path("out-generated.jsonl").exists()
+    ends = [at + 1 for at, byte in enumerate(content) if byte == ord("\n")]
+    cuts = [0, 5, ends[0] - 1, ends[0], ends[0] + 9, ends[3] + 1, ends[4], ends[10] - 1, len(content) - 1, len(content)]
+    for cut in cuts:
+        partial.write_bytes(content[:cut])
+        Path("out-generated.jsonl").unlink(missing_ok=True)
+        run(*options)
+        assert Path("out-generated.jsonl").read_bytes() == Path("whole.jsonl").read_bytes(), cut
+        assert not partial.exists()
+
+
+def test_a_resumed_run_answers_only_what_is_missing(written, monkeypatch):
+    from dskd_plugin.cli.answers import Writer
+
+    options = [written(), *SETTINGS["greedy"], "--keep-unfinished"]
+    resume = stop_after(monkeypatch, 9)
+    run(*options, code=1)
+    resume()
+    calls, original = [], Writer.answer
+    monkeypatch.setattr(
+        Writer, "answer", lambda self, rows, prompts: calls.append(rows) or original(self, rows, prompts)
+    )
+    run(*options)
+    assert len(calls) == 12 - 9
+
+
+def test_kill_9_in_the_middle_gives_the_same_bytes(written):
+    options = [written(), "--max-new-tokens", 60, "--batch-size", 1, "--temperature", 1, "--keep-unfinished"]
+    run(*options, "--out", "whole.jsonl")
+    command = [sys.executable, "-m", "dskd_plugin.cli", "generate", *map(str, options)]
+    partial = Path("out-generated.jsonl.partial")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with open("log.txt", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if partial.exists() and partial.read_bytes().count(b"\n") > 8:
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    assert partial.exists(), Path("log.txt").read_text()[-3000:]
+    assert 8 < partial.read_bytes().count(b"\n") < 49
+    assert not Path("out-generated.jsonl").exists()
+    run(*options)
+    assert Path("out-generated.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_dropped_and_kept_answers_come_from_one_unfinished_run(written, monkeypatch):
+    """Whether cut answers are kept does not decide the answers."""
+    resume = stop_after(monkeypatch, 2)
+    run(written(), *SETTINGS["greedy"], code=1)
+    resume()
+    output = run("recipe.yaml", *SETTINGS["greedy"], "--keep-unfinished")
+    counts = json.loads(Path("out-generated.manifest.json").read_text())["counts"]
+    assert f"{counts['unfinished']} answers cut at 10 tokens (kept)" in output
+    assert counts["written"] + counts["empty"] == 48
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--max-new-tokens", 11, "settings.max_new_tokens: 11"),
+        ("--temperature", 0.7, "settings.temperature: 0.7"),
+        ("--seed", 4, "settings.seed: 4"),
+        ("--batch-size", 3, "settings.batch_size: 3"),
+        ("--limit", 40, "data.rows: 40"),
+    ],
+)
+def test_other_settings_do_not_go_on(option, value, name, written, monkeypatch):
+    options = [written(), *SETTINGS["sampled"]]
+    resume = stop_after(monkeypatch, 3)
+    run(*options, code=1)
+    resume()
+    output = run(*options, option, value, code=1)
+    assert name in output and "out-generated.jsonl.partial" in output and "--overwrite" in output
+    run(*options, option, value, "--overwrite", "--keep-unfinished")
+    assert Path("out-generated.jsonl").exists()
+
+
+def test_another_teacher_or_other_rows_do_not_go_on(written, teacher, tiny, monkeypatch):
+    file = Path(shutil.copy(tiny["data"], "data.jsonl"))
+    other = Path(shutil.copytree(teacher, "teacher"))
+    options = [written(entry(str(file)), {"teacher": {"model": str(other), "dtype": "float32"}}), *SETTINGS["greedy"]]
+    resume = stop_after(monkeypatch, 3)
+    run(*options, code=1)
+    resume()
+    os.utime(other / "model.safetensors", ns=(1, 1))
+    assert "teacher.files" in run(*options, code=1)
+    stamp = (Path(teacher) / "model.safetensors").stat()
+    os.utime(other / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    content = file.read_text(encoding="utf-8")
+    file.write_text(content.replace("river", "rivers", 1), encoding="utf-8")
+    assert "data.sha256" in run(*options, code=1)
+    file.write_text(content, encoding="utf-8")
+    run(*options, "--keep-unfinished")
+
+
+def test_a_finished_result_is_not_overwritten_by_accident(written):
+    options = [written(), *SETTINGS["greedy"], "--keep-unfinished"]
+    run(*options)
+    before = Path("out-generated.jsonl").read_bytes()
+    assert "got an earlier result" in run(*options, code=1)
+    assert Path("out-generated.jsonl").read_bytes() == before
+    run(*options, "--overwrite", "--limit", 3)
+    assert len(lines("out-generated.jsonl")) <= 3
+
+
+def test_two_runs_do_not_write_one_file(written):
+    import fcntl
+
+    with open("out-generated.jsonl.partial", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "only writer" in run(written(), *SETTINGS["greedy"], code=1)
+
+
+# -- prompts -------------------------------------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK, TOLD, AGAIN = "red stone?", "blue lamp.", "and the river?"
+
+
+def chat(*contents):
+    roles = ["user", "assistant"]
+    return [{"role": roles[k % 2], "content": content} for k, content in enumerate(contents)]
+
+
+CONVERSATIONS = {
+    "one turn": ({"messages": chat(ASK, TOLD)}, {}, chat(ASK)),
+    "no answer yet": ({"messages": chat(ASK)}, {}, chat(ASK)),
+    "earlier answers stay": ({"messages": chat(ASK, TOLD, AGAIN, TOLD)}, {}, chat(ASK, TOLD, AGAIN)),
+    "system": ({"messages": [SYSTEM, *chat(ASK, TOLD)]}, {}, [SYSTEM, *chat(ASK)]),
+    "system column": ({"messages": chat(ASK, TOLD), "system": "Be brief."}, {}, [SYSTEM, *chat(ASK)]),
+    "system dropped": ({"messages": [SYSTEM, *chat(ASK, TOLD)]}, {"drop_system_message": True}, chat(ASK)),
+    "content parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ASK}]}, *chat(ASK, TOLD)[1:]]},
+        {},
+        chat(ASK),
+    ),
+    "other names": (
+        {"talk": [{"from": "human", "value": ASK}, {"from": "gpt", "value": TOLD}]},
+        {"field_messages": "talk", "message_property_mappings": {"role": "from", "content": "value"}},
+        chat(ASK),
+    ),
+    "own roles": (
+        {"messages": [{"role": "Q", "content": ASK}, {"role": "A", "content": TOLD}]},
+        {"roles": {"user": ["Q"], "assistant": ["A"]}},
+        chat(ASK),
+    ),
+    "alpaca": ({"instruction": ASK, "input": "", "output": TOLD}, {"type": "alpaca"}, chat(ASK)),
+    "alpaca with input": (
+        {"instruction": ASK, "input": AGAIN, "output": TOLD},
+        {"type": "alpaca"},
+        chat(f"{ASK}\n\n{AGAIN}"),
+    ),
+    "alpaca without answers": ({"instruction": ASK}, {"type": "alpaca"}, chat(ASK)),
+    "alpaca with system": (
+        {"instruction": ASK, "input": "", "output": TOLD, "system": "Be brief."},
+        {"type": "alpaca_w_system.load_chat"},
+        [SYSTEM, *chat(ASK)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_the_prompt_is_the_conversation_up_to_the_last_question(case, written, teacher):
+    row, options, expected = CONVERSATIONS[case]
+    from transformers import AutoTokenizer
+
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    path = Path(written(entry(data_of([row]), **options)))
+    source = load_recipe(path, read_recipe(path))
+    (found,) = read_prompts(source, None)
+    assert json.loads(found["messages"]) == expected
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    text = tokenizer.apply_chat_template(expected, tokenize=False, add_generation_prompt=True)
+    assert found["prompt_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_entries_are_read_as_axolotl_reads_them(written, build):
+    """Splits, shards, parquet and the order of several entries."""
+    from datasets import Dataset
+
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    first = [{"messages": chat(f"first {k}", TOLD)} for k in range(9)]
+    second = [{"messages": chat(f"second {k}", TOLD)} for k in range(6)]
+    Dataset.from_list(second).to_parquet("second.parquet")
+    datasets = [
+        {"path": data_of(first), "ds_type": "json", "type": "chat_template", "split": "train[2:5]"},
+        {"path": "second.parquet", "type": "chat_template", "shards": 3, "shards_idx": 1},
+    ]
+    path = Path(written({"datasets": datasets}))
+    source = load_recipe(path, read_recipe(path))
+    asked = [json.loads(row["messages"])[0]["content"] for row in read_prompts(source, None)]
+    shard = Dataset.from_list(second).shuffle(seed=7).shard(num_shards=3, index=1)
+    assert asked == ["first 2", "first 3", "first 4", *(row["messages"][0]["content"] for row in shard)]
+    assert [json.loads(r["messages"])[0]["content"] for r in read_prompts(source, 4)] == asked[:4]
+
+
+def test_the_space_that_the_template_writes_is_not_part_of_an_answer(written):
+    from dskd_plugin.cli.prompts import load_recipe, read_recipe
+
+    path = Path(written())
+    assert load_recipe(path, read_recipe(path)).answer_prefix == " "
+    path = Path(written(block={"teacher": {"model": read_recipe(path)["dskd"]["teacher"]["model"]}}))
+    with_chatml = {**read_recipe(path)["dskd"]["teacher"], "chat_template": "chatml"}
+    path = Path(written(block={"teacher": with_chatml}))
+    assert load_recipe(path, read_recipe(path)).answer_prefix == ""
+
+
+def test_rows_without_a_question_are_left_out_and_counted(written):
+    rows = [{"messages": chat(ASK, TOLD)}, {"messages": [SYSTEM]}, {"messages": chat(AGAIN, TOLD)}]
+    output = run(written(entry(data_of(rows))), *SETTINGS["greedy"], "--keep-unfinished")
+    assert "1 rows without a turn to answer" in output
+    assert [row["messages"][0]["content"] for row in lines("out-generated.jsonl")] == [ASK, AGAIN]
+
+
+def test_tool_calls_are_written_as_text_and_read_back_by_axolotl(written, teacher):
+    """Calls with different arguments in one file."""
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    template = (
+        "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}"
+        "{% if message['tool_calls'] %}{% for c in message['tool_calls'] %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endif %}</s>"
+        "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    Path("tools.jinja").write_text(template)
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
+
+    def call(**arguments):
+        function = {"name": "lamp", "arguments": json.dumps(arguments)}
+        turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        return [*chat(ASK), turn, {"role": "tool", "content": "on"}, {"role": "assistant", "content": TOLD}]
+
+    rows = [{"messages": call(colour="red"), "tools": json.dumps(tools)}, {"messages": call(level=[1, 2])}]
+    teacher_block = {"teacher": {"model": teacher, "dtype": "float32", "chat_template": "tools.jinja"}}
+    run(written(entry(data_of(rows)), teacher_block), *SETTINGS["greedy"], "--keep-unfinished")
+    first, second = lines("out-generated.jsonl")
+    arguments = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in (first, second)]
+    assert [json.loads(text) for text in arguments] == [{"colour": "red"}, {"level": [1, 2]}]
+    assert json.loads(first["tools"]) == tools and second["tools"] is None
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant", "tool", "assistant"]
+
+    def prompts(data):
+        path = Path(written(entry(data), teacher_block))
+        return read_prompts(load_recipe(path, read_recipe(path)), None)["prompt_ids"]
+
+    assert prompts("out-generated.jsonl") == prompts("data.jsonl")
+
+
+# -- what is printed -----------------------------------------------------------------------------------------
+
+
+def snippet(output):
+    return yaml.safe_load(output.split("in place of its datasets:\n")[1])
+
+
+def test_the_printed_entry_keeps_how_the_student_reads_a_conversation(written, tiny):
+    more = {"train_on_eos": "last", "roles_to_train": ["assistant"], "field_messages": "messages"}
+    rows = [{"messages": chat(ASK, TOLD)}, {"messages": chat(AGAIN, TOLD)}]
+    output = run(written(entry(data_of(rows), **more)), *SETTINGS["greedy"], "--keep-unfinished", "--out", "new.jsonl")
+    assert snippet(output) == {
+        "datasets": [
+            {
+                "path": "new.jsonl",
+                "type": "chat_template",
+                "roles_to_train": ["assistant"],
+                "train_on_eos": "last",
+            }
+        ]
+    }
+    assert set(lines("new.jsonl")[0]["messages"][0]) == {"role", "content"}
+
+
+def test_a_student_without_a_template_gets_one_named(written, tiny):
+    student = Path(shutil.copytree(tiny["student"], "student"))
+    (student / "chat_template.jinja").unlink()
+    rows = [{"instruction": ASK, "input": "", "output": TOLD}]
+    changes = {**entry(data_of(rows), type="alpaca"), "base_model": str(student)}
+    output = run(written(changes, drop=["chat_template"]), *SETTINGS["greedy"], "--keep-unfinished")
+    assert snippet(output)["chat_template"] == "alpaca"
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dskd"])
+def test_every_method_and_a_training_setup_of_another_machine(method, written, tiny):
+    """One process generates, whatever the recipe trains with."""
+    teacher = {"model": tiny["sibling"], "dtype": "float32"}
+    Path("zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    changes = {"bf16": True, "deepspeed": "zero.json"}
+    Path("out").mkdir()
+    Path("out/debug.log").write_text("log of a training run")
+    output = run(
+        written(changes, {"teacher": teacher, "method": method}), *SETTINGS["greedy"], "--limit", 2, "--keep-unfinished"
+    )
+    assert "answers written" in output
+    assert Path("out/debug.log").read_text() == "log of a training run"
+    assert os.listdir("out") == ["debug.log"]
+
+
+# -- refused -------------------------------------------------------------------------------------------------
+
+
+def edited(**changes):
+    def make(written, teacher):
+        return [written(changes)]
+
+    return make
+
+
+def base_teacher(written, teacher):
+    folder = Path(shutil.copytree(teacher, "base"))
+    (folder / "chat_template.jinja").unlink()
+    return [written(block={"teacher": {"model": str(folder)}})]
+
+
+def raw(text):
+    def make(written, teacher):
+        Path("raw.yaml").write_text(text)
+        return ["raw.yaml"]
+
+    return make
+
+
+def with_options(*options):
+    return lambda written, teacher: [written(), *options]
+
+
+def below_a_file(written, teacher):
+    Path("file").write_text("")
+    return [written(), "--out", "file/data.jsonl"]
+
+
+def torn_recipe(written, teacher):
+    return [written(drop=["dskd"])]
+
+
+REFUSED = {
+    "no yaml": (raw("a: [1"), ["raw.yaml: expected an Axolotl recipe in YAML"]),
+    "a list": (raw("- a"), ["raw.yaml: expected an Axolotl recipe, got list"]),
+    "no block": (torn_recipe, ["expected a `dskd:` block that names the teacher, got none", "Add at least"]),
+    "no datasets": (lambda w, t: [w(drop=["datasets"])], ["expected `datasets` with the prompts, got none"]),
+    "plugin not listed": (edited(plugins=[]), ["plugins: expected 'dskd' in the list"]),
+    "unknown setting": (lambda w, t: [w(block={"methd": "sft"})], ["dskd.methd", "Did you mean 'method'?"]),
+    "missing teacher": (
+        lambda w, t: [w(block={"teacher": {"model": "./nowhere"}})],
+        ["dskd.teacher.model: expected a model folder or a hub id", "./nowhere", "Check the path."],
+    ),
+    "base teacher": (base_teacher, ["dskd.teacher.chat_template: expected a teacher with a chat template"]),
+    "missing data": (
+        lambda w, t: [w(entry("nowhere.jsonl"))],
+        ["datasets: nowhere.jsonl: expected data that Axolotl reads"],
+    ),
+    "completion": (
+        lambda w, t: [w(entry(data_of([{"text": ASK}]), type="completion"))],
+        ["datasets: data.jsonl: expected type chat_template or an alpaca type", "'completion'"],
+    ),
+    "custom type": (
+        lambda w, t: [
+            w(
+                entry(
+                    data_of([{"instruction": ASK, "output": TOLD}]),
+                    type={"field_instruction": "instruction", "field_output": "output", "format": "Say: {instruction}"},
+                )
+            )
+        ],
+        ["datasets: data.jsonl: expected type chat_template or an alpaca type", "a custom type"],
+    ),
+    "wrong field": (
+        lambda w, t: [w(entry(data_of([{"talk": chat(ASK)}])))],
+        ["datasets: data.jsonl, row 0: expected a conversation", "field_messages"],
+    ),
+    "no question": (
+        lambda w, t: [w(entry(data_of([{"messages": [SYSTEM]}])))],
+        ["datasets: expected conversations with a user turn to answer, got none in 1 rows"],
+    ),
+    "too long": (
+        with_options("--max-new-tokens", "500"),
+        ["--max-new-tokens 500 in the 512 positions of the teacher", "--skip-long"],
+    ),
+    "all too long": (
+        with_options("--max-new-tokens", "511", "--skip-long"),
+        ["--skip-long: expected some prompt", "Lower --max-new-tokens"],
+    ),
+    "below a file": (below_a_file, ["file/data.jsonl: expected a folder to write to, got a file"]),
+    "recipe as target": (with_options("--out", "recipe.yaml"), ["expected another file than the recipe"]),
+    "unknown device": (with_options("--device", "cuda:99"), ["--device: expected auto or a device", "'cuda:99'"]),
+    "nothing finished": (
+        lambda w, t: [w(entry(data_of([{"messages": chat(ASK)}]))), "--max-new-tokens", "1"],
+        ["expected some whole answer, got 1 cut at the limit and 0 empty ones"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_ends_with_a_message(case, written, teacher):
+    make, expected = REFUSED[case]
+    output = run(*make(written, teacher), code=1)
+    for text in expected:
+        assert text in " ".join(output.split()), output
+    assert not Path("out-generated.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["nowhere.yaml"],
+        ["recipe.yaml", "--top-p", "0.9"],
+        ["recipe.yaml", "--seed", "1"],
+        ["recipe.yaml", "--temperature", "-1"],
+        ["recipe.yaml", "--max-new-tokens", "0"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(options, written):
+    written()
+    assert "Error" in run(*options, code=2)
+
+
+def test_long_prompts_are_left_out_when_asked(written):
+    rows = [{"messages": chat(ASK, TOLD)}, {"messages": chat("red " * 400, TOLD)}]
+    output = run(
+        written(entry(data_of(rows))), *SETTINGS["greedy"], "--keep-unfinished", "--skip-long", "--max-new-tokens", 400
+    )
+    assert "1 rows without a turn to answer or too long" in output
+    assert [row["messages"][0]["content"] for row in lines("out-generated.jsonl")] == [ASK]
+
+
+def test_help_and_module_entry():
+    command = [sys.executable, "-m", "dskd_plugin.cli", "generate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Usage: dskd generate [OPTIONS] RECIPE" in done.stdout
+    loaded = "import sys, dskd_plugin.cli; print({'torch', 'transformers', 'axolotl'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()"
