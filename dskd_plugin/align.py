@@ -199,7 +199,7 @@ def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
     while a >= 0 and b >= 0:
         best[a] = min(best[a], (float(table[word[a], other[b]]), b))
         step = steps[a, b]
-        a, b = a - (step != 2), b - (step != 1)
+        a, b = a - int(step != 2), b - int(step != 1)
     return [b for _, b in best]
 
 

@@ -126,7 +126,9 @@ def nearest_ids(student: TokenTable, teacher: TokenTable, roles: Iterable[tuple[
         for token_id, text in enumerate(student.bytes):
             if text and (token_id in student.byte_tokens) == last:
                 of.setdefault(text, token_id)
-    nearest = _nearest(list(of), [text for text in dict.fromkeys(teacher.bytes) if text and text not in of])
+    nearest = (
+        {} if not of else _nearest(list(of), [text for text in dict.fromkeys(teacher.bytes) if text and text not in of])
+    )
     nearest |= {text: text for text in of}
     ids = [of[nearest[text]] if text and of else -1 for text in teacher.bytes]
     named = [*roles, (student.eos, teacher.eos)]

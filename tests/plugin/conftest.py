@@ -1,6 +1,7 @@
 """The tokenizer zoo for every plugin test: `zoo(name)` gives a tokenizer and its table, built once."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 def _load_zoo() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tokenizer_zoo", Path(__file__).with_name("tokenizer_zoo.py"))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for tests that import its helpers
     spec.loader.exec_module(module)
     return module
 

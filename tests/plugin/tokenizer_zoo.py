@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -397,3 +398,63 @@ class Entry:
 @functools.cache
 def load(name: str) -> Entry:
     return Entry(name)
+
+
+# What tests spell by: texts that are hard to tokenize, and the bytes of tokens read without a table.
+PIECES = [
+    "Hello", " world", "\n", "\n\n", "  ", " ", "    ", "\t", "\r\n", "é", "e\u0301", "\u0301",
+    "\ufb01", "①", "Å", "\u212b", "\u6f22\u5b57", "\u4f60\u597d", "\u05e9\u05dc\u05d5\u05dd",
+    "\u0645\u0631\u062d\u0628\u0627", "\u0928\u092e\u0938\u094d\u0924\u0947", "\ud55c\uad6d\uc5b4",
+    "\u1112\u1161\u11ab", "\U0001f44d\U0001f3fd", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f642", "\U0001f1e9\U0001f1ea", "▁", "▁▁a", "\xa0", "\u200b", "\u3000", "\ufeff", "\x00",
+    "\x04", "\ufffd", "def f(x):\n    return x+1\n", "it's", "DON'T", "İ", "ς", "Σ", "ß", "3.14",
+    "1234567", "$5", "<s>", "</s>", "<unk>", "<think>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "``",
+    "...", "—", "Ġ",
+]  # fmt: skip
+
+
+def spell(entry, ids):
+    """Bytes of each token, read without the table."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = entry.tokenizer
+    if entry.spelling == "tiktoken":
+        return [tokenizer._tokenizer.decode_single_token_bytes(i) for i in ids]
+    if entry.spelling == "tekken":
+        inner = tokenizer.tokenizer.instruct_tokenizer.tokenizer
+        return [inner.id_to_byte_piece(i) for i in ids]
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    if entry.spelling == "byte-level":
+        code = {char: byte for byte, char in bytes_to_unicode().items()}
+        return [bytes(code[c] for c in p) if all(c in code for c in p) else p.encode() for p in pieces]
+    if entry.table.byte_tokens:
+        return [
+            bytes([int(p[3:5], 16)]) if len(p) == 6 and p.startswith("<0x") else p.replace("▁", " ").encode()
+            for p in pieces
+        ]
+    return [p.replace("▁", " ").encode() for p in pieces]
+
+
+def spans_in(entry, ids, text):
+    """Span of each token in the bytes of the text, -1 for the dummy space; None if the text was changed."""
+    parts, data = spell(entry, ids), text.encode()
+    whole = b"".join(parts)
+    if whole not in (data, b" " + data):
+        return None
+    at, spans = (0 if whole == data else -1), []
+    for part in parts:
+        spans.append((at, at + len(part)))
+        at += len(part)
+    return spans
+
+
+def closed(entry, ids):
+    """The ids with an end of turn."""
+    end = entry.table.eos
+    return [*ids, min(entry.table.special - entry.table.vague) if end is None else end]
+
+
+def letters(text):
+    """Text with all that a tokenizer of the zoo changes made equal."""
+    folded = unicodedata.normalize("NFKC", text.replace("▁", " ")).lower()
+    return "".join(c for c in unicodedata.normalize("NFKC", folded) if unicodedata.category(c)[0] not in "ZC")
