@@ -378,7 +378,7 @@ def _show_comparisons(found: dict[str, Any]) -> None:
         for name in ("task", "diff.", "95 %", "p", "p Holm", "win/tie/loss", "n"):
             table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
         for row in pair["rows"]:
-            colour = "green" if row["low"] > 0 else "red" if row["high"] < 0 else "default"
+            colour = {"second": "green", "first": "red", None: "default"}[row["better"]]
             size = str(row["n"]) if row["n"] == row["of"] else f"{row['n']} of {row['of']}"
             span = f"{row['low']:+.1f} to {row['high']:+.1f}"
             cells = [f"{row['p']:.3g}", f"{row['p_holm']:.3g}"]
@@ -433,8 +433,9 @@ class _TokenizerOnly:
         self.identity: Mapping[str, Any] = {"fingerprint": ""}
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-        return ids
+        from dskd_eval.hf import encode
+
+        return encode(self.tokenizer, text, special_tokens=special_tokens)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from dskd_eval.hf import render_chat

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dskd_eval import scorers, stats
+from dskd_eval import stats
 from dskd_eval.errors import UserError
 from dskd_eval.records import Run
 
@@ -160,29 +160,43 @@ def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[dict
 
 
 def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) -> dict[str, Any]:
-    score = first.run.score(first.model, task)
-    other = second.run.score(second.model, task)
-    assert score is not None and other is not None
-    metric = score["task"]["primary_metric"]
-    scale = 100.0 if scorers.metric_info(metric).unit == "percent" else 1.0
+    metric, scale, sign = _reading([first, second], task)
     before, after = [value[0] for value in values], [value[1] for value in values]
-    found = stats.compare(before, after)
+    found = stats.compare(_times(sign, before), _times(sign, after))
+    low, high = sorted((scale * sign * found.low, scale * sign * found.high))
     return {
         "task": task,
         "metric": metric,
         "first": scale * stats.mean(before),
         "second": scale * stats.mean(after),
-        "difference": scale * found.difference,
-        "low": scale * found.low,
-        "high": scale * found.high,
+        "difference": scale * sign * found.difference,
+        "low": low,
+        "high": high,
+        "better": "second" if found.low > 0 else "first" if found.high < 0 else None,
         "wins": found.wins,
         "ties": found.ties,
         "losses": found.losses,
         "p": found.p,
         "test": found.test,
         "n": found.n,
-        "of": max(score["n"], other["n"]),
+        "of": max(score["n"] for score in _scores([first, second], task)),
     }
+
+
+def _scores(group: Sequence[Entry], task: str) -> list[dict[str, Any]]:
+    return [score for entry in group if (score := entry.run.score(entry.model, task)) is not None]
+
+
+def _reading(group: Sequence[Entry], task: str) -> tuple[str, float, int]:
+    """Primary metric, its scale (100 for a percentage) and its sign (-1 when lower is better)."""
+    scores = _scores(group, task)
+    metric: str = scores[0]["task"]["primary_metric"]
+    percent = all(score["metrics"][metric]["unit"] == "percent" for score in scores)
+    return metric, 100.0 if percent else 1.0, 1 if scores[0]["metrics"][metric]["higher_is_better"] else -1
+
+
+def _times(sign: int, values: Sequence[Any]) -> list[Any]:
+    return [[sign * value[0], value[1]] if isinstance(value, (list, tuple)) else sign * value for value in values]
 
 
 def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any]], list[str]]:
@@ -197,8 +211,8 @@ def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any
             problems.append(str(mismatch))
             continue
         columns = [[value[place] for value in values] for place in range(3)]
-        found = stats.gap_closed(*columns)
-        scale = 100.0
+        _, scale, sign = _reading([base, student, teacher], task)
+        found = stats.gap_closed(*[_times(sign, column) for column in columns])
         rows.append(
             {
                 "task": task,
@@ -266,7 +280,7 @@ def compare(
             rows, problems = gap(roles["base"], entry, roles["teacher"])
             result["gaps"].append({"model": entry.label, "rows": rows})
             result["notes"] += [f"no closed gap: {problem}" for problem in problems]
-    elif teacher or students:
+    elif teacher or base or students:
         raise UserError(
             "compare",
             expected="--teacher, --base and --student together",

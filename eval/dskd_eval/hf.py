@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,18 @@ def context_length(config: Any, tokenizer: Any) -> int:
     return min(known) if known else 2048
 
 
+def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
+    """Ids of a prompt: with the start token that a tokenizer adds, without the end token that some add."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if special_tokens:
+        whole: list[int] = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        ended = len(whole) > len(ids) and whole[-1] == tokenizer.eos_token_id and whole[-1:] != ids[-1:]
+        ids = whole[:-1] if ended else whole
+    if not ids and tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    return ids
+
+
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's, the generation config's, and known turn ends it has as
     tokens.
@@ -144,11 +157,7 @@ class HFBackend:
         self._likelihood: Any = None
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-        if not ids:
-            start = self.tokenizer.bos_token_id
-            ids = [start if start is not None else self._pad]
-        return ids
+        return encode(self.tokenizer, text, special_tokens=special_tokens) or [self._pad]
 
     def template(self) -> str | None:
         found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None
@@ -314,7 +323,11 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
     try:
         import peft
 
-        return peft.PeftModel.from_pretrained(model, str(folder.adapter)).merge_and_unload()
+        rows = _vocabulary_of(folder.adapter)
+        if rows not in (None, model.get_input_embeddings().weight.shape[0]):
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder.adapter))
+        return adapted if adapted.active_peft_config.is_prompt_learning else adapted.merge_and_unload()
     except Exception as error:
         raise UserError(
             f"adapter {folder.adapter}",
@@ -324,6 +337,22 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
         ) from error
 
 
+def _vocabulary_of(adapter: Path) -> int | None:
+    """Rows of the embeddings that an adapter was saved with, because its training added tokens; else None."""
+    from safetensors import safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        shapes = [
+            file.get_slice(key).get_shape()
+            for key in file.keys()  # noqa: SIM118
+            if "lora" not in key and ("embed_tokens" in key or "wte" in key or "lm_head" in key or "embed_in" in key)
+        ]
+    return next((shape[0] for shape in shapes if len(shape) == 2), None)
+
+
 def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:240] if lines else ''}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:240]}"

@@ -197,6 +197,7 @@ class EvalLM(LM):  # type: ignore[misc]
 
     def _works(self, requests: Sequence[Any]) -> list[_Work]:
         seen: dict[int, int] = {}
+        start = self.backend.encode("", special_tokens=True)[:1]
         encoded: dict[tuple[str, int], list[int]] = {}
         works = []
         for place, request in enumerate(requests):
@@ -211,7 +212,8 @@ class EvalLM(LM):  # type: ignore[misc]
             kept = tokens[:first] if first else tokens
             cut = len(tokens) - len(kept)
             wanted = int(kwargs.get("max_gen_toks") or 256)
-            new, tokens = fit(kept, wanted, self.backend.max_length, keep_start=text in self.trace.messages)
+            keep_start = text in self.trace.messages or bool(start and kept[:1] == start)
+            new, tokens = fit(kept, wanted, self.backend.max_length, keep_start=keep_start)
             cut += len(kept) - len(tokens)
             sampled = bool(kwargs.get("do_sample"))
             settings = GenerationSettings(

@@ -74,9 +74,15 @@ def replace_text(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="surrogatepass") as file:
-        for line in file:
-            if line.strip():
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
                 yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}", expected="JSON", got=str(error), fix="Repeat the run with --resume."
+                ) from error
 
 
 class RunFolder:

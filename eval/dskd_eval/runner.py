@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import tempfile
 import warnings
@@ -255,7 +256,9 @@ def evaluate_task(
         "status": "finished",
         "n": len(samples),
         "documents": total,
-        "metrics": {name: _metric(name, column, seed) for name, column in values.items()},
+        "metrics": {
+            name: _metric(name, column, seed, _higher_is_better(plan, name)) for name, column in values.items()
+        },
         "answers": _answer_facts(trace.infos, samples),
     }
     if len(plan.seeds) > 1 and not plan.spec.executes_code:
@@ -369,6 +372,13 @@ def _native_samples(logged: list[dict[str, Any]], plan: Plan, messages: Mapping[
         for name in row["metrics"]:
             value = row[name]
             if isinstance(value, (bool, int, float)) or hasattr(value, "item"):
+                if not math.isfinite(float(value)):
+                    raise UserError(
+                        f"task {plan.spec.name}, metric {name}",
+                        expected="a finite number for every document",
+                        got=f"{float(value)} for document {row['doc_id']}",
+                        fix="Correct the metric of the task file.",
+                    )
                 label = name if row["filter"] == first_filter else f"{name},{row['filter']}"
                 sample["metrics"][label] = float(value)
     return list(by_document.values())
@@ -408,23 +418,31 @@ def _scored_metrics(samples: list[dict[str, Any]], plan: Plan) -> list[str]:
     return [plan.primary, *(name for name in found if name != plan.primary)]
 
 
-def _metric(name: str, values: list[Any], seed: int) -> dict[str, Any]:
-    info = scorers.metric_info(name)
-    scale = 100.0 if info.unit == "percent" else 1.0
-    found = stats.interval(values, seed=seed, proportion=info.unit == "percent")
+def _higher_is_better(plan: Plan, name: str) -> bool:
+    listed = (plan.config.get("metric_list") or []) if plan.spec.native else []
+    said = [
+        entry["higher_is_better"] for entry in listed if entry.get("metric") == name and "higher_is_better" in entry
+    ]
+    return bool(said[0]) if said else scorers.metric_info(name).higher_is_better
+
+
+def _metric(name: str, values: list[Any], seed: int, higher_is_better: bool) -> dict[str, Any]:
+    unit = scorers.unit_of(name, values)
+    scale = 100.0 if unit == "percent" else 1.0
+    found = stats.interval(values, seed=seed, proportion=unit == "percent")
     return {
         "value": round(scale * found.value, 6),
         "low": round(scale * found.low, 6),
         "high": round(scale * found.high, 6),
         "n": found.n,
         "interval": found.method,
-        "unit": info.unit,
-        "higher_is_better": info.higher_is_better,
+        "unit": unit,
+        "higher_is_better": higher_is_better,
     }
 
 
 def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
-    scale = 100.0 if scorers.metric_info(plan.primary).unit == "percent" else 1.0
+    scale = 100.0 if scorers.unit_of(plan.primary, []) == "percent" else 1.0
     return [
         {
             "seed": seed,

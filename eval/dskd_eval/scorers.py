@@ -24,7 +24,7 @@ Value = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """How to read a metric: unit 'percent' (shown times 100) or 'words'."""
+    """How to read a metric: unit 'percent' (in [0, 1], shown times 100), 'words' or 'number' (shown as it is)."""
 
     label: str
     description: str
@@ -55,6 +55,13 @@ def metric_info(name: str) -> Metric:
     if name.startswith("pass@"):
         return Metric(name, f"at least one of {name[5:]} programs passes all tests (unbiased estimate)")
     return METRICS.get(name) or Metric(name, "metric of the task file")
+
+
+def unit_of(name: str, values: Sequence[Any]) -> str:
+    """Unit of a metric; one of a user's task is a percentage when all its values lie in [0, 1]."""
+    if name in METRICS or name.startswith("pass@"):
+        return metric_info(name).unit
+    return "percent" if all(0 <= value <= 1 for value in values) else "number"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dskd_eval.errors import UserError
-from dskd_eval.hf import context_length, end_tokens, has_chat_template, load_tokenizer, render_chat
+from dskd_eval.hf import context_length, encode, end_tokens, has_chat_template, load_tokenizer, render_chat
 from dskd_eval.lm import Generation, GenerationSettings, Prompt
 from dskd_eval.models import ModelFolder
 
@@ -86,8 +86,8 @@ class VLLMBackend:
         }
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-        return ids or [self.tokenizer.bos_token_id or (self.end_tokens[0] if self.end_tokens else 0)]
+        ids = encode(self.tokenizer, text, special_tokens=special_tokens)
+        return ids or [self.end_tokens[0] if self.end_tokens else 0]
 
     def template(self) -> str | None:
         found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None

@@ -20,15 +20,16 @@ PLAN = {
 
 
 def write_run(folder: Path, models: dict[str, list[float]], *, roles: dict[str, str] | None = None,
-              skip: int = 0, prompt: str = "Question {n}", **plan: Any) -> Path:  # fmt: skip
+              skip: int = 0, prompt: str = "Question {n}", metric: dict[str, Any] | None = None,
+              **plan: Any) -> Path:  # fmt: skip
     """A run made by hand: one task, one score per document."""
     folder.mkdir(parents=True)
     scores, samples = [], []
     for model, values in models.items():
-        metric = {"value": 100 * float(np.mean(values)), "low": 0.0, "high": 100.0, "n": len(values) - skip,
-                  "interval": "wilson", "unit": "percent", "higher_is_better": True}  # fmt: skip
+        found = {"value": 100 * float(np.mean(values)), "low": 0.0, "high": 100.0, "n": len(values) - skip,
+                 "interval": "wilson", "unit": "percent", "higher_is_better": True} | (metric or {})  # fmt: skip
         scores.append({"model": model, "task": PLAN | plan, "status": "finished", "n": len(values) - skip,
-                       "documents": len(values), "metrics": {"exact_match": metric}, "answers": {}})  # fmt: skip
+                       "documents": len(values), "metrics": {"exact_match": found}, "answers": {}})  # fmt: skip
         for n, value in enumerate(values):
             if n < skip:
                 continue
@@ -118,8 +119,26 @@ def test_gap_closed_between_base_and_teacher(tmp_path: Path, invoke: Callable[..
     options = ["--teacher", "t", "--base", "b", "--student", "s"]
     assert json.loads(invoke("compare", plain, *options, "--json").output)["gaps"] == found["gaps"]
     assert "Gap closed by s" in invoke("compare", plain, *options).output
-    assert invoke("compare", plain, "--teacher", "t").exit_code == 1
+    for option in ("--teacher", "--base", "--student"):
+        alone = invoke("compare", plain, option, "t")
+        assert alone.exit_code == 1 and "--teacher, --base and --student together" in alone.output
     assert "expected  one of t, b, s" in invoke("compare", plain, "--baseline", "x").output
+
+
+def test_lower_is_better_and_numbers_that_are_no_percentages(tmp_path: Path) -> None:
+    """An error count: the second model makes fewer, so it wins; the teacher's gap is below the base."""
+    rates = {"b": values(0, 0.9), "s": values(1, 0.5), "t": values(2, 0.1)}
+    counts = {name: [4.0 * value for value in column] for name, column in rates.items()}
+    roles = {"b": "base", "s": "student", "t": "teacher"}
+    metric = {"unit": "number", "higher_is_better": False}
+    found = comparison.compare(comparison.entries([Run(write_run(tmp_path / "r", counts, roles=roles, metric=metric))]))
+    row = found["pairs"][0]["rows"][0]
+    b, s, t = (float(np.mean(counts[name])) for name in "bst")
+    assert (row["first"], row["second"], row["difference"]) == pytest.approx((b, s, s - b))
+    assert row["low"] < s - b < row["high"] < 0 and row["better"] == "second"
+    assert row["wins"] == sum(y < x for x, y in zip(counts["b"], counts["s"], strict=True)) > row["losses"]
+    gap = found["gaps"][0]["rows"][0]
+    assert gap["closed"] == pytest.approx(100 * (s - b) / (t - b)) and gap["teacher"] == pytest.approx(t)
 
 
 def test_runs_that_are_no_runs(tmp_path: Path, invoke: Callable[..., Any]) -> None:
@@ -134,6 +153,11 @@ def test_runs_that_are_no_runs(tmp_path: Path, invoke: Callable[..., Any]) -> No
         found = invoke("compare", good, argument)
         assert found.exit_code == 1 and words in found.output and "Traceback" not in found.output
     assert "at least two models" in invoke("compare", good).output
+    torn = write_run(tmp_path / "torn", {"b": values(0, 0.5)})
+    (torn / "samples.jsonl").write_text((torn / "samples.jsonl").read_text()[:-30])
+    for command in (["compare", good, torn], ["report", torn]):
+        found = invoke(*command)
+        assert found.exit_code == 1 and "samples.jsonl, line 400" in found.output
 
 
 def test_report_of_several_runs(tmp_path: Path, invoke: Callable[..., Any]) -> None:

@@ -266,6 +266,38 @@ def test_fit(prompt: int, wanted: int, context: int, new: int, kept: int) -> Non
     assert started[0] == 0 and len(started) == kept and started[1:] == tokens[-(kept - 1) :]
 
 
+def test_start_token_stays_and_end_token_goes(tmp_path: Path) -> None:
+    """Some tokenizers frame every text; a prompt must begin with their start token and not be ended."""
+    from conftest_models import make_tokenizer
+    from dskd_eval.hf import encode
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(tmp_path, chat=False)
+    start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{name}|>") for name in ("start", "end"))
+    plain = tokenizer("abc")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)]
+    )
+    tokenizer.bos_token = "<|im_start|>"
+    assert tokenizer("abc")["input_ids"] == [start, *plain, end]
+    assert encode(tokenizer, "abc", special_tokens=True) == [start, *plain]
+    assert encode(tokenizer, "abc", special_tokens=False) == plain
+    assert encode(tokenizer, "abc<|im_end|>", special_tokens=False) == [*plain, end]
+    assert encode(tokenizer, "", special_tokens=True) == [start]
+
+
+def test_cut_prompts_keep_their_start_token() -> None:
+    class Framed(Echo):
+        def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+            return [1] * special_tokens + [ord(letter) for letter in text]
+
+        def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
+            assert [prompt.tokens for prompt in prompts] == [[1, *[ord("b")] * 47]]
+            return super().generate(prompts, settings)
+
+    assert EvalLM(Framed()).generate_until([Request(0, "a" * 20 + "b" * 60)]) == ["a:48:0"]
+
+
 def test_short_context_is_reported(own_task: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Any]) -> None:
     model = make_model(tmp_path / "short", context=128)
     rows = [{"question": "Say " + "x" * length, "answer": "1"} for length in (5, 60, 400)]
@@ -343,6 +375,37 @@ def test_adapter_folder_is_evaluated_with_its_base(
         row = json.loads(line)
         answers[row["model"]] += row["answers"]
     assert answers["tiny"] != answers["adapter"]
+
+
+@pytest.mark.parametrize("kind", ["new tokens", "new tokens, trained", "prompt tuning"])
+def test_adapters_of_every_kind(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    """What the adapter folder gives is what the adapted model gave; tokens added in training enlarge the base."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from dskd_eval import hf, models
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if kind == "prompt tuning":
+        adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    else:
+        tokenizer.add_tokens(["<new1>", "<new2>"])
+        model.resize_token_embeddings(len(tokenizer))
+        saved = ["embed_tokens", "lm_head"] if "trained" in kind else None
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved, init_lora_weights=False)
+        )
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers="auto" if kind != "new tokens" else True)
+    tokenizer.save_pretrained(tmp_path / "a")
+    backend = hf.HFBackend(models.locate(models.parse_model(str(tmp_path / "a"))), dtype="float32", device="cpu")
+    text = "hello" if kind == "prompt tuning" else "hello <new2>"
+    ids = torch.tensor([backend.encode(text, special_tokens=True)])
+    with torch.inference_mode():
+        expected, found = adapted.eval()(input_ids=ids).logits, backend.model(input_ids=ids).logits
+    assert torch.allclose(expected, found, atol=1e-5)
+    assert backend.generate([Prompt(text, ids[0].tolist(), {})], GenerationSettings(4))[0].new_tokens <= 4
 
 
 def test_a_failing_task_leaves_the_others(

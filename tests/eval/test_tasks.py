@@ -287,6 +287,30 @@ def test_lm_eval_task_file_with_a_function(own_task: Callable[..., Path]) -> Non
     assert oracle(spec, constant="4 or 22").score["metrics"]["same"]["value"] == pytest.approx(300 / 12, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [("1 / (1 + len(results[0]))", "percent", 50.0), ("10.0 + len(results[0])", "number", 11.0)],
+)
+def test_own_metrics_are_percentages_when_they_lie_between_0_and_1(
+    own_task: Callable[..., Path], value: str, unit: str, shown: float
+) -> None:
+    path = own_task(scorer=None, metric_list=[{"metric": "m", "aggregation": "mean", "higher_is_better": False}])
+    (path.parent / "helper.py").write_text(f"def score(doc, results):\n    return {{'m': {value}}}\n")
+    path.write_text(path.read_text() + "process_results: !function helper.score\n")
+    metric = oracle(catalog.load_task(path), constant="4").score["metrics"]["m"]
+    assert (metric["value"], metric["unit"], metric["higher_is_better"]) == (shown, unit, False)
+
+
+def test_a_metric_that_is_no_number_is_refused(own_task: Callable[..., Path]) -> None:
+    path = own_task(scorer=None, metric_list=[{"metric": "m", "aggregation": "mean", "higher_is_better": True}])
+    (path.parent / "helper.py").write_text("def score(doc, results):\n    return {'m': float('nan')}\n")
+    path.write_text(path.read_text() + "process_results: !function helper.score\n")
+    with pytest.raises(
+        UserError, match=r"metric m: expected a finite number for every document; got nan for document 0"
+    ):
+        oracle(catalog.load_task(path), constant="4")
+
+
 def test_metric_that_the_task_does_not_give(own_task: Callable[..., Path]) -> None:
     path = own_task(scorer=None, metrics=["f1"], metric_list=[{"metric": "exact_match"}])
     with pytest.raises(UserError, match=r"one number per document: exact_match; got 'f1'"):
