@@ -45,7 +45,7 @@ def pair_rows(
     """
     width = labels.shape[1]
     flat_labels, flat_ids = labels.flatten(), input_ids.flatten()
-    teacher_ids = torch.cat([_ids(sample["teacher_input_ids"]) for _, _, sample in samples])
+    teacher_ids = _cat([_ids(sample["teacher_input_ids"]) for _, _, sample in samples if _distilled(sample)])
     trained = flat_labels != IGNORE
     trained[[row * width + offset for row, offset, _ in samples]] = False
     counted = trained.clone()
@@ -56,20 +56,21 @@ def pair_rows(
         teacher_length = len(sample["teacher_input_ids"])
         if sample.get(ON_POLICY):
             counted[base : base + length] = False
-        if sample.get(ON_POLICY) is not False:
-            targets, partners = _ids(sample["aligned_student"]), _ids(sample["aligned_teacher"])
-            inside = (targets > 0) & (targets < length)
-            inside[inside.clone()] = trained[targets[inside] + base]
-            there = (partners > 0) & (partners < teacher_length)
-            if not cross_attention:
-                inside = there = inside & there
-            elif not inside.any() or not there.any():
-                inside, there = torch.zeros_like(inside), torch.zeros_like(there)
-            student.append(targets[inside] + base)
-            teacher.append(partners[there] + teacher_offset)
-            student_sample.append(torch.full_like(student[-1], number))
-            teacher_sample.append(torch.full_like(teacher[-1], number))
-            chunks.append(_kept_chunks(sample, trained[base : base + length], base, teacher_offset))
+        if not _distilled(sample):
+            continue
+        targets, partners = _ids(sample["aligned_student"]), _ids(sample["aligned_teacher"])
+        inside = (targets > 0) & (targets < length)
+        inside[inside.clone()] = trained[targets[inside] + base]
+        there = (partners > 0) & (partners < teacher_length)
+        if not cross_attention:
+            inside = there = inside & there
+        elif not inside.any() or not there.any():
+            inside, there = torch.zeros_like(inside), torch.zeros_like(there)
+        student.append(targets[inside] + base)
+        teacher.append(partners[there] + teacher_offset)
+        student_sample.append(torch.full_like(student[-1], number))
+        teacher_sample.append(torch.full_like(teacher[-1], number))
+        chunks.append(_kept_chunks(sample, trained[base : base + length], base, teacher_offset))
         teacher_offset += teacher_length
     aligned, partners, chunks_C4 = _cat(student), _cat(teacher), _cat(chunks).view(-1, 4)
     chunk_targets, chunk_of = _spread(chunks_C4[:, 0], chunks_C4[:, 1])
@@ -105,6 +106,11 @@ def pair_rows(
             "dskd_chunk_teacher_of": chunk_teacher_of,
         }
     return out
+
+
+def _distilled(sample: Sample) -> bool:
+    """Whether the teacher reads the sample: not the gold row beside an answer, which has the cross-entropy alone."""
+    return sample.get(ON_POLICY) is not False
 
 
 def _ids(values: Any) -> Tensor:
@@ -163,10 +169,10 @@ class _PairMixin:
                 placed.append((row, offset, sample))
                 offset += length
         batch.update(pair_rows(batch["input_ids"], labels, placed, cross_attention=self.cross_attention))
-        teacher_ids = [_ids(sample["teacher_input_ids"]) for _, _, sample in placed]
-        batch["teacher_input_ids"] = torch.cat(teacher_ids)
-        batch["teacher_lengths"] = torch.tensor([len(ids) for ids in teacher_ids])
-        batch["teacher_bins"] = torch.tensor([len(samples) for samples in bins])
+        read = [[sample["teacher_input_ids"] for sample in samples if _distilled(sample)] for samples in bins]
+        batch["teacher_input_ids"] = _cat([_ids(ids) for rows in read for ids in rows])
+        batch["teacher_lengths"] = _ids([len(ids) for rows in read for ids in rows])
+        batch["teacher_bins"] = _ids([len(rows) for rows in read if rows])
         if any("teacher_prompt" in sample and ON_POLICY not in sample for _, _, sample in placed):
             batch["dskd_samples"] = list(features)
         return batch

@@ -8,6 +8,7 @@ import torch
 from axolotl.utils.dict import DictDefault
 
 from dskd_plugin.collator import (
+    COLUMNS,
     PackedMaskPairCollator,
     PackedPairCollator,
     PaddedPairCollator,
@@ -131,3 +132,179 @@ def test_no_pair_at_all():
 )
 def test_collator_is_the_one_axolotl_would_extend(cfg, is_eval, cls):
     assert collator_class(DictDefault(cfg), is_eval) is cls
+
+
+# -- methods, chunks and answers of the student ----------------------------------------------------------------------
+
+
+def rich_sample(rng, ids, *, cut, paired, chunks, on_policy):
+    """As `sample`, every token unique in the batch; chunks may reach beyond the trained tokens and the cut."""
+    row = sample(rng)
+    length, teacher_length = len(row["input_ids"]), len(row["teacher_input_ids"])
+    row["input_ids"] = [next(ids) for _ in range(length)]
+    row["labels"] = [
+        token if label != -100 else -100 for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+    row["teacher_input_ids"] = [next(ids) for _ in range(teacher_length)]
+    if not paired:
+        row["aligned_student"] = [k for k, label in enumerate(row["labels"]) if label != -100]
+        row["aligned_teacher"] = sorted(rng.sample(range(teacher_length), rng.randint(0, 6)))
+    for key in ("input_ids", "labels", "attention_mask", "position_ids"):
+        row[key] = row[key][:cut]
+    if chunks:
+        row["chunks"] = []
+        for _ in range(rng.randint(0, 5)):
+            (a, b), (c, d) = (sorted(rng.sample(range(size + 1), 2)) for size in (length, teacher_length))
+            row["chunks"] += [a, min(b, a + 2), c, d]
+    if on_policy is not None:
+        row["on_policy"] = on_policy
+    return row
+
+
+def oracle(samples, paired):
+    """Every row as (sample, input id, gold id), with what it takes part in; plain loops over tokens."""
+    rows, pairs, teachers, chunks = {}, [], [], []
+    for number, one in enumerate(samples):
+        ids, theirs, mode = one["input_ids"], one["teacher_input_ids"], one.get("on_policy")
+        trained = [k for k in range(1, len(ids)) if one["labels"][k] != -100]
+        wanted = set(trained) if mode is not True else set()
+        if mode is not False:
+            ours = [k for k in one["aligned_student"] if k in trained]
+            partners = [j for j in one["aligned_teacher"] if 1 <= j < len(theirs)]
+            if paired:
+                both = zip(one["aligned_student"], one["aligned_teacher"], strict=True)
+                both = [(k, j) for k, j in both if k in trained and 1 <= j < len(theirs)]
+                ours, partners = [k for k, _ in both], [j for _, j in both]
+            elif not (ours and partners):
+                ours, partners = [], []
+            pairs += [(number, ids[k - 1], ids[k]) for k in ours]
+            teachers += [(number, theirs[j - 1], theirs[j]) for j in partners]
+            wanted |= set(ours)
+            flat = one.get("chunks", [])
+            for at in range(0, len(flat), 4):
+                a, b, c, d = flat[at : at + 4]
+                if all(k in trained for k in range(a, b)) and all(1 <= j < len(theirs) for j in range(c, d)):
+                    student = [(number, ids[k - 1], ids[k]) for k in range(a, b)]
+                    chunks.append((student, [(theirs[j - 1], theirs[j]) for j in range(c, d)]))
+                    wanted |= set(range(a, b))
+        for k in sorted(wanted):
+            rows[number, ids[k - 1], ids[k]] = mode is not True
+    return rows, pairs, teachers, chunks
+
+
+def bins_of(samples, per_bin):
+    return samples if per_bin is None else [samples[k : k + per_bin] for k in range(0, len(samples), per_bin)]
+
+
+@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", COLLATORS)
+def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired, chunks, answers):
+    rng = random.Random(f"{kind} {side} {paired} {chunks} {answers}")
+    cls, per_bin = COLLATORS[kind]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    cfg = {"dskd": {"alignment": "auto" if paired else "cma"}, "sample_packing": per_bin is not None}
+    cfg |= {"model_config_type": "llama"} if kind == "packed-mask" else {"attn_implementation": "flash_attention_2"}
+    made = collator_class(DictDefault(cfg), False)
+    assert issubclass(made, cls)
+    collator, seen_chunks = made(tokenizer, pad_to_multiple_of=8), 0
+    for _ in range(12):
+        ids = iter(rng.sample(range(1000, 9000), 400))
+        samples = [
+            rich_sample(
+                rng,
+                ids,
+                cut=cut,
+                paired=paired,
+                chunks=chunks,
+                on_policy=k % 2 == 1 if answers else None,
+            )
+            for k, cut in enumerate((None, None, 9, None, 6, None))
+        ]
+        if per_bin is None:
+            samples = [{key: value for key, value in one.items() if key != "position_ids"} for one in samples]
+        features = bins_of(samples, per_bin)
+        before = copy.deepcopy(features)
+        batch = collator(features)
+        assert features == before
+        rows, pairs, teachers, chunk_list = oracle(samples, paired)
+        owner = {token: number for number, one in enumerate(samples) for token in one["input_ids"]}
+        flat, flat_teacher = batch["input_ids"].flatten(), batch["teacher_input_ids"]
+        found = [
+            (owner[int(y)], int(flat[r]), int(y))
+            for r, y in zip(batch["dskd_rows"], batch["dskd_targets"], strict=True)
+        ]
+        assert found[: len(pairs)] == pairs
+        assert len(set(found)) == len(found)
+        assert dict(zip(found, batch["dskd_ce"].tolist(), strict=True)) == rows
+        partners = batch["dskd_teacher_rows"]
+        assert [(int(flat_teacher[t]), int(flat_teacher[t + 1])) for t in partners] == [t[1:] for t in teachers]
+        read = [one["teacher_input_ids"] for one in samples if one.get("on_policy") is not False]
+        assert flat_teacher.tolist() == sum(read, [])  # the teacher need not read a gold row beside an answer
+        assert batch["teacher_lengths"].tolist() == [len(theirs) for theirs in read]
+        assert int(batch["teacher_bins"].sum()) == len(read) and batch["teacher_bins"].min() > 0
+        attention_keys = {key for key in batch if "row_" in key}
+        if paired:
+            assert not attention_keys
+        else:
+            assert batch["dskd_row_sample"].tolist() == [n for n, *_ in pairs] + [-1] * (len(found) - len(pairs))
+            assert batch["dskd_row_inputs"].tolist() == [before for _, before, _ in found]
+            assert batch["dskd_teacher_row_sample"].tolist() == [n for n, *_ in teachers]
+            assert batch["dskd_teacher_row_inputs"].tolist() == [before for _, before, _ in teachers]
+            assert batch["dskd_teacher_row_targets"].tolist() == [target for *_, target in teachers]
+        assert any("chunk" in key for key in batch) == chunks
+        if chunks:
+            seen_chunks += len(chunk_list)
+            grouped = [([], []) for _ in chunk_list]
+            for place, number in zip(batch["dskd_chunk_rows"], batch["dskd_chunk_of"], strict=True):
+                grouped[number][0].append(found[place])
+            for row, target, number in zip(
+                batch["dskd_chunk_teacher_rows"],
+                batch["dskd_chunk_teacher_targets"],
+                batch["dskd_chunk_teacher_of"],
+                strict=True,
+            ):
+                assert int(flat_teacher[row + 1]) == int(target)
+                grouped[number][1].append((int(flat_teacher[row]), int(target)))
+            assert grouped == chunk_list
+        assert not {"on_policy", "chunks", "teacher_prompt", "dskd_samples"} & set(batch)
+    assert bool(seen_chunks) == chunks
+
+
+@pytest.mark.parametrize("kind", COLLATORS)
+def test_samples_travel_with_the_batch_where_answers_may_be_wanted(tokenizer, kind):
+    rng, ids = random.Random(0), iter(range(1000, 9000))
+    cls, per_bin = COLLATORS[kind]
+    samples = [rich_sample(rng, ids, cut=None, paired=True, chunks=True, on_policy=None) for _ in range(6)]
+    if per_bin is None:
+        samples = [{key: value for key, value in one.items() if key != "position_ids"} for one in samples]
+    for one in samples:
+        one["teacher_prompt"] = 3
+    features = bins_of(samples, per_bin)
+    collator = cls(tokenizer)
+    batch = collator(features)
+    assert batch["dskd_samples"] == features and next(iter(batch)) == "input_ids"
+    assert set(batch) - {"dskd_samples"} == set(
+        collator(bins_of([{k: v for k, v in one.items() if k != "teacher_prompt"} for one in samples], per_bin))
+    )
+    again = bins_of([{**one, "on_policy": k % 2 == 1} for k, one in enumerate(samples)], per_bin)
+    assert "dskd_samples" not in collator(again)
+
+
+def test_only_gold_rows_beside_answers_take_no_kd(tokenizer):
+    rng, ids = random.Random(3), iter(range(1000, 9000))
+    gold = [rich_sample(rng, ids, cut=None, paired=True, chunks=True, on_policy=False) for _ in range(3)]
+    gold = [{key: value for key, value in one.items() if key != "position_ids"} for one in gold]
+    batch = PaddedPairCollator(tokenizer)(gold)
+    assert len(batch["teacher_lengths"]) == len(batch["teacher_bins"]) == len(batch["teacher_input_ids"]) == 0
+    assert batch["dskd_ce"].all() and len(batch["dskd_ce"]) > 0
+    assert (
+        len(batch["dskd_teacher_rows"]) == len(batch["dskd_chunk_rows"]) == len(batch["dskd_chunk_teacher_rows"]) == 0
+    )
+
+
+def test_columns_are_all_that_a_prepared_row_may_add():
+    assert set(COLUMNS) == {"teacher_input_ids", "aligned_student", "aligned_teacher", "chunks", "teacher_prompt"}
