@@ -1,0 +1,475 @@
+"""On-policy rows: the current student answers the prompts of a batch, and the teacher reads the answers.
+
+An answer becomes a row like any other: the student's tokens as sampled, the teacher's tokens of the same text in the
+teacher's own template, and the aligned columns of both.
+"""
+
+import contextlib
+import copy
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from dskd_plugin.align import Aligner
+from dskd_plugin.args import OnPolicySettings
+from dskd_plugin.models import causal_lm
+from dskd_plugin.tokens import TokenTable, encode
+
+LOG = get_logger("axolotl.dskd")
+IGNORE = -100
+# Tokens of prompts and answers, padding included, whose keys and values are kept at a time.
+CACHE_TOKENS = 2**15
+COUNTS = ("answers", "tokens", "seconds", "empty", "cut", "unaligned", "skipped")
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the last response of a conversation, in both tokenizations.
+
+    student_lead, teacher_lead: white space that one template puts before the answer and the other does not.
+    """
+
+    student_ids: list[int]
+    teacher_ids: list[int]
+    student_lead: bytes = b""
+    teacher_lead: bytes = b""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer: its tokens, and the token that ended it (None: cut at the limit or at a control token)."""
+
+    ids: list[int]
+    end: int | None
+
+
+class Rollout:
+    """Answers prompts with the student and makes training rows of the answers.
+
+    aligner: the rules, tables and end-of-turn ids of the run's ordinary rows.
+    teacher_len: longest teacher row in tokens; what is beyond it is cut off.
+    student_len: longest student row; an answer is cut where its row reaches it. None: no limit.
+    counts: since the last `reset_counts`: answers; their student tokens, ends included; seconds of generation; empty
+        (no token before the end); cut (no end of turn: at the limit, or before a control token); unaligned (no row
+        paired with the teacher's, not returned); skipped (samples without a prompt, or whose prompt leaves no room).
+    """
+
+    def __init__(
+        self,
+        settings: OnPolicySettings,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        aligner: Aligner,
+        *,
+        seed: int,
+        teacher_len: int,
+        student_len: int | None = None,
+    ) -> None:
+        self.settings, self.aligner, self.seed = settings, aligner, seed
+        self.teacher_len, self.student_len = teacher_len, student_len
+        eos = getattr(student_tokenizer, "eos_token_id", None)
+        self.stops = list(dict.fromkeys(token for token in (aligner.student_end, eos) if token is not None))
+        pad = getattr(student_tokenizer, "pad_token_id", None)
+        self._pad = pad if pad is not None else self.stops[0] if self.stops else 0
+        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher)
+        self._controls = _controls(aligner)
+        self._batches: bool | None = None
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
+
+    def due(self, step: int, epoch: float) -> bool:
+        """Whether this optimizer step is on-policy: one draw for all ranks, the same after a resumption."""
+        draw = random.Random(f"on-policy step {self.seed} {step}").random()
+        return epoch >= self.settings.start_epoch and draw < self.settings.fraction
+
+    def answer(
+        self,
+        model: nn.Module,
+        samples: list[Sample],
+        *,
+        step: int,
+        rank: int,
+        micro_batch: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> list[Sample]:
+        """Training rows of the student's answers to the prompts of these rows, in their order.
+
+        model: the student, unwrapped from DDP or DeepSpeed, with its adapters; left as it was found.
+        samples: rows of the dataset (dicts of lists), with the column teacher_prompt.
+        (seed, step, rank, micro_batch) decide the sampled tokens; the global random state is left alone.
+        autocast: dtype of the mixed precision that training uses, if any.
+        Returns rows with the same keys and "on_policy": True; fewer than samples where some were skipped or no token
+        of the answer pairs with the teacher's, none where that holds for all.
+        """
+        positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+        asked = [(sample, prompt) for sample in samples if (prompt := self._prompt(sample, positions)) is not None]
+        self.counts["skipped"] += len(samples) - len(asked)
+        if not asked:
+            return []
+        start = time.perf_counter()
+        sampled = self._sample(
+            model,
+            [prompt.student_ids for _, prompt in asked],
+            random.Random(f"on-policy answers {self.seed} {step} {rank} {micro_batch}").getrandbits(63),
+            autocast,
+        )
+        self.counts["seconds"] += time.perf_counter() - start
+        rows = []
+        for place, ((sample, prompt), new_ids) in enumerate(zip(asked, sampled, strict=True)):
+            answer = self._read(new_ids)
+            self.counts["answers"] += 1
+            self.counts["tokens"] += len(answer.ids) + (answer.end is not None)
+            self.counts["empty"] += not answer.ids
+            self.counts["cut"] += answer.end is None
+            row = self._row(sample, prompt, answer)
+            if row["aligned_student"] or row.get("chunks"):
+                rows.append(row)
+            else:
+                self.counts["unaligned"] += 1
+            if rank == 0 and micro_batch == 0 and place < self.settings.log_samples:
+                self._log(step, prompt, answer)
+        return rows
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def _prompt(self, sample: Sample, positions: int | None) -> Prompt | None:
+        """The prompt of the last response; None where there is none or it leaves no room for an answer."""
+        labels, student_ids = sample["labels"], list(sample["input_ids"])
+        stop = len(labels)
+        while stop and labels[stop - 1] == IGNORE:
+            stop -= 1
+        start = stop
+        while start and labels[start - 1] != IGNORE:
+            start -= 1
+        teacher_ids, teacher_start = list(sample["teacher_input_ids"]), int(sample["teacher_prompt"])
+        fits = positions is None or start + self.settings.max_new_tokens <= positions
+        fits = fits and (self.student_len is None or start < self.student_len)
+        if not (fits and start > 0 and 0 < teacher_start < min(self.teacher_len, len(teacher_ids))):
+            return None
+        leads = (
+            _white_space(student_ids[start:stop], self.aligner.student),
+            _white_space(teacher_ids[teacher_start:], self.aligner.teacher),
+        )
+        shared = 0
+        while shared < min(map(len, leads)) and leads[0][-1 - shared] == leads[1][-1 - shared]:
+            shared += 1
+        return Prompt(
+            student_ids[:start],
+            teacher_ids[:teacher_start],
+            leads[0][: len(leads[0]) - shared],
+            leads[1][: len(leads[1]) - shared],
+        )
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self, model: nn.Module, prompts: list[list[int]], seed: int, autocast: torch.dtype | None
+    ) -> list[list[int]]:
+        """New tokens of each prompt, at most what its limits allow."""
+        room = [
+            min([self.settings.max_new_tokens] + ([] if self.student_len is None else [self.student_len - len(ids)]))
+            for ids in prompts
+        ]
+        found: list[list[int]] = [[] for _ in prompts]
+        with _generating(model, seed, autocast) as generator:
+            if self._batches is None:
+                self._batches = batches_exactly(generator, self.aligner.student.vocab_size)
+            for part in _parts(prompts, room, self._batches):
+                new = self._generate(generator, [prompts[k] for k in part], max(room[k] for k in part))
+                for k, ids in zip(part, new, strict=True):
+                    found[k] = ids[: room[k]]
+        return found
+
+    def _generate(self, generator: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        config = GenerationConfig(
+            do_sample=True,
+            num_beams=1,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=self.stops or None,
+            pad_token_id=self._pad,
+        )
+        inputs = left_padded(prompts, self._pad, generator.device)
+        within = _WithinVocabulary(self.aligner.student.vocab_size)
+        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([within]))
+        return ids_BS[:, inputs["input_ids"].shape[1] :].tolist()
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _read(self, new_ids: list[int]) -> Answer:
+        for place, token in enumerate(new_ids):
+            if token in self.stops:
+                return Answer(new_ids[:place], token)
+            if token in self._controls:
+                return Answer(new_ids[:place], None)
+        return Answer(new_ids, None)
+
+    def _row(self, sample: Sample, prompt: Prompt, answer: Answer) -> Sample:
+        response = answer.ids + ([] if answer.end is None else [answer.end])
+        ids = prompt.student_ids + response
+        teacher_response = self._teacher_response(prompt, answer)
+        teacher_ids = (prompt.teacher_ids + teacher_response)[: self.teacher_len]
+        columns = self.aligner.columns(
+            ids,
+            _response_mask(len(prompt.student_ids), len(ids)),
+            teacher_ids,
+            _response_mask(len(prompt.teacher_ids), len(teacher_ids)),
+        )
+        columns.pop("unmatched_segments")
+        per_token = {
+            "attention_mask": [1] * len(ids),
+            "position_ids": list(range(len(ids))),
+            "token_type_ids": [0] * len(ids),
+            "length": len(ids),
+        }
+        return {
+            **sample,
+            **{key: value for key, value in per_token.items() if key in sample},
+            "input_ids": ids,
+            "labels": [IGNORE] * len(prompt.student_ids) + response,
+            "teacher_input_ids": teacher_ids,
+            **columns,
+            "on_policy": True,
+        }
+
+    def _teacher_response(self, prompt: Prompt, answer: Answer) -> list[int]:
+        """The teacher's tokens of the answer, its end of turn included if the student ended its turn."""
+        if self._reader is None:
+            ids, whole = answer.ids, True
+        else:
+            spelled = _spell(answer.ids, self.aligner.student).removeprefix(prompt.student_lead)
+            text, whole = _decoded(spelled)
+            ids, plain = self._reader.ids((prompt.teacher_lead if text else b"").decode() + text, prompt.teacher_ids)
+            end = self.aligner.teacher_end
+            if end in ids:
+                ids, plain = ids[: ids.index(end)], False
+            whole = whole and plain
+        ended = answer.end is not None and whole and self.aligner.teacher_end is not None
+        return ids + ([self.aligner.teacher_end] if ended else [])  # type: ignore[list-item]
+
+    def _log(self, step: int, prompt: Prompt, answer: Answer) -> None:
+        table = self.aligner.student
+        asked, said = (
+            b"".join(table.literal[token] or b"" for token in ids if token < table.vocab_size).decode(errors="replace")
+            for ids in (prompt.student_ids, answer.ids)
+        )
+        LOG.info(
+            "dskd: step %d, the student answers %r with %r (%d tokens, %s)",
+            *(step, asked[-200:], said, len(answer.ids), "cut" if answer.end is None else "ended"),
+        )
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+class _PlainReader:
+    """Tokens of a text as a tokenizer makes them after a prompt, never a control token that the text spells."""
+
+    def __init__(self, tokenizer: Any, table: TokenTable) -> None:
+        # A copy: reading special tokens as plain text is a state of the tokenizer.
+        self._tokenizer, self._table = copy.deepcopy(tokenizer), table
+        self._controls = table.special - {table.unknown}
+
+    def ids(self, text: str, prompt_ids: list[int]) -> tuple[list[int], bool]:
+        """Tokens of the text, cut before a control token if one comes up, and whether they cover all of it."""
+        if not text:
+            return [], True
+        first: list[int] | None = None
+        for ids in self._readings(text, prompt_ids):
+            if b"".join(self._table.literal[token] or b"" for token in ids) == text.encode():
+                break
+            first = ids if first is None else first
+        else:  # the tokenizer changes text
+            ids = first or []
+        plain = next((place for place, token in enumerate(ids) if token in self._controls), len(ids))
+        return ids[:plain], plain == len(ids)
+
+    def _readings(self, text: str, prompt_ids: list[int]) -> Iterator[list[int]]:
+        """In the context of the prompt, else alone, else after a line break; the first that spells the text counts."""
+        table = self._table
+        markup = table.added | table.special
+        start = max((place + 1 for place, token in enumerate(prompt_ids) if token in markup), default=0)
+        context = b"".join(table.literal[token] or b"" for token in prompt_ids[start:]).decode(errors="ignore")
+        if context:
+            yield from self._after(context, text)
+        if table.dummy_prefix and text[0] == " ":
+            yield self._encode(text[1:])
+        yield self._encode(text)
+        yield from self._after("\n", text)
+
+    def _after(self, context: str, text: str) -> Iterator[list[int]]:
+        before, ids = self._encode(context), self._encode(context + text)
+        if ids[: len(before)] == before:
+            yield ids[len(before) :]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        except (TypeError, ValueError):  # other backends have no such option
+            return encode(self._tokenizer, text)
+
+
+def _controls(aligner: Aligner) -> frozenset[int]:
+    """Student tokens that end the text of an answer: special ones, those without a text, and added ones that are
+    neither white space nor content markers which the teacher has as well."""
+    student, teacher = aligner.student, aligner.teacher
+    shared = {teacher.literal[token] for token in teacher.added - teacher.special}
+    markers = {
+        token
+        for token in student.added
+        if (text := student.literal[token]) is None or (text.strip() and text not in shared)
+    }
+    blank = {token for token, text in enumerate(student.literal) if text is None}
+    unknown = set() if student.unknown is None else {student.unknown}
+    return frozenset(student.special | markers | blank | unknown)
+
+
+def _spell(ids: list[int], table: TokenTable) -> bytes:
+    """Bytes of the text; the dummy space that some tokenizers put after an added token is none of it."""
+    parts, after_added = [], False
+    for token in ids:
+        text = table.literal[token] or b""
+        parts.append(text[1:] if after_added and table.prefix_after_added and text[:1] == b" " else text)
+        after_added = token in table.added
+    return b"".join(parts)
+
+
+def _decoded(text: bytes) -> tuple[str, bool]:
+    """The text up to the first bytes that are no UTF-8, and whether that is all of it."""
+    try:
+        return text.decode(), True
+    except UnicodeDecodeError as error:
+        return text[: error.start].decode(), False
+
+
+def _white_space(ids: list[int], table: TokenTable) -> bytes:
+    """White space at the start of a response."""
+    text = b""
+    for token in ids:
+        literal = table.literal[token]
+        if token in table.special or literal is None:
+            break
+        text += literal
+        if text.strip():
+            return text[: len(text) - len(text.lstrip())]
+    return b""
+
+
+def _response_mask(prompt: int, length: int) -> list[bool]:
+    return [False] * prompt + [True] * (length - prompt)
+
+
+# -- generation ----------------------------------------------------------------------------------------------------
+
+
+class _WithinVocabulary(LogitsProcessor):
+    """Heads may have more rows than the tokenizer has ids; those are never sampled."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.vocab_size :] = -torch.inf
+        return scores
+
+
+def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask [B, S] of the prompts, each ending at the last column."""
+    width = max(map(len, prompts))
+    ids_BS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+    mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return {"input_ids": ids_BS, "attention_mask": mask_BS}
+
+
+def batches_exactly(generator: Any, vocab_size: int) -> bool:
+    """Whether a prompt's next-token logits are the same alone and left-padded in a batch; measured, not assumed."""
+    prompts = [[(7 * place + 3) % vocab_size for place in range(length)] for length in (11, 4)]
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=3, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    together = generator.generate(**left_padded(prompts, 0, generator.device), generation_config=config)
+    alone = generator.generate(**left_padded(prompts[1:], 0, generator.device), generation_config=config)
+    limit = 1e-3 if together.logits[0].dtype == torch.float32 == generator.dtype else 0.05
+    for place, (one, other) in enumerate(zip(together.logits, alone.logits, strict=True)):
+        one, other = one[1, :vocab_size].float(), other[0, :vocab_size].float()
+        if not (one - other).norm() <= limit * other.norm():
+            return False
+        if together.sequences[1, 11 + place] != alone.sequences[0, 4 + place]:
+            break  # a tie; from here on the texts differ
+    return True
+
+
+def _parts(prompts: list[list[int]], room: list[int], together: bool) -> Iterator[list[int]]:
+    """Numbers of the prompts to answer at a time: those of similar length together, or each alone."""
+    part: list[int] = []
+    for k in sorted(range(len(prompts)), key=lambda k: len(prompts[k])):
+        tokens = (len(part) + 1) * (len(prompts[k]) + max(room[j] for j in [*part, k]))
+        if part and (tokens > CACHE_TOKENS or not together):
+            yield part
+            part = []
+        part.append(k)
+    yield part
+
+
+@contextlib.contextmanager
+def _generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> Iterator[Any]:
+    """The causal language model in eval mode without settings of its own, under a random state of its own."""
+    generator = causal_lm(model)
+    device = generator.device
+    training = [module for module in model.modules() if module.training]
+    # A model's own generation_config.json would fill in penalties, forced tokens and limits.
+    own = [module for module in model.modules() if "generation_config" in vars(module)]
+    configs = [module.generation_config for module in own]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device.type == "cpu":
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
+            with torch.get_device_module(device).device(device.index):
+                torch.get_device_module(device).manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        if autocast is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=autocast))
+        try:
+            model.eval()
+            for module in own:
+                module.generation_config = GenerationConfig()  # type: ignore[assignment]
+            yield generator
+        finally:
+            for module in training:
+                module.training = True
+            for module, config in zip(own, configs, strict=True):
+                module.generation_config = config  # type: ignore[assignment]
+            # Weights cast without gradient must not serve the training that follows in an outer autocast.
+            torch.clear_autocast_cache()
+
+
+def pack(rows: list[Sample], budget: int) -> list[list[Sample]]:
+    """Bins of rows of at most ``budget`` student tokens each (first fit); a longer row has a bin of its own."""
+    bins: list[list[Sample]] = []
+    sizes: list[int] = []
+    for row in rows:
+        length = len(row["input_ids"])
+        place = next((k for k, size in enumerate(sizes) if size + length <= budget), None)
+        if place is None:
+            bins.append([row])
+            sizes.append(length)
+        else:
+            bins[place].append(row)
+            sizes[place] += length
+    return bins
