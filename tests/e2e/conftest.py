@@ -152,3 +152,43 @@ def lora() -> dict[str, Any]:
         "lora_o_kernel": False,
         "lora_embedding_kernel": False,
     }
+
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "offload_params": False,
+        "state_dict_type": "FULL_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "reshard_after_forward": True,
+    },
+}
+
+
+def _zero(stage: int, folder: Path) -> dict[str, Any]:
+    file = folder / f"zero{stage}.json"
+    file.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "train_batch_size": "auto",
+                "gradient_clipping": "auto",
+            }
+        )
+    )
+    return {"deepspeed": str(file)}
+
+
+@pytest.fixture(scope="session")
+def options() -> Callable[[str, Path], dict[str, Any]]:
+    """``options(engine, folder)``: what a recipe needs for a training engine; a file for it may go into the folder."""
+
+    def of(engine: str, folder: Path) -> dict[str, Any]:
+        return {"ddp": {}, "zero2": _zero(2, folder), "zero3": _zero(3, folder), "fsdp2": FSDP2}[engine]
+
+    return of

@@ -1,21 +1,9 @@
 """Two ranks under the real engines: the same curve as one process, and a student that loads everywhere."""
 
-import json
-
 import pytest
 
 pytestmark = pytest.mark.e2e
 
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "offload_params": False,
-        "state_dict_type": "FULL_STATE_DICT",
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "reshard_after_forward": True,
-    },
-}
 PACKED = {
     "sample_packing": True,
     "eval_sample_packing": True,
@@ -24,28 +12,6 @@ PACKED = {
     "val_set_size": 0.25,
     "eval_steps": 2,
 }
-
-
-def zero(stage, folder):
-    file = folder / f"zero{stage}.json"
-    file.write_text(
-        json.dumps(
-            {
-                "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_allow_untested_optimizer": True,
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "train_batch_size": "auto",
-                "gradient_clipping": "auto",
-            }
-        )
-    )
-    return {"deepspeed": str(file)}
-
-
-def options(engine, folder):
-    return {"ddp": {}, "zero2": zero(2, folder), "zero3": zero(3, folder), "fsdp2": FSDP2}[engine]
 
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
@@ -58,7 +24,7 @@ def one_process():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_train_as_one_process(train, tmp_path, engine, one_process):
+def test_two_ranks_train_as_one_process(train, tmp_path, engine, options, one_process):
     if not one_process:
         one_process["curve"] = train("single", micro_batch_size=2, gradient_accumulation_steps=2).curve()
     run = train(engine, ranks=2, gradient_accumulation_steps=1, **options(engine, tmp_path))
@@ -75,7 +41,7 @@ def test_two_ranks_train_as_one_process(train, tmp_path, engine, one_process):
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine, lora):
+def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine, options, lora):
     run = train(
         ranks=2,
         gradient_accumulation_steps=2,
@@ -110,7 +76,7 @@ def resumed(train, run_axolotl, recipe, name, **changes):
 
 
 @pytest.mark.parametrize("engine", ["one process", *ENGINES])
-def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path, engine):
+def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path, engine, options):
     changes = {} if engine == "one process" else {"ranks": 2, **options(engine, tmp_path)}
     whole, again = resumed(train, run_axolotl, recipe, "cut", **changes)
     assert len(again.curve()) == 30

@@ -88,3 +88,81 @@ def test_sft_is_plain_axolotl_and_never_loads_the_teacher(run_axolotl, recipe, t
     assert run.curve("loss", "grad_norm") == [
         pytest.approx(step, rel=2e-5) for step in plain.curve("loss", "grad_norm")
     ]
+
+
+ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
+ROLLOUT = ("dskd/rollout_answers", "dskd/rollout_tokens", "dskd/rollout_empty", "dskd/rollout_cut")
+
+
+@pytest.mark.parametrize("changes", [{"alignment": "cma"}, ON_POLICY], ids=["cma", "on-policy"])
+def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
+    """Bit for bit: draws and samples of an on-policy step follow from the seed and the step."""
+    recipe = {
+        **recipe,
+        "dskd": block(recipe, changes),
+        "max_steps": 20,
+        "save_steps": 5,
+        "gradient_accumulation_steps": 1,
+    }
+    whole = run_axolotl(recipe)
+    cut = {**recipe, "output_dir": recipe["output_dir"] + "-cut"}
+    killed = run_axolotl(cut, kill_after=f"{cut['output_dir']}/checkpoint-10/trainer_state.json")
+    assert killed.code != 0 and not (killed.out / "dskd_state.json").exists(), "the run was not cut"
+    again = run_axolotl({**cut, "auto_resume_from_checkpoints": True})
+    assert again.code == 0, again.output[-3000:]
+    names = ("loss", "grad_norm", "dskd/ce", "dskd/kd", *(ROLLOUT if "on_policy" in changes else ()))
+    assert len(again.curve(*names)) == 20
+    assert again.curve(*names) == whole.curve(*names)
+    from safetensors.torch import load_file
+
+    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+        ours, theirs = load_file(again.out / file), load_file(whole.out / file)
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_cross_model_attention_on_two_ranks(train, tmp_path, engine, options, single_cma):
+    if not single_cma:
+        run = train("single", dskd={"alignment": "cma"}, micro_batch_size=2, gradient_accumulation_steps=2)
+        single_cma["curve"] = run.curve()
+    run = train(engine, ranks=2, dskd={"alignment": "cma"}, gradient_accumulation_steps=1, **options(engine, tmp_path))
+    assert run.curve() == [pytest.approx(step, rel=2e-5) for step in single_cma["curve"]]
+    from safetensors.torch import load_file
+
+    found = load_file(run.out / "dskd_projectors.safetensors")
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    assert shapes == {
+        "attention.query.weight": (96, 64),
+        "attention.t2s.weight": (32, 48),
+        "attention.s2t.weight": (48, 32),
+    }
+
+
+@pytest.fixture(scope="module")
+def single_cma():
+    """The curve of one process, computed once."""
+    return {}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_on_policy_draws_are_one_for_all_ranks(train, tmp_path, engine, options):
+    """A step is on-policy on both ranks or on neither: it has answers to all prompts of both batches or none."""
+    run = train(
+        engine, ranks=2, dskd=ON_POLICY, gradient_accumulation_steps=1, max_steps=10, **options(engine, tmp_path)
+    )
+    steps = [entry for entry in run.log if "loss" in entry]
+    answers = [entry["dskd/rollout_answers"] for entry in steps]
+    assert set(answers) == {0.0, 4.0}  # two ranks with two prompts each
+    assert all(math.isfinite(entry["loss"]) for entry in steps)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sample_packing": True, "sequence_len": 128}], ids=["padded", "packed"])
+def test_on_policy_lora_with_gradient_checkpointing(train, lora, changes):
+    run = train(
+        dskd={"on_policy": {"fraction": 1, "max_new_tokens": 12}}, **lora, **changes, gradient_checkpointing=True
+    )
+    steps = [entry for entry in run.log if "loss" in entry]
+    for entry in steps:
+        assert entry["dskd/rollout_answers"] > 0
+        assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * entry["dskd/kd"], rel=1e-5)
