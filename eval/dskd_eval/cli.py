@@ -389,7 +389,7 @@ def _show_comparisons(found: dict[str, Any]) -> None:
 
 def _dry_run(prepared: Any) -> None:
     """Plans, one prompt per task and reference; weights are not loaded."""
-    from dskd_eval import hf, runner
+    from dskd_eval import hf, runner, scorers
     from dskd_eval.lm import EvalLM
 
     for folder in prepared.folders:
@@ -407,7 +407,7 @@ def _dry_run(prepared: Any) -> None:
                 f"{plan.spec.suite}/{plan.spec.name} v{plan.spec.version:g}: {plan.spec.summary}",
                 f"documents {len(chosen)} of {total or '?'}   shots {plan.shots}   style {plan.style}   "
                 f"protocol {plan.protocol}",
-                f"primary metric {plan.primary}   scorer {plan.spec.scorer or 'lm-eval metrics'}",
+                f"primary metric {plan.primary}: {scorers.metric_info(plan.primary).description}",
                 f"answers: {drawn}, at most {plan.generation['max_gen_toks']} tokens, until {stop}",
                 f"data {rows.test.source}   digest {rows.test.digest}" if rows.test else "data loaded by lm-eval",
             ]
@@ -416,6 +416,9 @@ def _dry_run(prepared: Any) -> None:
             _OUT.print(Panel(escape(shown["prompt"]), title=title, title_align="left"))
             if shown["reference"]:
                 _OUT.print(Panel(escape(shown["reference"]), title="reference (scores 100)", title_align="left"))
+            if shown.get("extracted"):
+                what = "program that is run for it" if plan.spec.executes_code else "extracted from it"
+                _OUT.print(Panel(escape(shown["extracted"]), title=what, title_align="left"))
     for note in prepared.notes:
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print("\nNothing was generated (--dry-run).")

@@ -495,6 +495,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _extracted(plan: Plan, row: Row, reference: str) -> str:
+    """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
+    accepted = catalog.references(plan.config["doc_to_target"], row)
+    answer = scorers.Answer(row, reference, accepted, plan.style)
+    if plan.spec.executes_code:
+        parts = catalog.code_parts(plan.spec, row)
+        return f"{scorers.program_of(answer, parts)}\n{parts['tests']}".strip()
+    return str(scorers.make_scorer(plan.spec)([answer])[0].details.get("extracted") or "")
+
+
 def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, Any]:
     """One prompt as it would be sent, with its reference, for --dry-run."""
     if rows.test is None:
@@ -521,5 +531,6 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
     return {
         "prompt": text,
         "reference": reference,
+        "extracted": _extracted(plan, row, reference) if known else "",
         "tokens": len(lm.backend.encode(text, special_tokens=special)),
     }

@@ -52,6 +52,8 @@ METRICS: dict[str, Metric] = {
 
 def metric_info(name: str) -> Metric:
     """Description of a metric; pass@k and metrics of user tasks included."""
+    if name == "pass@1":
+        return Metric(name, "the program passes all tests of its row")
     if name.startswith("pass@"):
         return Metric(name, f"at least one of {name[5:]} programs passes all tests (unbiased estimate)")
     return METRICS.get(name) or Metric(name, "metric of the task file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -179,12 +180,17 @@ def test_chat_template_must_exist_when_asked_for(
 def test_dry_run_shows_prompts_and_generates_nothing(
     invoke: Invoke, tiny_model: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    found = invoke("--model", tiny_model, "--tasks", "gsm8k,mbpp,dolly", "--data-dir", data_dir, "--limit", 5,
+    found = invoke("--model", tiny_model, "--tasks", "gsm8k,mbpp,dolly,math500", "--data-dir", data_dir, "--limit", 5,
                    "--output", tmp_path / "o", "--dry-run")  # fmt: skip
     assert found.exit_code == 0, found.output
-    for word in ("documents 5 of 1319", "shots 5", "style chat", "primary metric flexible", "<|im_start|>user",
-                 "until 'Question:'", "reference (scores 100)", "#### ", "assert "):  # fmt: skip
+    for word in (
+        "documents 5 of 1319", "shots 5", "style chat", "<|im_start|>user", "until 'Question:'", "#### ",
+        "primary metric flexible: last number of the answer equals the reference", "reference (scores 100)",
+    ):  # fmt: skip
         assert word in found.output, word
+    reference = re.search(r"#### (\d+)[ │\n╰─╯]+╭─ extracted from it ─+╮\n│ (\d+) ", found.output)
+    assert reference and reference[1] == reference[2]
+    assert re.search(r"program that is run for it.*?\bdef .*?\bassert ", found.output, re.DOTALL)
     assert not (tmp_path / "o").exists()
 
 
