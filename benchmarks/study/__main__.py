@@ -1,0 +1,82 @@
+"""`python -m benchmarks.study`: prepare, search, runs over seeds, ablations, records and report."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.study import launch, plan, prepare, records, report
+from benchmarks.study.table import SIZES, Size
+
+STAGES = ("prepare", "search", "seeds", "ablations", "records", "report")
+RECORDS = Path(__file__).parent / "records"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description="Distillation methods over seeds on pairs of models. Repeat the command to go on after a stop.",
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small")
+    parser.add_argument("--out", type=Path, help="default: out/study-SIZE")
+    parser.add_argument("--tasks", nargs="+", choices=("qa", "text"), default=["qa"])
+    parser.add_argument("--methods", nargs="+", help="only these (default: all)")
+    parser.add_argument("--pairs", nargs="+", help="only these (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--minutes", type=float, help="start no further run after so many minutes")
+    options = parser.parse_args(arguments)
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        parser.error(f"STAGE: expected {', '.join(STAGES)}, got {', '.join(unknown)}. Leave it out to do everything.")
+    options.stages = options.stages or list(STAGES)
+    options.out = (options.out or Path("out") / f"study-{options.size}").resolve()
+    return options
+
+
+def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: float, title: str) -> None:
+    """Run the jobs, one line each; a job past the deadline is not started."""
+    started = time.monotonic()
+    waiting = (job for job in jobs if time.monotonic() < deadline)
+    for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
+        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
+        elapsed = (time.monotonic() - started) / 60
+        print(f"{title} {done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")
+        sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    size: Size = SIZES[options.size]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    out, wanted = options.out, plan.Wanted(tuple(options.tasks), options.pairs, options.methods)
+    if "prepare" in options.stages:
+        prepare.prepare(size, out, tasks=wanted.tasks)
+    if {"prepare", "search", "seeds", "ablations"} & set(options.stages):
+        launch.preload()
+    if "prepare" in options.stages:
+        in_parallel(plan.teacher_jobs(size, out, wanted), options, deadline, "teacher")
+    phases: dict[str, Callable[[Size, Path, plan.Wanted], list[launch.Job]]] = {
+        "search": plan.search_jobs,
+        "seeds": plan.seed_jobs,
+        "ablations": plan.ablation_jobs,
+    }
+    for stage, jobs in phases.items():
+        if stage in options.stages:
+            in_parallel(jobs(size, out, wanted), options, deadline, stage)
+    file = RECORDS / f"{options.size}.jsonl"
+    if "records" in options.stages:
+        made = plan.all_records(size, out)
+        records.write(file, made)
+        failed = sum("error" in record for record in made)
+        print(f"{file}: {len(made)} lines, {failed} of failed runs")
+    if "report" in options.stages:
+        report.write(file, options.size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Which runs there are: the search of the rate, the seeds at the chosen rate, the ablations of DSKD."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from benchmarks.study import evaluate, records, runs
+from benchmarks.study.launch import Job
+from benchmarks.study.runs import Run
+from benchmarks.study.table import ABLATIONS, METHODS, Size
+
+SPLITS = ("validation", "heldout")
+ABLATION_SEEDS = 2
+BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Tasks, and pairs and methods if not all."""
+
+    tasks: tuple[str, ...]
+    pairs: list[str] | None = None
+    methods: list[str] | None = None
+
+    def methods_of(self, size: Size) -> list[tuple[str, str, str]]:
+        """(task, pair, method) in the order of the tables."""
+        return [
+            (task, pair, name)
+            for task in self.tasks
+            for pair in size.students
+            for name, method in METHODS.items()
+            if pair in method.pairs
+            and (self.pairs is None or pair in self.pairs)
+            and (self.methods is None or name in self.methods)
+        ]
+
+
+def job(out: Path, run: Run, work: Callable[[], None]) -> Job:
+    return Job(run.name, out / "logs" / f"{run.name}.log", work)
+
+
+def teacher_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
+    """The teacher's greedy answers of both splits, and its answers to the training questions."""
+    jobs = []
+    for task in wanted.tasks:
+        for split in SPLITS:
+            evaluate.write_tasks(out / "tasks", task, split)
+            if not (out / f"teacher-{task}-{split}.json").is_file():
+                work = partial(evaluate.teacher_answers, out, task, split)
+                jobs.append(Job(f"{task}-{split}", out / "logs" / f"teacher-{task}-{split}.log", work))
+        if not (out / "data" / f"{task}-generated.jsonl").is_file():
+            work = partial(generate, size, out, task)
+            jobs.append(Job(f"{task}-generate", out / "logs" / f"generate-{task}.log", work))
+    return jobs
+
+
+def generate(size: Size, out: Path, task: str) -> None:
+    """`dskd generate`: the teacher's answers to the students' training questions."""
+    from dskd_plugin.cli import main
+
+    made = runs.recipe(Run(task, next(iter(size.students)), "sft", size.rates[0], size.seeds[0]), size)
+    file = out / f"generate-{task}.yaml"
+    file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+    os.chdir(out)
+    limit = str(evaluate.LIMITS[task])
+    arguments = [file.name, "--out", f"data/{task}-generated.jsonl", "--max-new-tokens", limit, "--keep-unfinished"]
+    main.main(args=["generate", *arguments], prog_name="dskd", standalone_mode=False)
+
+
+def search_runs(size: Size, wanted: Wanted) -> list[Run]:
+    return [
+        Run(task, pair, method, rate, size.seeds[0])
+        for task, pair, method in wanted.methods_of(size)
+        for rate in size.rates
+    ]
+
+
+def search_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
+    """Every rate with the first seed, scored by the bits per byte of the validation rows."""
+
+    def work(run: Run) -> None:
+        runs.train(run, size, out)
+        runs.measure(run, "validation", out, answers=False)
+
+    return [
+        job(out, run, partial(work, run))
+        for run in search_runs(size, wanted)
+        if not (run.folder(out) / "validation-likelihood.json").is_file()
+    ]
+
+
+def validation_bits(run: Run, out: Path) -> float | None:
+    file = run.folder(out) / "validation-likelihood.json"
+    return sum(pair[0] for pair in runs.read_json(file)["gold"]) if file.is_file() else None
+
+
+def chosen_rate(task: str, pair: str, method: str, size: Size, out: Path) -> float | None:
+    """The rate with the fewest bits on the validation rows, the lower one on a tie; None when every run failed."""
+    found = {}
+    for rate in size.rates:
+        bits = validation_bits(Run(task, pair, method, rate, size.seeds[0]), out)
+        if bits is not None and bits == bits:
+            found[rate] = bits
+    return min(found, key=lambda rate: (found[rate], rate)) if found else None
+
+
+def seed_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
+    made = []
+    for task, pair, method in wanted.methods_of(size):
+        rate = chosen_rate(task, pair, method, size, out)
+        if rate is not None:
+            made += [Run(task, pair, method, rate, seed) for seed in size.seeds]
+    return made
+
+
+def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
+    """Every seed at the chosen rate, scored on the held-out rows; models that lost the search are deleted."""
+    keep = {run.name for run in seed_runs(size, out, wanted)}
+    for run in search_runs(size, wanted):
+        if run.name not in keep:
+            runs.forget_model(run, out)
+
+    def work(run: Run) -> None:
+        runs.train(run, size, out)
+        for split in SPLITS if run.method in BASES else ("heldout",):
+            runs.measure(run, split, out, answers=True)
+
+    return [
+        job(out, run, partial(work, run))
+        for run in seed_runs(size, out, wanted)
+        if not (run.folder(out) / "heldout.json").is_file()
+    ]
+
+
+def ablation_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
+    made = []
+    for task, pair, method in wanted.methods_of(size):
+        rate = chosen_rate(task, pair, method, size, out) if method == "dskd" else None
+        if rate is not None:
+            made += [
+                Run(task, pair, "dskd", rate, seed, name)
+                for name, change in ABLATIONS.items()
+                if pair in change.pairs
+                for seed in size.seeds[:ABLATION_SEEDS]
+            ]
+    return made
+
+
+def ablation_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
+    """One change to DSKD at a time, at its chosen rate, scored on the validation rows."""
+
+    def work(run: Run) -> None:
+        runs.train(run, size, out)
+        runs.measure(run, "validation", out, answers=True)
+        runs.forget_model(run, out)
+
+    found = ablation_runs(size, out, wanted)
+    return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "validation.json").is_file()]
+
+
+def all_records(size: Size, out: Path) -> list[records.Record]:
+    """Records of whatever has run, failures included."""
+    tasks = tuple(task for task in ("qa", "text") if (out / f"teacher-{task}").is_dir())
+    wanted = Wanted(tasks)
+    made = [records.documents(out, task, split) for task in tasks for split in SPLITS]
+    seen: set[str] = set()
+    phases = {
+        "seeds": seed_runs(size, out, wanted),
+        "search": search_runs(size, wanted),
+        "ablations": ablation_runs(size, out, wanted),
+    }
+    for phase, found in phases.items():
+        for run in found:
+            started = (out / "logs" / f"{run.name}.log").is_file() or run.folder(out).is_dir()
+            if started and run.name not in seen:
+                seen.add(run.name)
+                made.append(records.record(run, out, phase))
+    return made

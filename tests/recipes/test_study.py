@@ -1,0 +1,440 @@
+"""The study: its table says what the plugin accepts, its statistics are right, its records hold numbers only."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import statistics as standard
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
+from benchmarks.study.statistics import holm, paired, score
+from dskd_plugin.args import parse_settings
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "benchmarks" / "study" / "records").glob("*.jsonl"))
+DATA = Path(os.environ.get("DSKD_DATA") or ROOT.parent / "shared" / "data")
+needs_data = pytest.mark.skipif(not (DATA / "gsm8k" / "train.jsonl").is_file(), reason="needs the data of DSKD_DATA")
+TEACHER = {"teacher": {"model": "./teacher"}}
+
+
+# -- the table of methods --------------------------------------------------------------------------------------------
+
+LINES = [(method, None) for method in table.METHODS] + [("dskd", name) for name in table.ABLATIONS]
+
+
+@pytest.mark.parametrize(("method", "ablation"), LINES, ids=str)
+def test_every_line_of_the_table_is_a_block_that_the_plugin_accepts(method, ablation):
+    block = table.block(method, ablation)
+    settings = parse_settings(TEACHER | block)
+    written = settings.model_dump(exclude_unset=True)
+    written.pop("teacher")
+    assert written == block
+
+
+def test_every_ablation_changes_a_setting_and_only_what_it_names():
+    base = parse_settings(TEACHER | table.block("dskd")).model_dump()
+    seen = [base]
+    for name in table.ABLATIONS:
+        changed = parse_settings(TEACHER | table.block("dskd", name)).model_dump()
+        assert changed not in seen, name
+        seen.append(changed)
+        different = {key for key in base if base[key] != changed[key]}
+        named = set(table.ABLATIONS[name].block)
+        assert different <= named | ({"projector"} if table.ABLATIONS[name].block.get("spaces") == "teacher" else set())
+
+
+def test_merging_goes_into_blocks_and_leaves_the_originals_alone():
+    base = {"a": {"x": 1, "y": {"z": 2}}, "b": 3}
+    change = {"a": {"y": {"w": 4}}, "b": 5}
+    assert table.merged(base, change) == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": 5}
+    assert base == {"a": {"x": 1, "y": {"z": 2}}, "b": 3}
+
+
+@pytest.mark.parametrize("size", table.SIZES.values(), ids=list(table.SIZES))
+def test_recipes_of_a_pair_differ_in_the_block_the_rate_the_seed_and_their_folders_only(size):
+    wanted = plan.Wanted(("qa", "text"))
+    free = {"dskd", "learning_rate", "seed", "output_dir", "dataset_prepared_path", "datasets"}
+    for (task, pair), lines in itertools.groupby(wanted.methods_of(size), key=lambda line: line[:2]):
+        made = [runs.recipe(runs.Run(task, pair, method, size.rates[0], 1), size) for _, _, method in lines]
+        for recipe in made[1:]:
+            assert {k: v for k, v in recipe.items() if k not in free} == {
+                k: v for k, v in made[0].items() if k not in free
+            }
+        assert len({recipe["output_dir"] for recipe in made}) == len(made)
+
+
+def test_the_search_is_of_one_size_for_every_method():
+    size = table.SMALL
+    found = plan.search_runs(size, plan.Wanted(("qa",)))
+    grids = {}
+    for run in found:
+        grids.setdefault((run.pair, run.method), []).append((run.rate, run.seed))
+    assert {tuple(grid) for grid in grids.values()} == {tuple((rate, size.seeds[0]) for rate in size.rates)}
+    assert len(size.seeds) >= 3
+    assert {pair for pair, _ in grids} == {"one", "two"}
+
+
+def test_the_chosen_rate_is_that_of_the_fewest_bits_and_failed_runs_do_not_count(tmp_path):
+    size = table.SMALL
+    bits = dict(zip(size.rates, (30.0, 20.0, 20.0), strict=True))
+    for rate, value in bits.items():
+        run = runs.Run("qa", "two", "dskd", rate, size.seeds[0])
+        runs.write_json(run.folder(tmp_path) / "validation-likelihood.json", {"gold": [[value, 5.0]]})
+    assert plan.chosen_rate("qa", "two", "dskd", size, tmp_path) == size.rates[1]
+    broken = runs.Run("qa", "two", "uld", size.rates[0], size.seeds[0])
+    runs.write_json(broken.folder(tmp_path) / "validation-likelihood.json", {"gold": [[math.nan, 5.0]]})
+    assert plan.chosen_rate("qa", "two", "uld", size, tmp_path) is None
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def drawn(seed: int, seeds: int, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = random.Random(seed)
+    sizes = np.array([rng.randint(5, 60) for _ in range(documents)], dtype=float)
+    ease = [rng.gauss(0.4, 0.2) for _ in range(documents)]
+    sides, pairs_of = [], list(zip(sizes, ease, strict=True))
+    for shift in (0.0, 0.05):
+        sides.append(
+            np.array([[size * (e + shift + rng.gauss(0, 0.05)) for size, e in pairs_of] for _ in range(seeds)])
+        )
+    return sides[0], sides[1], sizes
+
+
+def test_the_paired_difference_equals_a_bootstrap_in_plain_python():
+    one, other, sizes = drawn(3, seeds=3, documents=40)
+    found = paired(other, one, sizes, draws=4000)
+    rng = random.Random(17)
+    sample = []
+    for _ in range(4000):
+        seeds = [rng.randrange(3) for _ in range(3)]
+        documents = [rng.randrange(40) for _ in range(40)]
+        top = sum(other[s][d] - one[s][d] for s in seeds for d in documents)
+        sample.append(top / (3 * sum(sizes[d] for d in documents)))
+    sample.sort()
+    spread = standard.stdev(sample)
+    assert found.value == pytest.approx((other.sum() - one.sum()) / (3 * sizes.sum()), abs=1e-12)
+    # Two Monte Carlo estimates of a percentile with 4000 draws each: their standard errors are near 0.05 spread.
+    assert found.low == pytest.approx(sample[100], abs=0.2 * spread)
+    assert found.high == pytest.approx(sample[3899], abs=0.2 * spread)
+    assert 0 < found.p < 0.01
+
+
+def test_no_difference_is_not_significant_and_both_directions_are_one_test():
+    one, other, sizes = drawn(5, seeds=3, documents=30)
+    same = paired(one, one, sizes, draws=500)
+    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    there, back = paired(one, other, sizes, draws=2000), paired(other, one, sizes, draws=2000)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low), abs=1e-12)
+    assert there.p == back.p
+
+
+def test_a_difference_that_one_seed_alone_carries_is_uncertain():
+    sizes = np.ones(50)
+    one = np.zeros((3, 50))
+    other = np.array([[0.9] * 50, [-0.2] * 50, [-0.2] * 50])
+    found = paired(other, one, sizes, draws=3000)
+    assert found.low < 0 < found.high
+    # All three drawn seeds avoid the first one in 8 of 27 draws.
+    assert found.p == pytest.approx(2 * 8 / 27, abs=0.06)
+
+
+def test_scores_are_ratios_of_sums():
+    assert score(np.array([[2.0, 6.0], [4.0, 4.0]]), np.array([4.0, 12.0])) == 0.5
+
+
+def test_unequal_sides_are_refused():
+    with pytest.raises(ValueError, match=r"paired difference: expected one shape.*\(3, 5\).*\(2, 5\)"):
+        paired(np.zeros((3, 5)), np.zeros((2, 5)), np.ones(5))
+
+
+def test_holm_equals_the_step_down_rule_applied_by_hand():
+    values = [0.04, 0.001, 0.03, 0.5, 0.012]
+    adjusted = holm(values)
+    # 0.001 x 5, 0.012 x 4, 0.03 x 3, max(0.04 x 2, 0.09), 0.5
+    assert adjusted == pytest.approx([0.09, 0.005, 0.09, 0.5, 0.048])
+    for level in (0.004, 0.01, 0.05, 0.095, 0.6):
+        rejected, left = set(), sorted(range(5), key=values.__getitem__)
+        while left and values[left[0]] <= level / len(left):
+            rejected.add(left.pop(0))
+        assert {i for i in range(5) if adjusted[i] <= level} == rejected
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: Path, run: runs.Run, shift: float) -> None:
+    """The files that a finished run leaves, with made-up numbers and a reply that must not reach the record."""
+    log = [
+        {"step": step, "loss": 2 / step + shift, "grad_norm": 1.0, "dskd/t2s_agreement": min(1.0, step / 8)}
+        for step in (4, 8)
+    ] + [{"step": 8, "train_runtime": 3.0}]
+    environment = {"packages": {"dskd": "0"}, "python": "3", "commit": "abcdef012", "device": "CPU, 1 thread"}
+    runs.write_json(
+        run.folder(folder) / "train.json",
+        {
+            "recipe": runs.recipe(run, table.SMALL),
+            "log": log,
+            "seconds": {"wall": 1.26, "cpu": 1.0},
+            "environment": environment,
+        },
+    )
+    found = {
+        "gold": [[10.123456 + shift, 20.0], [4.0 + shift, 10.0]],
+        "teacher": [[9.0 + shift, 18.0], [0.0, 0.0]],
+        "exact": [1.0, 0.0],
+        "rouge_l": [0.9999, 1 / 3],
+        "same_as_teacher": [1.0, 0.0],
+        "replies": ["SECRET reply", "SECRET other"],
+    }
+    for split in ("validation", "heldout"):
+        runs.write_json(run.folder(folder) / f"{split}.json", found)
+    runs.write_json(run.folder(folder) / "validation-likelihood.json", {"gold": found["gold"]})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A study's folder with two finished methods, a failed one and a teacher."""
+    out = tmp_path_factory.mktemp("study")
+    rows = [data.chat("home", "SECRET", "SECRET", answer) for answer in ("x" * 20, "ä" * 5)]
+    (out / "data").mkdir()
+    (out / "teacher-qa").mkdir()
+    for split in ("validation", "heldout"):
+        data.write(rows, out / "data" / f"qa-{split}.jsonl")
+        runs.write_json(out / f"teacher-qa-{split}.json", ["SECRET " + "y" * 11, " "])
+        runs.write_json(
+            out / "teacher-eval" / f"qa-{split}.json",
+            {"gold": [[2.0, 20.0], [1.0, 10.0]], "exact": [1.0, 1.0], "rouge_l": [1.0, 1.0]},
+        )
+    for method, shift in (("sft", 1.0), ("dskd", 0.0)):
+        for seed in (1, 2, 3):
+            finished(out, runs.Run("qa", "two", method, 1e-3, seed), shift + 0.1 * seed)
+    finished(out, runs.Run("qa", "two", "dskd", 1e-3, 1, "random init"), 0.5)
+    failed = runs.Run("qa", "two", "uld", 1e-3, 1)
+    (out / "logs").mkdir()
+    (out / "logs" / f"{failed.name}.log").write_text("first\nValueError: expected a, got b in /home/me/file\n\n")
+    return out
+
+
+def test_records_come_back_as_they_were_written_and_hold_no_text(study, tmp_path):
+    made = plan.all_records(table.SMALL, study)
+    records.write(tmp_path / "r.jsonl", made)
+    assert "SECRET" not in (tmp_path / "r.jsonl").read_text(encoding="utf-8")
+    back = records.read(tmp_path / "r.jsonl")
+    assert back == made
+    assert [record["kind"] for record in back].count("documents") == 2
+    (heldout,) = (record for record in back if record.get("split") == "heldout")
+    assert heldout["gold_bytes"] == [20, 10] and heldout["teacher_bytes"] == [18, 0]
+    ran = {(r["method"], r["ablation"], r["seed"]): r for r in back if r["kind"] == "run"}
+    assert set(ran) == {("sft", None, s) for s in (1, 2, 3)} | {("dskd", None, s) for s in (1, 2, 3)} | {
+        ("dskd", "random init", 1),
+        ("uld", None, 1),
+    }
+    one = ran["dskd", None, 2]
+    assert one["heldout"]["gold_bits"] == [10.32, 4.2]
+    assert one["heldout"]["rouge_l"] == [1.0, 0.333] and one["heldout"]["exact"] == [1, 0]
+    assert one["curve"]["step"] == [4.0, 8.0] and one["curve"]["dskd/t2s_agreement"] == [0.5, 1.0]
+    assert one["recipe"]["dskd"] == {"teacher": {"model": "./teacher-qa"}, **table.block("dskd")}
+    assert one["environment"]["commit"] == "abcdef012"
+    assert ran["uld", None, 1]["error"] == "ValueError: expected a, got b in"
+    assert "heldout" not in ran["uld", None, 1]
+
+
+def test_another_schema_is_refused(tmp_path):
+    records.write(tmp_path / "r.jsonl", [{"kind": "run", "schema": 99}])
+    with pytest.raises(ValueError, match=r"expected records of schema 1, got schema 99"):
+        records.read(tmp_path / "r.jsonl")
+
+
+def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_path):
+    made = report.sections(report.Study(plan.all_records(table.SMALL, study)))
+    lines = made["comparison-qa-two"].splitlines()
+    sft, dskd = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("SFT", "DSKD"))
+    # (10.12 + 4 + 2 x 1.2) / 30 and one bit less for each of the two documents
+    assert "| 0.551 |" in sft and "| 0.484 |" in dskd and "-0.067 [" in dskd
+    assert next(line for line in lines if line.startswith("| teacher")).split(" | ")[2] == "0.100"
+    assert "uld, rate 0.001, seed 1: ValueError" in made["failures"]
+    assert "| random init | 1 |" in made["ablations-qa-two"]
+    assert "8 runs" not in made["facts"] and made["facts"].startswith("7 runs")
+    text = "a\n<!-- small-facts -->\nold\n<!-- end -->\nb <!-- end -->\n"
+    once = report.insert(text, made, "small")
+    assert "old" not in once and made["facts"] in once and once.startswith("a\n") and once.endswith("b <!-- end -->\n")
+    assert report.insert(once, made, "small") == once
+    files = report.draw(report.Study(plan.all_records(table.SMALL, study)), tmp_path, "small")
+    assert [file.name for file in files] == ["study-small-qa-two.svg"] and files[0].stat().st_size > 5000
+
+
+NUMBERS = {"gold_bytes", "teacher_bytes", "gold_bits", "teacher_bits", "exact", "rouge_l", "same_as_teacher"}
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_committed_records_hold_numbers_and_settings_only(file):
+    found = records.read(file)
+    sizes = {(r["task"], r["split"]): len(r["gold_bytes"]) for r in found if r["kind"] == "documents"}
+    assert sizes and any("heldout" in r for r in found)
+    kinds = {kind for r in found if r["kind"] == "documents" for kind in r["source"]}
+    assert all(len(kind.split()) == 1 and len(kind) < 12 for kind in kinds)
+    for made in found:
+        for split in {"validation", "heldout"} & made.keys() if made["kind"] == "run" else ():
+            for key, values in made[split].items():
+                assert key in NUMBERS
+                assert all(isinstance(value, int | float) for value in values)
+        texts = [value for value in strings(made) if len(value) > 60 and value != made.get("error")]
+        assert not texts, texts[:1]
+
+
+def strings(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in strings(part)]
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
+def test_the_tables_of_the_results_are_those_of_the_records():
+    text = report.RESULTS.read_text(encoding="utf-8")
+    for file in COMMITTED:
+        made = report.sections(report.Study(records.read(file)))
+        assert report.insert(text, made, file.stem) == text
+        for name in made:
+            assert f"<!-- {file.stem}-{name} -->" in text
+
+
+@needs_data
+@pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
+def test_no_question_or_answer_of_the_data_is_in_the_records(monkeypatch):
+    monkeypatch.setenv("DSKD_DATA", str(DATA))
+    splits = data.text_splits(table.SMALL, data.data_folder())
+    parts = [
+        turn["content"] for split in ("heldout", "validation", "train") for r in splits[split] for turn in r["messages"]
+    ]
+    for file in COMMITTED:
+        text = file.read_text(encoding="utf-8")
+        assert not [part for part in parts if len(part) > 12 and json.dumps(part, ensure_ascii=False)[1:-1] in text]
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@needs_data
+def test_no_question_is_in_two_splits_and_students_see_a_part_of_the_teachers_rows(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSKD_DATA", str(DATA))
+    size = table.SMALL
+    data.prepare(size, tmp_path)
+    for task in ("qa", "text"):
+        rows = {
+            split: data.read(tmp_path / f"{task}-{split}.jsonl")
+            for split in ("teacher", "train", "validation", "heldout")
+        }
+        assert {split: len(found) for split, found in rows.items()} == {
+            "teacher": size.teacher_rows[task],
+            "train": size.rows[task],
+            "validation": size.validation[task],
+            "heldout": size.heldout[task],
+        }
+        assert rows["train"] == rows["teacher"][: len(rows["train"])]
+        asked = [{row["messages"][1]["content"] for row in rows[s]} for s in ("teacher", "validation", "heldout")]
+        assert not any(one & other for one, other in itertools.combinations(asked, 2))
+        prose = (tmp_path / "prose.jsonl").read_text(encoding="utf-8")
+        assert not [q for q in asked[1] | asked[2] if json.dumps(q, ensure_ascii=False)[1:-1] in prose]
+
+
+def test_missing_data_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSKD_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"DSKD_DATA: expected a folder .* got .*nowhere"):
+        data.data_folder()
+
+
+def test_the_students_tokenizer_is_sentencepiece_with_byte_fallback():
+    from dskd_plugin.tokens import token_table
+
+    rng = random.Random(2)
+    words = ["apple", "river", "counts", "eleven", "the", "of", "and", "stones", "near", "house"]
+    texts = [" ".join(rng.choice(words) for _ in range(12)) + f" {rng.randrange(100)}." for _ in range(300)]
+    tokenizer = pairs.sentencepiece_tokenizer(texts, vocab_size=340)
+    for text in ("the river counts eleven stones", "a 你好 b", "  two\nlines "):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    found = token_table(tokenizer)
+    assert found.kind == "sentencepiece" and len(found.byte_tokens) == 256
+    assert tokenizer.tokenize("47") == ["▁", "4", "7"]
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_job_stops_no_other_and_leaves_its_log(tmp_path):
+    def work(number: int):
+        def do() -> None:
+            print(f"job {number}")
+            if number == 1:
+                raise RuntimeError("broken on purpose")
+            (tmp_path / f"{number}.done").touch()
+
+        return do
+
+    jobs = [launch.Job(str(n), tmp_path / f"{n}.log", work(n)) for n in range(4)]
+    outcomes = {outcome.job.name: outcome.ok for outcome in launch.run(jobs, at_once=2)}
+    assert outcomes == {"0": True, "1": False, "2": True, "3": True}
+    assert {file.stem for file in tmp_path.glob("*.done")} == {"0", "2", "3"}
+    assert "broken on purpose" in (tmp_path / "1.log").read_text() and "job 3" in (tmp_path / "3.log").read_text()
+
+
+def test_stopping_ends_the_jobs_that_run(tmp_path):
+    def work() -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    outcomes = launch.run([launch.Job("long", tmp_path / "long.log", work)], at_once=1)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(outcomes)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    pid = int((tmp_path / "pid").read_text())
+    found, status = os.waitpid(pid, 0)
+    assert found == pid and os.WTERMSIG(status) == signal.SIGTERM
+
+
+# -- the teacher's states --------------------------------------------------------------------------------------------
+
+
+def test_kept_states_are_the_teachers_own_and_new_rows_are_computed(tmp_path, monkeypatch):
+    import torch
+
+    from benchmarks.study import cache
+    from dskd_plugin.teacher import Teacher
+
+    calls = []
+
+    def compute(self, ids_T, lengths):
+        calls.append(lengths.tolist())
+        place = torch.cat([torch.arange(int(length)) for length in lengths])
+        return torch.stack([ids_T, place], dim=1).float()
+
+    monkeypatch.setattr(Teacher, "_padded_hidden", compute)
+    file = tmp_path / "states.pt"
+    batch = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([2, 3])
+    expected = compute(None, *batch)
+    calls.clear()
+    save = cache.install(file)
+    assert torch.equal(Teacher._padded_hidden(None, *batch), expected) and calls == [[2, 3]]
+    again = torch.tensor([7, 8, 9, 5, 6, 1]), torch.tensor([3, 2, 1])
+    assert torch.equal(Teacher._padded_hidden(None, *again), compute(None, *again))
+    assert calls == [[2, 3], [1], [3, 2, 1]]
+    save()
+    monkeypatch.setattr(Teacher, "_padded_hidden", compute)
+    cache.install(file)
+    calls.clear()
+    assert torch.equal(Teacher._padded_hidden(None, *batch), expected) and calls == []
