@@ -88,7 +88,10 @@ def test_default_and_bounds_of_a_setting_are_those_of_the_schema(setting):
 
 def test_every_logged_name_is_explained():
     explained = {row[0] for row in table(README, "What is logged")}
-    assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, "kd", "align_ratio")}
+    tree = ast.parse((ROOT / "dskd_plugin" / "rollout.py").read_text(encoding="utf-8"))
+    (counts,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "COUNTS")
+    sampled = [f"rollout_{name}" for name in ast.literal_eval(counts)]
+    assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, "kd", "align_ratio", *sampled)}
 
 
 def test_examples_of_the_readme_are_valid_recipes():
