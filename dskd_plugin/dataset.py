@@ -251,7 +251,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
         raise ValueError(
             f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
             "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
-            "prompts, or remove dskd.on_policy."
+            "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
         )
     return dataset.remove_columns(UNMATCHED)
 

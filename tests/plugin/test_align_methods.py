@@ -16,7 +16,7 @@ from dskd_plugin.args import parse_settings
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
 from dskd_plugin.tokens import TokenTable, encode
 
-EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "20"))
 fuzz = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 200
 )

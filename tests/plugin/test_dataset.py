@@ -22,6 +22,8 @@ def prepare(recipe, tmp_path):
         from axolotl.loaders import load_tokenizer
 
         changed = {**recipe, **changes, "dskd": {**recipe["dskd"], **(block or {})}}
+        if changed["dskd"].get("method", "dskd") != "dskd":
+            changed["dskd"].pop("projector")
         if rows is not None:
             file = tmp_path / "rows.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -178,3 +180,175 @@ def test_prepared_rows_are_reused(prepare, tmp_path):
     stamps = [file.stat().st_mtime_ns for file in prepared]
     prepare([conversation("red", "blue stone")])
     assert prepared and [file.stat().st_mtime_ns for file in prepared] == stamps
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def runs(labels):
+    """Positions of each response."""
+    found = []
+    for k, label in enumerate(labels):
+        if label != -100:
+            if k == 0 or labels[k - 1] == -100:
+                found.append([])
+            found[-1].append(k)
+    return found
+
+
+def chunk_texts(row, student, teacher):
+    flat = row["chunks"]
+    for at in range(0, len(flat), 4):
+        a, b, c, d = flat[at : at + 4]
+        assert all(label != -100 for label in row["labels"][a:b])
+        yield student.decode(row["input_ids"][a:b]), teacher.decode(row["teacher_input_ids"][c:d])
+
+
+METHODS = {
+    "sft": {"method": "sft"},
+    "overlap_kd": {"method": "overlap_kd", "chunk_ratio": 0.5},
+    "uld": {"method": "uld", "chunk_ratio": 0.5},
+    "mined": {"method": "mined"},
+    "dskd": {"chunk_ratio": 1},
+    "cma": {"alignment": "cma", "chunk_ratio": 1},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_of_every_method(prepare, name):
+    turns = ["red river", "blue\n- item\n- naïve cafés.", "twelve", "the lamp\n- item 12 + 30 = 42"]
+    (row,), student, teacher = prepare([conversation(*turns)], METHODS[name])
+    responses = runs(row["labels"])
+    pairs = list(zip(row["aligned_student"], row["aligned_teacher"], strict=False))
+    said = [position for response in responses for position in response]
+    if name == "cma":
+        assert row["aligned_student"] == said
+        text = teacher.decode([row["teacher_input_ids"][j] for j in row["aligned_teacher"]])
+        assert [part.strip() for part in text.split("</s>")] == [turns[1], turns[3], ""]
+    elif name == "uld":
+        for response in responses:
+            inside = [(i, j) for i, j in pairs if i in response]
+            assert [i for i, _ in inside] == response[: len(inside)]
+            assert [j - inside[0][1] for _, j in inside] == list(range(len(inside)))
+    elif name == "mined":
+        assert row["aligned_student"] == said
+        assert row["aligned_teacher"] == sorted(row["aligned_teacher"])
+        for i, j in pairs:
+            ours, theirs = student.decode([row["input_ids"][i]]), teacher.decode([row["teacher_input_ids"][j]])
+            assert (ours == "<|im_end|>") == (theirs == "</s>")
+    else:
+        check_pairs(row, student, teacher)
+    assert ("chunks" in row) == ("chunk_ratio" in METHODS[name]) and "teacher_prompt" not in row
+    if "chunks" in row:
+        texts = list(chunk_texts(row, student, teacher))
+        assert texts and all(a.strip() == b.strip() for a, b in texts)
+        if name == "dskd":  # nothing of an ordinary text is left over
+            covered = sum(b - a for a, b in zip(row["chunks"][::4], row["chunks"][1::4], strict=True))
+            assert covered + len(pairs) == len(said)
+
+
+@pytest.mark.parametrize("method", ["kd", "dskd"])
+def test_one_tokenizer(prepare, tiny, method):
+    block = {"method": method, "teacher": {"model": tiny["sibling"], "dtype": "float32"}}
+    (row,), _, _ = prepare([conversation("red river", "blue stone")], block)
+    assert row["aligned_student"] == [k for k, label in enumerate(row["labels"]) if label != -100]
+    ours, theirs = (
+        [row[ids][k] for k in row[column]]
+        for ids, column in (("input_ids", "aligned_student"), ("teacher_input_ids", "aligned_teacher"))
+    )
+    assert ours == theirs
+
+
+def test_the_log_names_the_share_of_tokens_in_chunks(prepare, caplog):
+    row = conversation("red river", "the lamp\n- item\n- naïve cafés")
+    with caplog.at_level("INFO"):
+        (found,), _, _ = prepare([row], {"chunk_ratio": 1})
+    tokens = sum(label != -100 for label in found["labels"])
+    covered = sum(b - a for a, b in zip(found["chunks"][::4], found["chunks"][1::4], strict=True))
+    assert covered and f"aligned with the teacher, {100 * covered / tokens:.1f} % in chunks;" in caplog.text
+
+
+def test_rows_without_a_chunk_may_come_first(prepare):
+    rows = [conversation("red", "4")] * 1100 + [conversation("red", "lamp\n- item\n- red")]
+    found, _, _ = prepare(rows, {"chunk_ratio": 1})
+    assert len(found) == 1101 and sum(bool(row["chunks"]) for row in found) == 1
+
+
+ON_POLICY = {"on_policy": {"fraction": 0.5}}
+
+
+def test_prompt_of_the_last_answer(prepare):
+    (row,), student, teacher = prepare([conversation("red river", "blue stone.", "twelve", "the lamp")], ON_POLICY)
+    assert teacher.decode(row["teacher_input_ids"][: row["teacher_prompt"]]).rstrip() == (
+        "<s>[INST] red river [/INST] blue stone.</s>[INST] twelve [/INST]"
+    )
+    start = runs(row["labels"])[-1][0]
+    assert student.decode(row["input_ids"][:start]).endswith("twelve<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("cut", "prompt"), [(None, "twelve [/INST]"), (-1, "twelve [/INST]"), (0, "river [/INST]"), (1, "twelve [/INST]")]
+)
+def test_prompt_belongs_to_the_last_answer_that_the_host_leaves(prepare, cut, prompt):
+    """cut: tokens of the last answer that stay."""
+    texts = conversation("red river", "blue stone.", "twelve", "the lamp")
+    (row,), _, teacher = prepare([texts], ON_POLICY)
+    if cut is not None:
+        answer = runs(row["labels"])[-1]
+        length = answer[cut] if cut >= 0 else answer[-1]
+        (row,), _, teacher = prepare(
+            [texts], ON_POLICY, sequence_len=length, excess_length_strategy="truncate", sample_packing=False
+        )
+        assert len(row["input_ids"]) == length
+    assert teacher.decode(row["teacher_input_ids"][: row["teacher_prompt"]]).rstrip().endswith(prompt)
+
+
+@pytest.mark.parametrize("kind", ["completion", "train_on_inputs"])
+def test_rows_without_any_prompt_are_refused_for_answers(prepare, tiny, recipe, kind):
+    datasets = [{"path": tiny["data"], "ds_type": "json", "type": "alpaca" if kind != "completion" else kind}]
+    changes = {"datasets": datasets, "train_on_inputs": kind != "completion"}
+    with pytest.raises(ValueError, match=r"expected rows with a prompt that the student can answer \(dskd\.on_policy"):
+        prepare(None, ON_POLICY, **changes)
+
+
+@pytest.mark.parametrize("alignment", ["eta", "cma"])
+def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
+    texts = conversation("red " * 12, "lamp\n- item\n- naïve " * 6, "twelve", "the lamp\n- item\n- lamp")
+    block = {"alignment": alignment, "chunk_ratio": 1, **ON_POLICY}
+    rows = [texts, conversation("red", "blue")]  # the second is never cut
+    whole = max(prepare(rows, block)[0], key=lambda row: len(row["input_ids"]))
+    limit = whole["aligned_teacher"][len(whole["aligned_teacher"]) // 2]
+    cut_block = block | {"teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": limit}}
+    found, *_ = prepare(rows, cut_block, excess_length_strategy="truncate")
+    cut = max(found, key=lambda row: len(row["input_ids"]))
+    assert cut["teacher_input_ids"] == whole["teacher_input_ids"][:limit] and cut["labels"] == whole["labels"]
+    kept = [k for k, position in enumerate(whole["aligned_teacher"]) if position < limit]
+    assert cut["aligned_teacher"] == [whole["aligned_teacher"][k] for k in kept]
+    if alignment == "cma":
+        assert cut["aligned_student"] == whole["aligned_student"]
+    else:
+        assert cut["aligned_student"] == [whole["aligned_student"][k] for k in kept]
+    chunks = [whole["chunks"][at : at + 4] for at in range(0, len(whole["chunks"]), 4)]
+    assert cut["chunks"] == [p for chunk in chunks if all(q < limit for q in range(chunk[2], chunk[3])) for p in chunk]
+    assert 0 < len(cut["chunks"]) < len(whole["chunks"])
+    assert whole["teacher_prompt"] > limit and cut["teacher_prompt"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "labels", "teacher", "prompt"),
+    [
+        ([-100, 1, 1], [-100, 1, 1], [-100, -100, 1], 2),
+        ([1, 1], [1, 1], [-100, 1], 0),
+        ([-100, 1], [-100, 1], [1, 1], 0),
+        ([-100], [-100, 1], [-100, 1], 0),
+        ([-100, 1, -100], [-100, 1, -100, 1], [-100, 1, -100, -100, 1], 1),
+        ([-100, 1, -100, 1], [-100, 1, -100, 1], [-100, -100, -100, 1], 3),
+        ([-100, 1, -100], [-100, 1, -100, 1], [-100, -100, -100, 1], 0),
+        ([-100, 1], [-100, 1], [-100, -100], 0),
+        ([], [], [], 0),
+    ],
+)
+def test_prompt_by_hand(kept, labels, teacher, prompt):
+    from dskd_plugin.dataset import _prompt
+
+    assert _prompt(kept, labels, teacher) == prompt
