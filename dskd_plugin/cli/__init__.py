@@ -16,7 +16,13 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (ValueError, DSKDSetupError) as error:
             click.echo(f"Error: {error}", err=True)
-            sys.exit(1)
+        except OSError as error:
+            click.echo(
+                f"Error: {error.filename or 'files'}: expected to read and write, got {error}. "
+                "Check space and permissions, then start again.",
+                err=True,
+            )
+        sys.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

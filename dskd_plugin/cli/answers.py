@@ -50,6 +50,16 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+class _Known(LogitsProcessor):
+    """Rules out the rows of the output head that are no token of the tokenizer."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.arange(self.vocab_size, scores.shape[1], device=scores.device), -torch.inf)
+
+
 class _Draw(LogitsProcessor):
     """Leaves one token of each row: where the row's own random number falls in the cumulative probabilities.
 
@@ -76,8 +86,8 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
 
 
-def _processors(sampling: Sampling, rows: Sequence[int], prompt_length: int) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+def _processors(sampling: Sampling, vocab_size: int, rows: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+    found = LogitsProcessorList([_Known(vocab_size)])
     if sampling.temperature > 0:
         if sampling.temperature != 1:
             found.append(TemperatureLogitsWarper(sampling.temperature))
@@ -92,8 +102,11 @@ def _processors(sampling: Sampling, rows: Sequence[int], prompt_length: int) -> 
 class Writer:
     """The teacher as a writer of answers, free of the sampling defaults that its folder may carry."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, ends: list[int], prefix: str, sampling: Sampling) -> None:
-        self.model, self.tokenizer, self.ends, self.prefix, self.sampling = model, tokenizer, ends, prefix, sampling
+    def __init__(
+        self, model: Any, tokenizer: Any, *, vocab_size: int, ends: list[int], prefix: str, sampling: Sampling
+    ) -> None:
+        self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
+        self.ends, self.prefix, self.sampling = ends, prefix, sampling
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         self.config = GenerationConfig(
             do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
@@ -111,7 +124,7 @@ class Writer:
             input_ids=ids_BL.to(self.model.device),
             attention_mask=mask_BL.to(self.model.device),
             generation_config=self.config,
-            logits_processor=_processors(self.sampling, rows, length),
+            logits_processor=_processors(self.sampling, self.vocab_size, rows, length),
         )
         return [self._read(row, ids) for row, ids in zip(rows, written[:, length:].tolist(), strict=True)]
 
@@ -229,6 +242,7 @@ def _difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | No
 
 def write_whole(path: Path, lines: Iterator[str]) -> None:
     """The file appears under its name at once, complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w", encoding="utf-8") as stream:
         stream.writelines(lines)

@@ -231,7 +231,14 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
         packed=False,
         trust_remote_code=source.trust_remote_code,
     )
-    writer = Writer(teacher.model, source.tokenizer, ends=source.ends, prefix=source.answer_prefix, sampling=sampling)
+    writer = Writer(
+        teacher.model,
+        source.tokenizer,
+        vocab_size=source.vocab_size,
+        ends=source.ends,
+        prefix=source.answer_prefix,
+        sampling=sampling,
+    )
     start, tokens = time.monotonic(), 0
     with tqdm(total=len(rows), initial=len(partial.answers), unit="answer", desc="Generating") as bar:
         for batch in remaining:
@@ -363,7 +370,9 @@ def _hand_over(
 def _student_has_template(source: "Source") -> bool:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.cfg.get("tokenizer_config") or source.cfg["base_model"], trust_remote_code=source.trust_remote_code
-    )
+    name = source.cfg.get("tokenizer_config") or source.cfg["base_model"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
+        return True
     return tokenizer.chat_template is not None

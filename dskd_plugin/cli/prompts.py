@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from dskd_plugin.args import Settings
 
@@ -87,9 +88,20 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
     with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
-        cfg = load_cfg(str(path), output_dir=scratch, **changes)
-        if hasattr(tee, "close_debug_log"):
-            tee.close_debug_log()
+        try:
+            cfg = load_cfg(str(path), output_dir=scratch, **changes)
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()
+            )
+            raise ValueError(
+                f"{path}: expected a recipe that Axolotl accepts, got {wrong}. Correct it: it could not train either."
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"{path}: expected models and files that can be read, got {error}. Check the names and the network."
+            ) from error
+        tee.close_debug_log()
     dataset.install(None)
     (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
     settings, tokenizer, table = plugin.reader.settings, plugin.reader.tokenizer, plugin.reader.table

@@ -149,6 +149,61 @@ def test_greedy_answers_are_those_of_single_prompts(written, teacher, tiny):
     assert len(set(answers)) > 10
 
 
+def test_sampling_defaults_in_the_teachers_folder_do_not_hold(written, teacher):
+    folder = Path(shutil.copytree(teacher, "teacher"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    changed = {**config, "do_sample": True, "temperature": 0.3, "repetition_penalty": 9.0, "max_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(changed))
+    options = ["--max-new-tokens", 12, "--keep-unfinished", "--limit", 8]
+    run(written(), *options, "--out", "plain.jsonl")
+    run(written(block={"teacher": {"model": str(folder), "dtype": "float32"}}), *options, "--out", "folder.jsonl")
+    assert Path("folder.jsonl").read_bytes() == Path("plain.jsonl").read_bytes()
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "phi": {"num_key_value_heads": 4},
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_does_not_depend_on_its_batch(family, temperature, build, tmp_path):
+    """Padding, cache and positions of every family; the head has more rows than the tokenizer has tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from dskd_plugin.cli.answers import Sampling, Writer
+
+    tokenizer = build.byte_level_tokenizer(300, 1)
+    sizes = {"vocab_size": len(tokenizer) + 60, "initializer_range": 0.3, **FAMILIES[family]}
+    path = build.save_model(tmp_path, tokenizer, family, **sizes)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    sampling = Sampling(14, temperature, 1.0, 0, 1)
+    ends = [tokenizer.eos_token_id]
+    writer = Writer(model, tokenizer, vocab_size=len(tokenizer), ends=ends, prefix="", sampling=sampling)
+    generator = torch.Generator().manual_seed(2)
+    lengths = [3, 11, 7, 1]
+    prompts = [torch.randint(3, len(tokenizer), (length,), generator=generator).tolist() for length in lengths]
+    alone = [writer.answer([row], [prompt])[0] for row, prompt in enumerate(prompts)]
+    together = writer.answer(range(4), prompts)
+    assert together == alone
+    assert len({answer.text for answer in alone}) == 4
+    for prompt, answer in zip(prompts, alone, strict=True):
+        ids = list(prompt)
+        for _ in range(0 if temperature else answer.tokens):
+            with torch.no_grad():
+                scores = model(torch.tensor([ids])).logits[0, -1, : len(tokenizer)]
+            ids.append(int(scores.argmax()))
+        wanted = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).rstrip()
+        assert temperature or answer.text == wanted
+
+
 def test_sampled_answers_follow_a_loop_over_floats(written, teacher, tiny):
     from transformers import AutoModelForCausalLM
 
@@ -441,6 +496,18 @@ def test_entries_are_read_as_axolotl_reads_them(written, build):
     assert [json.loads(r["messages"])[0]["content"] for r in read_prompts(source, 4)] == asked[:4]
 
 
+def test_several_processes_read_the_same_prompts(written):
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    name = data_of([{"messages": chat(f"question {k}", TOLD)} for k in range(1001)])
+    found = []
+    for processes in (1, 2):
+        path = Path(written({**entry(name), "dataset_num_proc": processes}))
+        found.append(read_prompts(load_recipe(path, read_recipe(path)), None)[:])
+    assert found[0] == found[1]
+    assert [json.loads(text)[0]["content"] for text in found[0]["messages"]] == [f"question {k}" for k in range(1001)]
+
+
 def test_the_space_that_the_template_writes_is_not_part_of_an_answer(written):
     from dskd_plugin.cli.prompts import load_recipe, read_recipe
 
@@ -587,6 +654,8 @@ REFUSED = {
     "no datasets": (lambda w, t: [w(drop=["datasets"])], ["expected `datasets` with the prompts, got none"]),
     "plugin not listed": (edited(plugins=[]), ["plugins: expected 'dskd' in the list"]),
     "unknown setting": (lambda w, t: [w(block={"methd": "sft"})], ["dskd.methd", "Did you mean 'method'?"]),
+    "refused by axolotl": (edited(micro_batch_size="many"), ["recipe.yaml: expected a recipe that Axolotl accepts"]),
+    "missing student": (edited(base_model="./nowhere"), ["base_model: expected a model folder or a hub id"]),
     "missing teacher": (
         lambda w, t: [w(block={"teacher": {"model": "./nowhere"}})],
         ["dskd.teacher.model: expected a model folder or a hub id", "./nowhere", "Check the path."],
