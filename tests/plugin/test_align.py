@@ -356,9 +356,9 @@ def test_eight_thousand_tokens_align_in_linear_time(zoo, student, teacher):
         masks = [True] * len(ids), [True] * len(other_ids)
         best = float("inf")
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             found = align(ids, masks[0], other_ids, masks[1], one.table, other.table)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         assert found.student_N
         seconds.append(best)
     print(f"{student} -> {teacher}: {seconds[0] * 1000:.0f} ms for 8000 tokens")
