@@ -72,7 +72,7 @@ def token_log_probs(hidden_ND: Tensor, head: Head, ids_N: Tensor, *, block_eleme
         len(hidden_ND), dtype=torch.promote_types(head.weight_VD.dtype, torch.float32), device=hidden_ND.device
     )
     with _no_autocast(hidden_ND.device):
-        for block in _blocks(0, len(hidden_ND), _block_rows(block_elements, head)):
+        for block in _blocks(len(hidden_ND), _block_rows(block_elements, head)):
             logits_BV = head_logits(hidden_ND[block], head)
             found_N[block] = -torch.nn.functional.cross_entropy(logits_BV, ids_N[block], reduction="none")
     return found_N
@@ -298,8 +298,7 @@ class _Walk:
         self, rows: int, sums: Callable[..., Sums], *, sliced: tuple[str, ...], whole: tuple[str, ...] = ()
     ) -> None:
         """Add a pass over rows 0 to rows - 1. One after the other, so that one's tensors are gone before the next."""
-        split = self.rows.pairs if rows == len(self.rows) else 0
-        self.sweeps.append(_Sweep(list(_blocks(split, rows, self.block_rows)), sums, sliced, whole))
+        self.sweeps.append(_Sweep(list(_blocks(rows, self.block_rows)), sums, sliced, whole))
 
     def loss(self, **more: Tensor | None) -> tuple[Tensor, Sums]:
         """The loss and its sums; more: the inputs by name beside the student's rows and head."""
@@ -387,7 +386,7 @@ def _argmax(hidden_ND: Tensor, head: Head, block_elements: int) -> Tensor:
     real = head.real()
     predicted_N = torch.empty(len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
     with _no_autocast(hidden_ND.device):
-        for block in _blocks(0, len(hidden_ND), _block_rows(block_elements, real)):
+        for block in _blocks(len(hidden_ND), _block_rows(block_elements, real)):
             predicted_N[block] = head_logits(hidden_ND[block], real).argmax(-1)
     return predicted_N
 
@@ -396,11 +395,9 @@ def _block_rows(block_elements: int, *heads: Head) -> int:
     return max(1, block_elements // max(head.weight_VD.shape[0] for head in heads))
 
 
-def _blocks(pairs: int, rows: int, block_rows: int) -> Iterator[slice]:
-    """The blocks of all rows; none straddles the end of the rows with a partner."""
-    for first, last in ((0, pairs), (pairs, rows)):
-        for start in range(first, last, block_rows):
-            yield slice(start, min(start + block_rows, last))
+def _blocks(rows: int, block_rows: int) -> Iterator[slice]:
+    for start in range(0, rows, block_rows):
+        yield slice(start, min(start + block_rows, rows))
 
 
 def _for_compute(head: Head) -> Head:

@@ -229,6 +229,18 @@ def test_binary_kl_equals_the_decimals(oracle, student, teacher, tau):
         assert own.grad.item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
+def test_binary_kl_in_fp32(oracle):
+    """Near-certain texts, where 1 - exp(x) has no digits left in fp32 but expm1 has all."""
+    pairs = [(-1e-7, -3.0), (-2e-6, -0.4), (-3.0, -1e-7), (-0.5, -1e-5), (-1e-6, -1e-6), (-2000.0, -1e-3)]
+    student, teacher = (torch.tensor(side, requires_grad=True) for side in zip(*pairs, strict=True))
+    value = binary_kl(student_C=student, teacher_C=teacher.detach(), temperature=100.0)
+    assert value.dtype == torch.float32
+    # a difference of two numbers of order 0.01 to 1, each good to a few fp32 steps
+    assert value.tolist() == pytest.approx([oracle.binary_kl(*pair, 100.0) for pair in pairs], rel=1e-4, abs=2e-7)
+    value.sum().backward()
+    assert student.grad.isfinite().all()
+
+
 def test_binary_kl_of_impossible_texts_is_finite():
     none = torch.tensor([-math.inf, -1.0, -math.inf], dtype=torch.float64)
     own = none.flip(0).clone().requires_grad_()
