@@ -88,6 +88,7 @@ def _compare(
         known = enumerate(overlap.teacher_to_student_V.tolist())
         roles = [(student_id, i) for i, student_id in known if student_id >= 0 and pair.teacher.bytes[i] is None]
         images_V = nearest_ids(pair.student, pair.teacher, roles)[:teacher_ids].to(device)
+        images_V[images_V >= student_ids] = -1  # a head may have fewer rows than the tokenizer has ids
         return baselines.mined(settings.temperature, images_V, student_ids)
     if settings.method == "kd" and len(overlap.student_ids_O) == student_ids == teacher_ids:
         return baselines.vanilla(chosen, settings.temperature)
