@@ -183,7 +183,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     if options["dry_run"]:
         _dry_run(prepared)
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     watcher = Terminal(sum(len(plans) for plans in prepared.plans.values()))
     for note in prepared.notes:
         watcher.note(note)
@@ -204,6 +204,11 @@ def _evaluate(options: dict[str, Any]) -> None:
         _OUT.print(f"[red]Some tasks failed[/]; details in {escape(str(output / 'errors.log'))}. After the repair:")
         _OUT.print("  " + escape(_again(output)), soft_wrap=True)
         raise SystemExit(1)
+
+
+def _stop(*_: object) -> NoReturn:
+    """SIGTERM ends a run as Ctrl-C does, also where a shell's background job ignores SIGINT."""
+    raise KeyboardInterrupt
 
 
 def _quiet_libraries() -> None:

@@ -94,7 +94,7 @@ def test_killed_and_resumed_run_gives_the_same_results(
     cut = tmp_path / "cut"
     command = [sys.executable, "-m", "dskd_eval.cli", *map(str, arguments), "--output", str(cut)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (cut / "parts" / "tiny" / "sums.json").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -130,6 +130,33 @@ def test_interrupt_leaves_a_resumable_folder(
     monkeypatch.setattr(HFBackend, "generate", real)
     assert invoke(*arguments, "--resume").exit_code == 0
     assert results(tmp_path / "o", times=True)["times"]["tasks"][0]["answers_reused"] == 4
+
+
+def test_terminate_stops_a_background_job(
+    tiny_model: Path, own_task: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """A shell starts background jobs with SIGINT ignored; SIGTERM still leaves a folder that --resume takes up."""
+    rows = [{"question": f"Say {n}", "answer": str(n)} for n in range(12)]
+    first = own_task(rows, max_new_tokens=8)
+    second = tmp_path / "second.yaml"
+    second.write_text(
+        first.read_text().replace("task: sums", "task: more").replace("max_new_tokens: 8", "max_new_tokens: 2000")
+    )
+    output = tmp_path / "o"
+    arguments = ["--model", tiny_model, "--task-file", first, "--task-file", second, "--batch-size", 2]
+    command = [sys.executable, "-m", "dskd_eval.cli", *map(str, arguments), "--output", str(output)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not (output / "parts" / "tiny" / "sums.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "Stopped." in said and "--resume" in said and "Traceback" not in said
+    assert not (output / "parts" / "tiny" / "more.json").exists()
 
 
 def test_other_output_folders_are_refused(
