@@ -70,6 +70,8 @@ def _join(group: Sequence[Entry], task: str) -> dict[tuple[str, str, int], list[
         plans.append(score["task"])
     for entry, plan in zip(group[1:], plans[1:], strict=True):
         for key in _SAME:
+            if key == "seeds" and not plan["generation"].get("do_sample"):
+                continue  # A greedy answer does not depend on them.
             if plan[key] != plans[0][key]:
                 raise Mismatch(f"{task}: {_words(key)} differs: {_place(group[0], plans[0][key], entry, plan[key])}")
     tables = [_table(entry, task) for entry in group]

@@ -99,6 +99,19 @@ def test_unlike_prompts_are_refused_with_their_place(
     assert skipped.exit_code == 0 and "not compared" in skipped.output
 
 
+def test_seeds_matter_for_sampled_answers_only(tmp_path: Path) -> None:
+    """Another --seed draws another subset; greedy answers to the shared documents can be compared."""
+    for name, drawn in (("greedy", {}), ("sampled", {"do_sample": True})):
+        generation = PLAN["generation"] | drawn
+        group = comparison.entries([
+            Run(write_run(tmp_path / name / str(seed), {"m": values(seed, 0.5)}, seeds=[seed], generation=generation))
+            for seed in (1, 2)
+        ])  # fmt: skip
+        found = comparison.compare(group, strict=False)
+        assert len(found["pairs"][0]["rows"]) == (name == "greedy")
+        assert bool(found["notes"]) == (name == "sampled")
+
+
 def test_only_shared_documents_are_compared(tmp_path: Path) -> None:
     first, second = values(0, 0.5), values(1, 0.6)
     runs = [Run(write_run(tmp_path / "x", {"a": first})), Run(write_run(tmp_path / "y", {"b": second}, skip=100))]
