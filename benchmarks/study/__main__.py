@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.study import launch, plan, prepare, records, report
 from benchmarks.study.table import SIZES, Size
 
-STAGES = ("prepare", "search", "seeds", "ablations", "records", "report")
+STAGES = ("prepare", "search", "seeds", "gradients", "ablations", "records", "report")
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -55,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     out, wanted = options.out, plan.Wanted(tuple(options.tasks), options.pairs, options.methods)
     if "prepare" in options.stages:
         prepare.prepare(size, out, tasks=wanted.tasks)
-    if {"prepare", "search", "seeds", "ablations"} & set(options.stages):
+    if {"prepare", "search", "seeds", "gradients", "ablations"} & set(options.stages):
         launch.preload()
     if "prepare" in options.stages:
         in_parallel(plan.teacher_jobs(size, out, wanted), options, deadline, "teacher")
     phases: dict[str, Callable[[Size, Path, plan.Wanted], list[launch.Job]]] = {
         "search": plan.search_jobs,
         "seeds": plan.seed_jobs,
+        "gradients": plan.gradient_jobs,
         "ablations": plan.ablation_jobs,
     }
     for stage, jobs in phases.items():

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -60,6 +61,8 @@ def preload() -> None:
     with _silence():
         for name in MODULES:
             importlib.import_module(name)
+        if find_spec("deepspeed"):  # accelerate imports it where it is installed
+            importlib.import_module("deepspeed")
         import datasets
         import torch
 

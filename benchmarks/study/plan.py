@@ -15,6 +15,8 @@ from benchmarks.study.table import ABLATIONS, METHODS, Size
 
 SPLITS = ("validation", "heldout")
 ABLATION_SEEDS = 2
+PROBED = ("dskd", "kd", "overlap_kd")
+PROBES = 6
 BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too
 
 
@@ -74,8 +76,8 @@ def generate(size: Size, out: Path, task: str) -> None:
 def search_runs(size: Size, wanted: Wanted) -> list[Run]:
     return [
         Run(task, pair, method, rate, size.seeds[0])
-        for task, pair, method in wanted.methods_of(size)
         for rate in size.rates
+        for task, pair, method in wanted.methods_of(size)
     ]
 
 
@@ -109,12 +111,13 @@ def chosen_rate(task: str, pair: str, method: str, size: Size, out: Path) -> flo
 
 
 def seed_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
-    made = []
-    for task, pair, method in wanted.methods_of(size):
-        rate = chosen_rate(task, pair, method, size, out)
-        if rate is not None:
-            made += [Run(task, pair, method, rate, seed) for seed in size.seeds]
-    return made
+    lines = [(*line, chosen_rate(*line, size, out)) for line in wanted.methods_of(size)]
+    return [
+        Run(task, pair, method, rate, seed)
+        for seed in size.seeds
+        for task, pair, method, rate in lines
+        if rate is not None
+    ]
 
 
 def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
@@ -126,7 +129,8 @@ def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     def work(run: Run) -> None:
         runs.train(run, size, out)
-        for split in SPLITS if run.method in BASES else ("heldout",):
+        both = run.method in BASES and run.seed in size.seeds[:ABLATION_SEEDS]
+        for split in SPLITS if both else ("heldout",):
             runs.measure(run, split, out, answers=True)
 
     return [
@@ -137,17 +141,15 @@ def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
 
 def ablation_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
-    made = []
-    for task, pair, method in wanted.methods_of(size):
-        rate = chosen_rate(task, pair, method, size, out) if method == "dskd" else None
-        if rate is not None:
-            made += [
-                Run(task, pair, "dskd", rate, seed, name)
-                for name, change in ABLATIONS.items()
-                if pair in change.pairs
-                for seed in size.seeds[:ABLATION_SEEDS]
-            ]
-    return made
+    lines = [line for line in wanted.methods_of(size) if line[2] == "dskd"]
+    rates = {line: chosen_rate(*line, size, out) for line in lines}
+    return [
+        Run(task, pair, "dskd", rate, seed, name)
+        for seed in size.seeds[:ABLATION_SEEDS]
+        for name, change in ABLATIONS.items()
+        for (task, pair, _), rate in rates.items()
+        if rate is not None and pair in change.pairs
+    ]
 
 
 def ablation_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
@@ -160,6 +162,24 @@ def ablation_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     found = ablation_runs(size, out, wanted)
     return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "validation.json").is_file()]
+
+
+def gradient_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
+    """Runs of a seed of their own, so that the probes touch nothing that is compared."""
+    lines = [line for line in wanted.methods_of(size) if line[2] in PROBED]
+    rates = {line: chosen_rate(*line, size, out) for line in lines}
+    return [Run(*line, rate, size.seeds[-1] + 1) for line, rate in rates.items() if rate is not None]
+
+
+def gradient_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
+    """The gradient of every term while DSKD and plain KD train."""
+
+    def work(run: Run) -> None:
+        runs.train(run, size, out, probes=PROBES)
+        runs.forget_model(run, out)
+
+    found = gradient_runs(size, out, wanted)
+    return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "train.json").is_file()]
 
 
 def all_records(size: Size, out: Path) -> list[records.Record]:
@@ -179,4 +199,8 @@ def all_records(size: Size, out: Path) -> list[records.Record]:
             if started and run.name not in seen:
                 seen.add(run.name)
                 made.append(records.record(run, out, phase))
+    for run in gradient_runs(size, out, wanted):
+        file = run.folder(out) / "gradients.jsonl"
+        if (run.folder(out) / "train.json").is_file() and file.is_file():
+            made.append(records.gradients(run, file))
     return made

@@ -70,6 +70,13 @@ def record(run: Run, out: Path, phase: str) -> Record:
     return made
 
 
+def gradients(run: Run, file: Path) -> Record:
+    """Norms and cosines of the terms' gradients at the probed steps."""
+    found = [{key: round(value, 4) for key, value in probe.items()} for probe in data.read(file)]
+    where = {"task": run.task, "pair": run.pair, "method": run.method, "rate": run.rate, "seed": run.seed}
+    return {"kind": "gradients", **where, "probes": found}
+
+
 def curve(log: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Logged series by name: steps, loss, gradient norm and the plugin's terms and rates."""
     entries = [entry for entry in log if "loss" in entry]

@@ -20,6 +20,7 @@ PLOTS = ROOT / "docs" / "plots"
 TASKS = {"qa": "short questions", "text": "GSM8K and Dolly"}
 PAIRS = {"one": "one tokenizer", "two": "two tokenizers"}
 BASE = "sft"
+TERMS = ("ce", "t2s_kd", "s2t_kd", "kd")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Study:
 
     def __init__(self, found: list[Record]) -> None:
         self.documents = {(made["task"], made["split"]): made for made in found if made["kind"] == "documents"}
+        self.gradients = [made for made in found if made["kind"] == "gradients"]
         self.runs = [made for made in found if made["kind"] == "run"]
 
     def settings(self) -> list[tuple[str, str]]:
@@ -219,6 +221,20 @@ def terms(study: Study, task: str, pair: str) -> str:
     return markdown(["last tenth of training", *[name.removeprefix("dskd/") for name in names], "CPU s"], rows)
 
 
+def gradients(study: Study, task: str, pair: str) -> str:
+    """Norm of each term's gradient by the student's last hidden states, and its cosine with the gradient of CE."""
+    rows = []
+    for made in study.gradients:
+        if (made["task"], made["pair"]) != (task, pair):
+            continue
+        for probe in made["probes"]:
+            norms = [f"{probe[f'norm/{term}']:.3f}" if f"norm/{term}" in probe else "" for term in TERMS]
+            cosines = [f"{probe[f'cosine/{term}']:+.2f}" if f"cosine/{term}" in probe else "" for term in TERMS[1:]]
+            rows.append([METHODS[made["method"]].title, f"{probe['step']}", *norms, *cosines])
+    head = ["method", "step", *(f"norm {term}" for term in TERMS), *(f"cosine {term}, ce" for term in TERMS[1:])]
+    return markdown(head, rows) if rows else "not measured"
+
+
 def failures(study: Study) -> str:
     lines = []
     for run in study.runs:
@@ -247,7 +263,13 @@ def sections(study: Study) -> dict[str, str]:
     """Generated text by marker name."""
     made = {"facts": facts(study), "failures": failures(study)}
     for task, pair in study.settings():
-        for name, table in (("comparison", comparison), ("search", search), ("ablations", ablations), ("terms", terms)):
+        for name, table in (
+            ("comparison", comparison),
+            ("search", search),
+            ("ablations", ablations),
+            ("terms", terms),
+            ("gradients", gradients),
+        ):
             made[f"{name}-{task}-{pair}"] = table(study, task, pair)
     return made
 

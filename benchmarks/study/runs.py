@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.study import cache, evaluate, launch
+from benchmarks.study import cache, evaluate, gradients, launch
 from benchmarks.study.table import METHODS, Size, block
 
 PACKAGES = ("dskd", "axolotl", "torch", "transformers", "lm_eval")
@@ -91,8 +91,11 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def train(run: Run, size: Size, out: Path) -> None:
-    """Train unless it was finished; leaves `model/` and `train.json` in the run's folder."""
+def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
+    """Train unless it was finished; leaves `model/` and `train.json` in the run's folder.
+
+    probes: number of steps at which the gradient of each term is measured.
+    """
     folder = run.folder(out)
     if (folder / "train.json").is_file():
         return
@@ -101,6 +104,8 @@ def train(run: Run, size: Size, out: Path) -> None:
     made = recipe(run, size)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     save = cache.install(out / f"teacher-{run.task}-states.pt")
+    if probes:
+        gradients.install(folder / "gradients.jsonl", every=max(1, size.steps // probes))
     started, processor = time.monotonic(), time.process_time()
     launch.axolotl(["train", f"runs/{run.name}/recipe.yaml", "--launcher", "python"], out)
     seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - processor}

@@ -8,6 +8,7 @@ import random
 import signal
 import statistics as standard
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_the_search_is_of_one_size_for_every_method():
 
 
 def test_the_chosen_rate_is_that_of_the_fewest_bits_and_failed_runs_do_not_count(tmp_path):
-    size = table.SMALL
+    size = replace(table.SMALL, rates=(5e-4, 1e-3, 2e-3))
     bits = dict(zip(size.rates, (30.0, 20.0, 20.0), strict=True))
     for rate, value in bits.items():
         run = runs.Run("qa", "two", "dskd", rate, size.seeds[0])
@@ -273,6 +274,17 @@ def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_
 
 
 NUMBERS = {"gold_bytes", "teacher_bytes", "gold_bits", "teacher_bits", "exact", "rouge_l", "same_as_teacher"}
+
+
+def test_gradients_of_the_terms_are_shown_beside_each_other(tmp_path):
+    file = tmp_path / "gradients.jsonl"
+    probe = {"step": 21, "norm/ce": 0.5, "norm/t2s_kd": 0.123456, "cosine/t2s_kd": -0.25}
+    file.write_text(json.dumps(probe) + "\n")
+    made = records.gradients(runs.Run("qa", "two", "dskd", 1e-3, 4), file)
+    assert made["probes"] == [probe | {"norm/t2s_kd": 0.1235}]
+    table_text = report.gradients(report.Study([made]), "qa", "two")
+    assert table_text.splitlines()[-1] == "| DSKD | 21 | 0.500 | 0.123 |  |  | -0.25 |  |  |"
+    assert report.gradients(report.Study([]), "qa", "two") == "not measured"
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
