@@ -22,7 +22,7 @@ def generated():
         file.write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / name), **changes}))
         options = ["--max-new-tokens", "24", "--keep-unfinished", "--write-recipe", str(new)]
         command = [str(Path(sys.executable).parent / "dskd"), "generate", str(file), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"Next: axolotl train {new}" in done.stdout
         return yaml.safe_load(new.read_text())
