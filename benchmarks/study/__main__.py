@@ -41,6 +41,8 @@ def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: f
     started = time.monotonic()
     waiting = (job for job in jobs if time.monotonic() < deadline)
     for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
+        mark = plan.failure(options.out, outcome.job.name)
+        mark.unlink(missing_ok=True) if outcome.ok else mark.touch()
         said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
         elapsed = (time.monotonic() - started) / 60
         print(f"{title} {done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")

@@ -14,7 +14,7 @@ from benchmarks.study.runs import Run
 from benchmarks.study.table import ABLATIONS, METHODS, Size
 
 SPLITS = ("validation", "heldout")
-ABLATION_SEEDS = 2
+LEADING = ("student space", "student space, temperature 1")  # ablations with all seeds, before the others
 PROBED = ("dskd", "kd", "overlap_kd")
 PROBES = 6
 BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too
@@ -129,26 +129,31 @@ def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     def work(run: Run) -> None:
         runs.train(run, size, out)
-        both = run.method in BASES and run.seed in size.seeds[:ABLATION_SEEDS]
-        for split in SPLITS if both else ("heldout",):
+        for split in splits_of(run):
             runs.measure(run, split, out, answers=True)
 
     return [
         job(out, run, partial(work, run))
         for run in seed_runs(size, out, wanted)
-        if not (run.folder(out) / "heldout.json").is_file()
+        if not all((run.folder(out) / f"{split}.json").is_file() for split in splits_of(run))
     ]
+
+
+def splits_of(run: Run) -> tuple[str, ...]:
+    return SPLITS if run.method in BASES else ("heldout",)
 
 
 def ablation_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
     lines = [line for line in wanted.methods_of(size) if line[2] == "dskd"]
     rates = {line: chosen_rate(*line, size, out) for line in lines}
+    others = [name for name in ABLATIONS if name not in LEADING]
+    order = [(seed, name) for seed in size.seeds for name in LEADING]
+    order += [(seed, name) for seed in size.seeds[:2] for name in others]
     return [
         Run(task, pair, "dskd", rate, seed, name)
-        for seed in size.seeds[:ABLATION_SEEDS]
-        for name, change in ABLATIONS.items()
+        for seed, name in order
         for (task, pair, _), rate in rates.items()
-        if rate is not None and pair in change.pairs
+        if rate is not None and pair in ABLATIONS[name].pairs
     ]
 
 
@@ -182,6 +187,11 @@ def gradient_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
     return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "train.json").is_file()]
 
 
+def failure(out: Path, name: str) -> Path:
+    """Where a failed run is marked."""
+    return out / "logs" / f"{name}.failed"
+
+
 def all_records(size: Size, out: Path) -> list[records.Record]:
     """Records of whatever has run, failures included."""
     tasks = tuple(task for task in ("qa", "text") if (out / f"teacher-{task}").is_dir())
@@ -195,8 +205,8 @@ def all_records(size: Size, out: Path) -> list[records.Record]:
     }
     for phase, found in phases.items():
         for run in found:
-            started = (out / "logs" / f"{run.name}.log").is_file() or run.folder(out).is_dir()
-            if started and run.name not in seen:
+            ended = (run.folder(out) / "train.json").is_file() or failure(out, run.name).is_file()
+            if ended and run.name not in seen:
                 seen.add(run.name)
                 made.append(records.record(run, out, phase))
     for run in gradient_runs(size, out, wanted):

@@ -221,6 +221,8 @@ def study(tmp_path_factory) -> Path:
     finished(out, runs.Run("qa", "two", "dskd", 1e-3, 1, "random init"), 0.5)
     failed = runs.Run("qa", "two", "uld", 1e-3, 1)
     (out / "logs").mkdir()
+    plan.failure(out, failed.name).touch()
+    (out / "logs" / f"{runs.Run('qa', 'two', 'uld', 1e-3, 2).name}.log").write_text("still running")
     (out / "logs" / f"{failed.name}.log").write_text("first\nValueError: expected a, got b in /home/me/file\n\n")
     return out
 
