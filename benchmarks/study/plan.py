@@ -15,7 +15,7 @@ from benchmarks.study.table import ABLATIONS, METHODS, Size
 
 SPLITS = ("validation", "heldout")
 LEADING = ("student space", "student space, temperature 1")  # ablations with all seeds, before the others
-PROBED = ("dskd", "kd", "overlap_kd")
+PROBED = ("dskd",)
 PROBES = 6
 BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too
 
@@ -177,7 +177,7 @@ def gradient_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
 
 
 def gradient_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
-    """The gradient of every term while DSKD and plain KD train."""
+    """The gradient of every term while DSKD trains."""
 
     def work(run: Run) -> None:
         runs.train(run, size, out, probes=PROBES)
