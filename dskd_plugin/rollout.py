@@ -455,8 +455,6 @@ def _generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> It
                 module.training = True
             for module, config in zip(own, configs, strict=True):
                 module.generation_config = config  # type: ignore[assignment]
-            # Weights cast without gradient must not serve the training that follows in an outer autocast.
-            torch.clear_autocast_cache()
 
 
 def pack(rows: list[Sample], budget: int) -> list[list[Sample]]:

@@ -579,9 +579,8 @@ def test_plain_text_is_read_the_same_way_alone_or_after_a_prompt(zoo_name, zoo):
         before, whole = (encode(entry.tokenizer, part) for part in (prompt, prompt + text))
         ids, complete = reader.ids(text, before)
         assert complete
-        tail = whole[len(before) :] if whole[: len(before)] == before else []
-        if b"".join(table.literal[i] or b"" for i in tail) == text.encode():
-            assert ids == tail
+        if prompt[-1] != " " and whole[: len(before)] == before:
+            assert ids == whole[len(before) :]
         if not entry.changes:
             assert b"".join(table.literal[i] for i in ids).strip() == text.encode().strip()
 
