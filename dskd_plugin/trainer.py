@@ -18,7 +18,7 @@ from dskd_plugin.dataset import TeacherReader
 from dskd_plugin.methods import distillation_loss
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, shared_ids
-from dskd_plugin.rollout import COUNTS, Rollout
+from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
 from dskd_plugin.teacher import Teacher
 
@@ -210,8 +210,13 @@ class DSKDTrainer(AxolotlTrainer):
             for k, samples in enumerate(bins)
         ]
         gold = [[{**sample, ON_POLICY: False} for sample in samples] for samples in bins]
-        rows = [samples for samples in (*gold, *answered) if samples]
-        new = self.data_collator(rows if packed else [sample for samples in rows for sample in samples])
+        answers = [row for rows in answered for row in rows]
+        if len(bins) == 1:
+            # One packed row stays one: FlashAttention keeps neighbours apart in a batch of one row only.
+            features = [[*gold[0], *answers]] if packed else [*gold[0], *answers]
+        else:
+            features = [*gold, *pack(answers, self.cfg.sequence_len)]
+        new = self.data_collator(features)
         new["dskd_responses"] = torch.tensor(self._rollout.counts["tokens"] - tokens)
         return {key: value.to(self.args.device) for key, value in new.items()}
 
