@@ -14,7 +14,7 @@ from benchmarks.study.runs import Run
 from benchmarks.study.table import ABLATIONS, METHODS, Size
 
 SPLITS = ("validation", "heldout")
-LEADING = ("student space", "student space, temperature 1")  # ablations with all seeds, before the others
+LEADING = ("student space",)  # ablations with all seeds, before the others
 PROBED = ("dskd",)
 PROBES = 6
 BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too

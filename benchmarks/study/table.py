@@ -50,21 +50,21 @@ METHODS: dict[str, Method] = {
 # Changes to the `dskd` row, one at a time, those that explain most first.
 ABLATIONS: dict[str, Method] = {
     "student space": Method({"spaces": "student"}),
-    "temperature 1": Method({"temperature": 1.0}),
     "student space, temperature 1": Method({"spaces": "student", "temperature": 1.0}),
+    "temperature 4": Method({"temperature": 4.0}),
     "top_vocab 2048": Method({"projector": {"top_vocab": 2048}}),
     "kd_ratio 0.2": Method({"kd_ratio": 0.2}),
     "no agreement mask": Method({"agreement_mask": False}),
-    "random init": Method({"projector": {"init": "random"}}),
     "projector warm-up 30": Method({"projector": {"warmup_steps": 30}}),
-    "projector rate 5e-4": Method({"projector": {"learning_rate": 5e-4}}),
+    "random init": Method({"projector": {"init": "random"}}),
     "chunk term 1": Method({"chunk_ratio": 1.0}, pairs=("two",)),
-    "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}, pairs=("two",)),
+    "temperature 1": Method({"temperature": 1.0}, pairs=("two",)),
     "teacher space": Method({"spaces": "teacher"}, pairs=("two",)),
+    "projector rate 5e-4": Method({"projector": {"learning_rate": 5e-4}}),
     "kd_ratio 0.8": Method({"kd_ratio": 0.8}, pairs=("two",)),
+    "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}, pairs=("two",)),
     "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}, pairs=("two",)),
     "adaptive KL": Method({"divergence": {"kind": "adaptive_kl"}}, pairs=("two",)),
-    "temperature 4": Method({"temperature": 4.0}, pairs=("two",)),
 }
 
 

@@ -302,7 +302,7 @@ def test_committed_records_hold_numbers_and_settings_only(file):
             for key, values in made[split].items():
                 assert key in NUMBERS
                 assert all(isinstance(value, int | float) for value in values)
-        texts = [value for value in strings(made) if len(value) > 60 and value != made.get("error")]
+        texts = [value for value in strings(made) if len(value) > 100 and value != made.get("error")]
         assert not texts, texts[:1]
 
 
