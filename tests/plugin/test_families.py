@@ -138,7 +138,8 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
     from dskd_plugin.core.divergences import divergence
     from dskd_plugin.core.objective import Objective
     from dskd_plugin.core.overlap import identity
-    from dskd_plugin.student import DistillationLoss, MicroBatch, attach
+    from dskd_plugin.methods import DualSpace
+    from dskd_plugin.student import MicroBatch, attach
 
     path, vocab = folder(name)
     one, student = teacher(path, vocab), teacher(path, vocab).model.requires_grad_(True)
@@ -149,12 +150,12 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
     gradients = {key: p.grad.clone() for key, p in student.named_parameters()}
     student.zero_grad()
     objective = Objective(divergence=divergence("forward_kl"), kd_ratio=1e-9)
-    loss = DistillationLoss(
+    loss = DualSpace(
         student,
+        objective,
         student_vocab_size=vocab,
         teacher_head=one.head,
         overlap=identity(vocab),
-        objective=objective,
         keep_unmapped=False,
         projector_init="ideal",
         projector_dtype=torch.float32,
