@@ -67,10 +67,14 @@ def written(recipe, teacher, tmp_path, monkeypatch):
 def run(*arguments, code=0):
     """Output of the command in this process; fails unless it ends with the exit code."""
     from axolotl.integrations.base import PluginManager
+    from axolotl.utils import tee
 
     from dskd_plugin.cli import main
 
     PluginManager._instance = None
+    streams = sys.stdout, sys.stderr
+    tee.close_debug_log()  # a recipe that another test loaded may have left it open
+    sys.stdout, sys.stderr = streams
     result = CliRunner().invoke(main, ["generate", *map(str, arguments)])
     unexpected = result.exception if not isinstance(result.exception, SystemExit) else None
     assert result.exit_code == code, (result.output, unexpected)
