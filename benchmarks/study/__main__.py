@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--out", type=Path, help="default: out/study-SIZE")
-    parser.add_argument("--tasks", nargs="+", choices=("qa", "text"), default=["qa"])
+    parser.add_argument("--tasks", nargs="+", choices=("qa", "text"), help="default: what the size names")
     parser.add_argument("--methods", nargs="+", help="only these (default: all)")
     parser.add_argument("--pairs", nargs="+", help="only these (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
@@ -38,17 +38,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: float, title: str) -> None:
-    """Run the jobs, one line each; a job past the deadline is not started."""
-    started = time.monotonic()
+def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: float, title: str) -> bool:
+    """Run the jobs, one line each; a job past the deadline is not started. False when one failed."""
+    started, failed = time.monotonic(), False
     waiting = (job for job in jobs if time.monotonic() < deadline)
     for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
         mark = plan.failure(options.out, outcome.job.name)
         mark.unlink(missing_ok=True) if outcome.ok else mark.touch()
+        failed |= not outcome.ok
         said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
         elapsed = (time.monotonic() - started) / 60
         print(f"{title} {done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")
         sys.stdout.flush()
+    return not failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,22 +60,28 @@ def main(arguments: list[str] | None = None) -> int:
     # A child of a process that has used several threads could wait for them for ever.
     torch.set_num_threads(1)
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    out, wanted = options.out, plan.Wanted(tuple(options.tasks), options.pairs, options.methods)
-    if "prepare" in options.stages:
-        prepare.prepare(size, out, tasks=wanted.tasks)
-    if {"prepare", "search", "seeds", "gradients", "ablations"} & set(options.stages):
+    out, wanted = options.out, plan.Wanted(tuple(options.tasks or size.tasks), options.pairs, options.methods)
+    if set(STAGES[:5]) & set(options.stages):
         launch.preload()
     if "prepare" in options.stages:
-        in_parallel(plan.teacher_jobs(size, out, wanted), options, deadline, "teacher")
-    phases: dict[str, Callable[[Size, Path, plan.Wanted], list[launch.Job]]] = {
-        "search": plan.search_jobs,
+        parts: tuple[Callable[[], list[launch.Job]], ...] = (
+            lambda: [prepare.first_job(size, out)],
+            lambda: prepare.jobs(size, out, wanted.tasks),
+            lambda: plan.teacher_jobs(size, out, wanted),
+        )
+        for part in parts:
+            if not in_parallel(part(), options, deadline, "prepare"):
+                return 1
+    if "search" in options.stages:
+        in_parallel(plan.search_jobs(size, out, wanted), options, deadline, "search")
+    rest: dict[str, Callable[[Size, Path, plan.Wanted], list[launch.Job]]] = {
         "seeds": plan.seed_jobs,
         "gradients": plan.gradient_jobs,
         "ablations": plan.ablation_jobs,
     }
-    for stage, jobs in phases.items():
-        if stage in options.stages:
-            in_parallel(jobs(size, out, wanted), options, deadline, stage)
+    # All of these wait for the chosen rates only.
+    jobs = [job for stage, make in rest.items() if stage in options.stages for job in make(size, out, wanted)]
+    in_parallel(jobs, options, deadline, "runs")
     file = RECORDS / f"{options.size}.jsonl"
     if "records" in options.stages:
         made = plan.all_records(size, out)

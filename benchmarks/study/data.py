@@ -18,7 +18,6 @@ from quickstart import data as generator
 SEED = 1
 STEPS = "Solve step by step and end with #### and the number."
 BRIEF = "Answer briefly."
-LONGEST = (200, 220)  # characters of question and answer
 
 Row = dict[str, Any]
 
@@ -49,9 +48,8 @@ def write(rows: list[Row], file: Path) -> None:
 
 
 def _gsm8k(rows: list[Row]) -> list[Row]:
-    """Chat rows with the calculator marks taken out, short ones first, in a fixed random order."""
-    made = [chat("gsm8k", STEPS, row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]
-    return _short_first(made)
+    """Chat rows with the calculator marks taken out."""
+    return [chat("gsm8k", STEPS, row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]
 
 
 def _dolly(rows: list[Row]) -> list[Row]:
@@ -59,22 +57,24 @@ def _dolly(rows: list[Row]) -> list[Row]:
         chat("dolly", BRIEF, " ".join(f"{row['instruction']} {row['input']}".split()), row["output"].strip())
         for row in rows
     ]
-    return _short_first([row for row in made if row["messages"][2]["content"]])
+    return [row for row in made if row["messages"][2]["content"]]
 
 
-def _short_first(rows: list[Row]) -> list[Row]:
+def _short_first(rows: list[Row], longest: tuple[int, int]) -> list[Row]:
+    """In a fixed random order, rows with question and answer of at most so many characters before the others."""
     random.Random(SEED).shuffle(rows)
-    return sorted(rows, key=lambda row: not _is_short(row))
 
+    def is_long(row: Row) -> bool:
+        return any(len(row["messages"][turn]["content"]) > limit for turn, limit in zip((1, 2), longest, strict=True))
 
-def _is_short(row: Row) -> bool:
-    return all(len(row["messages"][turn]["content"]) <= limit for turn, limit in zip((1, 2), LONGEST, strict=True))
+    return sorted(rows, key=is_long)
 
 
 def text_splits(size: Size, folder: Path) -> dict[str, list[Row]]:
     """Three quarters GSM8K and one quarter Dolly in each split; the rest of both is plain text for pretraining."""
-    train, test = (_gsm8k(read(folder / "gsm8k" / f"{split}.jsonl")) for split in ("train", "test"))
-    dolly = _dolly(read(folder / "dskd" / "dolly" / "dev.jsonl"))
+    gsm8k = (_gsm8k(read(folder / "gsm8k" / f"{split}.jsonl")) for split in ("train", "test"))
+    sources = (*gsm8k, _dolly(read(folder / "dskd" / "dolly" / "dev.jsonl")))
+    train, test, dolly = (_short_first(rows, size.longest) for rows in sources)
     splits: dict[str, list[Row]] = {}
     counts = {
         "heldout": size.heldout["text"],

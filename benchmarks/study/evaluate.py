@@ -15,7 +15,7 @@ from benchmarks.study import data
 from quickstart.measure import answer_tokens
 
 LIMITS = {"qa": 24, "text": 96}  # new tokens of an answer
-BATCH = 16
+SCORED, ANSWERED = 16, 32  # sequences at a time on a CPU
 TASKS = {"qa": ("answers",), "text": ("answers", "numbers")}
 
 
@@ -57,7 +57,7 @@ def greedy(model: Path, files: list[Path], output: Path) -> dict[str, list[dict[
     from dskd_eval.cli import main
 
     arguments = ["--model", f"model={model}", "--output", str(output), "--dtype", "float32"]
-    arguments += ["--batch-size", "32", "--cache", str(output.with_suffix(".sqlite"))]
+    arguments += ["--batch-size", str(batch(ANSWERED)), "--cache", str(output.with_suffix(".sqlite"))]
     for file in files:
         arguments += ["--task-file", str(file)]
     if (output / "run.json").is_file():
@@ -67,6 +67,12 @@ def greedy(model: Path, files: list[Path], output: Path) -> dict[str, list[dict[
     for sample in data.read(output / "samples.jsonl"):
         samples.setdefault(sample["task"], []).append(sample)
     return samples
+
+
+def batch(on_cpu: int) -> int:
+    import torch
+
+    return 4 * on_cpu if torch.cuda.is_available() else on_cpu
 
 
 def answer_nats(folder: Path, conversations: list[list[dict[str, str]]]) -> list[float]:
@@ -82,8 +88,8 @@ def answer_nats(folder: Path, conversations: list[list[dict[str, str]]]) -> list
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     nats = [0.0] * len(encoded)
     with torch.inference_mode():
-        for at in range(0, len(order), BATCH):
-            chosen = order[at : at + BATCH]
+        for at in range(0, len(order), batch(SCORED)):
+            chosen = order[at : at + batch(SCORED)]
             longest = max(len(encoded[i][0]) for i in chosen)
             ids = torch.zeros(len(chosen), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)

@@ -22,10 +22,13 @@ ENVIRONMENT = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 MODULES = (
     "axolotl.cli.train",
+    "axolotl.core.builders.causal",
+    "axolotl.loaders.model",
     "axolotl.train",
     "axolotl.utils.data.sft",
     "transformers.models.llama.modeling_llama",
@@ -37,6 +40,8 @@ MODULES = (
     "dskd_eval.lm",
 )
 _PR_SET_PDEATHSIG = 1
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+_hidden: dict[str, str] | None = None  # that variable as it was before `preload`
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,14 @@ class Outcome:
 
 
 def preload() -> None:
-    """Import what a run needs, with one thread; call it before the first job."""
-    os.environ |= ENVIRONMENT
+    """Import what a run needs, with one thread; call it before the first job.
+
+    A process that has touched CUDA cannot fork children that use it, and some imports touch it: none is seen here.
+    """
+    global _hidden
+    if _hidden is None:
+        _hidden = {key: os.environ[key] for key in (_DEVICES,) if key in os.environ}
+    os.environ |= ENVIRONMENT | {_DEVICES: ""}
     with _silence():
         for name in MODULES:
             importlib.import_module(name)
@@ -71,6 +82,18 @@ def preload() -> None:
         forked = multiprocess.get_context("fork")
         multiprocess.get_context = lambda method=None: forked
     torch.set_num_threads(1)
+
+
+def _show_gpu(hidden: dict[str, str]) -> None:
+    """Let a child use the GPU that the parent never saw."""
+    from transformers.utils import import_utils
+
+    del os.environ[_DEVICES]
+    os.environ |= hidden
+    # These remember that there was none.
+    for question in vars(import_utils).values():
+        if hasattr(question, "cache_clear"):
+            question.cache_clear()
 
 
 @contextlib.contextmanager
@@ -135,6 +158,8 @@ def _start(job: Job) -> int:
         os.dup2(sink, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if _hidden is not None:
+            _show_gpu(_hidden)
         job.work()
         code = 0
     except SystemExit as stop:

@@ -1,5 +1,6 @@
-"""The students before training: one with the teacher's tokenizer, one with a SentencePiece model of its own."""
+"""The students before training, with the teacher's tokenizer or a SentencePiece model of their own."""
 
+import contextlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.study.table import Student
+from dskd_plugin.tokens import token_table
 from quickstart.models import END, SPECIAL, STUDENT_TEMPLATE
 
 MARK = "\u2581"
@@ -78,27 +80,66 @@ def sentencepiece_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrai
 
 
 def create_student(shape: Student, texts: Iterable[str], teacher: Path, out: Path, *, seed: int) -> None:
-    """A randomly initialised Llama and its tokenizer, written to `out`."""
-    tokenizer: Any
-    if shape.tokenizer == "teacher":
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-    else:
-        tokenizer = sentencepiece_tokenizer(texts, vocab_size=shape.vocab_size)
+    """The student before it is trained and its tokenizer, written to `out`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.width,
-            intermediate_size=-(-shape.width * 8 // 3 // 32) * 32,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.width // 32,
-            num_key_value_heads=shape.width // 32,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    teachers = AutoTokenizer.from_pretrained(teacher)
+    new = shape.tokenizer != "teacher"
+    tokenizer: Any = sentencepiece_tokenizer(texts, vocab_size=shape.vocab_size) if new else teachers
+    if shape.width is None:
+        model = cut(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), shape.layers)
+        if new:
+            move(model, teachers, tokenizer)
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=shape.width,
+                intermediate_size=-(-shape.width * 8 // 3 // 32) * 32,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.width // 32,
+                num_key_value_heads=shape.width // 32,
+                max_position_embeddings=512,
+                tie_word_embeddings=False,
+                **_special_ids(tokenizer),
+            )
         )
-    )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def cut(model: Any, layers: int) -> Any:
+    """`model` with `layers` of its layers: the first, the last and evenly spaced ones between them."""
+    old = model.model.layers
+    if not 2 <= layers <= len(old):
+        raise ValueError(f"layers: expected 2 to {len(old)}, those of the teacher, got {layers}. Change the table.")
+    kept = [round(i * (len(old) - 1) / (layers - 1)) for i in range(layers)]
+    model.model.layers = torch.nn.ModuleList(old[i] for i in kept)
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place
+    return model
+
+
+@torch.no_grad()
+def move(model: Any, old: Any, new: Any) -> None:
+    """Give `model` the tokenizer `new`: a token's embedding is the mean of those of its text under `old`.
+
+    A token without text of its own, special or part of a character, takes the mean of all.
+    """
+    table, bytes_of = model.get_input_embeddings().weight.clone(), token_table(new).bytes
+    rows_VD = table.mean(0).repeat(len(new), 1)
+    for i, text in enumerate(bytes_of[: len(new)]):
+        with contextlib.suppress(UnicodeDecodeError):
+            if text and (ids := old.encode(text.decode(), add_special_tokens=False)):
+                rows_VD[i] = table[ids].mean(0)
+    rows_VD[new.eos_token_id] = table[old.eos_token_id]
+    model.resize_token_embeddings(len(new), mean_resizing=False)
+    model.get_input_embeddings().weight.copy_(rows_VD)
+    for config in (model.config, model.generation_config):
+        config.update(_special_ids(new))

@@ -14,7 +14,7 @@ from benchmarks.study.runs import Run
 from benchmarks.study.table import ABLATIONS, METHODS, Size
 
 SPLITS = ("validation", "heldout")
-LEADING = ("student space",)  # ablations with all seeds, before the others
+LEADING = 4  # the first so many ablations get all their seeds before the others start
 PROBED = ("dskd",)
 PROBES = 6
 BASES = ("sft", "dskd")  # what the ablations are compared with, so they get the validation split too
@@ -68,8 +68,9 @@ def generate(size: Size, out: Path, task: str) -> None:
     file = out / f"generate-{task}.yaml"
     file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     os.chdir(out)
-    limit = str(evaluate.LIMITS[task])
+    limit, size_of_batch = str(evaluate.LIMITS[task]), str(evaluate.batch(evaluate.ANSWERED))
     arguments = [file.name, "--out", f"data/{task}-generated.jsonl", "--max-new-tokens", limit, "--keep-unfinished"]
+    arguments += ["--batch-size", size_of_batch]
     main.main(args=["generate", *arguments], prog_name="dskd", standalone_mode=False)
 
 
@@ -146,9 +147,8 @@ def splits_of(run: Run) -> tuple[str, ...]:
 def ablation_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
     lines = [line for line in wanted.methods_of(size) if line[2] == "dskd"]
     rates = {line: chosen_rate(*line, size, out) for line in lines}
-    others = [name for name in ABLATIONS if name not in LEADING]
-    order = [(seed, name) for seed in size.seeds for name in LEADING]
-    order += [(seed, name) for seed in size.seeds[:2] for name in others]
+    names = list(ABLATIONS)
+    order = [(seed, name) for group in (names[:LEADING], names[LEADING:]) for seed in size.seeds for name in group]
     return [
         Run(task, pair, "dskd", rate, seed, name)
         for seed, name in order

@@ -16,6 +16,7 @@ import yaml
 
 from benchmarks.study import cache, evaluate, gradients, launch
 from benchmarks.study.table import METHODS, Size, block
+from quickstart.stages import digest
 
 PACKAGES = ("dskd", "axolotl", "torch", "transformers", "lm_eval")
 
@@ -42,11 +43,14 @@ class Run:
 
 def recipe(run: Run, size: Size) -> dict[str, Any]:
     """The recipe of a run; paths hold in the study's output folder."""
+    dskd = {"teacher": {"model": f"./teacher-{run.task}"}, **block(run.method, run.ablation)}
+    if "on_policy" in dskd:
+        dskd["on_policy"] = dskd["on_policy"] | size.on_policy
     return {
         "base_model": f"./student-{run.pair}",
         "output_dir": f"./runs/{run.name}/model",
         "plugins": ["dskd"],
-        "dskd": {"teacher": {"model": f"./teacher-{run.task}"}, **block(run.method, run.ablation)},
+        "dskd": dskd,
         "datasets": [
             {
                 "path": f"data/{run.task}-{METHODS[run.method].rows}.jsonl",
@@ -56,7 +60,7 @@ def recipe(run: Run, size: Size) -> dict[str, Any]:
         ],
         "chat_template": "tokenizer_default",
         "dataset_num_proc": 1,
-        "dataset_prepared_path": f"runs/{run.name}/prepared",
+        "dataset_prepared_path": "prepared",
         "sequence_len": 384,
         "sample_packing": False,
         "micro_batch_size": size.batch,
@@ -76,7 +80,7 @@ def recipe(run: Run, size: Size) -> dict[str, Any]:
         "logging_steps": 4,
         "save_steps": size.steps,
         "save_only_model": True,
-    }
+    } | size.train
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -96,27 +100,33 @@ def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
 
     probes: number of steps at which the gradient of each term is measured.
     """
+    import torch
+
     folder = run.folder(out)
     if (folder / "train.json").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     made = recipe(run, size)
+    # Axolotl names its prepared rows after their path, not their content.
+    made["dataset_prepared_path"] = f"prepared/{digest(out / made['datasets'][0]['path'])}"
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
-    save = cache.install(out / f"teacher-{run.task}-states.pt")
+    gpu = torch.cuda.is_available()
+    save = None if gpu else cache.install(out / f"teacher-{run.task}-states.pt")
     if probes:
         gradients.install(folder / "gradients.jsonl", every=max(1, size.steps // probes))
     started, processor = time.monotonic(), time.process_time()
     launch.axolotl(["train", f"runs/{run.name}/recipe.yaml", "--launcher", "python"], out)
     seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - processor}
-    save()
+    if save:
+        save()
+    memory = {"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {}
     (checkpoint,) = (folder / "model").glob("checkpoint-*")
     log = read_json(checkpoint / "trainer_state.json")["log_history"]
-    for left in (checkpoint, folder / "prepared"):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     write_json(
         folder / "train.json",
-        {"recipe": made, "log": log, "seconds": seconds, "environment": environment()},
+        {"recipe": made, "log": log, "seconds": seconds, "memory": memory, "environment": environment()},
     )
 
 

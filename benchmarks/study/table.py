@@ -13,13 +13,18 @@ Block = dict[str, Any]
 
 @dataclass(frozen=True)
 class Student:
-    """A Llama of our own: its shape and what its tokenizer is."""
+    """A student before it learns the task.
 
-    tokenizer: str  # "teacher": the teacher's own; "sentencepiece": trained on the student's text
-    width: int
+    tokenizer: "teacher", the teacher's own; "sentencepiece", one of `vocab_size` ids trained on the student's text.
+    layers, width: a Llama of that shape; width None: so many of the teacher's layers, with its width and embeddings.
+    pretrain_steps: on plain text; None: one pass.
+    """
+
+    tokenizer: str
     layers: int
+    width: int | None = None
     vocab_size: int = 0
-    pretrain_steps: int | None = None  # None: one pass over the plain text
+    pretrain_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,39 +37,51 @@ class Method:
     title: str = ""
 
 
-PROJECTOR = {"learning_rate": 5e-3}
+TEMPERATURE = {"temperature": 1.0}
+DSKD: Block = TEMPERATURE | {
+    "spaces": "student",
+    "agreement_mask": False,
+    "projector": {"labels": "soft", "learning_rate": 5e-3},
+}
+PUBLISHED: Block = {
+    "spaces": "both",
+    "temperature": 2.0,
+    "agreement_mask": True,
+    "projector": {"labels": "hard", "learning_rate": 5e-3},
+}
+CMA: Block = TEMPERATURE | {"alignment": "cma", "spaces": "both", "projector": {"learning_rate": 5e-3}}
 ON_POLICY = {"fraction": 0.5, "start_epoch": 1.0, "max_new_tokens": 24}
 
 METHODS: dict[str, Method] = {
     "sft": Method({"method": "sft"}, title="SFT"),
-    "kd": Method({"method": "kd"}, pairs=("one",), title="KD"),
-    "overlap_kd": Method({"method": "overlap_kd"}, pairs=("two",), title="KD, shared vocabulary"),
-    "uld": Method({"method": "uld"}, title="ULD"),
-    "mined": Method({"method": "mined"}, pairs=("two",), title="MinED"),
-    "dskd": Method({"projector": PROJECTOR}, title="DSKD"),
-    "dskd_cma": Method({"alignment": "cma", "projector": PROJECTOR}, title="DSKD, CMA"),
-    "dskd_on_policy": Method({"projector": PROJECTOR, "on_policy": ON_POLICY}, title="DSKD, on-policy"),
+    "kd": Method({"method": "kd"} | TEMPERATURE, pairs=("one",), title="KD"),
+    "overlap_kd": Method({"method": "overlap_kd"} | TEMPERATURE, pairs=("two",), title="KD, shared vocabulary"),
+    "uld": Method({"method": "uld"} | TEMPERATURE, title="ULD"),
+    "mined": Method({"method": "mined"} | TEMPERATURE, pairs=("two",), title="MinED"),
+    "dskd": Method(DSKD, title="DSKD"),
+    "dskd_v2": Method(PUBLISHED, title="DSKD, as published"),
+    "dskd_cma": Method(CMA, title="DSKD, CMA"),
+    "dskd_on_policy": Method(DSKD | {"on_policy": ON_POLICY}, title="DSKD, on-policy"),
     "seqkd": Method({"method": "sft"}, rows="generated", title="SeqKD"),
 }
 
 # Changes to the `dskd` row, one at a time, those that explain most first.
 ABLATIONS: dict[str, Method] = {
-    "student space": Method({"spaces": "student"}),
-    "student space, temperature 1": Method({"spaces": "student", "temperature": 1.0}),
-    "temperature 4": Method({"temperature": 4.0}),
-    "top_vocab 2048": Method({"projector": {"top_vocab": 2048}}),
+    "hard labels": Method({"projector": {"labels": "hard"}}),
+    "agreement mask": Method({"agreement_mask": True}),
+    "both spaces": Method({"spaces": "both"}),
+    "temperature 2": Method({"temperature": 2.0}),
     "kd_ratio 0.2": Method({"kd_ratio": 0.2}),
-    "no agreement mask": Method({"agreement_mask": False}),
-    "projector warm-up 30": Method({"projector": {"warmup_steps": 30}}),
-    "random init": Method({"projector": {"init": "random"}}),
-    "chunk term 1": Method({"chunk_ratio": 1.0}, pairs=("two",)),
-    "temperature 1": Method({"temperature": 1.0}, pairs=("two",)),
-    "teacher space": Method({"spaces": "teacher"}, pairs=("two",)),
+    "kd_ratio 0.8": Method({"kd_ratio": 0.8}),
     "projector rate 5e-4": Method({"projector": {"learning_rate": 5e-4}}),
-    "kd_ratio 0.8": Method({"kd_ratio": 0.8}, pairs=("two",)),
-    "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}, pairs=("two",)),
-    "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}, pairs=("two",)),
-    "adaptive KL": Method({"divergence": {"kind": "adaptive_kl"}}, pairs=("two",)),
+    "random init": Method({"projector": {"init": "random"}}),
+    "teacher space": Method({"spaces": "teacher"}),
+    "projector warm-up 30": Method({"projector": {"warmup_steps": 30}}),
+    "chunk term 1": Method({"chunk_ratio": 1.0}, pairs=("two",)),
+    "top_vocab 2048": Method({"projector": {"top_vocab": 2048}}),
+    "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}),
+    "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}),
+    "adaptive KL": Method({"divergence": {"kind": "adaptive_kl"}}),
 }
 
 
@@ -74,24 +91,33 @@ def block(method: str, ablation: str | None = None) -> Block:
 
 
 def merged(base: Block, change: Block) -> Block:
-    """`base` with `change` written over it, block by block; the projector goes where no space uses it."""
+    """`base` with `change` written over it, block by block; settings of the student's space go where there is none."""
     made = base | change
     for key in base.keys() & change.keys():
         if isinstance(base[key], dict) and isinstance(change[key], dict):
             made[key] = merged(base[key], change[key])
     if made.get("spaces") == "teacher":
-        made.pop("projector", None)
+        for key in ("projector", "agreement_mask"):
+            made.pop(key, None)
     return made
 
 
 @dataclass(frozen=True)
 class Size:
-    """Everything that makes a small or a large study."""
+    """Everything that makes a small or a large study.
 
+    on_policy: change to that block of the methods that have one.
+    teacher, pretrain, train: what the recipes of the three trainings say beside what all sizes share.
+    longest: characters of question and answer of a GSM8K or Dolly row that is preferred to longer ones.
+    tasks: what runs unless the command names others.
+    """
+
+    tasks: tuple[str, ...]
     teacher_rows: dict[str, int]
     rows: dict[str, int]
     heldout: dict[str, int]
     validation: dict[str, int]
+    longest: tuple[int, int]
     prose: int
     plain_rows: int
     students: dict[str, Student]
@@ -99,46 +125,58 @@ class Size:
     batch: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    pretrain_batch: int
-    pretrain_rate: float
+    on_policy: Block
+    teacher: Block
+    pretrain: Block
+    train: Block
 
 
 SMALL = Size(
+    tasks=("qa",),
     teacher_rows={"qa": 504, "text": 360},
     rows={"qa": 168, "text": 168},
     heldout={"qa": 168, "text": 120},
     validation={"qa": 112, "text": 64},
+    longest=(200, 220),
     prose=24000,
     plain_rows=800,
     students={
-        "one": Student("teacher", width=192, layers=4, pretrain_steps=350),
-        "two": Student("sentencepiece", width=256, layers=4, vocab_size=6000),
+        "one": Student("teacher", layers=4, width=192, pretrain_steps=350),
+        "two": Student("sentencepiece", layers=4, width=256, vocab_size=6000),
     },
     steps=126,
     batch=8,
-    rates=(5e-4, 1e-3),
+    rates=(2.5e-4, 5e-4, 1e-3),
     seeds=(1, 2, 3),
-    pretrain_batch=2,
-    pretrain_rate=3e-3,
+    on_policy={},
+    # The upper third of the layers.
+    teacher={"unfrozen_parameters": ["model.layers.2[0-9]."], "num_epochs": 1, "learning_rate": 3e-4},
+    pretrain={"learning_rate": 3e-3},
+    train={},
 )
 
+TF32 = {"tf32": True}
 GPU = Size(
-    teacher_rows={"qa": 4032, "text": 1600},
+    tasks=("text",),
+    teacher_rows={"qa": 2016, "text": 2000},
     rows={"qa": 504, "text": 504},
     heldout={"qa": 504, "text": 240},
     validation={"qa": 252, "text": 120},
-    prose=120000,
-    plain_rows=4000,
+    longest=(400, 400),
+    prose=12000,
+    plain_rows=7200,
     students={
-        "one": Student("teacher", width=384, layers=8),
-        "two": Student("sentencepiece", width=384, layers=8, vocab_size=8000),
+        "one": Student("teacher", layers=12, pretrain_steps=300),
+        "two": Student("sentencepiece", layers=12, vocab_size=16000, pretrain_steps=300),
     },
-    steps=504,
+    steps=126,
     batch=8,
-    rates=(3e-4, 6e-4, 1.2e-3),
+    rates=(1e-4, 3e-4),
     seeds=(1, 2, 3),
-    pretrain_batch=16,
-    pretrain_rate=1e-3,
+    on_policy={"fraction": 0.25, "max_new_tokens": 64},
+    teacher=TF32 | {"micro_batch_size": 32, "num_epochs": 2, "learning_rate": 2e-4},
+    pretrain=TF32 | {"micro_batch_size": 32, "num_epochs": 8, "learning_rate": 1e-3},
+    train=TF32,
 )
 
 SIZES = {"small": SMALL, "gpu": GPU}

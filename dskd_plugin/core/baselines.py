@@ -74,10 +74,13 @@ def uld(temperature: float) -> Compare:
     return compare
 
 
-def mined(temperature: float, to_student_V: Tensor, student_vocab: int) -> Compare:
-    """Minimum-edit-distance distillation: forward KL from the teacher's mass moved to the nearest student ids.
+def mapped(temperature: float, to_student_V: Tensor, student_vocab: int) -> Compare:
+    """Forward KL from the teacher's mass moved to student ids.
 
         sum over ids of p log(p / q),   p(id) = sum of the teacher's probabilities of all tokens with this image
+
+    Moved to the nearest ids it is minimum-edit-distance distillation, moved to equal tokens it gives the soft labels
+    of dskd's projector (objective.term_sums).
 
     to_student_V: image of each teacher id, -1 for none: its mass is left out and the rest renormalised. Student ids
     that are no image have teacher probability 0. student_vocab: number of the student's real ids.
@@ -87,7 +90,7 @@ def mined(temperature: float, to_student_V: Tensor, student_vocab: int) -> Compa
     mapped_V = to_student_V >= 0
     if not bool(mapped_V.any()) or int(to_student_V.max()) >= student_vocab:
         raise ValueError(
-            f"dskd.method mined: expected student ids below {student_vocab} and at least one, got "
+            f"map of the teacher's ids: expected student ids below {student_vocab} and at least one, got "
             f"{int(mapped_V.sum())} up to {int(to_student_V.max()) if len(to_student_V) else None}. "
             "Build the map from these two tokenizers."
         )

@@ -88,6 +88,7 @@ def dskd_loss(
     objective: Objective,
     divisors_T: Tensor,
     block_elements: int,
+    soft_labels: Compare | None = None,
 ) -> tuple[Tensor, Sums]:
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
@@ -95,7 +96,7 @@ def dskd_loss(
 
     Terms, gradients and shapes: objective.term_sums and objective.chunk_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
-    over micro-batches and ranks); a term with divisor 0 is 0.
+    over micro-batches and ranks); a term with divisor 0 is 0. soft_labels: of t2s_ce, see objective.term_sums.
     block_elements: rows x vocabulary entries at a time, 10 to 13 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
@@ -112,7 +113,9 @@ def dskd_loss(
         t2s_Nd = None
         if objective.in_student_space and part.pairs > 0 and t2s_Dd is not None:
             t2s_Nd = projected_teacher(part, t2s_Dd)
-        return walk.student_space(block, t2s_Nd=t2s_Nd, **of_student)
+        return walk.student_space(
+            block, t2s_Nd=t2s_Nd, teacher_head=walk.teacher_head, soft_labels=soft_labels, **of_student
+        )
 
     def teacher_space(block: slice, *, student_RD: Tensor) -> Sums:
         part = replace(walk.rows.block(block), student_RD=student_RD)

@@ -11,7 +11,9 @@ spaces d is the student's width and D the teacher's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -272,11 +274,13 @@ def term_sums(
     t2s_Dd: Tensor | None,
     s2t_dD: Tensor | None,
     objective: Objective,
+    soft_labels: Compare | None = None,
 ) -> Sums:
     """The terms of method dskd on paired rows, without division or chunks; holds [rows, V] tensors.
 
         ce      = CE(z, gold)                    all V rows of the head, temperature 1
         t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
+                  or soft_labels(z_t2s, sg(z_t)) where that is given
         t2s_kd  = dist(z, sg(z_t2s))             the student's vocab_size real ids, objective.temperature
         s2t_kd  = dist(z_s2t, sg(z_t))           the teacher's real ids;  z_s2t = head_t(h W_s2t)
 
@@ -288,7 +292,14 @@ def term_sums(
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
     t2s_Nd = projected_teacher(rows, t2s_Dd) if objective.in_student_space and t2s_Dd is not None else None
-    sums = student_space_sums(rows, student_head=student_head, objective=objective, t2s_Nd=t2s_Nd)
+    sums = student_space_sums(
+        rows,
+        student_head=student_head,
+        objective=objective,
+        t2s_Nd=t2s_Nd,
+        teacher_head=teacher_head,
+        soft_labels=soft_labels,
+    )
     if objective.in_teacher_space and rows.pairs:
         assert s2t_dD is not None and rows.teacher_NE is not None and rows.teacher_argmax_N is not None
         mask_N = row_masks(rows, objective)["s2t_kd"]
@@ -311,11 +322,13 @@ def student_space_sums(
     t2s_Nd: Tensor | None = None,
     teacher_head: Head | None = None,
     compare: Compare | None = None,
+    soft_labels: Compare | None = None,
     pull_R: Tensor | None = None,
 ) -> Sums:
     """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of chunks.
 
-    t2s_Nd: projected teacher rows, [N, d]; for method dskd in the student's space. teacher_head, compare: for kd.
+    t2s_Nd: projected teacher rows, [N, d]; for method dskd in the student's space. compare: for kd.
+    soft_labels: what t2s_ce is in place of the cross-entropy with label_N. teacher_head: for these two.
     pull_R: derivative of the chunk term by each row's log p(gold), 0 outside of chunks.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
     Returns sums as term_sums does; "chunk_ratio" has the gradient of the chunk term but value and count 0.
@@ -327,6 +340,11 @@ def student_space_sums(
     sums: Sums = {}
     if not (with_gold or with_t2s or with_kd):
         return sums
+
+    def teacher_logits(mask_N: Tensor) -> Tensor:
+        assert teacher_head is not None and rows.teacher_NE is not None
+        return head_logits(keep_rows(rows.teacher_NE.detach(), mask_N), teacher_head.detach().real())
+
     needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
     if objective.with_ce:
         needed_R |= masks["ce"]
@@ -347,11 +365,11 @@ def student_space_sums(
     student_NV = student_RV[:pairs, : student_head.vocab_size]
     if with_t2s:
         assert t2s_Nd is not None and rows.label_N is not None
-        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective)
+        soft = None if soft_labels is None else partial(soft_labels, teacher_NV=teacher_logits(masks["t2s_ce"]))
+        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective, soft)
     if with_kd:
-        assert compare is not None and teacher_head is not None and rows.teacher_NE is not None
-        teacher_NV = head_logits(rows.teacher_NE.detach(), teacher_head.detach().real())
-        sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_NV), masks["kd"])
+        assert compare is not None
+        sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_logits(masks["kd"])), masks["kd"])
     return sums
 
 
@@ -363,12 +381,16 @@ def _t2s_sums(
     masks: dict[str, Tensor],
     student_head: Head,
     objective: Objective,
+    soft: Callable[..., Tensor] | None,
 ) -> Sums:
-    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids."""
+    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids. soft: distance of student_NV to labels."""
     labelled_N, real = masks["t2s_ce"], student_head.vocab_size
     label_N = label_N.clamp(min=0)
     t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
-    t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+    if soft is None:
+        t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+    else:
+        t2s_ce_N = soft(student_NV=t2s_NV[:, :real])
     t2s_kd_N = objective.divergence(
         student_NV=log_probs(student_NV, temperature=objective.temperature),
         teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),

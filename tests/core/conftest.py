@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dskd_plugin.core.baselines import mapped
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows
@@ -117,6 +118,9 @@ class Case:
             "t2s_Dd": self.t2s,
             "s2t_dD": self.s2t,
             "objective": self.objective(**changes),
+            "soft_labels": mapped(1.0, torch.tensor(self.settings["image"]), self.ids)
+            if self.settings["image"]
+            else None,
         }
 
     def floats(self, divisors=None, **changes):
@@ -143,6 +147,7 @@ class Case:
             "kd_ratio": settings["kd_ratio"],
             "spaces": settings["spaces"],
             "agreement_mask": settings["agreement_mask"],
+            "image": settings["image"],
             "divisors": divisors,
         }
 
@@ -162,6 +167,7 @@ def make_case(oracle):
     """Build a Case: 7 response rows, 5 with a partner, of which row 2 has no label and row 3 no s2t.
 
     Rows 0 and 1 agree unless there are fewer pairs. The teacher row that no term uses holds NaN.
+    image: student id of each teacher id, or -1, for soft labels of the projector; None for hard ones.
     """
 
     def build(
@@ -204,6 +210,7 @@ def make_case(oracle):
                 "kd_ratio": 0.4,
                 "spaces": "both",
                 "agreement_mask": True,
+                "image": None,
             }
             | settings,
         )

@@ -125,7 +125,11 @@ def terms(case, live):
     for n in range(len(case["teacher"])):
         if case["label"][n] >= 0:
             moving = logits(row_times_matrix(case["teacher"][n], live["t2s"]), case["head"])
-            add("t2s_ce", cross_entropy(moving, case["label"][n]))
+            if case["image"]:
+                known = logits(case["teacher"][n], case["teacher_head"])[: case["teacher_ids"]]
+                add("t2s_ce", compare_mapped(moving[: case["ids"]], known, 1.0, case["image"]))
+            else:
+                add("t2s_ce", cross_entropy(moving, case["label"][n]))
             agree = agrees(case, n)
             add("t2s_agreement", float(agree))
             if agree or not case["agreement_mask"]:
@@ -184,7 +188,7 @@ def compare_uld(z_s, z_t, tau):
     return total
 
 
-def compare_mined(z_s, z_t, tau, image):
+def compare_mapped(z_s, z_t, tau, image):
     p, q = softmax(z_t, tau), softmax(z_s, tau)
     kept = math.fsum(a for a, i in zip(p, image, strict=True) if i >= 0)
     total = 0.0

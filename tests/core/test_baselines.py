@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.core.baselines import mined, overlap, uld, vanilla
+from dskd_plugin.core.baselines import mapped, overlap, uld, vanilla
 from dskd_plugin.core.chunked import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
@@ -60,8 +60,8 @@ METHODS = {
     "uld": Method("uld", lambda tau=TAU: uld(tau), lambda o: lambda s, t: o.compare_uld(s, t, TAU)),
     "mined": Method(
         "mined",
-        lambda tau=TAU: mined(tau, torch.tensor(IMAGE), 9),
-        lambda o: lambda s, t: o.compare_mined(s, t, TAU, IMAGE),
+        lambda tau=TAU: mapped(tau, torch.tensor(IMAGE), 9),
+        lambda o: lambda s, t: o.compare_mapped(s, t, TAU, IMAGE),
     ),
 }
 METHOD_NAMES = {"sft", *(method.name for method in METHODS.values())}
@@ -315,7 +315,7 @@ def test_uld_knows_no_ids():
 def test_mined_with_each_token_its_own_image_is_plain_distillation():
     student, teacher = draw(4, 9).requires_grad_(), draw(4, 9, seed=1)
     one = vanilla(divergence("forward_kl"), 1.5)(student_NV=student, teacher_NV=teacher)
-    other = mined(1.5, torch.arange(9), 9)(student_NV=student, teacher_NV=teacher)
+    other = mapped(1.5, torch.arange(9), 9)(student_NV=student, teacher_NV=teacher)
     torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
 
 
@@ -353,8 +353,8 @@ def test_every_comparison_is_a_distance(student, teacher, name):
     [
         (lambda: overlap(divergence("js"), 1.0, torch.arange(3), torch.arange(2)), "got 3 and 2"),
         (lambda: overlap(divergence("js"), 1.0, torch.arange(0), torch.arange(0)), "got 0 and 0"),
-        (lambda: mined(1.0, torch.tensor([0, 9]), 9), "below 9 .* got 2 up to 9"),
-        (lambda: mined(1.0, torch.tensor([-1, -1]), 9), "got 0 up to -1"),
+        (lambda: mapped(1.0, torch.tensor([0, 9]), 9), "below 9 .* got 2 up to 9"),
+        (lambda: mapped(1.0, torch.tensor([-1, -1]), 9), "got 0 up to -1"),
         (lambda: uld(0.0)(student_NV=draw(1, 3), teacher_NV=draw(1, 3)), r"dskd\.temperature: .* got 0.0"),
         (
             lambda: vanilla(divergence("js"), 1.0)(student_NV=draw(2, 3), teacher_NV=draw(2, 4)),
@@ -379,7 +379,7 @@ def larger_compare(name):
     if name == "overlap_kd":
         return overlap(divergence("forward_kl"), 2.0, ids[:300], ids.flip(0)[:300])
     image_V = torch.arange(TEACHER_VOCABULARY) % 350
-    return {"uld": uld(2.0), "mined": mined(2.0, image_V, VOCABULARY)}[name]
+    return {"uld": uld(2.0), "mined": mapped(2.0, image_V, VOCABULARY)}[name]
 
 
 def larger(name, dtype, *, rows=96, pairs=64, block=20, truth=False, plain=False):

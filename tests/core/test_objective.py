@@ -18,6 +18,7 @@ HEADS = {
     "softcap": {"bias": True, "softcap": 1.5},
     "all": {"bias": True, "padding": 5, "scale": 1.7, "softcap": 3.0},
 }
+IMAGES = [[3, -1, 0, 0, 8, 1, -1, 2, 7, 5, 4], [-1, -1, 2, -1, -1, -1, -1, -1, -1, -1, -1]]
 REACHED = {
     "ce": {"student", "weight", "bias"},
     "t2s_kd": {"student", "weight", "bias"},
@@ -60,6 +61,12 @@ def test_terms_and_gradients_equal_the_floats(oracle, make_case, kind, dtype, to
 @pytest.mark.parametrize("head", HEADS)
 def test_heads(oracle, make_case, head):
     check_against_floats(oracle, make_case(seed=1, **HEADS[head]), 1e-6)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("head", HEADS)
+def test_soft_labels(oracle, make_case, head, image):
+    check_against_floats(oracle, make_case(seed=6, image=image, **HEADS[head]), 1e-6)
 
 
 @pytest.mark.parametrize("agreement_mask", [True, False])

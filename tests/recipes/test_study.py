@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import statistics as standard
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -382,6 +384,67 @@ def test_the_students_tokenizer_is_sentencepiece_with_byte_fallback():
     assert tokenizer.tokenize("47") == ["▁", "4", "7"]
 
 
+@pytest.fixture(scope="module")
+def small_teacher(tmp_path_factory):
+    """A Llama of six layers with tied embeddings and a byte-level tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quickstart.models import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 6}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ids)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TEXTS = ["the river counts eleven stones near the old house", "an apple and two houses of stone"] * 40
+
+
+def test_a_student_cut_from_the_teacher_is_the_teacher_without_some_layers(small_teacher, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pairs.create_student(table.Student("teacher", layers=3), TEXTS, small_teacher, tmp_path, seed=1)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, small_teacher))
+    assert student.config.num_hidden_layers == 3
+    teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[i] for i in (0, 2, 5))
+    ids = AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found, expected = (model(ids, use_cache=False).logits for model in (student, teacher))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        # The layers know their place in the cache.
+        cached = student(ids[:, :4], use_cache=True)
+        step = student(ids[:, 4:5], past_key_values=cached.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(step[:, -1], expected[:, 4], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="layers: expected 2 to 6.* got 7"):
+        pairs.create_student(table.Student("teacher", layers=7), TEXTS, small_teacher, tmp_path, seed=1)
+
+
+def test_a_student_moved_to_another_tokenizer_keeps_the_meaning_of_its_tokens(small_teacher, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shape = table.Student("sentencepiece", layers=2, vocab_size=320)
+    pairs.create_student(shape, TEXTS, small_teacher, tmp_path, seed=1)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, small_teacher))
+    new, old = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path, small_teacher))
+    rows, known = (model.get_input_embeddings().weight for model in (student, teacher))
+    assert len(rows) == len(new) and student.config.eos_token_id == new.eos_token_id
+    for piece, text in (("\u2581river", " river"), ("s", "s")):
+        ids = old.encode(text, add_special_tokens=False)
+        expected = sum(known[i] for i in ids) / len(ids)
+        assert rows[new.convert_tokens_to_ids(piece)].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    mean = known.mean(0).tolist()
+    assert rows[new.convert_tokens_to_ids("<0xE4>")].tolist() == pytest.approx(mean, abs=1e-6)
+    assert rows[new.eos_token_id].tolist() == known[old.eos_token_id].tolist()
+    assert student.get_output_embeddings().weight is rows
+
+
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +463,27 @@ def test_a_failed_job_stops_no_other_and_leaves_its_log(tmp_path):
     assert outcomes == {"0": True, "1": False, "2": True, "3": True}
     assert {file.stem for file in tmp_path.glob("*.done")} == {"0", "2", "3"}
     assert "broken on purpose" in (tmp_path / "1.log").read_text() and "job 3" in (tmp_path / "3.log").read_text()
+
+
+@pytest.mark.parametrize("visible", [None, "3,5"])
+def test_the_gpu_is_hidden_from_the_parent_and_shown_to_the_children(tmp_path, visible):
+    program = f"""
+import os
+from pathlib import Path
+from benchmarks.study import launch
+
+launch.MODULES = ("transformers",)
+launch.preload()
+launch.preload()
+(Path({str(tmp_path)!r}) / "parent").write_text(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+job = launch.Job("child", Path({str(tmp_path)!r}) / "child", lambda: print(repr(os.environ.get("CUDA_VISIBLE_DEVICES"))))
+assert [outcome.ok for outcome in launch.run([job], at_once=1)] == [True]
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT, timeout=300)
+    assert (tmp_path / "parent").read_text() == repr("")
+    assert (tmp_path / "child").read_text().strip() == repr(visible)
 
 
 def test_stopping_ends_the_jobs_that_run(tmp_path):
