@@ -39,7 +39,8 @@ def chat(kind: str, system: str, question: str, answer: str) -> Row:
 
 
 def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028, which JSON leaves as it is
+        return [json.loads(line) for line in lines]
 
 
 def write(rows: list[Row], file: Path) -> None:

@@ -364,6 +364,12 @@ def test_no_question_is_in_two_splits_and_students_see_a_part_of_the_teachers_ro
         assert not [q for q in asked[1] | asked[2] if json.dumps(q, ensure_ascii=False)[1:-1] in prose]
 
 
+def test_rows_come_back_whatever_they_hold(tmp_path):
+    rows = [{"text": "one\u2028two\x85three\nfour\r\n"}, {"text": ""}]
+    data.write(rows, tmp_path / "rows.jsonl")
+    assert data.read(tmp_path / "rows.jsonl") == rows
+
+
 def test_missing_data_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DSKD_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"DSKD_DATA: expected a folder .* got .*nowhere"):
