@@ -74,7 +74,7 @@ class ProjectorSettings(_Block):
     init: Literal["ideal", "random"] = Field("ideal", description="ideal: least squares from the two heads")
     learning_rate: float = Field(5e-4, gt=0, le=1, description="learning rate of the projector, same schedule")
     labels: Literal["hard", "soft"] = Field(
-        "hard", description="what the projector learns: the teacher's most likely token, or its whole distribution"
+        "soft", description="what the projector learns: the teacher's most likely token, or its whole distribution"
     )
     top_vocab: int | None = Field(
         None, ge=1, description="use only the k most frequent shared tokens (lowest student ids); null: all"
@@ -116,11 +116,11 @@ class Settings(_Block):
         description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
     )
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
-    temperature: float = Field(2.0, gt=0, le=100, description="softens both distributions of a KD term")
+    temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions of a KD term")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) * CE + kd_ratio * KD")
-    spaces: Literal["both", "student", "teacher"] = Field("both", description="whose head the distributions share")
+    spaces: Literal["both", "student", "teacher"] = Field("student", description="whose head the distributions share")
     agreement_mask: bool = Field(
-        True, description="student-space KD only where the projected teacher predicts its own token"
+        False, description="student-space KD only where the projected teacher predicts its own token"
     )
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
         "drop",

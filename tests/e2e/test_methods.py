@@ -8,6 +8,11 @@ pytestmark = pytest.mark.e2e
 
 # name -> (block, terms that it logs); all across two tokenizers
 TWO = {
+    "default": ({"spaces": "student"}, {"ce", "t2s_kd", "t2s_ce"}),
+    "published": (
+        {"temperature": 2.0, "agreement_mask": True, "projector": {"labels": "hard"}},
+        {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
+    ),
     "sft": ({"method": "sft"}, {"ce"}),
     "overlap_kd": ({"method": "overlap_kd"}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
@@ -40,6 +45,7 @@ def block(recipe, changes, teacher=None):
     """The recipe's block with changes; settings that the method would ignore are left out."""
     base = {"teacher": {"model": teacher, "dtype": "float32"} if teacher else recipe["dskd"]["teacher"]}
     if changes.get("method", "dskd") == "dskd":
+        base["spaces"] = recipe["dskd"]["spaces"]
         base["projector"] = {**recipe["dskd"]["projector"], **changes.get("projector", {})}
     return {**base, **{key: value for key, value in changes.items() if key != "projector"}}
 

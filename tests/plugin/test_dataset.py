@@ -23,7 +23,7 @@ def prepare(recipe, tmp_path):
 
         changed = {**recipe, **changes, "dskd": {**recipe["dskd"], **(block or {})}}
         if changed["dskd"].get("method", "dskd") != "dskd":
-            changed["dskd"].pop("projector")
+            del changed["dskd"]["projector"], changed["dskd"]["spaces"]
         if rows is not None:
             file = tmp_path / "rows.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -246,7 +246,7 @@ def test_both_names_give_the_plugin(load, name):
 
     cfg = load({"plugins": [name]})
     assert issubclass(PluginManager.get_instance().get_trainer_cls(cfg), DSKDTrainer)
-    assert cfg.dskd["temperature"] == 2.0
+    assert cfg.dskd["temperature"] == 1.0
 
 
 # What must change the folder of prepared rows, and what must not.

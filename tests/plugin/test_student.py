@@ -131,22 +131,24 @@ def close(found, expected, tolerance=2e-5):
         )
 
 
+PUBLISHED = {"spaces": "both", "temperature": 2.0, "agreement_mask": True, "projector": {"labels": "hard"}}
 MODES = {
     "default": {},
-    "student": {"spaces": "student"},
+    "published": PUBLISHED,
+    "both": {"spaces": "both"},
     "teacher": {"spaces": "teacher"},
-    "no-mask": {"agreement_mask": False},
+    "mask": {"agreement_mask": True},
     "random": {"projector": {"init": "random"}},
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
-    "keep": {"unmapped_argmax": "teacher_space"},
+    "keep": PUBLISHED | {"unmapped_argmax": "teacher_space"},
     "chunks": {"chunk_ratio": 0.7},
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd chunks": {"method": "overlap_kd", "chunk_ratio": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
-    "cma": {"alignment": "cma"},
-    "cma student": {"alignment": "cma", "spaces": "student"},
+    "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
+    "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
     "cma random": {"alignment": "cma", "projector": {"init": "random"}, "chunk_ratio": 0.5},
 }
@@ -169,8 +171,9 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
     ("pair", "mode"),
     [
         ("teacher", {}),
+        ("teacher", PUBLISHED),
         ("sibling", {}),
-        ("teacher", {"alignment": "cma", "chunk_ratio": 0.5}),
+        ("teacher", {"alignment": "cma", "spaces": "both", "chunk_ratio": 0.5}),
         ("teacher", {"method": "uld"}),
     ],
 )
@@ -196,9 +199,11 @@ def softmax(logits, temperature=1.0):
     return [part / whole for part in parts]
 
 
-def test_loss_is_the_formula_of_the_method(tiny, rows):
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     """Float loops over the models' own logits and heads; nothing shared with the product but the rows."""
-    setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3)
+    settings = {"spaces": "both", "agreement_mask": labels == "hard", "projector": {"labels": labels}}
+    setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3, **settings)
     samples = setup.samples(rows[:2])
     loss, sums, _ = setup.run([padded(setup, samples)])
     student, teacher = setup.student.double(), setup.teacher.model.double()
@@ -231,10 +236,20 @@ def test_loss_is_the_formula_of_the_method(tiny, rows):
                     continue
                 projected = (heads[0] @ (teacher_hidden[t - 1] @ t2s)).tolist()
                 back = (heads[1] @ (hidden[s - 1] @ s2t)).tolist()
-                t2s_ce.append(-math.log(softmax(projected)[label]))
+                if labels == "hard":
+                    t2s_ce.append(-math.log(softmax(projected)[label]))
+                else:
+                    moved = [0.0] * len(projected)
+                    for teacher_id, probability in enumerate(softmax(theirs)):
+                        if teacher_id in to_student:
+                            moved[to_student[teacher_id]] += probability
+                    moved = [probability / sum(moved) for probability in moved]
+                    t2s_ce.append(
+                        sum(a * math.log(a / b) for a, b in zip(moved, softmax(projected), strict=True) if a > 0)
+                    )
                 p, q = softmax(theirs, 1.7), softmax(back, 1.7)
                 s2t_kd.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
-                if max(range(len(projected)), key=projected.__getitem__) == label:
+                if labels == "soft" or max(range(len(projected)), key=projected.__getitem__) == label:
                     p, q = softmax(projected, 1.7), softmax(own, 1.7)
                     t2s_kd.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     means = [sum(term) / max(1, len(term)) for term in (ce, t2s_kd, t2s_ce, s2t_kd)]
@@ -246,8 +261,8 @@ def test_loss_is_the_formula_of_the_method(tiny, rows):
 
 def test_warm_up_trains_the_projectors_alone(tiny, rows):
     """The student gets the gradient of ce, the projectors that of the KD terms they are learned from."""
-    for mode in ({}, {"alignment": "cma"}):
-        setup = Setup(tiny["student"], tiny["teacher"], projector={"warmup_steps": 3}, **mode)
+    for mode in ({"projector": {"warmup_steps": 3}}, {"alignment": "cma", "projector": {"warmup_steps": 3}}):
+        setup = Setup(tiny["student"], tiny["teacher"], spaces="both", **mode)
         batch = [padded(setup, setup.samples(rows))]
         step = [2]
         setup.loss.step = lambda step=step: step[0]
@@ -268,7 +283,7 @@ def test_warm_up_trains_the_projectors_alone(tiny, rows):
 
 def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
     """ce comes from the gold rows and the KD terms from the answers, as two batches of their own would give."""
-    setup = Setup(tiny["student"], tiny["teacher"], chunk_ratio=0.5, agreement_mask=False)
+    setup = Setup(tiny["student"], tiny["teacher"], chunk_ratio=0.5, spaces="both")
     gold, answers = setup.samples(rows[:3]), setup.samples(rows[3:])
     mixed = padded(setup, [{**s, "on_policy": False} for s in gold] + [{**s, "on_policy": True} for s in answers])
     total, sums, _ = setup.run([mixed])
@@ -284,12 +299,12 @@ def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
 
 
 def test_student_equal_to_teacher_has_no_divergence(tiny, rows):
-    setup = Setup(tiny["sibling"], tiny["sibling"])
+    setup = Setup(tiny["sibling"], tiny["sibling"], spaces="both")
     assert setup.pair.identity
     _, sums, _ = setup.run([padded(setup, setup.samples(rows))])
     assert sums["t2s_agreement"][0] == sums["t2s_agreement"][1] > 0
     assert sums["s2t_agreement"][0] == sums["s2t_agreement"][1]
-    for name in ("t2s_kd", "s2t_kd"):
+    for name in ("t2s_kd", "t2s_ce", "s2t_kd"):
         assert sums[name][0] / sums[name][1] == pytest.approx(0, abs=1e-5)
 
 
@@ -305,7 +320,7 @@ def test_no_aligned_row_keeps_the_graph(tiny, rows):
 
 
 def test_the_map_into_the_teachers_space_follows_the_live_head(tiny, rows):
-    setup = Setup(tiny["student"], tiny["teacher"])
+    setup = Setup(tiny["student"], tiny["teacher"], spaces="both")
     batch = [padded(setup, setup.samples(rows))]
     step = [0]
     setup.loss.step = lambda: step[0]
@@ -336,9 +351,10 @@ def test_saved_student_has_no_projector(tiny, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("mode", [PUBLISHED, {"spaces": "both"}], ids=["published", "both"])
 @pytest.mark.parametrize("precision", ["bf16 weights", "fp32 weights, bf16 products"])
-def test_low_precision_is_close(tiny, rows, precision):
-    setup = Setup(tiny["student"], tiny["teacher"])
+def test_low_precision_is_close(tiny, rows, precision, mode):
+    setup = Setup(tiny["student"], tiny["teacher"], **mode)
     batch = [padded(setup, setup.samples(rows))]
     expected, sums, _ = setup.run(batch)
     if precision == "bf16 weights":
