@@ -162,6 +162,13 @@ def mean_of(runs: list[Record], read: Callable[[Record], float | None], form: st
     return f"{np.mean(values):{form}}" if values else ""
 
 
+def cost(study: Study) -> tuple[str, Callable[[Record], float | None]]:
+    """Title and value of what a run needed: processor time on a CPU, memory at its peak on a GPU."""
+    if any("memory" in run for run in study.runs):
+        return "GPU GiB", lambda run: run["memory"]["gpu_gib"]
+    return "CPU s", lambda run: run["seconds"]["cpu"]
+
+
 def search(study: Study, task: str, pair: str) -> str:
     """Validation bits per byte by rate, first seed."""
     size = sum(study.documents[task, "validation"]["gold_bytes"])
@@ -184,10 +191,11 @@ def search(study: Study, task: str, pair: str) -> str:
 
 
 def ablations(study: Study, task: str, pair: str) -> str:
-    """One change to DSKD at a time on the validation rows: scores, difference to DSKD, agreement, seconds."""
+    """One change to DSKD at a time on the validation rows: scores, difference to DSKD, agreement, cost."""
     names: list[str | None] = [None, *(name for name, change in ABLATIONS.items() if pair in change.pairs)]
     dskd = study.chosen(task, pair, "dskd", None, "validation")
     sft = study.chosen(task, pair, BASE, None, "validation")
+    title, needed = cost(study)
     rows = []
     for method, name in [(BASE, None), *(("dskd", name) for name in names)]:
         runs = sft if method == BASE else study.chosen(task, pair, method, name, "validation")
@@ -201,10 +209,10 @@ def ablations(study: Study, task: str, pair: str) -> str:
         cells.append("" if same else interval(against(study, dskd, runs, "validation", METRICS[0]), METRICS[0]))
         cells.append(mean_of(runs, lambda run: first(run, "dskd/t2s_agreement")))
         cells.append(mean_of(runs, lambda run: last(run, "dskd/t2s_agreement")))
-        cells.append(mean_of(runs, lambda run: run["seconds"]["cpu"], ".0f"))
+        cells.append(mean_of(runs, needed, ".3g"))
         rows.append(cells)
     head = ["validation rows", "seeds", "gold bits/byte", "teacher's bits/byte", "exact match %"]
-    head += ["gold, difference to DSKD [95 %]", "agreement, start", "end", "CPU s"]
+    head += ["gold, difference to DSKD [95 %]", "agreement, start", "end", title]
     return markdown(head, rows)
 
 
@@ -212,13 +220,14 @@ def terms(study: Study, task: str, pair: str) -> str:
     """What the logs say at the end of training, mean over seeds."""
     names = ["loss", "dskd/ce", "dskd/kd", "dskd/t2s_kd", "dskd/t2s_ce", "dskd/s2t_kd"]
     names += ["dskd/t2s_agreement", "dskd/s2t_agreement", "dskd/align_ratio", "grad_norm"]
+    title, needed = cost(study)
     rows = []
     for name, method in METHODS.items():
         runs = [run for run in study.chosen(task, pair, name, None, "heldout")]
         if runs:
             cells = [mean_of(runs, lambda run, key=key: last(run, key)) for key in names]  # type: ignore[misc]
-            rows.append([method.title, *cells, mean_of(runs, lambda run: run["seconds"]["cpu"], ".0f")])
-    return markdown(["last tenth of training", *[name.removeprefix("dskd/") for name in names], "CPU s"], rows)
+            rows.append([method.title, *cells, mean_of(runs, needed, ".3g")])
+    return markdown(["last tenth of training", *[name.removeprefix("dskd/") for name in names], title], rows)
 
 
 def gradients(study: Study, task: str, pair: str) -> str:

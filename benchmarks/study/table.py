@@ -49,7 +49,12 @@ PUBLISHED: Block = {
     "agreement_mask": True,
     "projector": {"labels": "hard", "learning_rate": 5e-3},
 }
-CMA: Block = TEMPERATURE | {"alignment": "cma", "spaces": "both", "projector": {"learning_rate": 5e-3}}
+CMA: Block = TEMPERATURE | {
+    "alignment": "cma",
+    "spaces": "both",
+    "agreement_mask": True,
+    "projector": {"learning_rate": 5e-3},
+}
 ON_POLICY = {"fraction": 0.5, "start_epoch": 1.0, "max_new_tokens": 24}
 
 METHODS: dict[str, Method] = {

@@ -187,6 +187,7 @@ def finished(folder: Path, run: runs.Run, shift: float) -> None:
             "recipe": runs.recipe(run, table.SMALL),
             "log": log,
             "seconds": {"wall": 1.26, "cpu": 1.0},
+            "memory": {"gpu_gib": 1.234},
             "environment": environment,
         },
     )
@@ -248,7 +249,7 @@ def test_records_come_back_as_they_were_written_and_hold_no_text(study, tmp_path
     assert one["heldout"]["rouge_l"] == [1.0, 0.333] and one["heldout"]["exact"] == [1, 0]
     assert one["curve"]["step"] == [4.0, 8.0] and one["curve"]["dskd/t2s_agreement"] == [0.5, 1.0]
     assert one["recipe"]["dskd"] == {"teacher": {"model": "./teacher-qa"}, **table.block("dskd")}
-    assert one["environment"]["commit"] == "abcdef012"
+    assert one["environment"]["commit"] == "abcdef012" and one["memory"] == {"gpu_gib": 1.23}
     assert ran["uld", None, 1]["error"] == "ValueError: expected a, got b in"
     assert "heldout" not in ran["uld", None, 1]
 
@@ -268,6 +269,7 @@ def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_
     assert next(line for line in lines if line.startswith("| teacher")).split(" | ")[2] == "0.100"
     assert "uld, rate 0.001, seed 1: ValueError" in made["failures"]
     assert "| random init | 1 |" in made["ablations-qa-two"]
+    assert made["ablations-qa-two"].splitlines()[0].endswith("| GPU GiB |")
     assert "8 runs" not in made["facts"] and made["facts"].startswith("7 runs")
     text = "a\n<!-- small-facts -->\nold\n<!-- end -->\nb <!-- end -->\n"
     once = report.insert(text, made, "small")
@@ -428,7 +430,7 @@ def test_a_student_cut_from_the_teacher_is_the_teacher_without_some_layers(small
         cached = student(ids[:, :4], use_cache=True)
         step = student(ids[:, 4:5], past_key_values=cached.past_key_values, use_cache=True).logits
     torch.testing.assert_close(step[:, -1], expected[:, 4], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="layers: expected 2 to 6.* got 7"):
+    with pytest.raises(ValueError, match=r"layers: expected 2 to 6.* got 7"):
         pairs.create_student(table.Student("teacher", layers=7), TEXTS, small_teacher, tmp_path, seed=1)
 
 
@@ -478,11 +480,15 @@ import os
 from pathlib import Path
 from benchmarks.study import launch
 
+def seen():
+    return repr(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
 launch.MODULES = ("transformers",)
 launch.preload()
 launch.preload()
-(Path({str(tmp_path)!r}) / "parent").write_text(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
-job = launch.Job("child", Path({str(tmp_path)!r}) / "child", lambda: print(repr(os.environ.get("CUDA_VISIBLE_DEVICES"))))
+folder = Path({str(tmp_path)!r})
+(folder / "parent").write_text(seen())
+job = launch.Job("child", folder / "child", lambda: print(seen()))
 assert [outcome.ok for outcome in launch.run([job], at_once=1)] == [True]
 """
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
