@@ -116,7 +116,7 @@ class Settings(_Block):
         description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
     )
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
-    temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions of a KD term")
+    temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) * CE + kd_ratio * KD")
     spaces: Literal["both", "student", "teacher"] = Field("student", description="whose head the distributions share")
     agreement_mask: bool = Field(
@@ -169,7 +169,8 @@ class Settings(_Block):
         if ignored:
             raise ValueError(
                 f"expected only settings that have an effect, got {', '.join(ignored)} which spaces: {self.spaces}"
-                f"{' with projector.init: random' if 'projector.top_vocab' in ignored else ''} ignores. Remove them."
+                f"{' with projector.init: random' if 'projector.top_vocab' in ignored else ''} ignores. Remove them, "
+                "or choose other spaces."
             )
         return self
 

@@ -206,6 +206,7 @@ def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
             "teacher": {"model": tiny["teacher"], "dtype": "float32"},
             "projector": {"learning_rate": 0.002},
             "spaces": "both",  # every term
+            "agreement_mask": True,  # rows that only the models can tell
         },
         "chat_template": "tokenizer_default",
         "datasets": [{"path": tiny["data"], "ds_type": "json", "type": "chat_template"}],

@@ -39,18 +39,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: float, title: str) -> bool:
-    """Run the jobs, one line each; a job past the deadline is not started. False when one failed."""
-    started, failed = time.monotonic(), False
+    """Run the jobs, one line each; a job past the deadline is not started. Returns whether all of them succeeded."""
+    started, succeeded = time.monotonic(), 0
     waiting = (job for job in jobs if time.monotonic() < deadline)
     for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
         mark = plan.failure(options.out, outcome.job.name)
         mark.unlink(missing_ok=True) if outcome.ok else mark.touch()
-        failed |= not outcome.ok
+        succeeded += outcome.ok
         said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
         elapsed = (time.monotonic() - started) / 60
         print(f"{title} {done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")
         sys.stdout.flush()
-    return not failed
+    return succeeded == len(jobs)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -91,7 +91,7 @@ def search_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     return [
         job(out, run, partial(work, run))
-        for run in search_runs(size, wanted)
+        for run in runs.drop_stale(search_runs(size, wanted), size, out)
         if not (run.folder(out) / "validation-likelihood.json").is_file()
     ]
 
@@ -135,7 +135,7 @@ def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     return [
         job(out, run, partial(work, run))
-        for run in seed_runs(size, out, wanted)
+        for run in runs.drop_stale(seed_runs(size, out, wanted), size, out)
         if not all((run.folder(out) / f"{split}.json").is_file() for split in splits_of(run))
     ]
 
@@ -165,7 +165,7 @@ def ablation_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
         runs.measure(run, "validation", out, answers=True)
         runs.forget_model(run, out)
 
-    found = ablation_runs(size, out, wanted)
+    found = runs.drop_stale(ablation_runs(size, out, wanted), size, out)
     return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "validation.json").is_file()]
 
 
@@ -183,7 +183,7 @@ def gradient_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
         runs.train(run, size, out, probes=PROBES)
         runs.forget_model(run, out)
 
-    found = gradient_runs(size, out, wanted)
+    found = runs.drop_stale(gradient_runs(size, out, wanted), size, out)
     return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "train.json").is_file()]
 
 

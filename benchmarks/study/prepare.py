@@ -99,7 +99,8 @@ def tune_teacher(task: str, size: Size, out: Path) -> None:
 
 def pretrain_student(name: str, size: Size, out: Path) -> None:
     shape, prose, first = size.students[name], out / "data" / "prose.jsonl", out / f"student-{name}-init"
-    key = digest(json.dumps(asdict(shape) | {"pretrain_steps": None}, sort_keys=True), prose)
+    shape_text = json.dumps(asdict(shape) | {"pretrain_steps": None}, sort_keys=True)
+    key = digest(shape_text, prose, HERE / "pairs.py", *sorted((out / "teacher").glob("*.safetensors")))
     texts = (row["text"] for row in data.read(prose))
     stage(first, f"Student {name}", key, lambda to: pairs.create_student(shape, texts, out / "teacher", to, seed=1))
     _train(pretrain_recipe(name, size), out, first, prose)

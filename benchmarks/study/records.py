@@ -60,7 +60,7 @@ def record(run: Run, out: Path, phase: str) -> Record:
     trained = read_json(folder / "train.json")
     made |= {key: trained[key] for key in ("recipe", "environment")}
     made["seconds"] = {key: round(value, 1) for key, value in trained["seconds"].items()}
-    if trained["memory"]:
+    if trained.get("memory"):
         made["memory"] = {key: round(value, 2) for key, value in trained["memory"].items()}
     made["curve"] = curve(trained["log"])
     likelihood = folder / "validation-likelihood.json"

@@ -165,7 +165,7 @@ def mean_of(runs: list[Record], read: Callable[[Record], float | None], form: st
 def cost(study: Study) -> tuple[str, Callable[[Record], float | None]]:
     """Title and value of what a run needed: processor time on a CPU, memory at its peak on a GPU."""
     if any("memory" in run for run in study.runs):
-        return "GPU GiB", lambda run: run["memory"]["gpu_gib"]
+        return "GPU GiB", lambda run: run.get("memory", {}).get("gpu_gib")
     return "CPU s", lambda run: run["seconds"]["cpu"]
 
 

@@ -130,6 +130,16 @@ def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
     )
 
 
+def drop_stale(found: list[Run], size: Size, out: Path) -> list[Run]:
+    """`found`, after deleting what is left of runs whose recipe was another one."""
+    for run in found:
+        file = run.folder(out) / "train.json"
+        made = {"dataset_prepared_path": None}
+        if file.is_file() and read_json(file)["recipe"] | made != recipe(run, size) | made:
+            shutil.rmtree(run.folder(out))
+    return found
+
+
 def measure(run: Run, split: str, out: Path, *, answers: bool) -> None:
     """Scores on a split, written to `<split>.json` (likelihoods only: `<split>-likelihood.json`)."""
     folder = run.folder(out)

@@ -114,6 +114,7 @@ class Size:
     on_policy: change to that block of the methods that have one.
     teacher, pretrain, train: what the recipes of the three trainings say beside what all sizes share.
     longest: characters of question and answer of a GSM8K or Dolly row that is preferred to longer ones.
+    plain_rows: GSM8K (three quarters) and Dolly rows for pretraining, or as many as the other splits leave.
     tasks: what runs unless the command names others.
     """
 

@@ -6,7 +6,6 @@ teacher's in teacher_NV), O ids that both vocabularies share.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, forward_kl, log_probs
@@ -94,12 +93,12 @@ def mapped(temperature: float, to_student_V: Tensor, student_vocab: int) -> Comp
             f"{int(mapped_V.sum())} up to {int(to_student_V.max()) if len(to_student_V) else None}. "
             "Build the map from these two tokenizers."
         )
-    image_V = to_student_V.clamp(min=0)
+    ids_O = mapped_V.nonzero()[:, 0]
+    image_O = to_student_V[ids_O]
 
     def compare(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        teacher_NV = torch.where(mapped_V, teacher_NV.detach(), -torch.inf)
-        mass_NV = log_probs(teacher_NV, temperature=temperature).exp()
-        moved_NV = mass_NV.new_zeros(len(mass_NV), student_vocab).index_add(-1, image_V, mass_NV)
+        mass_NO = log_probs(teacher_NV.detach().index_select(-1, ids_O), temperature=temperature).exp()
+        moved_NV = mass_NO.new_zeros(len(mass_NO), student_vocab).index_add(-1, image_O, mass_NO)
         return forward_kl(student_NV=log_probs(student_NV, temperature=temperature), teacher_NV=moved_NV.log())
 
     return compare

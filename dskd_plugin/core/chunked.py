@@ -97,7 +97,7 @@ def dskd_loss(
     Terms, gradients and shapes: objective.term_sums and objective.chunk_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
     over micro-batches and ranks); a term with divisor 0 is 0. soft_labels: of t2s_ce, see objective.term_sums.
-    block_elements: rows x vocabulary entries at a time, 10 to 13 fp32 tensors of that size with gradients.
+    block_elements: rows x vocabulary entries at a time, 10 to 14 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
     left out. With gradients disabled only values are computed.

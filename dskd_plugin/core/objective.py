@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -52,11 +51,11 @@ class Objective:
     """
 
     divergence: Divergence
-    temperature: float = 2.0
-    kd_ratio: float = 0.5
-    spaces: Literal["both", "student", "teacher"] = "both"
-    agreement_mask: bool = True
-    method: str = "dskd"
+    temperature: float
+    kd_ratio: float
+    spaces: Literal["both", "student", "teacher"]
+    agreement_mask: bool
+    method: str
     chunk_ratio: float = 0.0
     chunk_temperature: float = 100.0
     projectors_alone: bool = False
@@ -365,8 +364,13 @@ def student_space_sums(
     student_NV = student_RV[:pairs, : student_head.vocab_size]
     if with_t2s:
         assert t2s_Nd is not None and rows.label_N is not None
-        soft = None if soft_labels is None else partial(soft_labels, teacher_NV=teacher_logits(masks["t2s_ce"]))
-        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective, soft)
+
+        def soft(t2s_NV: Tensor) -> Tensor:
+            assert soft_labels is not None
+            return soft_labels(student_NV=t2s_NV, teacher_NV=teacher_logits(masks["t2s_ce"]))
+
+        softly = None if soft_labels is None else soft
+        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective, softly)
     if with_kd:
         assert compare is not None
         sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_logits(masks["kd"])), masks["kd"])
@@ -381,16 +385,16 @@ def _t2s_sums(
     masks: dict[str, Tensor],
     student_head: Head,
     objective: Objective,
-    soft: Callable[..., Tensor] | None,
+    soft: Callable[[Tensor], Tensor] | None,
 ) -> Sums:
-    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids. soft: distance of student_NV to labels."""
+    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids. soft: distance of logits to soft labels."""
     labelled_N, real = masks["t2s_ce"], student_head.vocab_size
     label_N = label_N.clamp(min=0)
     t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
     if soft is None:
         t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
     else:
-        t2s_ce_N = soft(student_NV=t2s_NV[:, :real])
+        t2s_ce_N = soft(t2s_NV[:, :real])
     t2s_kd_N = objective.divergence(
         student_NV=log_probs(student_NV, temperature=objective.temperature),
         teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),

@@ -12,6 +12,8 @@ from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, counts
 
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+
 WHOLE = 10**9
 DSKD_TERMS = TERMS[:4]
 # samples interleaved on both sides; student row 3 and teacher row 4 have no row on the other side, 6 and 5 no sample
@@ -69,7 +71,7 @@ class Case:
 
     def objective(self, **changes):
         settings = self.settings | changes
-        return Objective(**settings | {"divergence": divergence(settings["divergence"])})
+        return Objective(**settings | {"method": "dskd", "divergence": divergence(settings["divergence"])})
 
     def samples(self):
         return torch.tensor(self.sample, dtype=torch.long), torch.tensor(self.teacher_sample, dtype=torch.long)
@@ -542,7 +544,7 @@ def larger(block, rows=600):
     shared = module.attention(draw(rows, 64), draw(rows, 96), sample, sample)
     t2s, s2t = module.t2s_rows(shared, teacher, draw(rows, 48)), module.s2t_rows(shared, student)
     gold = torch.randint(400, (rows,), generator=generator)
-    objective = Objective(divergence=divergence("forward_kl"))
+    objective = Objective(**SETTINGS, divergence=divergence("forward_kl"))
     head, teacher_head = Head(weight, 400), Head(draw(460, 48, by=0.2), 460)
     rows_ = Rows(
         student_RD=student,

@@ -16,6 +16,8 @@ from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums
 
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+
 WHOLE = 10**9
 TAU = 1.7
 SHARED = [(0, 3), (2, 1), (5, 10), (7, 4)]
@@ -93,7 +95,8 @@ def rows_of(case):
 
 
 def objective_of(method, **changes):
-    return Objective(divergence=divergence("forward_kl"), method=method.name, **{"kd_ratio": 0.4} | changes)
+    own = {"divergence": divergence("forward_kl"), "method": method.name, "kd_ratio": 0.4}
+    return Objective(**SETTINGS | own | changes)
 
 
 def run(case, method, *, block_elements=WHOLE, divisors=None, rows=None, **changes):
@@ -395,7 +398,7 @@ def larger(name, dtype, *, rows=96, pairs=64, block=20, truth=False, plain=False
     teacher, teacher_weight = rounded(pairs, 48), rounded(teacher_vocabulary, 48, by=0.2)
     gold = torch.randint(VOCABULARY, (rows,), generator=generator)
     batch = Rows(student_RD=student, labels_R=gold, teacher_NE=teacher)
-    objective = Objective(divergence=divergence("forward_kl"), method=name)
+    objective = Objective(**SETTINGS | {"divergence": divergence("forward_kl"), "method": name})
     parts = {
         "student_head": Head(weight, VOCABULARY),
         "teacher_head": Head(teacher_weight, teacher_vocabulary),

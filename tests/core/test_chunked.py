@@ -9,6 +9,8 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, term_sums
 
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+
 KINDS = sorted(DIVERGENCES)
 WHOLE = 10**9
 
@@ -51,6 +53,8 @@ def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, dtype, tol
         {"kd_ratio": 1.0},
         {"kd_ratio": 1.0, "spaces": "teacher"},
         {"agreement_mask": False},
+        {"image": [3, -1, 0, 0, 8, 1, -1, 2, 7, 5, 4]},
+        {"image": [3, -1, 0, 0, 8, 1, -1, 2, 7, 5, 4], "spaces": "student", "agreement_mask": False},
     ],
 )
 def test_settings_equal_the_floats_and_keep_every_input_attached(oracle, make_case, settings):
@@ -356,7 +360,7 @@ def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_k
         label_N=cast["label"],
         teacher_argmax_N=cast["label"],
     )
-    objective = Objective(divergence=divergence(kind), agreement_mask=False)
+    objective = Objective(**SETTINGS | {"divergence": divergence(kind), "agreement_mask": False})
     parts = {
         "student_head": Head(leaves[1], len(leaves[1])),
         "teacher_head": Head(cast["teacher_weight"], len(cast["teacher_weight"])),
@@ -419,7 +423,7 @@ def test_fp16_gradients_do_not_underflow():
         teacher_head=Head(cast["teacher_weight"], 460),
         t2s_Dd=leaves[2],
         s2t_dD=cast["s2t"],
-        objective=Objective(divergence=divergence("forward_kl"), agreement_mask=False),
+        objective=Objective(**SETTINGS | {"divergence": divergence("forward_kl"), "agreement_mask": False}),
         divisors_T=torch.full((len(TERMS),), rows_of_the_step),
         block_elements=WHOLE,
     )
@@ -446,7 +450,7 @@ def test_fp16_head_gradient_of_many_rows_does_not_overflow():
         teacher_head=Head(torch.zeros(8, 2, dtype=torch.float16), 8),
         t2s_Dd=None,
         s2t_dD=None,
-        objective=Objective(divergence=divergence("forward_kl"), kd_ratio=0.0),
+        objective=Objective(**SETTINGS | {"divergence": divergence("forward_kl"), "kd_ratio": 0.0}),
         divisors_T=torch.tensor([rows_in_block, 0, 0, 0, 0, 0]),
         block_elements=WHOLE,
     )

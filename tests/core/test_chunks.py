@@ -14,6 +14,8 @@ from dskd_plugin.core.divergences import binary_kl, divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Chunks, Objective, Rows, chunk_sums, chunk_term, counts
 
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+
 WHOLE = 10**9
 TAU = 3.0
 # response rows of each chunk, in no order and over several blocks; rows 0 to 4 have partners
@@ -312,7 +314,9 @@ def larger(dtype, truth=False, rows=600, block=10):
         labels_R=torch.randint(400, (rows,), generator=generator),
         chunks=Chunks(rows_P=torch.arange(rows // 2) * 2, of_P=of_P, teacher_C=-torch.arange(len(of_P.unique())) / 4),
     )
-    objective = Objective(divergence=divergence("forward_kl"), method="uld", kd_ratio=1.0, chunk_ratio=1.0)
+    objective = Objective(
+        **SETTINGS | {"divergence": divergence("forward_kl"), "method": "uld", "kd_ratio": 1.0, "chunk_ratio": 1.0}
+    )
     loss, _ = baseline_loss(
         batch,
         student_head=Head(weight, 400),

@@ -8,6 +8,8 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import METHODS, RATES, TERMS, Objective, counts, term_sums, term_weights
 
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+
 KINDS = sorted(DIVERGENCES)
 DSKD_TERMS = TERMS[:4]
 HEADS = {
@@ -268,7 +270,7 @@ BASELINES = ("kd", "overlap_kd", "uld", "mined")
     ],
 )
 def test_terms_of_each_method_and_their_shares(settings, shares):
-    objective = Objective(divergence=divergence("js"), **{"kd_ratio": 0.25} | settings)
+    objective = Objective(**SETTINGS | {"divergence": divergence("js"), "kd_ratio": 0.25} | settings)
     assert objective.terms == tuple(shares)
     assert objective.shares() == shares
 
@@ -278,7 +280,9 @@ def test_terms_of_each_method_and_their_shares(settings, shares):
     [(False, {"ce": 0.75, "t2s_ce": 0.25}), (True, {"ce": 0.75, "t2s_ce": 0.25, "s2t_kd": 0.25})],
 )
 def test_shares_in_projector_warm_up(learned, shares):
-    objective = Objective(divergence=divergence("js"), kd_ratio=0.25, chunk_ratio=1.0, projectors_alone=True)
+    objective = Objective(
+        **SETTINGS | {"divergence": divergence("js"), "kd_ratio": 0.25, "chunk_ratio": 1.0, "projectors_alone": True}
+    )
     assert objective.terms == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "chunk_ratio")
     assert objective.shares(s2t_is_learned=learned) == shares
 
@@ -339,7 +343,7 @@ def test_student_rows_with_nan_that_no_term_takes(make_case):
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Objective(divergence=divergence("forward_kl"), **settings)
+        Objective(**SETTINGS | {"divergence": divergence("forward_kl")} | settings)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ pytestmark = pytest.mark.e2e
 
 # name -> (block, terms that it logs); all across two tokenizers
 TWO = {
-    "default": ({"spaces": "student"}, {"ce", "t2s_kd", "t2s_ce"}),
+    "default": ({"spaces": "student", "agreement_mask": False}, {"ce", "t2s_kd", "t2s_ce"}),
     "published": (
-        {"temperature": 2.0, "agreement_mask": True, "projector": {"labels": "hard"}},
+        {"temperature": 2.0, "projector": {"labels": "hard"}},
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
     "sft": ({"method": "sft"}, {"ce"}),
@@ -45,7 +45,7 @@ def block(recipe, changes, teacher=None):
     """The recipe's block with changes; settings that the method would ignore are left out."""
     base = {"teacher": {"model": teacher, "dtype": "float32"} if teacher else recipe["dskd"]["teacher"]}
     if changes.get("method", "dskd") == "dskd":
-        base["spaces"] = recipe["dskd"]["spaces"]
+        base |= {key: recipe["dskd"][key] for key in ("spaces", "agreement_mask")}
         base["projector"] = {**recipe["dskd"]["projector"], **changes.get("projector", {})}
     return {**base, **{key: value for key, value in changes.items() if key != "projector"}}
 

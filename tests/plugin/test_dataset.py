@@ -23,7 +23,8 @@ def prepare(recipe, tmp_path):
 
         changed = {**recipe, **changes, "dskd": {**recipe["dskd"], **(block or {})}}
         if changed["dskd"].get("method", "dskd") != "dskd":
-            del changed["dskd"]["projector"], changed["dskd"]["spaces"]
+            for key in ("projector", "spaces", "agreement_mask"):
+                del changed["dskd"][key]
         if rows is not None:
             file = tmp_path / "rows.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -149,7 +149,14 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
     expected.backward()
     gradients = {key: p.grad.clone() for key, p in student.named_parameters()}
     student.zero_grad()
-    objective = Objective(divergence=divergence("forward_kl"), kd_ratio=1e-9)
+    objective = Objective(
+        divergence=divergence("forward_kl"),
+        temperature=2.0,
+        kd_ratio=1e-9,
+        spaces="both",
+        agreement_mask=True,
+        method="dskd",
+    )
     loss = DualSpace(
         student,
         objective,

@@ -84,6 +84,14 @@ def test_the_search_is_of_one_size_for_every_method():
     assert {pair for pair, _ in grids} == {"one", "two"}
 
 
+def test_a_run_with_another_recipe_is_made_again(tmp_path):
+    run = runs.Run("qa", "two", "dskd", table.SMALL.rates[0], 1)
+    for change, kept in (({"dataset_prepared_path": "elsewhere"}, True), ({"max_steps": 7}, False)):
+        runs.write_json(run.folder(tmp_path) / "train.json", {"recipe": runs.recipe(run, table.SMALL) | change})
+        assert runs.drop_stale([run], table.SMALL, tmp_path) == [run]
+        assert run.folder(tmp_path).is_dir() == kept
+
+
 def test_the_chosen_rate_is_that_of_the_fewest_bits_and_failed_runs_do_not_count(tmp_path):
     size = replace(table.SMALL, rates=(5e-4, 1e-3, 2e-3))
     bits = dict(zip(size.rates, (30.0, 20.0, 20.0), strict=True))
