@@ -14,6 +14,8 @@ from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
+RULES = 2  # raise it where the same rows would align in another way, so that no prepared rows are reused
+
 Pairing = Literal["exact", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
 
@@ -49,6 +51,7 @@ class Aligner:
     chunks: bool = False
     student_end: int | None = None
     teacher_end: int | None = None
+    rules: int = RULES
 
     def columns(
         self,
@@ -102,6 +105,8 @@ def align(
     pairing "exact": within two segments of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
+    Not so at the start of a text before which one side has a space, the dummy prefix, in its token or as a token of
+    its own: what one model says there of words without a space, the other says of words with one, which are other ids.
     Texts may differ by white space at the ends, by what a template puts before or after one of them, by
     truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
     white space); then a token pairs only where its ends are known. Any other difference leaves the segment
@@ -111,7 +116,7 @@ def align(
     pairing "all": every token of two segments of one text (in the sense of "exact").
     identity: the tokenizers are one; segments with equal ids pair token by token.
     chunks: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
-    not one token on each, where the bytes of every token within are certain.
+    not one token on each that pair, where the bytes of every token within are certain.
     Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); chunks:
     approximate likelihood matching (arXiv 2503.20083).
     """
@@ -143,7 +148,8 @@ def align(
         elif common is None:
             continue
         elif pairing == "exact":
-            found = [(one.run[i], other.run[j]) for i, j in match_spans(*common)] + _ends(one, other)
+            found = [(one.run[i], other.run[j]) for i, j in match_spans(*common) if not _apart(one, other, i, j)]
+            found += _ends(one, other)
         unmatched -= 1
         if pairing == "all":
             student_N.extend(one.run)
@@ -449,6 +455,18 @@ Regions = list[tuple[int, int, int]]
 Spans = tuple[list[int], list[int], list[int], list[int]]
 
 
+def _spaced(one: _Segment, other: _Segment, i: int, j: int) -> bool:
+    """Whether token i of one and token j of the other are spelt the same but for a space in front of one."""
+    a, b = (segment.table.literal[segment.ids[k]] or b"" for segment, k in ((one, i), (other, j)))
+    return b" " + a == b or b" " + b == a
+
+
+def _apart(one: _Segment, other: _Segment, i: int, j: int) -> bool:
+    """Whether two tokens that cover the same bytes follow, or begin with, a space that only one side has."""
+    alone = {(1, 0): one, (0, 1): other}.get((i, j))
+    return _spaced(one, other, i, j) or (alone is not None and alone.table.literal[alone.ids[0]] == b" ")
+
+
 def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
     """Half-open index ranges of the chunks of two segments."""
     sides = []
@@ -473,7 +491,7 @@ def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
             at[side] = tokens[stops[side]][1]
             stops[side] += 1
         else:
-            if stops != [i + 1, first + 1]:
+            if stops != [i + 1, first + 1] or _spaced(one, other, i, first):
                 yield i, stops[0], first, stops[1]
             i = stops[0]
             continue

@@ -10,6 +10,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
+from dskd_plugin.align import RULES
 
 LOG = get_logger("axolotl.dskd")
 
@@ -99,7 +100,7 @@ class DSKDPlugin(BasePlugin):
         """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
         settings = self.reader.settings
         key = {
-            "version": __version__,
+            "version": [__version__, RULES],
             "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
             "method": settings.method,
             "alignment": settings.alignment,
