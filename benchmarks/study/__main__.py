@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import launch, plan, prepare, records, report
-from benchmarks.study.table import SIZES, Size
+from benchmarks.study.table import METHODS, SIZES, Size
 
 STAGES = ("prepare", "search", "seeds", "gradients", "ablations", "records", "report")
 RECORDS = Path(__file__).parent / "records"
@@ -25,8 +25,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--out", type=Path, help="default: out/study-SIZE")
     parser.add_argument("--tasks", nargs="+", choices=("qa", "text"), help="default: what the size names")
-    parser.add_argument("--methods", nargs="+", help="only these (default: all)")
-    parser.add_argument("--pairs", nargs="+", help="only these (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these (default: all)")
+    parser.add_argument("--pairs", nargs="+", choices=("one", "two"), help="only these (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--minutes", type=float, help="start no further run after so many minutes")
     options = parser.parse_args(arguments)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
+from benchmarks.study.__main__ import parse
 from benchmarks.study.statistics import holm, paired, score
 from dskd_plugin.args import parse_settings
 
@@ -71,6 +72,13 @@ def test_recipes_of_a_pair_differ_in_the_block_the_rate_the_seed_and_their_folde
                 k: v for k, v in made[0].items() if k not in free
             }
         assert len({recipe["output_dir"] for recipe in made}) == len(made)
+
+
+@pytest.mark.parametrize("words", [["--methods", "sft", "search"], ["--pairs", "three"], ["serach"]], ids=" ".join)
+def test_a_word_that_is_no_stage_method_or_pair_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert words[-1] in capsys.readouterr().err
 
 
 def test_the_search_is_of_one_size_for_every_method():
