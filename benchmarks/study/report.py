@@ -118,7 +118,8 @@ def comparison(study: Study, task: str, pair: str) -> str:
     found = {name: study.chosen(task, pair, name, None, "heldout") for name in methods}
     found = {name: runs for name, runs in found.items() if runs}
     for metric in METRICS:
-        if not any(metric.key in run["heldout"] for runs in found.values() for run in runs):
+        # Not measured, or zero for every document of every run.
+        if not any(any(run["heldout"].get(metric.key, ())) for runs in found.values() for run in runs):
             continue
         gaps = {name: against(study, base, runs, "heldout", metric) for name, runs in found.items() if name != BASE}
         tested = [name for name, gap in gaps.items() if gap is not None]
@@ -144,6 +145,24 @@ def comparison(study: Study, task: str, pair: str) -> str:
         head = [metric.title, "rate", "mean", "by seed", "difference to SFT [95 %]", "p (Holm)"]
         parts.append(markdown(head, rows))
     return "\n\n".join(parts)
+
+
+def overview(study: Study) -> str:
+    """Difference of every method to SFT in bits per byte of the gold answers, all tasks and pairs side by side."""
+    metric, settings = METRICS[0], study.settings()
+    rows = []
+    for name, method in METHODS.items():
+        cells = []
+        for task, pair in settings:
+            base, runs = (study.chosen(task, pair, which, None, "heldout") for which in (BASE, name))
+            if name == BASE:
+                values = study.values(runs, "heldout", metric)
+                cells.append(shown(score(values, study.sizes(task, "heldout", metric, values.shape[1])), metric))
+            else:
+                cells.append(interval(against(study, base, runs, "heldout", metric), metric))
+        if any(cells):
+            rows.append([method.title, *cells])
+    return markdown([metric.title, *(f"{TASKS[task]}, {PAIRS[pair]}" for task, pair in settings)], rows)
 
 
 def last(run: Record, name: str, part: float = 0.1) -> float | None:
@@ -270,7 +289,7 @@ def facts(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """Generated text by marker name."""
-    made = {"facts": facts(study), "failures": failures(study)}
+    made = {"facts": facts(study), "overview": overview(study), "failures": failures(study)}
     for task, pair in study.settings():
         for name, table in (
             ("comparison", comparison),

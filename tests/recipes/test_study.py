@@ -283,6 +283,8 @@ def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_
     # (10.12 + 4 + 2 x 1.2) / 30 and one bit less for each of the two documents
     assert "| 0.551 |" in sft and "| 0.484 |" in dskd and "-0.067 [" in dskd
     assert next(line for line in lines if line.startswith("| teacher")).split(" | ")[2] == "0.100"
+    assert made["overview"].splitlines()[0] == "| bits per byte, gold | short questions, two tokenizers |"
+    assert "| DSKD | -0.067 [" in made["overview"] and "| SFT | 0.551 |" in made["overview"]
     assert "uld, rate 0.001, seed 1: ValueError" in made["failures"]
     assert "| random init | 1 |" in made["ablations-qa-two"]
     assert made["ablations-qa-two"].splitlines()[0].endswith("| GPU GiB |")
@@ -347,10 +349,9 @@ def test_the_tables_of_the_results_are_those_of_the_records():
 @pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
 def test_no_question_or_answer_of_the_data_is_in_the_records(monkeypatch):
     monkeypatch.setenv("DSKD_DATA", str(DATA))
-    splits = data.text_splits(table.SMALL, data.data_folder())
-    parts = [
-        turn["content"] for split in ("heldout", "validation", "train") for r in splits[split] for turn in r["messages"]
-    ]
+    found = [data.text_splits(size, data.data_folder()) for size in table.SIZES.values()]
+    rows = [r for splits in found for split in ("heldout", "validation", "train") for r in splits[split]]
+    parts = [turn["content"] for row in rows for turn in row["messages"]]
     for file in COMMITTED:
         text = file.read_text(encoding="utf-8")
         assert not [part for part in parts if len(part) > 12 and json.dumps(part, ensure_ascii=False)[1:-1] in text]
