@@ -14,7 +14,7 @@ from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 2  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 3  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
@@ -105,8 +105,9 @@ def align(
     pairing "exact": within two segments of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
-    Not so at the start of a text before which one side has a space, the dummy prefix, in its token or as a token of
-    its own: what one model says there of words without a space, the other says of words with one, which are other ids.
+    Two tokens of the same bytes do not pair where a space comes before their word on one side alone, in the token or
+    before it: the dummy prefix of a text. What one model says there of words without a space, the other says of words
+    with one, which are other ids.
     Texts may differ by white space at the ends, by what a template puts before or after one of them, by
     truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
     white space); then a token pairs only where its ends are known. Any other difference leaves the segment
@@ -116,7 +117,8 @@ def align(
     pairing "all": every token of two segments of one text (in the sense of "exact").
     identity: the tokenizers are one; segments with equal ids pair token by token.
     chunks: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
-    not one token on each that pair, where the bytes of every token within are certain.
+    not one token on each that pair, where the bytes of every token within are certain. A dummy prefix that is a token
+    of its own belongs to the chunk that it begins.
     Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); chunks:
     approximate likelihood matching (arXiv 2503.20083).
     """
@@ -329,6 +331,7 @@ class _Segment:
                 f"{max(self.ids)}. Tokenize with the tokenizer of this table."
             )
         self.run, self.table = run, table
+        self.before = (table.literal[ids[run.start - 1]] if run.start else None) or b""
         self.end = self._find_end(end_id)
         self.truncated = self.end is None and run.stop == len(ids)
         self.known: dict[tuple[object, ...], _Text] = {}
@@ -344,6 +347,14 @@ class _Segment:
             elif (table.literal[token_id] or b"x").strip():
                 break
         return last
+
+    def literal(self, index: int) -> bytes:
+        return self.table.literal[self.ids[index]] or b""
+
+    def follows_space(self, index: int) -> bool:
+        """Whether a token begins with a space, or the one before it ends with one."""
+        before = self.literal(index - 1) if index else self.before
+        return self.literal(index)[:1] == b" " or before[-1:] == b" "
 
     @cached_property
     def variants(self) -> list[tuple[bool, bool]]:
@@ -410,7 +421,7 @@ def _ends(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
 
 
 def _warped(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
-    texts = [[side.table.literal[i] or b"" for i in side.ids[: side.end]] for side in (one, other)]
+    texts = [[side.literal(k) for k in range(len(side.ids[: side.end]))] for side in (one, other)]
     return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other)
 
 
@@ -455,16 +466,9 @@ Regions = list[tuple[int, int, int]]
 Spans = tuple[list[int], list[int], list[int], list[int]]
 
 
-def _spaced(one: _Segment, other: _Segment, i: int, j: int) -> bool:
-    """Whether token i of one and token j of the other are spelt the same but for a space in front of one."""
-    a, b = (segment.table.literal[segment.ids[k]] or b"" for segment, k in ((one, i), (other, j)))
-    return b" " + a == b or b" " + b == a
-
-
 def _apart(one: _Segment, other: _Segment, i: int, j: int) -> bool:
-    """Whether two tokens that cover the same bytes follow, or begin with, a space that only one side has."""
-    alone = {(1, 0): one, (0, 1): other}.get((i, j))
-    return _spaced(one, other, i, j) or (alone is not None and alone.table.literal[alone.ids[0]] == b" ")
+    """Whether a space comes before the word of token i of one or of token j of the other, but not before both."""
+    return one.follows_space(i) != other.follows_space(j)
 
 
 def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
@@ -491,8 +495,15 @@ def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
             at[side] = tokens[stops[side]][1]
             stops[side] += 1
         else:
-            if stops != [i + 1, first + 1] or _spaced(one, other, i, first):
-                yield i, stops[0], first, stops[1]
+            apart = _apart(one, other, i, first)
+            if apart or stops != [i + 1, first + 1]:
+                lead, other_lead = (
+                    int(
+                        apart and k > 0 and spans[k - 1] == (0, 0) and segment.table.literal[segment.ids[k - 1]] == b" "
+                    )
+                    for segment, spans, k in ((one, ours, i), (other, theirs, first))
+                )
+                yield i - lead, stops[0], first - other_lead, stops[1]
             i = stops[0]
             continue
         i += 1

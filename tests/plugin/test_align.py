@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import PIECES, closed, letters, spans_in, spell
+from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
 from dskd_plugin.align import align, end_of_turn, role_pairs
 from dskd_plugin.tokens import encode
@@ -37,14 +37,6 @@ def brute_force(ours, theirs, words, other_words):
         for j, (t, f) in enumerate(theirs)
         if (s, e) == (t, f) and e > s and not apart(words, i, other_words, j)
     ]
-
-
-def apart(words, i, other_words, j):
-    """Only one of the two tokens has the dummy space, or only one of the models has read it."""
-    short, long = sorted((words[i], other_words[j]), key=len)
-    if long == b" " + short:
-        return True
-    return (i, j, words[0]) == (1, 0, b" ") or (j, i, other_words[0]) == (1, 0, b" ")
 
 
 def aligned(one, other, ids, other_ids):
@@ -101,7 +93,7 @@ def test_every_ordered_pair_of_tokenizers_matches_the_brute_force(whole_zoo, tex
                 parts = spell(one, ids), spell(other, other_ids)
                 assert pairs == brute_force(spans, other_spans, *parts), (one.name, other.name, text)
                 # A pair is one word to both vocabularies, so that what one model says can be said by the other.
-                assert all(parts[0][i] == parts[1][j] for i, j in pairs)
+                assert all(parts[0][i].strip(b" ") == parts[1][j].strip(b" ") for i, j in pairs)
             else:
                 sound(one, other, ids, other_ids, text, pairs)
 
@@ -323,9 +315,36 @@ def test_a_first_word_pairs_only_where_both_sides_have_read_the_space(zoo):
         ids, other_ids = (encode(entry.tokenizer, "The house") for entry in (one, other))
         assert len(ids) == len(other_ids) == 2
         assert aligned(one, other, ids, other_ids) == expected
-    ids, other_ids = (encode(entry.tokenizer, "4 and 5") for entry in (sentencepiece, byte_level))
-    assert [spell(sentencepiece, ids[:2]), spell(byte_level, other_ids[:1])] == [[b" ", b"4"], [b"4"]]
-    assert aligned(sentencepiece, byte_level, ids, other_ids)[0] == (2, 1)
+
+
+SAID = "<think>so</think>"
+# The text before the response and the response, for each side; which of the student's words pair.
+BEFORE = [
+    ("mistral", "", "4 and 5", "qwen", "", "4 and 5", [" and", "5"]),
+    ("mistral", "[INST] q [/INST] ", "4 and 5", "qwen", "Q:\n", "4 and 5", [" and", "5"]),
+    ("qwen", "A: ", "4 and 5", "llama-legacy", "", "4 and 5", ["4", " and", "5"]),
+    ("mistral-always", "", f"{SAID}4 and", "qwen-fast", "", f"{SAID}4 and", ["<think>", "</think>", " and"]),
+    ("mistral", "", "The house", "byte-level-lower", "", "The house", [" house"]),
+    ("llama-legacy", "", " The house", "qwen", "", " The house", [" The", " house"]),
+]
+
+
+@pytest.mark.parametrize(("student", "before", "text", "teacher", "other_before", "other_text", "expected"), BEFORE)
+def test_a_word_pairs_only_where_both_sides_have_read_the_space_before_it(
+    zoo, student, before, text, teacher, other_before, other_text, expected
+):
+    one, other = zoo(student), zoo(teacher)
+    found, parts = [], []
+    for entry, prompt, answer in ((one, before, text), (other, other_before, other_text)):
+        ids = closed(entry, encode(entry.tokenizer, prompt + answer))
+        words = spell(entry, ids[:-1])
+        lengths = [len(b"".join(words[k:])) for k in range(len(words))]
+        start = sum(length >= len(answer.encode()) for length in lengths) - 1 if prompt else 0
+        found.append((ids, [k >= start for k in range(len(ids))]))
+        parts.append(words)
+    paired = align(*found[0], *found[1], one.table, other.table).student_N[:-1]
+    said = [parts[0][i].decode() for i in paired]
+    assert [word for word in said if word.strip()] == expected
 
 
 def test_unknown_text_leaves_gaps_and_never_shifts(zoo):

@@ -76,6 +76,24 @@ def test_both_sides_read_the_conversation_in_their_own_template(prepare):
     assert said.count("<|im_end|>") == 2 and "red" not in said and "twelve" not in said
 
 
+def test_no_word_pairs_that_only_one_template_puts_a_space_before(prepare):
+    """The teacher's space after [/INST] is a token of its own before a digit, and lies in its prompt."""
+    (row,), student, teacher = prepare([conversation("twelve", "4 lamp stone", "red", "4 river")])
+    assert teacher.convert_ids_to_tokens(row["teacher_input_ids"]).count("▁") == 4
+    said = pieces(student, row["input_ids"], row["aligned_student"])
+    assert said == [" lamp", " stone", "<|im_end|>", " river", "<|im_end|>"]
+
+
+def test_answers_of_one_word_that_only_one_side_puts_a_space_before(prepare, tiny, recipe):
+    """Nothing pairs, which is an error that says so, but the chunk term has them."""
+    datasets = [{**recipe["datasets"][0], "train_on_eos": "none"}]
+    rows, teacher = [conversation("twelve", "4")], {"teacher": {"model": tiny["teacher"], "dtype": "float32"}}
+    with pytest.raises(ValueError, match=r"none aligned of 1[^0-9].*dskd\.chunk_ratio"):
+        prepare(rows, teacher, datasets=datasets)
+    (row,), *_ = prepare(rows, teacher | {"chunk_ratio": 1.0}, datasets=datasets)
+    assert row["aligned_student"] == [] and row["chunks"]
+
+
 @pytest.mark.parametrize(
     ("options", "trained", "ends"),
     [
@@ -270,7 +288,7 @@ def test_the_log_names_the_share_of_tokens_in_chunks(prepare, caplog):
 
 
 def test_rows_without_a_chunk_may_come_first(prepare):
-    rows = [conversation("red", "4")] * 1100 + [conversation("red", "lamp\n- item\n- red")]
+    rows = [conversation("red", "")] * 1100 + [conversation("red", "lamp\n- item\n- red")]
     found, _, _ = prepare(rows, {"chunk_ratio": 1})
     assert len(found) == 1101 and sum(bool(row["chunks"]) for row in found) == 1
 

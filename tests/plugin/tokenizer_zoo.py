@@ -448,6 +448,16 @@ def spans_in(entry, ids, text):
     return spans
 
 
+def apart(words, i, other_words, j):
+    """Whether, in what the tokens spell, a space is next to the start of one of the two words and not of the other."""
+
+    def next_to_space(side, k):
+        start = len(b"".join(side[:k]))
+        return b" " in b"".join(side)[max(0, start - 1) : start + 1]
+
+    return next_to_space(words, i) != next_to_space(other_words, j)
+
+
 def closed(entry, ids):
     """The ids with an end of turn."""
     end = entry.table.eos
