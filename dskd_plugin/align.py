@@ -498,10 +498,8 @@ def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
             apart = _apart(one, other, i, first)
             if apart or stops != [i + 1, first + 1]:
                 lead, other_lead = (
-                    int(
-                        apart and k > 0 and spans[k - 1] == (0, 0) and segment.table.literal[segment.ids[k - 1]] == b" "
-                    )
-                    for segment, spans, k in ((one, ours, i), (other, theirs, first))
+                    int(apart and k > 0 and places[k - 1] == (0, 0) and segment.literal(k - 1) == b" ")
+                    for segment, places, k in ((one, ours, i), (other, theirs, first))
                 )
                 yield i - lead, stops[0], first - other_lead, stops[1]
             i = stops[0]
