@@ -123,6 +123,8 @@ class DSKDTrainer(AxolotlTrainer):
                 *(settings.method, pair.student.vocab_size, width, pair.teacher.vocab_size, teacher.width),
                 *(100 * overlap.student_share, "one" if pair.identity else "not one"),
             )
+            if pair.identity and settings.method == "dskd":
+                LOG.info("dskd: with one tokenizer `method: kd` scored better and cost less, see docs/results.md")
         return distillation_loss(
             settings,
             model,
