@@ -14,10 +14,12 @@ from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 3  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 4  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
+Ends = tuple[int | None, int | None]  # end-of-turn ids of student and teacher, see `end_of_turn`
+_LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,17 @@ class Aligner:
         teacher_ids: Sequence[int],
         teacher_response: Sequence[bool],
     ) -> dict[str, Any]:
-        """Columns of a training row: aligned_student, aligned_teacher, chunks (flat, if on), unmatched_segments."""
+        """Columns of a training row: aligned_student, aligned_teacher, chunks (flat, if on), unmatched_segments.
+
+        What a template puts between an answer and its end of turn, see `gaps`, is left out.
+        """
+        ours = _without(gaps(student_ids, student_response, self.student, self.student_end), len(student_ids))
+        theirs = _without(gaps(teacher_ids, teacher_response, self.teacher, self.teacher_end), len(teacher_ids))
         found = align(
-            student_ids,
-            student_response,
-            teacher_ids,
-            teacher_response,
+            [student_ids[k] for k in ours],
+            [student_response[k] for k in ours],
+            [teacher_ids[k] for k in theirs],
+            [teacher_response[k] for k in theirs],
             self.student,
             self.teacher,
             identity=self.identity,
@@ -74,11 +81,15 @@ class Aligner:
             pairing=self.pairing,
             chunks=self.chunks,
         )
-        flat = {"chunks": [position for chunk in found.chunks for position in chunk]} if self.chunks else {}
+        flat = [
+            position
+            for a, b, c, d in found.chunks
+            for position in (ours[a], ours[b - 1] + 1, theirs[c], theirs[d - 1] + 1)
+        ]
         return {
-            "aligned_student": found.student_N,
-            "aligned_teacher": found.teacher_N,
-            **flat,
+            "aligned_student": [ours[k] for k in found.student_N],
+            "aligned_teacher": [theirs[k] for k in found.teacher_N],
+            **({"chunks": flat} if self.chunks else {}),
             "unmatched_segments": found.unmatched_segments,
         }
 
@@ -105,9 +116,9 @@ def align(
     pairing "exact": within two segments of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
-    Two tokens of the same bytes do not pair where a space comes before their word on one side alone, in the token or
-    before it: the dummy prefix of a text. What one model says there of words without a space, the other says of words
-    with one, which are other ids.
+    Two tokens of the same bytes do not pair where a space comes before their word on one side alone, or on one in the
+    token and on the other before it: the dummy prefix of a text. What one model says there of words without a space,
+    the other says of words with one, which are other ids.
     Texts may differ by white space at the ends, by what a template puts before or after one of them, by
     truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
     white space); then a token pairs only where its ends are known. Any other difference leaves the segment
@@ -246,23 +257,42 @@ def end_of_turn(tokenizer: Any, chat_template: str | None, table: TokenTable) ->
     return eos
 
 
-def role_pairs(
-    student_tokenizer: Any,
-    teacher_tokenizer: Any,
-    *,
-    student: TokenTable,
-    teacher: TokenTable,
-    student_template: str | None = None,
-    teacher_template: str | None = None,
-) -> list[tuple[int, int]]:
-    """(student id, teacher id) of tokens with one role: end of turn, then end of sequence.
+def role_pairs(ends: Sequence[Ends], student: TokenTable, teacher: TokenTable) -> list[tuple[int, int]]:
+    """(student id, teacher id) of tokens with one role: the ends of turn of the data, then the ends of sequence.
 
     A student with one token for both gives it to both roles of the teacher; the first pair of an id counts.
     """
-    ours = end_of_turn(student_tokenizer, student_template, student)
-    theirs = end_of_turn(teacher_tokenizer, teacher_template, teacher)
-    pairs = [(ours, theirs), (student.eos if student.eos is not None else ours, teacher.eos)]
-    return list(dict.fromkeys((a, b) for a, b in pairs if a is not None and b is not None))
+    ours = student.eos if student.eos is not None or not ends else ends[0][0]
+    return list(dict.fromkeys((a, b) for a, b in [*ends, (ours, teacher.eos)] if a is not None and b is not None))
+
+
+def gaps(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None) -> list[int]:
+    """Positions of the white space that a template puts between an answer and its end of turn.
+
+    Axolotl marks such an answer and its end as two responses, as in Llama 2's `' ' + content + ' ' + eos_token`.
+    """
+    runs, found = list(_runs(response)), []
+    for one, other in pairwise(runs):
+        between = range(one.stop, other.start)
+        if (
+            len(between) <= _LONGEST_GAP
+            and ids[other.start] == end_id != ids[one.stop - 1]
+            and not any(ids[k] in table.special or (table.literal[ids[k]] or b"x").strip() for k in between)
+        ):
+            found.extend(between)
+    return found
+
+
+def answers(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None) -> list[bool]:
+    """Which tokens belong to an answer, from its first token to its end of turn."""
+    inside = list(response)
+    for k in gaps(ids, response, table, end_id):
+        inside[k] = True
+    return inside
+
+
+def _without(left_out: list[int], length: int) -> Sequence[int]:
+    return [k for k in range(length) if k not in set(left_out)] if left_out else range(length)
 
 
 def _runs(response: Sequence[bool]) -> Iterator[range]:
@@ -351,10 +381,11 @@ class _Segment:
     def literal(self, index: int) -> bytes:
         return self.table.literal[self.ids[index]] or b""
 
-    def follows_space(self, index: int) -> bool:
-        """Whether a token begins with a space, or the one before it ends with one."""
+    def spaces(self, index: int) -> tuple[bool, bool]:
+        """Whether a token begins with a space, and whether it does or the one before it ends with one."""
         before = self.literal(index - 1) if index else self.before
-        return self.literal(index)[:1] == b" " or before[-1:] == b" "
+        inside = self.literal(index)[:1] == b" "
+        return inside, inside or before[-1:] == b" "
 
     @cached_property
     def variants(self) -> list[tuple[bool, bool]]:
@@ -467,8 +498,8 @@ Spans = tuple[list[int], list[int], list[int], list[int]]
 
 
 def _apart(one: _Segment, other: _Segment, i: int, j: int) -> bool:
-    """Whether a space comes before the word of token i of one or of token j of the other, but not before both."""
-    return one.follows_space(i) != other.follows_space(j)
+    """Whether the space before the word of token i of one and of token j of the other is not at the same place."""
+    return one.spaces(i) != other.spaces(j)
 
 
 def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:

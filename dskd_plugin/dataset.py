@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
+from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
 
-from dskd_plugin.align import end_of_turn
+from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.tokens import TokenTable
@@ -40,10 +42,20 @@ class TeacherReader:
 class PairedStrategy:
     """A student strategy and a teacher strategy on the same raw rows."""
 
-    def __init__(self, student: Any, teacher: Any, pair: Pair, settings: Settings, student_len: int | None) -> None:
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        pair: Pair,
+        settings: Settings,
+        student_len: int | None = None,
+        teacher_len: int | None = None,
+    ) -> None:
         self.student, self.teacher, self.pair = student, teacher, pair
         self.aligner = aligner(pair, settings, (_turn_end(student, pair.student), _turn_end(teacher, pair.teacher)))
-        self.with_prompts, self.student_len = settings.on_policy is not None, student_len
+        self.with_prompts = settings.on_policy is not None
+        self.student_len, self.teacher_len = student_len, teacher_len
+        self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)
         self.filter_rows = getattr(student, "filter_rows", None)
 
     @property
@@ -52,16 +64,24 @@ class PairedStrategy:
 
     def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
         """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
+        if not self.cuts_texts:
+            return self._tokenize(prompt)
+        texts = (dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True))
+        parts = [self._tokenize({name: [value] for name, value in text.items()}) for text in texts]
+        return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
+
+    def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
         # Strategies change the row they are given.
         student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
         teacher = self._teacher_columns(copy.deepcopy(prompt))
         ids = student["input_ids"]
         if not (self.supports_batched and (not ids or isinstance(ids[0], list))):
             return {**student, **self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])}
-        if len(ids) == len(teacher["input_ids"]):
+        if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
+            # The two sides are cut at different places.
+            teacher_rows = [self._reread(row, first=k == 0) for k, row in enumerate(ids)]
+        else:
             teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
-        else:  # a strategy that cuts long texts into rows cuts the two sides at different places
-            teacher_rows = [self._reread(row) for row in ids]
         rows = [
             self._join(*row, *teacher_row)
             for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
@@ -77,13 +97,22 @@ class PairedStrategy:
                 "teacher's. Name another template, or change the rows, e.g. with drop_system_message: true."
             ) from error
 
-    def _reread(self, student_ids: list[int]) -> tuple[list[int], list[int]]:
-        """The teacher's tokens of the text that a student row covers; all of them are trained on."""
+    def _reread(self, student_ids: list[int], *, first: bool) -> tuple[list[int], list[int]]:
+        """The teacher's tokens, as many as it reads, of the text of a student row; all of them are trained on.
+
+        first: the row begins its text, so that a space in front may be the student's own addition.
+        """
+        if self.pair.identity:
+            return list(student_ids), list(student_ids)
         table, tokenizer = self.pair.student, self.teacher.tokenizer
         text = b"".join(table.bytes[token] or b"" for token in student_ids).decode("utf-8", "ignore")
+        if (self.pair.student if first else self.pair.teacher).dummy_prefix:
+            text = text.removeprefix(" ")
         ids = list(tokenizer(text)["input_ids"])
-        if student_ids[-1] == self.student.tokenizer.eos_token_id and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+        end = tokenizer.eos_token_id
+        if end is not None and student_ids[-1] == self.student.tokenizer.eos_token_id and ids[-1:] != [end]:
+            ids.append(end)
+        ids = ids[: self.teacher_len]
         return ids, list(ids)
 
     def _join(
@@ -96,7 +125,9 @@ class PairedStrategy:
             _responses(teacher_ids, teacher_labels, self.teacher.tokenizer),
         )
         if self.with_prompts:
-            found["teacher_prompt"] = _prompt(labels[: self.student_len], labels, teacher_labels)
+            ours = answers(ids, _trained(labels), self.pair.student, self.aligner.student_end)
+            theirs = answers(teacher_ids, _trained(teacher_labels), self.pair.teacher, self.aligner.teacher_end)
+            found["teacher_prompt"] = _prompt(ours[: self.student_len], ours, theirs)
         # Arrays know that they hold integers where they are empty in all of the first rows.
         return {
             column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
@@ -104,19 +135,33 @@ class PairedStrategy:
         }
 
 
-def _prompt(kept: list[int], labels: list[int], teacher_labels: list[int]) -> int:
+def _prompt(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
     """Teacher tokens before the answer to the student's last prompt within ``kept``; 0 where there is no prompt."""
-    starts, whole, theirs = _starts(kept), _starts(labels), _starts(teacher_labels)
+    starts, whole, teacher_starts = _starts(kept), _starts(ours), _starts(theirs)
     if not starts or starts[-1] == 0:
         return 0
-    if len(whole) == len(theirs):
-        return theirs[len(starts) - 1]
-    return theirs[-1] if theirs and len(starts) == len(whole) else 0
+    if len(whole) == len(teacher_starts):
+        return teacher_starts[len(starts) - 1]
+    return teacher_starts[-1] if teacher_starts and len(starts) == len(whole) else 0
 
 
-def _starts(labels: list[int]) -> list[int]:
-    """Where the responses begin."""
-    return [k for k, label in enumerate(labels) if label != IGNORE and (k == 0 or labels[k - 1] == IGNORE)]
+def _starts(inside: list[bool]) -> list[int]:
+    """Where the answers begin."""
+    return [k for k, here in enumerate(inside) if here and (k == 0 or not inside[k - 1])]
+
+
+def turn_ends(cfg: Any, tokenizer: Any, table: TokenTable, reader: TeacherReader) -> list[Ends]:
+    """The end-of-turn ids of the recipe's datasets, each once; plain-text types end with the end of sequence.
+
+    tokenizer, table: the student's.
+    """
+    found = []
+    for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
+        chat = str(entry.get("type")).startswith("chat_template")
+        ours = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer) if chat else None
+        theirs = reader.template if chat else None
+        found.append((end_of_turn(tokenizer, ours, table), end_of_turn(reader.tokenizer, theirs, reader.table)))
+    return list(dict.fromkeys(found))
 
 
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:
@@ -126,10 +171,18 @@ def _turn_end(strategy: Any, table: TokenTable) -> int | None:
 
 def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
     """Which tokens belong to a response; a leading BOS is markup even where everything is trained on."""
-    response = [label != IGNORE for label in labels]
+    response = _trained(labels)
     if response and ids[0] == tokenizer.bos_token_id:
         response[0] = False
     return response
+
+
+def _columns(parts: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(column for part in parts for column in part))
+
+
+def _trained(labels: list[int]) -> list[bool]:
+    return [label != IGNORE for label in labels]
 
 
 _reader: TeacherReader | None = None
@@ -162,7 +215,23 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         settings = _reader.settings
         pair = make_pair(tokenizer, _reader.table, settings)
-        paired = functools.partial(PairedStrategy, pair=pair, settings=settings, student_len=cfg.sequence_len)
+        if settings.on_policy is not None and len(ends := turn_ends(cfg, tokenizer, pair.student, _reader)) > 1:
+            sides = [
+                [tokens.convert_ids_to_tokens(end) for end in one if end is not None]
+                for tokens, one in zip((tokenizer, _reader.tokenizer), zip(*ends, strict=True), strict=True)
+            ]
+            raise ValueError(
+                "datasets: expected one end of turn in all entries, since sampled answers have one (dskd.on_policy), "
+                f"got {' and '.join(sides[0])} of the student, {' and '.join(sides[1])} of the teacher. "
+                "Use one type and one chat template for all of them, or remove dskd.on_policy."
+            )
+        paired = functools.partial(
+            PairedStrategy,
+            pair=pair,
+            settings=settings,
+            student_len=cfg.sequence_len,
+            teacher_len=_reader.sequence_len,
+        )
         with _each_strategy(lambda strategy: paired(strategy, captured[0])):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         return _checked(name, dataset, cfg, _reader), prompter

@@ -81,6 +81,11 @@ def check_head(hidden_ND: Tensor, logits_NV: Tensor, head: Head, name: str) -> N
         )
 
 
+def drops_out(head: nn.Module) -> bool:
+    """Whether the head's logits are made with dropout at present, as LoRA's are in training."""
+    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in head.modules())
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether DeepSpeed ZeRO-3 holds the parameter in pieces."""
     return hasattr(parameter, "ds_id")

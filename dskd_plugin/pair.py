@@ -1,13 +1,13 @@
 """What two tokenizers have in common: the alignment to use and the shared vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from dskd_plugin.align import Aligner, Pairing, role_pairs
+from dskd_plugin.align import Aligner, Ends, Pairing, role_pairs
 from dskd_plugin.args import Settings
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
 from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
@@ -48,8 +48,8 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
     return Pair(student, teacher, as_one)
 
 
-def aligner(pair: Pair, settings: Settings, ends: tuple[int | None, int | None]) -> Aligner:
-    """How this run aligns its rows; ends: the end-of-turn ids of (student, teacher), see `end_of_turn`."""
+def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
+    """How rows are aligned whose turns end so."""
     return Aligner(
         pair.student,
         pair.teacher,
@@ -71,13 +71,15 @@ def read_table(name: str, tokenizer: Any) -> TokenTable:
 
 def shared_ids(
     pair: Pair,
-    tokenizers: tuple[Any, Any],
-    templates: tuple[str | None, str | None],
+    ends: Sequence[Ends],
     *,
     head_rows: tuple[int, int],
     top_vocab: int | None,
 ) -> Overlap:
-    """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher)."""
+    """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher).
+
+    ends: of the run's datasets, see `turn_ends`.
+    """
     student_bytes = pair.student.bytes[: head_rows[0]]
     teacher_bytes = pair.teacher.bytes[: head_rows[1]]
     if pair.identity:
@@ -90,13 +92,7 @@ def shared_ids(
             teacher_ids_O=one.teacher_ids_O[:top_vocab],
             teacher_to_student_V=to_student,
         )
-    roles = role_pairs(
-        *tokenizers,
-        student=pair.student,
-        teacher=pair.teacher,
-        student_template=templates[0],
-        teacher_template=templates[1],
-    )
+    roles = role_pairs(ends, pair.student, pair.teacher)
     shared = shared_vocabulary(
         student_bytes,
         teacher_bytes,

@@ -17,7 +17,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dskd_plugin.align import Aligner
+from dskd_plugin.align import Aligner, answers
 from dskd_plugin.args import OnPolicySettings
 from dskd_plugin.models import causal_lm
 from dskd_plugin.tokens import TokenTable, encode
@@ -145,12 +145,14 @@ class Rollout:
 
     def _prompt(self, sample: Sample, positions: int | None) -> Prompt | None:
         """The prompt of the last response; None where there is none or it leaves no room for an answer."""
-        labels, student_ids = sample["labels"], list(sample["input_ids"])
-        stop = len(labels)
-        while stop and labels[stop - 1] == IGNORE:
+        student_ids = list(sample["input_ids"])
+        trained = [label != IGNORE for label in sample["labels"]]
+        inside = answers(student_ids, trained, self.aligner.student, self.aligner.student_end)
+        stop = len(inside)
+        while stop and not inside[stop - 1]:
             stop -= 1
         start = stop
-        while start and labels[start - 1] != IGNORE:
+        while start and inside[start - 1]:
             start -= 1
         teacher_ids, teacher_start = list(sample["teacher_input_ids"]), int(sample["teacher_prompt"])
         fits = positions is None or start + self.settings.max_new_tokens <= positions

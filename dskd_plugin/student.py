@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dskd_plugin.core.chunked import token_log_probs
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Chunks, Objective, Rows, Sums, chunk_sums, counts
-from dskd_plugin.models import causal_lm, check_head, decoder, is_partitioned, output_head, read_head
+from dskd_plugin.models import causal_lm, check_head, decoder, drops_out, is_partitioned, output_head, read_head
 from dskd_plugin.teacher import Teacher
 
 # Logits computed at a time; up to 14 fp32 tensors of this size live at the peak (1.8 GiB, on a CPU 0.2 GiB).
@@ -210,7 +210,7 @@ class DistillationLoss(nn.Module):
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
         student_head = self.student_head()
-        if not self._head_checked:
+        if not (self._head_checked or drops_out(self._student[1])):
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")
             self._head_checked = True
         if batch.window:

@@ -10,11 +10,9 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from dskd_plugin import state
-from dskd_plugin.align import end_of_turn
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
-from dskd_plugin.core.overlap import Overlap
-from dskd_plugin.dataset import TeacherReader
+from dskd_plugin.dataset import TeacherReader, turn_ends
 from dskd_plugin.methods import distillation_loss
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, shared_ids
@@ -90,15 +88,6 @@ class DSKDTrainer(AxolotlTrainer):
             LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
         return teacher
 
-    def _shared_ids(self, tokenizer: Any, pair: Pair, student_rows: int, teacher_rows: int) -> Overlap:
-        return shared_ids(
-            pair,
-            (tokenizer, self.reader.tokenizer),
-            (tokenizer.chat_template, self.reader.template),
-            head_rows=(student_rows, teacher_rows),
-            top_vocab=self.reader.settings.projector.top_vocab,
-        )
-
     def _distillation_loss(self, model: nn.Module, tokenizer: Any, pair: Pair, args: Any) -> DistillationLoss:
         settings, teacher = self.reader.settings, self._teacher
         head = output_head(model).weight
@@ -116,7 +105,12 @@ class DSKDTrainer(AxolotlTrainer):
         }
         overlap = None
         if teacher is not None:
-            overlap = self._shared_ids(tokenizer, pair, rows, teacher.head.weight_VD.shape[0])
+            overlap = shared_ids(
+                pair,
+                turn_ends(self.cfg, tokenizer, pair.student, self.reader),
+                head_rows=(rows, teacher.head.weight_VD.shape[0]),
+                top_vocab=settings.projector.top_vocab,
+            )
             LOG.info(
                 "dskd: method %s; student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; "
                 "%s tokenizer",
@@ -140,15 +134,11 @@ class DSKDTrainer(AxolotlTrainer):
         settings, reader = self.reader.settings, self.reader
         if settings.on_policy is None:
             return None
-        ends = (
-            end_of_turn(tokenizer, tokenizer.chat_template, pair.student),
-            end_of_turn(reader.tokenizer, reader.template, pair.teacher),
-        )
         return Rollout(
             settings.on_policy,
             tokenizer,
             reader.tokenizer,
-            aligner(pair, settings, ends),
+            aligner(pair, settings, turn_ends(self.cfg, tokenizer, pair.student, reader)[0]),
             seed=self.args.seed,
             teacher_len=reader.sequence_len,
             student_len=self.cfg.sequence_len,

@@ -454,17 +454,12 @@ def test_end_of_turn_says_which_template_failed(zoo):
 
 def test_role_pairs_join_end_of_turn_and_end_of_sequence(zoo):
     one, other = zoo("mistral"), zoo("qwen-fast")
-    pairs = role_pairs(
-        one.tokenizer,
-        other.tokenizer,
-        student=one.table,
-        teacher=other.table,
-        student_template=LLAMA2,
-        teacher_template=CHATML,
-    )
-    assert pairs == [(2, 151645)]
-    base = role_pairs(one.tokenizer, zoo("byte-level").tokenizer, student=one.table, teacher=zoo("byte-level").table)
-    assert base == [(2, 0)]
+    chat, base = (2, 151645), (2, 151643)
+    assert role_pairs([chat], one.table, other.table) == [chat]
+    assert role_pairs([base], one.table, other.table) == [base, chat]
+    assert role_pairs([base, chat], one.table, other.table) == [base, chat]
+    assert role_pairs([(None, 151643)], one.table, other.table) == [chat]
+    assert role_pairs([], one.table, zoo("byte-level").table) == [(2, 0)]
 
 
 def test_whole_rendered_conversations_align(zoo):

@@ -59,6 +59,8 @@ def check_pairs(row, student, teacher):
             assert (ours, theirs) == (student.eos_token_id, teacher.eos_token_id)
         elif "\ufffd" not in student.decode([ours]) + teacher.decode([theirs]):
             assert student.decode([ours]).strip() == teacher.decode([theirs]).strip()
+            spelled = student.convert_ids_to_tokens(ours), teacher.convert_ids_to_tokens(theirs)
+            assert len({token[0] in "Ġ▁" for token in spelled}) == 1, spelled
 
 
 def test_both_sides_read_the_conversation_in_their_own_template(prepare):
@@ -153,6 +155,25 @@ def test_other_dataset_types(prepare, recipe, tiny, kind):
     assert aligned / trained > 0.85
     for row in rows:
         check_pairs(row, student, teacher)
+
+
+@pytest.mark.parametrize("which", ["teacher", "sibling"])
+def test_texts_that_are_cut_into_rows_lose_nothing_to_the_teachers_limit(prepare, tiny, which):
+    """As many rows on both sides, or a teacher that cuts where the student does, is no reason to take them as pairs."""
+    rows = [{"text": " ".join(f"the red river {k} stone" for k in range(first, first + 40))} for first in (3, 400)]
+    block = {"teacher": {"model": tiny[which], "dtype": "float32", "sequence_len": 64}}
+    datasets = [{"path": "rows", "ds_type": "json", "type": "completion"}]
+    found, student, teacher = prepare(rows, block, datasets=datasets, sequence_len=64)
+    whole = [student(row["text"])["input_ids"] for row in rows]
+    assert sum(len(row["input_ids"]) for row in found) == sum(len(ids) + 1 for ids in whole)
+    for row in found:
+        check_pairs(row, student, teacher)
+        assert len(row["teacher_input_ids"]) <= 64
+        texts = [
+            tokens.decode(row[ids], skip_special_tokens=True).strip()
+            for tokens, ids in ((student, "input_ids"), (teacher, "teacher_input_ids"))
+        ]
+        assert texts[0].startswith(texts[1]) and len(texts[1]) > 0.5 * len(texts[0])
 
 
 def test_several_datasets_of_different_types(prepare, tiny):
@@ -305,6 +326,73 @@ def test_prompt_of_the_last_answer(prepare):
     assert student.decode(row["input_ids"][:start]).endswith("twelve<|im_end|>\n<|im_start|>assistant\n")
 
 
+LLAMA_2 = (
+    "{% for m in messages %}{{ (bos_token or '') + '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+    "' ' + m.content + ' ' + eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student", "both"])
+def test_an_answer_goes_on_to_its_end_of_turn_past_white_space_of_the_template(prepare, tiny, recipe, tmp_path, side):
+    """Axolotl marks the answer and the end of turn, not the space that Llama 2's template puts between them."""
+    file = tmp_path / "llama-2.jinja"
+    file.write_text(LLAMA_2)
+    template = {"chat_template": str(file)} if side != "student" else {}
+    block = ON_POLICY | {"teacher": {"model": tiny["teacher"], "dtype": "float32", **template}}
+    changes = {}
+    if side != "teacher":
+        changes["datasets"] = [{**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": LLAMA_2}]
+    if side == "both":
+        changes["base_model"] = tiny["teacher"]
+    texts = conversation("red river", "blue stone.", "twelve", "the lamp")
+    (row,), student, teacher = prepare([texts], block, **changes)
+    check_pairs(row, student, teacher)
+    ends = [s for s in row["aligned_student"] if row["input_ids"][s] == student.eos_token_id]
+    assert len(ends) == 2
+    asked = teacher.decode(row["teacher_input_ids"][: row["teacher_prompt"]])
+    assert asked.rstrip().endswith("[INST] twelve [/INST]") and "blue stone" in asked
+
+
+def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny, recipe, monkeypatch):
+    """What the run takes for the ends, from the recipe alone, is what the rows were aligned with."""
+    from axolotl.utils.dict import DictDefault
+
+    from dskd_plugin import dataset
+    from dskd_plugin.tokens import token_table
+
+    seen = []
+    original = dataset.aligner
+
+    def spy(pair, settings, ends):
+        seen.append(ends)
+        return original(pair, settings, ends)
+
+    entries = [
+        recipe["datasets"][0],
+        {**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": LLAMA_2},
+        *({"path": tiny["data"], "ds_type": "json", "type": kind} for kind in TYPES.values()),
+    ]
+    monkeypatch.setattr(dataset, "aligner", spy)
+    ends = {"special_tokens": {"eos_token": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
+    _, student, teacher = prepare(datasets=entries, sequence_len=128, **ends)
+    found = dataset.turn_ends(
+        DictDefault(recipe | ends | {"datasets": entries}), student, token_table(student), dataset._reader
+    )
+    assert len(seen) == len(entries) and found == list(dict.fromkeys(seen))
+    chat, text = (student.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    assert found[0] == (chat, teacher.eos_token_id) and found[-1] == (text, teacher.eos_token_id)
+
+
+def test_datasets_whose_turns_end_in_two_ways_are_refused_for_answers(prepare, tiny, recipe):
+    datasets = [recipe["datasets"][0], {"path": tiny["data"], "ds_type": "json", "type": "alpaca"}]
+    ends = {"special_tokens": {"eos_token": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
+    assert prepare(None, ON_POLICY, datasets=datasets)[0]  # where both are one token
+    with pytest.raises(
+        ValueError, match=r"one end of turn .*on_policy.*<\|im_end\|> and <\|endoftext\|> of the student"
+    ):
+        prepare(None, ON_POLICY, datasets=datasets, **ends)
+
+
 @pytest.mark.parametrize(
     ("cut", "prompt"), [(None, "twelve [/INST]"), (-1, "twelve [/INST]"), (0, "river [/INST]"), (1, "twelve [/INST]")]
 )
@@ -370,4 +458,4 @@ def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
 def test_prompt_by_hand(kept, labels, teacher, prompt):
     from dskd_plugin.dataset import _prompt
 
-    assert _prompt(kept, labels, teacher) == prompt
+    assert _prompt(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt

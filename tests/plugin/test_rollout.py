@@ -383,8 +383,7 @@ def attached(model, sides, teacher_path):
     )
     overlap = shared_ids(
         pair,
-        (ours.tokenizer, theirs.tokenizer),
-        (ours.template, theirs.template),
+        [(ours.end, theirs.end)],
         head_rows=(len(output_head(model).weight), len(teacher.head.weight_VD)),
         top_vocab=None,
     )

@@ -14,7 +14,9 @@ from dskd_plugin.collator import (
     PaddedAttentionCollator,
     PaddedPairCollator,
 )
+from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.methods import distillation_loss
+from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, shared_ids
 from dskd_plugin.student import attach, micro_batch
 from dskd_plugin.teacher import Teacher
@@ -44,17 +46,15 @@ class Setup:
             packed=packed,
             trust_remote_code=False,
         )
+        ends = (
+            end_of_turn(self.tokenizer, self.tokenizer.chat_template, self.pair.student),
+            end_of_turn(self.teacher_tokenizer, self.teacher_tokenizer.chat_template, self.pair.teacher),
+        )
         self.overlap = shared_ids(
             self.pair,
-            (self.tokenizer, self.teacher_tokenizer),
-            (self.tokenizer.chat_template, self.teacher_tokenizer.chat_template),
+            [ends],
             head_rows=(self.student.config.vocab_size, self.teacher.head.weight_VD.shape[0]),
             top_vocab=None,
-        )
-        templates = self.tokenizer.chat_template, self.teacher_tokenizer.chat_template
-        ends = (
-            end_of_turn(self.tokenizer, templates[0], self.pair.student),
-            end_of_turn(self.teacher_tokenizer, templates[1], self.pair.teacher),
         )
         self.aligner = aligner(self.pair, self.settings, ends)
         teacher = None if self.settings.method == "sft" else self.teacher
@@ -333,6 +333,26 @@ def test_the_map_into_the_teachers_space_follows_the_live_head(tiny, rows):
     step[0] = 1
     setup.run(batch)
     torch.testing.assert_close(setup.loss._s2t_dD, 1.5 * before)
+
+
+def test_dropout_within_the_head_is_no_unknown_architecture(tiny, rows):
+    """A LoRA head that has learned something, as after a resumption."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    setup = Setup(tiny["student"], tiny["teacher"])
+    inject_adapter_in_model(LoraConfig(target_modules=["lm_head"], r=4, lora_dropout=0.5), setup.student)
+    head = output_head(setup.student)
+    torch.nn.init.normal_(head.lora_B["default"].weight)
+    setup.student.requires_grad_(True).train()
+    setup.loss._student = (setup.student, head)
+    batch = [padded(setup, setup.samples(rows))]
+    dropped = setup.run(batch)
+    setup.student.eval()
+    close(dropped, setup.run(batch))
+    head.lora_dropout["default"] = torch.nn.Hardtanh(-0.1, 0.1)  # something that the weights do not say
+    setup.loss._head_checked = False
+    with pytest.raises(DSKDSetupError, match="base_model: expected logits"):
+        setup.run(batch)
 
 
 def test_without_a_micro_batch_the_student_is_untouched(tiny):

@@ -449,13 +449,13 @@ def spans_in(entry, ids, text):
 
 
 def apart(words, i, other_words, j):
-    """Whether, in what the tokens spell, a space is next to the start of one of the two words and not of the other."""
+    """Whether, in what the tokens spell, the places next to the start of the two words differ in having a space."""
 
-    def next_to_space(side, k):
-        start = len(b"".join(side[:k]))
-        return b" " in b"".join(side)[max(0, start - 1) : start + 1]
+    def around(side, k):
+        before, behind = b"".join(side[:k]), b"".join(side[k:])
+        return "inside" if behind.startswith(b" ") else "before" if before.endswith(b" ") else "none"
 
-    return next_to_space(words, i) != next_to_space(other_words, j)
+    return around(words, i) != around(other_words, j)
 
 
 def closed(entry, ids):
