@@ -74,6 +74,11 @@ def generate(size: Size, out: Path, task: str) -> None:
     main.main(args=["generate", *arguments], prog_name="dskd", standalone_mode=False)
 
 
+def slowest_first(found: list[Run]) -> list[Run]:
+    """The runs that generate before the others, so that none is still busy when everything else is done."""
+    return sorted(found, key=lambda run: "on_policy" not in METHODS[run.method].block)
+
+
 def search_runs(size: Size, wanted: Wanted) -> list[Run]:
     return [
         Run(task, pair, method, rate, size.seeds[0])
@@ -91,7 +96,7 @@ def search_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     return [
         job(out, run, partial(work, run))
-        for run in runs.drop_stale(search_runs(size, wanted), size, out)
+        for run in slowest_first(runs.drop_stale(search_runs(size, wanted), size, out))
         if not (run.folder(out) / "validation-likelihood.json").is_file()
     ]
 
@@ -135,7 +140,7 @@ def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
 
     return [
         job(out, run, partial(work, run))
-        for run in runs.drop_stale(seed_runs(size, out, wanted), size, out)
+        for run in slowest_first(runs.drop_stale(seed_runs(size, out, wanted), size, out))
         if not all((run.folder(out) / f"{split}.json").is_file() for split in splits_of(run))
     ]
 

@@ -177,7 +177,7 @@ GPU = Size(
     },
     steps=126,
     batch=8,
-    rates=(1e-4, 3e-4),
+    rates=(3e-5, 1e-4),
     seeds=(1, 2, 3),
     on_policy={"fraction": 0.25, "max_new_tokens": 64},
     teacher=TF32 | {"micro_batch_size": 32, "num_epochs": 2, "learning_rate": 2e-4},
