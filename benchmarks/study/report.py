@@ -117,6 +117,7 @@ def comparison(study: Study, task: str, pair: str) -> str:
     methods = [name for name, method in METHODS.items() if pair in method.pairs]
     found = {name: study.chosen(task, pair, name, None, "heldout") for name in methods}
     found = {name: runs for name, runs in found.items() if runs}
+    all_seeds = sorted({run["seed"] for runs in found.values() for run in runs})
     for metric in METRICS:
         # Not measured, or zero for every document of every run.
         if not any(any(run["heldout"].get(metric.key, ())) for runs in found.values() for run in runs):
@@ -128,13 +129,13 @@ def comparison(study: Study, task: str, pair: str) -> str:
         for name, runs in found.items():
             values = study.values(runs, "heldout", metric)
             sizes = study.sizes(task, "heldout", metric, values.shape[1])
-            seeds = [score(values[i : i + 1], sizes) for i in range(len(runs))]
+            seeds = {run["seed"]: score(values[i : i + 1], sizes) for i, run in enumerate(runs)}
             rows.append(
                 [
                     METHODS[name].title,
                     f"{runs[0]['rate']:g}",
                     shown(score(values, sizes), metric),
-                    " ".join(shown(value, metric) for value in seeds),
+                    " ".join(shown(seeds[seed], metric) if seed in seeds else "-" for seed in all_seeds),
                     interval(gaps.get(name), metric),
                     f"{adjusted[name]:.3f}" if name in adjusted else "",
                 ]

@@ -87,6 +87,7 @@ ABLATIONS: dict[str, Method] = {
     "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}),
     "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}),
     "adaptive KL": Method({"divergence": {"kind": "adaptive_kl"}}),
+    "alignment CMA": Method({"alignment": "cma"}),
 }
 
 
@@ -96,7 +97,7 @@ def block(method: str, ablation: str | None = None) -> Block:
 
 
 def merged(base: Block, change: Block) -> Block:
-    """`base` with `change` written over it, block by block; settings of the student's space go where there is none."""
+    """`base` with `change` written over it, block by block; settings go with what they belong to."""
     made = base | change
     for key in base.keys() & change.keys():
         if isinstance(base[key], dict) and isinstance(change[key], dict):
@@ -104,6 +105,8 @@ def merged(base: Block, change: Block) -> Block:
     if made.get("spaces") == "teacher":
         for key in ("projector", "agreement_mask"):
             made.pop(key, None)
+    if made.get("alignment") == "cma":
+        made["projector"] = {key: value for key, value in made["projector"].items() if key != "labels"}
     return made
 
 
