@@ -9,7 +9,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
-from dskd_plugin import advice, state
+from dskd_plugin import state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader, turn_ends
@@ -117,7 +117,8 @@ class DSKDTrainer(AxolotlTrainer):
                 *(settings.method, pair.student.vocab_size, width, pair.teacher.vocab_size, teacher.width),
                 *(100 * overlap.student_share, "one" if pair.identity else "not one"),
             )
-            self._advise(advice.on_method(settings, one_tokenizer=pair.identity))
+            if pair.identity and settings.method == "dskd":
+                LOG.info("dskd: with one tokenizer `method: kd` scored better and cost less, see docs/results.md")
         return distillation_loss(
             settings,
             model,
@@ -275,16 +276,9 @@ class DSKDTrainer(AxolotlTrainer):
                 means |= self._rollout_totals()
             for name, value in means.items():
                 logs[f"{prefix}dskd/{name}"] = round(value, 6)
-            if kind == "train" and "t2s_agreement" in means and self.state.global_step <= self.state.logging_steps:
-                self._advise(advice.on_agreement(self.reader.settings, means["t2s_agreement"]))
         quiet = _WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
-
-    @staticmethod
-    def _advise(text: str | None) -> None:
-        if text is not None:
-            LOG.info(text)
 
     def _rollout_totals(self) -> dict[str, float]:
         """Counts of the sampled answers since the last log over all ranks; seconds per rank."""

@@ -211,9 +211,8 @@ def search(study: Study, task: str, pair: str) -> str:
 
 
 def ablations(study: Study, task: str, pair: str) -> str:
-    """One change to DSKD at a time on the validation rows: scores, difference to DSKD, agreement, cost."""
+    """One change to DSKD at a time on the validation rows: scores, agreement, cost."""
     names: list[str | None] = [None, *(name for name, change in ABLATIONS.items() if pair in change.pairs)]
-    dskd = study.chosen(task, pair, "dskd", None, "validation")
     sft = study.chosen(task, pair, BASE, None, "validation")
     title, needed = cost(study)
     rows = []
@@ -225,14 +224,33 @@ def ablations(study: Study, task: str, pair: str) -> str:
         for metric in (METRICS[0], METRICS[1], METRICS[2]):
             values = study.values(runs, "validation", metric)
             cells.append(shown(score(values, study.sizes(task, "validation", metric, values.shape[1])), metric))
-        same = method == "dskd" and name is None
-        cells.append("" if same else interval(against(study, dskd, runs, "validation", METRICS[0]), METRICS[0]))
         cells.append(mean_of(runs, lambda run: first(run, "dskd/t2s_agreement")))
         cells.append(mean_of(runs, lambda run: last(run, "dskd/t2s_agreement")))
         cells.append(mean_of(runs, needed, ".3g"))
         rows.append(cells)
     head = ["validation rows", "seeds", "gold bits/byte", "teacher's bits/byte", "exact match %"]
-    head += ["gold, difference to DSKD [95 %]", "agreement, start", "end", title]
+    head += ["agreement, start", "end", title]
+    return markdown(head, rows)
+
+
+def changes(study: Study) -> str:
+    """Differences to DSKD, of SFT and of every ablation, on the validation rows; all tasks and pairs side by side."""
+    settings, metrics = study.settings(), METRICS[:2]
+    rows = []
+    for title, method, ablation in [(METHODS[BASE].title, BASE, None), *((name, "dskd", name) for name in ABLATIONS)]:
+        cells = []
+        for task, pair in settings:
+            base = study.chosen(task, pair, "dskd", None, "validation")
+            runs = study.chosen(task, pair, method, ablation, "validation")
+            cells += [
+                f"{len(runs) or ''}",
+                *(interval(against(study, base, runs, "validation", m), m) for m in metrics),
+            ]
+        if any(cells):
+            rows.append([title, *cells])
+    head = ["change to DSKD"]
+    for _, pair in settings:
+        head += ["seeds", f"{PAIRS[pair]}: gold", "teacher's"]
     return markdown(head, rows)
 
 
@@ -290,7 +308,7 @@ def facts(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """Generated text by marker name."""
-    made = {"facts": facts(study), "overview": overview(study), "failures": failures(study)}
+    made = {"facts": facts(study), "overview": overview(study), "failures": failures(study), "changes": changes(study)}
     for task, pair in study.settings():
         for name, table in (
             ("comparison", comparison),

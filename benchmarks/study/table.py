@@ -105,7 +105,7 @@ def merged(base: Block, change: Block) -> Block:
     if made.get("spaces") == "teacher":
         for key in ("projector", "agreement_mask"):
             made.pop(key, None)
-    if made.get("alignment") == "cma":
+    if made.get("alignment") == "cma" and "labels" in base.get("projector", {}):
         made["projector"] = {key: value for key, value in made["projector"].items() if key != "labels"}
     return made
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dskd_plugin.advice import LOW_AGREEMENT
-
 pytestmark = pytest.mark.e2e
 
 METRICS = ("ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement", "align_ratio")
@@ -44,7 +42,6 @@ def test_distillation_across_tokenizers(train):
 
     assert load_file(run.out / "dskd_projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
     assert "% aligned with the teacher" in run.output
-    assert ("predicts its own token on" in run.output) == (steps[0]["dskd/t2s_agreement"] < LOW_AGREEMENT)
 
 
 def test_one_tokenizer(train, tiny):

@@ -92,6 +92,13 @@ def test_the_search_is_of_one_size_for_every_method():
     assert {pair for pair, _ in grids} == {"one", "two"}
 
 
+def test_runs_that_generate_start_first(tmp_path):
+    names = [job.name for job in plan.search_jobs(table.SMALL, tmp_path, plan.Wanted(("qa",)))]
+    on_policy = ["on_policy" in name for name in names]
+    assert any(on_policy) and on_policy == sorted(on_policy, reverse=True)
+    assert sorted(names) == sorted(run.name for run in plan.search_runs(table.SMALL, plan.Wanted(("qa",))))
+
+
 def test_a_run_with_another_recipe_is_made_again(tmp_path):
     run = runs.Run("qa", "two", "dskd", table.SMALL.rates[0], 1)
     for change, kept in (({"dataset_prepared_path": "elsewhere"}, True), ({"max_steps": 7}, False)):
@@ -287,6 +294,9 @@ def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_
     assert "| DSKD | -0.067 [" in made["overview"] and "| SFT | 0.551 |" in made["overview"]
     assert "uld, rate 0.001, seed 1: ValueError" in made["failures"]
     assert "| random init | 1 |" in made["ablations-qa-two"]
+    changes = made["changes"].splitlines()
+    assert changes[0].startswith("| change to DSKD | seeds | two tokenizers: gold |")
+    assert next(line for line in changes if line.startswith("| random init")).startswith("| random init | 1 | ")
     assert made["ablations-qa-two"].splitlines()[0].endswith("| GPU GiB |")
     assert "8 runs" not in made["facts"] and made["facts"].startswith("7 runs")
     text = "a\n<!-- small-facts -->\nold\n<!-- end -->\nb <!-- end -->\n"
