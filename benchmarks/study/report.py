@@ -20,6 +20,11 @@ PLOTS = ROOT / "docs" / "plots"
 TASKS = {"qa": "short questions", "text": "GSM8K and Dolly"}
 PAIRS = {"one": "one tokenizer", "two": "two tokenizers"}
 BASE = "sft"
+# (title, method, ablation) in the order of the tables of changes
+CHANGES: list[tuple[str, str, str | None]] = [
+    *((METHODS[name].title, name, None) for name in (BASE, "dskd")),
+    *((name, "dskd", name) for name in ABLATIONS),
+]
 TERMS = ("ce", "t2s_kd", "s2t_kd", "kd")
 
 
@@ -212,15 +217,13 @@ def search(study: Study, task: str, pair: str) -> str:
 
 def ablations(study: Study, task: str, pair: str) -> str:
     """One change to DSKD at a time on the validation rows: scores, agreement, cost."""
-    names: list[str | None] = [None, *(name for name, change in ABLATIONS.items() if pair in change.pairs)]
-    sft = study.chosen(task, pair, BASE, None, "validation")
-    title, needed = cost(study)
+    unit, needed = cost(study)
     rows = []
-    for method, name in [(BASE, None), *(("dskd", name) for name in names)]:
-        runs = sft if method == BASE else study.chosen(task, pair, method, name, "validation")
+    for title, method, ablation in CHANGES:
+        runs = study.chosen(task, pair, method, ablation, "validation")
         if not runs:
             continue
-        cells = ["SFT" if method == BASE else "DSKD" if name is None else name, f"{len(runs)}"]
+        cells = [title, f"{len(runs)}"]
         for metric in (METRICS[0], METRICS[1], METRICS[2]):
             values = study.values(runs, "validation", metric)
             cells.append(shown(score(values, study.sizes(task, "validation", metric, values.shape[1])), metric))
@@ -229,27 +232,26 @@ def ablations(study: Study, task: str, pair: str) -> str:
         cells.append(mean_of(runs, needed, ".3g"))
         rows.append(cells)
     head = ["validation rows", "seeds", "gold bits/byte", "teacher's bits/byte", "exact match %"]
-    head += ["agreement, start", "end", title]
+    head += ["agreement, start", "end", unit]
     return markdown(head, rows)
 
 
 def changes(study: Study) -> str:
     """Differences to DSKD, of SFT and of every ablation, on the validation rows; all tasks and pairs side by side."""
-    settings, metrics = study.settings(), METRICS[:2]
+    bases = {setting: study.chosen(*setting, "dskd", None, "validation") for setting in study.settings()}
     rows = []
-    for title, method, ablation in [(METHODS[BASE].title, BASE, None), *((name, "dskd", name) for name in ABLATIONS)]:
+    for title, method, ablation in CHANGES:
+        if (method, ablation) == ("dskd", None):
+            continue
         cells = []
-        for task, pair in settings:
-            base = study.chosen(task, pair, "dskd", None, "validation")
-            runs = study.chosen(task, pair, method, ablation, "validation")
-            cells += [
-                f"{len(runs) or ''}",
-                *(interval(against(study, base, runs, "validation", m), m) for m in metrics),
-            ]
+        for setting, base in bases.items():
+            runs = study.chosen(*setting, method, ablation, "validation")
+            cells.append(f"{len(runs) or ''}")
+            cells += [interval(against(study, base, runs, "validation", metric), metric) for metric in METRICS[:2]]
         if any(cells):
             rows.append([title, *cells])
     head = ["change to DSKD"]
-    for _, pair in settings:
+    for _, pair in bases:
         head += ["seeds", f"{PAIRS[pair]}: gold", "teacher's"]
     return markdown(head, rows)
 

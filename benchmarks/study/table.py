@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     "seqkd": Method({"method": "sft"}, rows="generated", title="SeqKD"),
 }
 
-# Changes to the `dskd` row, one at a time, those that explain most first.
+# Changes to the `dskd` row, one at a time, those that explain most first; None removes what the change has no use for.
 ABLATIONS: dict[str, Method] = {
     "hard labels": Method({"projector": {"labels": "hard"}}),
     "agreement mask": Method({"agreement_mask": True}),
@@ -80,14 +80,14 @@ ABLATIONS: dict[str, Method] = {
     "kd_ratio 0.8": Method({"kd_ratio": 0.8}),
     "projector rate 5e-4": Method({"projector": {"learning_rate": 5e-4}}),
     "random init": Method({"projector": {"init": "random"}}),
-    "teacher space": Method({"spaces": "teacher"}),
+    "teacher space": Method({"spaces": "teacher", "projector": None, "agreement_mask": None}),
     "projector warm-up 30": Method({"projector": {"warmup_steps": 30}}),
     "chunk term 1": Method({"chunk_ratio": 1.0}, pairs=("two",)),
     "top_vocab 2048": Method({"projector": {"top_vocab": 2048}}),
     "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}),
     "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}),
     "adaptive KL": Method({"divergence": {"kind": "adaptive_kl"}}),
-    "alignment CMA": Method({"alignment": "cma"}),
+    "alignment CMA": Method({"alignment": "cma", "projector": {"labels": None}}),
 }
 
 
@@ -97,17 +97,12 @@ def block(method: str, ablation: str | None = None) -> Block:
 
 
 def merged(base: Block, change: Block) -> Block:
-    """`base` with `change` written over it, block by block; settings go with what they belong to."""
+    """`base` with `change` written over it, block by block; None removes a setting."""
     made = base | change
     for key in base.keys() & change.keys():
         if isinstance(base[key], dict) and isinstance(change[key], dict):
             made[key] = merged(base[key], change[key])
-    if made.get("spaces") == "teacher":
-        for key in ("projector", "agreement_mask"):
-            made.pop(key, None)
-    if made.get("alignment") == "cma" and "labels" in base.get("projector", {}):
-        made["projector"] = {key: value for key, value in made["projector"].items() if key != "labels"}
-    return made
+    return {key: value for key, value in made.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def test_merging_goes_into_blocks_and_leaves_the_originals_alone():
     change = {"a": {"y": {"w": 4}}, "b": 5}
     assert table.merged(base, change) == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": 5}
     assert base == {"a": {"x": 1, "y": {"z": 2}}, "b": 3}
+    assert table.merged(base, {"a": {"x": None}, "b": None}) == {"a": {"y": {"z": 2}}}
 
 
 @pytest.mark.parametrize("size", table.SIZES.values(), ids=list(table.SIZES))
