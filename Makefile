@@ -48,8 +48,7 @@ $(NEWEST)/.unpacked:
 	cd $(NEWEST) && $(abspath $(BIN))/python -m zipfile -e axolotl-*.whl . && touch .unpacked
 
 test-newest: install $(NEWEST)/.unpacked
-	PYTHONPATH=$(abspath $(NEWEST)) $(PYTEST) tests/plugin -n 2
-	PYTHONPATH=$(abspath $(NEWEST)) $(PYTEST) tests/e2e -n 2
+	PYTHONPATH=$(abspath $(NEWEST)) $(PYTEST) tests/plugin tests/e2e -n 2
 
 check: install
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ def fresh_plugin_manager(monkeypatch):
 
     from dskd_plugin import dataset
 
+    # datasets, with several processes, puts a copy in its place: what is set here would outlive the test.
+    monkeypatch.setattr(os, "environ", os.environ)
     monkeypatch.setenv("AXOLOTL_TEE_STDOUT", "0")
     monkeypatch.setenv("AXOLOTL_LOG_LEVEL", "WARNING")
     PluginManager._instance = None
