@@ -439,9 +439,10 @@ def _t2s_sums(
 
 
 def _event_ce(t2s_NV: Tensor, label_N: Tensor, events: Events) -> Tensor:
-    """Cross-entropy of the projected teacher with an event as label. Returns [N] nats."""
+    """Cross-entropy of the projected teacher with an event as label, 0 for one that the student lacks. Returns [N]."""
     mass_NK = masses(log_probs(t2s_NV, temperature=1.0), events.student_V, events.count)
-    return -mass_NK.gather(1, label_N[:, None])[:, 0]
+    known_N = events.sizes_K[label_N] > 0
+    return -torch.where(known_N, mass_NK.gather(1, label_N[:, None])[:, 0], 0)
 
 
 def _lead_inside(
