@@ -17,8 +17,9 @@ from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
 from dskd_plugin.core.chunked import agreement, agreement_of, baseline_loss, cma_loss, dskd_loss, teacher_argmax
 from dskd_plugin.core.divergences import Divergence, divergence, forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
-from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
+from dskd_plugin.core.fitting import Fit, fit_map
+from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, label_distance, project
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, head_map, t2s_projector
 from dskd_plugin.models import causal_lm, gathered, output_head
@@ -161,7 +162,7 @@ class _Projecting(DistillationLoss):
     def _ideal_t2s(self, init: str) -> Tensor | None:
         """Least-squares map [D, d] of the teacher's states into the student's space; None for a random start."""
         parameters = list(self._student[1].parameters())
-        if init != "ideal" or parameters[0].device.type == "meta":
+        if init == "random" or parameters[0].device.type == "meta":
             return None
         student_ids, teacher_ids = self._ids
         with gathered(parameters):
@@ -253,6 +254,36 @@ class DualSpace(_Projecting):
             return None
         lead, rows = self._inside.tolist()
         return Exact(self._events, shares_inside=rows >= _FEWEST_ROWS_INSIDE and lead > 0)
+
+    @torch.no_grad()
+    def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
+        """Train the projector alone on teacher states, see fitting.fit_map, and put the result in place."""
+        assert self.t2s is not None
+        parameters = list(self._student[1].parameters())
+        with gathered(parameters):
+            head = self.student_head().detach()
+            head = replace(head, weight_VD=head.weight_VD.clone())
+
+        def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
+            teacher_NU = head_logits(teacher_ND, self.teacher_head.real())
+            label_N = self._to_student_V[teacher_NU.argmax(-1)] if self._events is None else None
+            distance_N, agree_N = label_distance(
+                head_logits(project(teacher_ND, map_Dd), head),
+                teacher_NU,
+                label_N,
+                real=head.vocab_size,
+                soft_labels=self._soft_labels,
+                exact=self._exact,
+            )
+            if label_N is None:
+                return distance_N, agree_N
+            # Without an id of the student's for it there is no label.
+            return torch.where(label_N >= 0, distance_N, 0), agree_N & (label_N >= 0)
+
+        weight = self.t2s.linear.weight
+        fit = fit_map(self.t2s.weight_Dd.float(), learned_ND, unseen_ND, label_loss, **options)
+        weight.copy_(fit.map_Dd.T)
+        return fit
 
     def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Add what the step saw inside events, on all ranks, to a fading memory of the steps before.
@@ -358,7 +389,7 @@ class CrossAttention(_Projecting):
     @torch.no_grad()
     def _first_s2t(self, init: str) -> Tensor | None:
         parameters = list(self._student[1].parameters())
-        if init != "ideal" or parameters[0].device.type == "meta":
+        if init == "random" or parameters[0].device.type == "meta":
             return None
         inverse = gram_inverse(self._effective(self.teacher_head), self._ids[1])
         with gathered(parameters):

@@ -10,16 +10,18 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dskd_plugin import state
+from dskd_plugin import advice, state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader, turn_ends
-from dskd_plugin.methods import distillation_loss
+from dskd_plugin.fitted import fit_projector
+from dskd_plugin.methods import DualSpace, distillation_loss
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
 from dskd_plugin.teacher import Teacher
+from dskd_plugin.watch import Watch
 
 LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
@@ -84,6 +86,8 @@ class DSKDTrainer(AxolotlTrainer):
         self._rollout = self._make_rollout(tokenizer, pair)
         self._logged = active_names(self._loss.objective) | ({"t2s_inside"} if settings.exact else set())
         self.add_callback(_AfterStep(self))
+        in_student_space = self._loss.objective.in_student_space
+        self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
         # Attention has no pairs to count.
         self._logged |= set() if settings.alignment == "cma" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
@@ -131,13 +135,9 @@ class DSKDTrainer(AxolotlTrainer):
                 ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
                 events = pair_events(pair, (tokenizer, self.reader.tokenizer), overlap, settings, ends, ids)
             LOG.info(
-                "dskd: method %s; student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; "
-                "%s tokenizer",
-                *(settings.method, pair.student.vocab_size, width, pair.teacher.vocab_size, teacher.width),
-                *(100 * overlap.student_share, "one" if pair.identity else "not one"),
+                "dskd: method %s; widths %d and %d; %s",
+                *(settings.method, width, teacher.width, advice.of_pair(pair, settings, overlap.student_share)),
             )
-            if pair.identity and settings.method == "dskd":
-                LOG.info("dskd: with one tokenizer `method: kd` scored better and cost less, see docs/results.md")
         return distillation_loss(
             settings,
             model,
@@ -296,6 +296,8 @@ class DSKDTrainer(AxolotlTrainer):
             if objective.with_kd:
                 of_kd = (share * means[term] for term, share in shares.items() if term != "ce")
                 means["kd"] = sum(of_kd) / objective.kd_ratio
+            if kind == "train":
+                self._warn(means)
             if kind == "train" and self._rollout is not None:
                 means |= self._rollout_totals()
             for name, value in means.items():
@@ -303,6 +305,11 @@ class DSKDTrainer(AxolotlTrainer):
         quiet = _WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
+
+    def _warn(self, means: dict[str, float]) -> None:
+        for warning in self._watch.see(means):
+            if self.is_world_process_zero():
+                LOG.warning(warning)
 
     def _rollout_totals(self) -> dict[str, float]:
         """Counts of the sampled answers since the last log over all ranks; seconds per rank."""
@@ -319,6 +326,13 @@ class DSKDTrainer(AxolotlTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
             state.check(resume_from_checkpoint, self._pair_state)
+        elif (
+            not resume_from_checkpoint
+            and isinstance(self._loss, DualSpace)
+            and self.reader.settings.projector.init == "fitted"
+        ):
+            quiet = not self.is_world_process_zero()
+            fit_projector(self._loss, self._teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._save_projectors(self.args.output_dir)
         return result

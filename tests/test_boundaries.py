@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dskd_plugin" / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
-LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events"}
+LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events", "fitting"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors"},

@@ -405,37 +405,62 @@ def _t2s_sums(
     """t2s_ce, t2s_kd and their rates. student_NV, teacher_NU: logits of the real ids of both sides."""
     labelled_N, temperature = masks["t2s_ce"], objective.temperature
     t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
-    real_NV = t2s_NV[:, : student_head.vocab_size]
+    t2s_ce_N, agree_N = label_distance(
+        t2s_NV, teacher_NU, rows.label_N, real=student_head.vocab_size, soft_labels=soft_labels, exact=exact
+    )
     student_log_NV = log_probs(student_NV, temperature=temperature)
-    target_NV = log_probs(real_NV.detach(), temperature=temperature)
-    predicted_N = target_NV.argmax(-1)
+    target_NV = log_probs(t2s_NV.detach()[:, : student_head.vocab_size], temperature=temperature)
     sums: Sums = {}
-    if exact is None:
-        assert rows.label_N is not None
-        label_N = rows.label_N.clamp(min=0)
-        t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none") if soft_labels is None else None
-    else:
+    if exact is not None:
         assert teacher_NU is not None
-        events, own_NV = exact.events, student_log_NV.detach()
-        label_N, predicted_N = events.teacher_U[teacher_NU.argmax(-1)], events.student_V[predicted_N]
-        t2s_ce_N = _event_ce(real_NV, label_N, events) if soft_labels is None else None
-        sums["t2s_inside"] = _lead_inside(target_NV, own_NV, rows.labels_R[: rows.pairs], labelled_N, events)
+        own_NV = student_log_NV.detach()
+        sums["t2s_inside"] = _lead_inside(target_NV, own_NV, rows.labels_R[: rows.pairs], labelled_N, exact.events)
         target_NV = exact_target(
             student_NV=own_NV,
             share_NV=target_NV if exact.shares_inside else own_NV,
             teacher_NU=log_probs(teacher_NU, temperature=temperature),
-            events=events,
+            events=exact.events,
         )
-    if t2s_ce_N is None:
-        assert soft_labels is not None and teacher_NU is not None
-        t2s_ce_N = soft_labels(student_NV=real_NV, teacher_NV=teacher_NU)
     t2s_kd_N = objective.divergence(student_NV=student_log_NV, teacher_NV=target_NV)
-    agree_N = predicted_N == label_N if rows.agree_N is None else rows.agree_N
+    agree_N = agree_N if rows.agree_N is None else rows.agree_N
     return sums | {
         "t2s_ce": masked_sum(t2s_ce_N, labelled_N),
         "t2s_kd": masked_sum(t2s_kd_N, masks["t2s_kd"]),
         "t2s_agreement": masked_sum(agree_N.to(t2s_kd_N.dtype), labelled_N),
     }
+
+
+def label_distance(
+    t2s_NV: Tensor,
+    teacher_NU: Tensor | None,
+    label_N: Tensor | None,
+    *,
+    real: int,
+    soft_labels: Compare | None,
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """How far the projected teacher is from its labels, t2s_ce, and where it predicts them.
+
+    t2s_NV: its logits over all rows of the student's head, of which the first `real` are ids. teacher_NU: the teacher's
+    own logits, for soft_labels and exact. label_N: ids of the student, -1 for none; not read with exact.
+    Returns [N] nats, whose gradient reaches t2s_NV, and [N] bool. Rows without a label mean nothing.
+    """
+    real_NV = t2s_NV[:, :real]
+    predicted_N = real_NV.detach().argmax(-1)
+    if exact is None:
+        assert label_N is not None
+        label_N = label_N.clamp(min=0)
+    else:
+        assert teacher_NU is not None
+        label_N, predicted_N = exact.events.teacher_U[teacher_NU.argmax(-1)], exact.events.student_V[predicted_N]
+    if soft_labels is not None:
+        assert teacher_NU is not None
+        distance_N = soft_labels(student_NV=real_NV, teacher_NV=teacher_NU)
+    elif exact is not None:
+        distance_N = _event_ce(real_NV, label_N, exact.events)
+    else:
+        distance_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+    return distance_N, predicted_N == label_N
 
 
 def _event_ce(t2s_NV: Tensor, label_N: Tensor, events: Events) -> Tensor:
