@@ -4,7 +4,6 @@ Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher wi
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,50 +18,9 @@ from dskd_plugin.args import TeacherSettings
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.models import check_head, decoder, output_head, read_head
+from dskd_plugin.preflight import check_adapter, check_files, network_advice
 
 LOG = get_logger("axolotl.dskd")
-
-
-def _looks_local(model: str) -> bool:
-    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-
-
-def check_files(name: str, model: str) -> None:
-    """Raise ``ValueError`` when ``model`` looks like a folder that is missing or holds a truncated safetensors file."""
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if _looks_local(model):
-            raise ValueError(
-                f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
-            )
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
-        )
-    check_weights(folder)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise ``ValueError`` for a truncated safetensors file."""
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            header = stream.read(length) if len(start) == 8 and length <= size else b""
-        try:
-            end = max(
-                (entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"),
-                default=0,
-            )
-            expected = 8 + length + end
-        except ValueError:
-            expected = 8 + length
-        if size < expected:
-            raise ValueError(
-                f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again."
-            )
 
 
 def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | None:
@@ -84,7 +42,7 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | No
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dskd.teacher.model: expected a model folder or a hub id, got {settings.model!r}: {error}. "
-            "Check the name, the network and the access rights."
+            f"Check the name and the access rights. {network_advice('dskd.teacher.model', settings.model)}"
         ) from error
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or (
@@ -97,14 +55,8 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | No
             f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
             "Choose a generative teacher."
         )
-    adapter = settings.adapter
-    if adapter is not None and (Path(adapter) / "adapter_config.json").is_file():
-        check_weights(Path(adapter))
-    elif adapter is not None and (Path(adapter).exists() or _looks_local(adapter)):
-        raise ValueError(
-            f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
-            "Check the path."
-        )
+    if settings.adapter is not None:
+        check_adapter(settings.adapter)
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
 
