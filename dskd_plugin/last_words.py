@@ -109,11 +109,7 @@ def _write() -> None:
     words = _words()
     if words:
         sys.stdout.flush()
-        hint = any(kind == ERROR for kind, _ in words) and not os.environ.get(TRACEBACK)
-        sys.stderr.write("\n" + "\n".join(text for _, text in words) + "\n" + (_HINT if hint else ""))
+        sys.stderr.write("\n" + "\n".join(text for _, text in words) + "\n")
         sys.stderr.flush()
     if _owner() and os.path.exists(_file()):
         os.unlink(_file())
-
-
-_HINT = f"({TRACEBACK}=1 shows where it was raised.)\n"

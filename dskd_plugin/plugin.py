@@ -11,7 +11,8 @@ from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
 from dskd_plugin.align import RULES
-from dskd_plugin.preflight import check_files, check_key, check_recipe
+from dskd_plugin.folders import check_files
+from dskd_plugin.preflight import check_key, check_recipe
 
 LOG = get_logger("axolotl.dskd")
 

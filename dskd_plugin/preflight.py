@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
+from dskd_plugin.folders import check_adapter, check_files, check_pair, check_teacher, looks_local
 
 NAMES = ("dskd", "dskd_plugin")
 COMMANDS = ("train", "preprocess", "evaluate")
@@ -95,89 +96,12 @@ def check_recipe(cfg: Any, settings: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _looks_local(model: str) -> bool:
-    return "://" not in model and (Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1)
-
-
-def check_files(name: str, model: str, *, cached: bool = True) -> None:
-    """Raise ``ValueError`` when ``model`` looks like a folder that is missing or holds a truncated safetensors file."""
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if _looks_local(model):
-            raise ValueError(
-                f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
-            )
-        if cached:
-            _check_cached(name, model)
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
-        )
-    check_weights(folder)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise ``ValueError`` for a truncated safetensors file."""
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            header = stream.read(length) if len(start) == 8 and length <= size else b""
-        try:
-            end = max(
-                (entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"),
-                default=0,
-            )
-            expected = 8 + length + end
-        except ValueError:
-            expected = 8 + length
-        if size < expected:
-            raise ValueError(
-                f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again."
-            )
-
-
-def _check_cached(name: str, model: str) -> None:
-    """Without the hub, a hub id is as good as its copy in the cache."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-        return
-    # As huggingface_hub names it; importing that now would fix settings that Axolotl has yet to make.
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-    if not (cache / f"models--{model.replace('/', '--')}").is_dir():
-        raise ValueError(
-            f"{name}: expected a model of this machine, because HF_HUB_OFFLINE is set, got the hub id {model!r}, which "
-            f"is not in the cache {cache}. {network_advice(name, model)}"
-        )
-
-
-def network_advice(name: str, model: str) -> str:
-    """What to do about a hub id that cannot be reached."""
-    return (
-        f"With network: unset HF_HUB_OFFLINE. Without: copy the model here (`hf download {model} --local-dir <folder>` "
-        f"where there is network) and write {name}: <folder>, with ./ or / in front."
-    )
-
-
-def check_adapter(adapter: str) -> None:
-    """Raise ``ValueError`` for a folder that is no whole PEFT adapter."""
-    if (Path(adapter) / "adapter_config.json").is_file():
-        check_weights(Path(adapter))
-    elif Path(adapter).exists() or _looks_local(adapter):
-        raise ValueError(
-            f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
-            "Check the path."
-        )
-
-
 def check_datasets(recipe: Any) -> None:
     """Raise ``ValueError`` for a data file or folder of this machine that is not there."""
     for block in ("datasets", "test_datasets"):
         for number, entry in enumerate(recipe.get(block) or ()):
             path = str(entry.get("path") or "")
-            local = _looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
+            local = looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
             if local and not Path(path).expanduser().exists():
                 raise ValueError(
                     f"{block}[{number}].path: expected a file, a folder or a hub id, got {path!r}, which does not "
@@ -248,7 +172,7 @@ def _recipe(words: list[str]) -> dict[str, Any] | None:
     if file is None or "--help" in words or any(word.startswith(("--cloud", "--sweep")) for word in words):
         return None
     text = Path(file).read_text(encoding="utf-8")
-    if not any(name in text for name in ("dskd", "dsdk", "dksd", "sdkd")):
+    if "dskd" not in text:
         return None
     import yaml
 
@@ -291,5 +215,9 @@ def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
         check_adapter(settings.teacher.adapter)
     if recipe.get("base_model"):
         check_files("base_model", str(recipe["base_model"]), cached=cached)
+    entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
+    check_teacher(settings.teacher, any(str(entry.get("type")).startswith("chat_template") for entry in entries))
+    if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
+        check_pair(str(recipe.get("base_model")), settings)
     check_datasets(recipe)
     check_checkpoint(recipe)

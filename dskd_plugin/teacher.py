@@ -17,8 +17,8 @@ from torch import Tensor
 from dskd_plugin.args import TeacherSettings
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.folders import check_adapter, check_files, network_advice
 from dskd_plugin.models import check_head, decoder, output_head, read_head
-from dskd_plugin.preflight import check_adapter, check_files, network_advice
 
 LOG = get_logger("axolotl.dskd")
 
