@@ -22,6 +22,7 @@ from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.tokens import TokenTable
+from dskd_plugin.turn_end_warning import names_the_side, template_end
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
@@ -206,7 +207,7 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(dataset_config, tokenizer, cfg, *args, **kwargs)
         name = f"datasets: {dataset_config['path']}"
         captured: list[Any] = []
-        with _each_strategy(captured.append):
+        with _each_strategy(captured.append), names_the_side("teacher"):
             original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
         if len(captured) != 1:
             raise ValueError(
@@ -232,7 +233,8 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             student_len=cfg.sequence_len,
             teacher_len=_reader.sequence_len,
         )
-        with _each_strategy(lambda strategy: paired(strategy, captured[0])):
+        turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
+        with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         return _checked(name, dataset, cfg, _reader), prompter
 

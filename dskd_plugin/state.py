@@ -63,6 +63,11 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     source = Path(folder)
     for file in (STATE, "trainer_state.json"):
         _expect(source, file)
+    if not any(source.glob("rng_state*.pth")):  # written with the optimizer's state, under every engine
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {source} without it: it "
+            "was written with save_only_model: true. Start a new run, with base_model: <that folder>."
+        )
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
     if found.get("projectors", True):
         _expect(source, WEIGHTS)
