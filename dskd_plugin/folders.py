@@ -11,6 +11,7 @@ from typing import Any
 
 # Architectures that read text and cannot write it.
 ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+TOKENIZER_FILES = ("token*", "*.model", "vocab*", "*tekken*")
 
 
 def looks_local(model: str) -> bool:
@@ -112,6 +113,11 @@ def check_teacher(settings: Any, needs_template: bool) -> None:
         raise ValueError(
             f"dskd.teacher.sequence_len: expected at most the {positions} positions of the teacher, got "
             f"{settings.sequence_len}. Lower it, or leave it out."
+        )
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ValueError(
+            f"dskd.teacher.model: expected a tokenizer beside the model, got {settings.model!r} without one. "
+            "Save the teacher's tokenizer in its folder."
         )
     if needs_template and settings.chat_template == "tokenizer_default" and not _has_template(folder):
         raise ValueError(

@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
 from dskd_plugin.align import RULES
-from dskd_plugin.folders import check_files
+from dskd_plugin.folders import check_files, check_teacher
 from dskd_plugin.preflight import check_key, check_recipe
 
 LOG = get_logger("axolotl.dskd")
@@ -59,6 +59,7 @@ class DSKDPlugin(BasePlugin):
         positions = check_config(settings.teacher, trust_remote_code)
         limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
         check_files("base_model", cfg["base_model"])
+        check_teacher(settings.teacher, needs_template=False)
         tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
         types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]
         template = resolve_template(

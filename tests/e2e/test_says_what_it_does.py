@@ -84,29 +84,36 @@ def test_a_mistake_is_told_at_once_and_alone(run_axolotl, recipe, seconds_of_hel
 
 
 @pytest.fixture
-def without_tokenizer(recipe, tmp_path):
-    """A mistake that only the libraries see: the teacher's folder holds no tokenizer."""
-    folder = tmp_path / "teacher-without-tokenizer"
+def wordpiece(recipe, tmp_path):
+    """A mistake that only the libraries see: the teacher's tokenizer does not tell what its tokens spell."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "wordpiece-teacher"
     shutil.copytree(recipe["dskd"]["teacher"]["model"], folder)
-    for file in folder.glob("*token*"):
-        file.unlink()
-    return {**recipe, "dskd": {"teacher": {"model": str(folder), "chat_template": "chatml"}}}
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return {**recipe, "dskd": {"teacher": {"model": str(folder)}}}
+
+
+def assert_ours_is_last(run):
+    assert run.code == 1
+    last = run.output.rstrip().rsplit("\n\n", 1)[-1]
+    assert last.startswith("tokenizer of dskd.teacher.model: ") and "WordPiece" in last and "\n" not in last
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_later_error_of_ours_stands_last_without_a_traceback(run_axolotl, without_tokenizer, launcher):
-    run = run_axolotl(without_tokenizer, launcher=launcher)
-    assert run.code == 1
-    assert run.output.rstrip().rsplit("\n\n", 1)[-1].startswith("dskd.teacher.model: expected a tokenizer beside")
-    assert run.output.rstrip().endswith("Save the teacher's tokenizer in its folder.")
+def test_a_later_error_of_ours_stands_last_without_a_traceback(run_axolotl, wordpiece, launcher):
+    run = run_axolotl(wordpiece, launcher=launcher)
+    assert_ours_is_last(run)
     assert "Traceback" not in run.output and "CalledProcessError" not in run.output
 
 
-def test_the_traceback_is_there_for_who_asks(run_axolotl, without_tokenizer):
-    run = run_axolotl(without_tokenizer, "preprocess", extra_env={"DSKD_TRACEBACK": "1"})
-    assert run.code == 1
-    assert "Traceback" in run.output and "load_tokenizer" in run.output
-    assert run.output.rstrip().endswith("Save the teacher's tokenizer in its folder.")
+def test_the_traceback_is_there_for_who_asks(run_axolotl, wordpiece):
+    run = run_axolotl(wordpiece, "preprocess", extra_env={"DSKD_TRACEBACK": "1"})
+    assert_ours_is_last(run)
+    assert "Traceback" in run.output and "in read_table" in run.output
 
 
 def assert_stopped(run, by):
