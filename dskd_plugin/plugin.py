@@ -47,6 +47,7 @@ class DSKDPlugin(BasePlugin):
         from dskd_plugin.pair import make_pair, read_table
         from dskd_plugin.teacher import (
             check_config,
+            check_reachable,
             load_tokenizer,
             resolve_template,
             teacher_sequence_len,
@@ -59,6 +60,8 @@ class DSKDPlugin(BasePlugin):
         positions = check_config(settings.teacher, trust_remote_code)
         limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
         check_files("base_model", cfg["base_model"])
+        if not Path(cfg["base_model"]).exists():
+            check_reachable("base_model", cfg["base_model"], cfg.get("revision_of_model"), trust_remote_code)
         check_teacher(settings.teacher, needs_template=False)
         tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
         types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]

@@ -23,27 +23,32 @@ from dskd_plugin.models import check_head, decoder, output_head, read_head
 LOG = get_logger("axolotl.dskd")
 
 
+def check_reachable(name: str, model: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The configuration of a model; ``ValueError`` where it cannot be read, with the way without network."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{name}: expected a model folder or a hub id, got {model!r}: {reason}. "
+            f"Check the name and the access rights. {network_advice(name, model)}"
+        ) from error
+
+
 def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | None:
     """Raise ``ValueError`` unless the teacher is a decoder-only language model that can be found.
 
     Returns the number of positions that it knows, None without a limit.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
     check_files("dskd.teacher.model", settings.model)
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dskd.teacher.model: expected a model folder or a hub id, got {settings.model!r}: {error}. "
-            f"Check the name and the access rights. {network_advice('dskd.teacher.model', settings.model)}"
-        ) from error
+    config = check_reachable("dskd.teacher.model", settings.model, settings.revision, trust_remote_code)
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or (
         config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
