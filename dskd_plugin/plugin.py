@@ -134,7 +134,10 @@ class DSKDPlugin(BasePlugin):
             trainer, self._trainer = self._trainer, None
             partial.finished(trainer)
             if trainer.is_world_process_zero():
-                self._summary = summary(trainer)
+                try:
+                    self._summary = summary(trainer)
+                except Exception as error:  # the student is saved: its run has not failed
+                    LOG.warning("dskd: the run is finished, its summary could not be made: %r", error)
 
     def post_train_unload(self, cfg: Any) -> None:
         """The last hook of a run."""

@@ -321,7 +321,10 @@ class DSKDTrainer(AxolotlTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours in place of the host's: that one says "trained from scratch" and prints the recipe with its paths."""
         if self.is_world_process_zero():
-            model_card.write(self)
+            try:
+                model_card.write(self)
+            except Exception as error:  # the student is saved: its run has not failed
+                LOG.warning("dskd: the model card could not be written: %r", error)
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

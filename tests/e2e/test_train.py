@@ -102,6 +102,7 @@ def test_packed_with_evaluation(train):
     for entry in evaluations:
         assert entry["eval_loss"] == pytest.approx(0.5 * entry["eval_dskd/ce"] + 0.5 * entry["eval_dskd/kd"], abs=1e-5)
     assert evaluations[-1]["eval_dskd/ce"] < evaluations[0]["eval_dskd/ce"]
+    assert "\n  a validation prompt: " in run.output
 
 
 def test_packed_equals_padded(train):
