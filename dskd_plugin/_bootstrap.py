@@ -1,15 +1,20 @@
 """Lets an unmodified Axolotl load this plugin by its bare name: ``plugins: [dskd]``.
 
 ``dskd_plugin.pth`` runs this at interpreter start. It does nothing but wait for two Axolotl modules to be
-imported, then wraps one function in each. Without Axolotl it never does anything.
+imported, then wraps one function in each; and before the first of Axolotl's commands is imported, it has the recipe
+looked at, so that a mistake in it is told at once. Without Axolotl it never does anything.
 """
 
+import os
 import sys
 
 NAME, TARGET = "dskd", "dskd_plugin.DSKDPlugin"
 
 
 def _wrap_load_plugin(module):
+    from dskd_plugin import last_words
+
+    last_words.follow()
     original = module.load_plugin
 
     def load_plugin(plugin_name, *args, **kwargs):
@@ -22,13 +27,9 @@ def _wrap_validate_config(module):
     original = module.validate_config
 
     def validate_config(cfg, *args, **kwargs):
-        # Axolotl drops unknown top-level keys: without this, a `dskd:` block alone would train plain SFT.
-        listed = [str(plugin).replace(":", ".").split(".")[0] for plugin in cfg.get("plugins") or ()]
-        if cfg.get("dskd") is not None and not {NAME, "dskd_plugin"} & set(listed):
-            raise ValueError(
-                f"plugins: expected '{NAME}' in the list because the recipe has a `dskd:` block, "
-                f"got {list(cfg.get('plugins') or ())}. Add `plugins: [{NAME}]`, or remove the block."
-            )
+        from dskd_plugin.preflight import check_listed
+
+        check_listed(cfg)
         return original(cfg, *args, **kwargs)
 
     module.validate_config = validate_config
@@ -40,13 +41,34 @@ WRAPPERS = {
 }
 
 
+# The command itself, and what a launcher starts.
+COMMANDS = {f"axolotl.cli.{name}" for name in ("main", "train", "preprocess", "evaluate")}
+
+
+def _look_at_recipe(command):
+    try:
+        from dskd_plugin import preflight
+
+        mistakes = preflight.mistakes_of(command, sys.argv, sys.orig_argv)
+    except Exception:
+        return  # what is wrong with the installation is told when the plugin is loaded
+    if mistakes is not None:
+        sys.stderr.write(f"\n{mistakes}\n")
+        raise SystemExit(1)
+
+
 class _Finder:
     """Finds nothing of its own; wraps the loader of each awaited module once."""
 
     def __init__(self):
         self.waiting = dict(WRAPPERS)
+        self.commands = COMMANDS
 
     def find_spec(self, fullname, path=None, target=None):
+        if fullname in self.commands:
+            self.commands = ()
+            _look_at_recipe(fullname)
+            return None
         wrap = self.waiting.pop(fullname, None)
         if wrap is None:
             return None
@@ -68,6 +90,10 @@ def install():
     """Start waiting for Axolotl. Idempotent."""
     if not any(type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        if "DSKD_RUN" in os.environ:
+            from dskd_plugin import last_words
+
+            last_words.follow_launcher()
 
 
 install()

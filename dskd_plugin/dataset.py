@@ -23,6 +23,7 @@ from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.tokens import TokenTable, overlap
+from dskd_plugin.turn_end_warning import names_the_side, template_end
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
@@ -207,7 +208,7 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(dataset_config, tokenizer, cfg, *args, **kwargs)
         name = f"datasets: {dataset_config['path']}"
         captured: list[Any] = []
-        with _each_strategy(captured.append):
+        with _each_strategy(captured.append), names_the_side("teacher"):
             original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
         if len(captured) != 1:
             raise ValueError(
@@ -233,7 +234,8 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             student_len=cfg.sequence_len,
             teacher_len=_reader.sequence_len,
         )
-        with _each_strategy(lambda strategy: paired(strategy, captured[0])):
+        turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
+        with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
         return _checked(name, dataset, cfg, _reader), prompter

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from difflib import get_close_matches
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,10 @@ from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
 from dskd_plugin.align import RULES
+from dskd_plugin.folders import check_files, check_teacher
+from dskd_plugin.preflight import check_key, check_recipe
 
 LOG = get_logger("axolotl.dskd")
-
-# Settings of the recipe that the method cannot honour: (key, what to do).
-UNSUPPORTED = {
-    "rl": "Remove it: distillation is a supervised run.",
-    "reward_model": "Remove it: distillation trains a language model.",
-    "process_reward_model": "Remove it: distillation trains a language model.",
-    "pretraining_dataset": "List the data under `datasets`.",
-    "streaming": "Remove it: teacher and student rows are aligned before training.",
-    "skip_prepare_dataset": "Remove it: teacher and student rows are aligned before training.",
-    "processor_type": "Remove it: only text is distilled.",
-    "batch_flattening": "Use sample_packing instead.",
-    "label_smoothing_factor": "Remove it: the cross-entropy of the student's tokens is exact.",
-    "push_dataset_to_hub": "Remove it: the hub copy would be shared by different teachers.",
-    "kd_trainer": "Remove Axolotl's own distillation settings.",
-    "torch_compile": "Remove it: the loss inside the student's forward is not compiled.",
-    "max_memory": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
-    "gpu_memory_limit": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
-    "loraplus_lr_ratio": "Remove it: the projectors need a learning rate of their own.",
-}
 
 
 class DSKDPlugin(BasePlugin):
@@ -40,19 +23,18 @@ class DSKDPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.reader: Any = None
+        self._trainer: Any = None
+        self._post_train_calls = 0
+        self._summary: str | None = None
 
     def register(self, cfg: Any) -> None:
         """Check everything that can be checked before a model is loaded or a file written."""
         from dskd_plugin import dataset
 
-        self.reader = None
+        self.reader = self._trainer = None
         dataset.install(None)
+        check_key(cfg)
         if "dskd" not in cfg:
-            near = get_close_matches("dskd", list(cfg), n=1, cutoff=0.7)
-            if near:
-                raise ValueError(
-                    f"{near[0]}: expected the key 'dskd' for the plugin's block, got '{near[0]}'. Rename it."
-                )
             LOG.warning("dskd: the plugin is listed but the recipe has no `dskd:` block; this run is plain Axolotl.")
             return
         self.reader = self._read(cfg)
@@ -65,7 +47,7 @@ class DSKDPlugin(BasePlugin):
         from dskd_plugin.pair import make_pair, read_table
         from dskd_plugin.teacher import (
             check_config,
-            check_files,
+            check_reachable,
             load_tokenizer,
             resolve_template,
             teacher_sequence_len,
@@ -73,10 +55,14 @@ class DSKDPlugin(BasePlugin):
 
         settings = parse_settings(cfg["dskd"].to_dict() if hasattr(cfg["dskd"], "to_dict") else cfg["dskd"])
         check_recipe(cfg, settings)
+        without_gpu_kernels(cfg)
         trust_remote_code = bool(cfg.get("trust_remote_code"))
         positions = check_config(settings.teacher, trust_remote_code)
         limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
         check_files("base_model", cfg["base_model"])
+        if not Path(cfg["base_model"]).exists():
+            check_reachable("base_model", cfg["base_model"], cfg.get("revision_of_model"), trust_remote_code)
+        check_teacher(settings.teacher, needs_template=False)
         tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
         types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]
         template = resolve_template(
@@ -135,6 +121,49 @@ class DSKDPlugin(BasePlugin):
 
         return collator_class(cfg, is_eval), {}
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if self.reader is not None:
+            self._trainer, self._post_train_calls = trainer, 0
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Axolotl calls it after the last step, and again after the student is saved."""
+        if self._trainer is None:
+            return
+        self._post_train_calls += 1
+        if self._post_train_calls == 2:
+            from dskd_plugin import partial
+            from dskd_plugin.summary import summary
+
+            trainer, self._trainer = self._trainer, None
+            partial.finished(trainer)
+            if trainer.is_world_process_zero():
+                try:
+                    self._summary = summary(trainer)
+                except Exception as error:  # the student is saved: its run has not failed
+                    LOG.warning("dskd: the run is finished, its summary could not be made: %r", error)
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """The last hook of a run."""
+        if self._summary is not None:
+            sys.stdout.flush()
+            sys.stderr.write(f"\n{self._summary}\n")
+            sys.stderr.flush()
+            self._summary = None
+
+
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+def without_gpu_kernels(cfg: Any) -> None:
+    """Axolotl turns fused LoRA kernels on by itself; they allocate on a GPU and die without one."""
+    import torch
+
+    unset = [key for key in LORA_KERNELS if cfg.get(key) is None]
+    if cfg.get("adapter") and unset and not torch.cuda.is_available():
+        for key in unset:
+            cfg[key] = False
+        LOG.info("dskd: no GPU here, so LoRA trains without Axolotl's fused kernels: %s: false", ", ".join(unset))
+
 
 def _tokenizer_files(model: str) -> str:
     """Digest of a local tokenizer's files: retraining it in place must not reuse old rows."""
@@ -142,62 +171,3 @@ def _tokenizer_files(model: str) -> str:
     for file in sorted(Path(model).glob("token*")) + sorted(Path(model).glob("*.jinja")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def check_recipe(cfg: Any, settings: Any) -> None:
-    """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
-    problems = [
-        f"{key}: expected it unset beside a `dskd:` block, got {cfg[key]!r}. {advice}"
-        for key, advice in UNSUPPORTED.items()
-        if cfg.get(key)
-    ]
-    fsdp = cfg.get("fsdp_config")
-    if (fsdp or cfg.get("fsdp")) and str(cfg.get("fsdp_version")) != "2":
-        problems.append(f"fsdp_version: expected 2, got {cfg.get('fsdp_version')!r}. Set fsdp_version: 2.")
-    if fsdp and fsdp.get("state_dict_type") != "FULL_STATE_DICT":
-        problems.append(
-            f"fsdp_config.state_dict_type: expected FULL_STATE_DICT, got {fsdp.get('state_dict_type')!r}. "
-            "Set it, so that the student is saved without the projectors."
-        )
-    for key in ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"):
-        if (cfg.get(key) or 1) > 1:
-            problems.append(f"{key}: expected 1 beside a `dskd:` block, got {cfg[key]}. Use data parallelism.")
-    for key in ("dispatch_batches", "split_batches"):
-        if (cfg.get("accelerator_config") or {}).get(key):
-            problems.append(f"accelerator_config.{key}: expected false, got true: it cuts batches apart. Remove it.")
-    if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
-        problems.append(
-            f"device_map: expected it unset beside a `dskd:` block, got {cfg['device_map']!r}. Use DeepSpeed or FSDP2 "
-            "for a student that does not fit on one device."
-        )
-    if cfg.get("lr_scheduler") == "one_cycle":
-        problems.append(
-            "lr_scheduler: expected a schedule that keeps the projectors' own learning rate, got 'one_cycle'. "
-            "Use cosine."
-        )
-    if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
-        problems.append(
-            "dskd.on_policy: expected a student that each process holds whole, got fsdp_config. "
-            "Use DDP or DeepSpeed ZeRO-1 or -2."
-        )
-    deepspeed = cfg.get("deepspeed")
-    if deepspeed:
-        content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        stage = (content.get("zero_optimization") or {}).get("stage", 0)
-        if settings.on_policy is not None and stage == 3:
-            problems.append(
-                "dskd.on_policy: expected a student that each process holds whole, got DeepSpeed ZeRO-3. "
-                "Use ZeRO-1 or -2."
-            )
-        if "optimizer" in content:
-            problems.append(
-                f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "
-                "it would give the projectors the student's learning rate. Set `optimizer` in the recipe."
-            )
-        if "scheduler" in content:
-            problems.append(
-                f"deepspeed: expected a file without a scheduler, got {content['scheduler'].get('type')!r}: "
-                "it would give the projectors the student's learning rate. Set `lr_scheduler` in the recipe."
-            )
-    if problems:
-        raise ValueError("\n".join(problems))

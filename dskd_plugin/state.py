@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,6 +16,20 @@ from dskd_plugin.student import DistillationLoss
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"
+# Where the recipe sets what the file keeps under another name.
+SETTINGS = {
+    "teacher": "teacher.model",
+    "teacher_revision": "teacher.revision",
+    "teacher_adapter": "teacher.adapter",
+    "method": "method",
+    "alignment": "alignment",
+    "spaces": "spaces",
+    "target": "target",
+    "shared": "shared",
+    "projector_init": "projector.init",
+}
+# What a run did before the setting was there to be kept.
+BEFORE = {"target": "projected", "shared": "ids", "projector_init": "ideal"}
 
 
 def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
@@ -29,39 +44,73 @@ def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
 
 
 def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[str, Any]) -> None:
-    """Write both files; each appears whole or not at all."""
+    """Write the projectors, if there are any, and their state; each file appears whole or not at all."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    temporary = target / f".{WEIGHTS}.tmp"
-    save_file(weights, temporary)
-    os.replace(temporary, target / WEIGHTS)
+    if weights:
+        temporary = target / f".{WEIGHTS}.tmp"
+        save_file(weights, temporary)
+        os.replace(temporary, target / WEIGHTS)
+    else:
+        (target / WEIGHTS).unlink(missing_ok=True)  # of an earlier run in this folder
     temporary = target / f".{STATE}.tmp"
-    temporary.write_text(json.dumps({"dskd": __version__, **pair}, indent=1) + "\n", encoding="utf-8")
+    content = {"dskd": __version__, "projectors": sorted(weights), **pair}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, target / STATE)
 
 
 def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``folder`` is a complete checkpoint of this teacher and student."""
     source = Path(folder)
-    for file in (WEIGHTS, STATE, "trainer_state.json"):
-        if not (source / file).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {source} without {file}. "
-                "Resume from another checkpoint, or remove this one."
-            )
+    for file in (STATE, "trainer_state.json"):
+        _expect(source, file)
+    if not any(source.glob("rng_state*.pth")):  # written with the optimizer's state, under every engine
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {source} without it: it "
+            "was written with save_only_model: true. Start a new run, with base_model: <that folder>."
+        )
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
-    different = [key for key, value in pair.items() if found.get(key) != value]
+    if found.get("projectors", True):
+        _expect(source, WEIGHTS)
+    # A setting that does not apply to the method is None here, and may not have been kept.
+    expected = {key: value for key, value in pair.items() if key in found or value is not None}
+    found = {**BEFORE, **found}
+    different = [key for key, value in expected.items() if found.get(key) != value]
     if different:
+        lines = _recipe_lines({key: found.get(key) for key in different if key in SETTINGS})
         raise ValueError(
             f"{source / STATE}: expected the projectors of this pair, got those of another: "
             + ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
             + ". Resume with the teacher and settings of that run, or start a new output_dir."
+            + (f" The lines of that run's recipe:\n{lines}" if lines else "")
         )
+
+
+def _expect(source: Path, file: str) -> None:
+    if not (source / file).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {source} without {file}. "
+            "Resume from another checkpoint, or remove this one."
+        )
+
+
+def _recipe_lines(kept: dict[str, Any]) -> str:
+    """The part of a `dskd:` block that restores what a checkpoint was trained with."""
+    block: dict[str, Any] = {}
+    for key, value in kept.items():
+        inner = block
+        *above, last = SETTINGS[key].split(".")
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return str(yaml.safe_dump({"dskd": block}, sort_keys=False)).rstrip() if block else ""
 
 
 @torch.no_grad()
 def load(folder: str | os.PathLike[str], loss: DistillationLoss, *, weights: bool = True) -> None:
     """Copy saved projectors into place, sharded or not; weights: False where the engine has restored them."""
+    if not any(True for _ in loss.parameters()):
+        return
     saved = load_file(Path(folder) / WEIGHTS)
     loss.remember(saved)
     for name, parameter in loss.named_parameters() if weights else ():

@@ -4,7 +4,6 @@ Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher wi
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,51 +17,24 @@ from torch import Tensor
 from dskd_plugin.args import TeacherSettings
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.folders import check_adapter, check_files, network_advice
 from dskd_plugin.models import check_head, decoder, output_head, read_head
 
 LOG = get_logger("axolotl.dskd")
 
 
-def _looks_local(model: str) -> bool:
-    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+def check_reachable(name: str, model: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The configuration of a model; ``ValueError`` where it cannot be read, with the way without network."""
+    from transformers import AutoConfig
 
-
-def check_files(name: str, model: str) -> None:
-    """Raise ``ValueError`` when ``model`` looks like a folder that is missing or holds a truncated safetensors file."""
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if _looks_local(model):
-            raise ValueError(
-                f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
-            )
-        return
-    if not (folder / "config.json").is_file():
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
-        )
-    check_weights(folder)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise ``ValueError`` for a truncated safetensors file."""
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            header = stream.read(length) if len(start) == 8 and length <= size else b""
-        try:
-            end = max(
-                (entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"),
-                default=0,
-            )
-            expected = 8 + length + end
-        except ValueError:
-            expected = 8 + length
-        if size < expected:
-            raise ValueError(
-                f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again."
-            )
+            f"{name}: expected a model folder or a hub id, got {model!r}: {reason}. "
+            f"Check the name and the access rights. {network_advice(name, model)}"
+        ) from error
 
 
 def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | None:
@@ -70,22 +42,13 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | No
 
     Returns the number of positions that it knows, None without a limit.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
     check_files("dskd.teacher.model", settings.model)
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dskd.teacher.model: expected a model folder or a hub id, got {settings.model!r}: {error}. "
-            "Check the name, the network and the access rights."
-        ) from error
+    config = check_reachable("dskd.teacher.model", settings.model, settings.revision, trust_remote_code)
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or (
         config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -97,14 +60,8 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | No
             f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
             "Choose a generative teacher."
         )
-    adapter = settings.adapter
-    if adapter is not None and (Path(adapter) / "adapter_config.json").is_file():
-        check_weights(Path(adapter))
-    elif adapter is not None and (Path(adapter).exists() or _looks_local(adapter)):
-        raise ValueError(
-            f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
-            "Check the path."
-        )
+    if settings.adapter is not None:
+        check_adapter(settings.adapter)
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
 

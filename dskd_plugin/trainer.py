@@ -1,6 +1,7 @@
 """Axolotl's trainer with the distillation loss: batches in, one scalar and exact metrics out."""
 
 import inspect
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dskd_plugin import advice, state
+from dskd_plugin import advice, model_card, partial, state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader, turn_ends
@@ -91,6 +92,8 @@ class DSKDTrainer(AxolotlTrainer):
         # Attention has no pairs to count.
         self._logged |= set() if settings.alignment == "cma" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
+        # For the summary of the run.
+        self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
 
     def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
         teacher = Teacher(
@@ -121,6 +124,7 @@ class DSKDTrainer(AxolotlTrainer):
             "spaces": settings.spaces,
             "target": "exact" if settings.exact else "projected",
             "shared": "events" if settings.by_events else "ids",
+            "projector_init": settings.projector.init,
         }
         overlap = events = None
         if teacher is not None:
@@ -196,6 +200,9 @@ class DSKDTrainer(AxolotlTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
             batches = [self._with_answers(batch, k) for k, batch in enumerate(batches)]
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
         window = [self._micro_batch(batch) for batch in batches]
         for batch, paired in zip(batches, window, strict=True):
             batch["dskd"] = paired
@@ -333,9 +340,30 @@ class DSKDTrainer(AxolotlTrainer):
         ):
             quiet = not self.is_world_process_zero()
             fit_projector(self._loss, self._teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        start = time.monotonic()
+        with partial.unfinished(self, self.cfg.axolotl_config_path):
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.seconds = time.monotonic() - start
         self._save_projectors(self.args.output_dir)
         return result
+
+    @property
+    def tokens(self) -> int:
+        """Student tokens of this process's training rows so far."""
+        return int(self._student_tokens)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of the mixed precision, if any."""
+        return self._autocast
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours in place of the host's: that one says "trained from scratch" and prints the recipe with its paths."""
+        if self.is_world_process_zero():
+            try:
+                model_card.write(self)
+            except Exception as error:  # the student is saved: its run has not failed
+                LOG.warning("dskd: the model card could not be written: %r", error)
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,17 @@ def axolotl(
     launcher: str = "python",
     ranks: int = 1,
     kill_after: str | None = None,
+    interrupt: tuple[signal.Signals, str] | None = None,
+    help_only: bool = False,
+    command_options: Sequence[str] = (),
     timeout: int = 600,
     extra_env: dict[str, str] | None = None,
 ) -> Run:
     """Run the real command on the recipe. ranks 2: under torchrun with the CPU engines of cpu_engines.py.
 
     kill_after: kill -9 the whole process group as soon as this path exists.
+    interrupt: a signal, sent as soon as the path exists: SIGINT to all processes, as a terminal does, others to the
+    command alone.
     """
     out = Path(recipe["output_dir"])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,9 @@ def axolotl(
             command,
             str(file),
             *(["--launcher", launcher] if command != "preprocess" else []),
+            *command_options,
         ]
+    arguments = ["axolotl", "--help"] if help_only else arguments
     log = out.parent / f"{out.name}.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -107,6 +115,10 @@ def axolotl(
                     raise TimeoutError(f"{arguments}: no end after {timeout} s\n{log.read_text()[-3000:]}")
                 if kill_after is not None and Path(kill_after).exists():
                     break
+                if interrupt is not None and Path(interrupt[1]).exists():
+                    number = interrupt[0]
+                    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+                    interrupt = None
                 time.sleep(0.05)
         finally:
             if process.poll() is None:
@@ -141,16 +153,12 @@ def train(recipe: dict[str, Any]):
 
 @pytest.fixture(scope="session")
 def lora() -> dict[str, Any]:
-    """A small adapter, without the fused kernels that need a GPU."""
+    """A small adapter; nothing about kernels, which the plugin settles on a machine without a GPU."""
     return {
         "adapter": "lora",
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
-        "lora_mlp_kernel": False,
-        "lora_qkv_kernel": False,
-        "lora_o_kernel": False,
-        "lora_embedding_kernel": False,
     }
 
 

@@ -70,8 +70,10 @@ def resumed(train, run_axolotl, recipe, name, **changes):
     killed = run_axolotl(cut, ranks=ranks, kill_after=f"{cut['output_dir']}/checkpoint-10/trainer_state.json")
     assert killed.code != 0
     assert not (killed.out / "dskd_state.json").exists(), "the run was not cut"
+    assert (killed.out / "PARTIAL.txt").is_file()
     again = run_axolotl({**cut, "auto_resume_from_checkpoints": True}, ranks=ranks)
     assert again.code == 0, again.output[-3000:]
+    assert not (again.out / "PARTIAL.txt").exists()
     return whole, again
 
 

@@ -57,6 +57,12 @@ def without_template(tiny, tmp_path):
     return {"block": {"teacher": {"model": str(folder)}}}
 
 
+def without_tokenizer(tiny, tmp_path):
+    folder = tmp_path / "weights-alone"
+    shutil.copytree(tiny["teacher"], folder, ignore=shutil.ignore_patterns("*token*"))
+    return {"block": {"teacher": {"model": str(folder)}}}
+
+
 def cut_short(side):
     def make(tiny, tmp_path):
         folder = tmp_path / "cut"
@@ -118,6 +124,7 @@ BAD = {
         without_template,
         ["dskd.teacher.chat_template", "dskd.teacher.chat_template: <name|file>"],
     ),
+    "teacher without tokenizer": (without_tokenizer, ["dskd.teacher.model: expected a tokenizer beside the model"]),
     "unknown template": (
         lambda tiny, tmp: {"block": {"teacher": {"model": tiny["teacher"], "chat_template": "chatmll"}}},
         ["dskd.teacher.chat_template", "'chatmll'"],

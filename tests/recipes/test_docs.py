@@ -118,7 +118,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_every_refused_key_is_among_the_limits():
-    tree = ast.parse((ROOT / "dskd_plugin" / "plugin.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "dskd_plugin" / "preflight.py").read_text(encoding="utf-8"))
     (refused,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "UNSUPPORTED")
     keys = {key.value for key in refused.keys}
     assert len(keys) >= 10

@@ -134,6 +134,17 @@ def test_the_two_recipes_of_a_pair_differ_only_where_the_comparison_does(pair):
     assert set(sft) == set(dskd) - {"plugins", "dskd"}
 
 
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_copied_recipe_keeps_one_checkpoint_and_says_why(file):
+    recipe = read(file)
+    if recipe.get("save_strategy") == "no":
+        return
+    assert recipe["save_total_limit"] == 1
+    assert "heckpoint" in file.read_text(encoding="utf-8")
+    # It can be resumed.
+    assert not recipe.get("save_only_model")
+
+
 def test_no_two_recipes_write_to_the_same_place():
     places = [
         (file.parent if name(file).startswith("quickstart") else RECIPES, read(file)["output_dir"]) for file in FILES

@@ -1,0 +1,115 @@
+"""What stands last in the output of a run: an error of ours without a traceback, and how to go on.
+
+``axolotl train`` starts a launcher, which starts the training. Whoever writes last wins the reader, and that is the
+launcher, with a traceback about an exit code. So the processes below hand their words up, in a file, to the process
+that the user started, and that one writes them when it ends. Standard library only: the start-up hook imports it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+
+from dskd_plugin.errors import own_message
+
+# "<process id of the command>:<file that takes its last words>"
+RUN = "DSKD_RUN"
+TRACEBACK = "DSKD_TRACEBACK"
+ERROR, STOP, ADVICE = "error", "stop", "advice"
+# Errors of launchers that say no more than that the process below them failed.
+OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError", "SignalException")
+
+_own: list[tuple[str, str]] = []
+_following = False
+
+
+def begin() -> None:
+    """Called in the command that the user started, when its recipe distils."""
+    folder = tempfile.gettempdir()
+    os.environ[RUN] = f"{os.getpid()}:{os.path.join(folder, f'dskd-{os.getpid()}-{os.urandom(4).hex()}.jsonl')}"
+    follow()
+
+
+def follow() -> None:
+    """Called in every process of a run. Idempotent."""
+    global _following
+    if not _following:
+        _following = True
+        sys.excepthook = _hook(sys.excepthook)
+        atexit.register(_write)
+
+
+def follow_launcher() -> None:
+    """Called at the start of an interpreter inside a run: the command itself goes on as the launcher, by exec."""
+    follow()
+    if _is_command():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _hand_down)
+
+
+def say(kind: str, text: str) -> None:
+    """Keep ``text`` for the end of the output."""
+    if _is_command():
+        _own.append((kind, text))
+    else:
+        with open(_file(), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([kind, text]) + "\n")
+
+
+def _owner() -> str:
+    return os.environ.get(RUN, "").partition(":")[0]
+
+
+def _file() -> str:
+    return os.environ.get(RUN, "").partition(":")[2]
+
+
+def _is_command() -> bool:
+    return _owner() in ("", str(os.getpid()))
+
+
+def _hand_down(number, frame):
+    """The training decides how to stop; a launcher that died first would leave it alone, or talk over it."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            child.send_signal(number)
+
+
+def _words() -> list[tuple[str, str]]:
+    found = list(_own)
+    if _file() and os.path.exists(_file()):
+        with open(_file(), encoding="utf-8") as stream:
+            found += [tuple(json.loads(line)) for line in stream]
+    unique = list(dict.fromkeys(found))  # every rank may say the same
+    return sorted(unique, key=lambda word: (ERROR, STOP, ADVICE).index(word[0]))
+
+
+def _hook(previous):
+    def excepthook(kind, error, trace):
+        text = own_message(error)
+        if text is not None:
+            say(ERROR, text)
+        told = text is not None or (
+            _is_command() and kind.__name__ in OF_LAUNCHERS and any(word[0] in (ERROR, STOP) for word in _words())
+        )
+        if not told or os.environ.get(TRACEBACK):
+            previous(kind, error, trace)
+
+    return excepthook
+
+
+def _write() -> None:
+    if not _is_command():
+        return
+    words = _words()
+    if words:
+        sys.stdout.flush()
+        sys.stderr.write("\n" + "\n".join(text for _, text in words) + "\n")
+        sys.stderr.flush()
+    if _owner() and os.path.exists(_file()):
+        os.unlink(_file())

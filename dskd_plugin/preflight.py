@@ -1,0 +1,223 @@
+"""What can be said of a recipe without a model library: its ``dskd:`` block, its folders, settings that do not mix.
+
+``mistakes_of`` runs in the command itself, before torch, transformers and Axolotl's modules are imported; the same
+functions run again when Axolotl loads the plugin, on the recipe as it is then.
+"""
+
+import json
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dskd_plugin import last_words
+from dskd_plugin.folders import check_adapter, check_files, check_pair, check_teacher, looks_local
+
+NAMES = ("dskd", "dskd_plugin")
+COMMANDS = ("train", "preprocess", "evaluate")
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+
+# Settings of the recipe that the method cannot honour: (key, what to do).
+UNSUPPORTED = {
+    "rl": "Remove it: distillation is a supervised run.",
+    "reward_model": "Remove it: distillation trains a language model.",
+    "process_reward_model": "Remove it: distillation trains a language model.",
+    "pretraining_dataset": "List the data under `datasets`.",
+    "streaming": "Remove it: teacher and student rows are aligned before training.",
+    "skip_prepare_dataset": "Remove it: teacher and student rows are aligned before training.",
+    "processor_type": "Remove it: only text is distilled.",
+    "batch_flattening": "Use sample_packing instead.",
+    "label_smoothing_factor": "Remove it: the cross-entropy of the student's tokens is exact.",
+    "push_dataset_to_hub": "Remove it: the hub copy would be shared by different teachers.",
+    "kd_trainer": "Remove Axolotl's own distillation settings.",
+    "torch_compile": "Remove it: the loss inside the student's forward is not compiled.",
+    "max_memory": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
+    "gpu_memory_limit": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
+    "loraplus_lr_ratio": "Remove it: the projectors need a learning rate of their own.",
+}
+
+
+def check_recipe(cfg: Any, settings: Any) -> None:
+    """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
+    problems = [
+        f"{key}: expected it unset beside a `dskd:` block, got {cfg[key]!r}. {advice}"
+        for key, advice in UNSUPPORTED.items()
+        if cfg.get(key)
+    ]
+    fsdp = cfg.get("fsdp_config")
+    if (fsdp or cfg.get("fsdp")) and str(cfg.get("fsdp_version")) != "2":
+        problems.append(f"fsdp_version: expected 2, got {cfg.get('fsdp_version')!r}. Set fsdp_version: 2.")
+    if fsdp and fsdp.get("state_dict_type") != "FULL_STATE_DICT":
+        problems.append(
+            f"fsdp_config.state_dict_type: expected FULL_STATE_DICT, got {fsdp.get('state_dict_type')!r}. "
+            "Set it, so that the student is saved without the projectors."
+        )
+    for key in ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"):
+        if (cfg.get(key) or 1) > 1:
+            problems.append(f"{key}: expected 1 beside a `dskd:` block, got {cfg[key]}. Use data parallelism.")
+    for key in ("dispatch_batches", "split_batches"):
+        if (cfg.get("accelerator_config") or {}).get(key):
+            problems.append(f"accelerator_config.{key}: expected false, got true: it cuts batches apart. Remove it.")
+    if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+        problems.append(
+            f"device_map: expected it unset beside a `dskd:` block, got {cfg['device_map']!r}. Use DeepSpeed or FSDP2 "
+            "for a student that does not fit on one device."
+        )
+    if cfg.get("lr_scheduler") == "one_cycle":
+        problems.append(
+            "lr_scheduler: expected a schedule that keeps the projectors' own learning rate, got 'one_cycle'. "
+            "Use cosine."
+        )
+    if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
+        problems.append(
+            "dskd.on_policy: expected a student that each process holds whole, got fsdp_config. "
+            "Use DDP or DeepSpeed ZeRO-1 or -2."
+        )
+    deepspeed = cfg.get("deepspeed")
+    if deepspeed:
+        content = deepspeed if isinstance(deepspeed, dict) else _engine_file(deepspeed)
+        stage = (content.get("zero_optimization") or {}).get("stage", 0)
+        if settings.on_policy is not None and stage == 3:
+            problems.append(
+                "dskd.on_policy: expected a student that each process holds whole, got DeepSpeed ZeRO-3. "
+                "Use ZeRO-1 or -2."
+            )
+        if "optimizer" in content:
+            problems.append(
+                f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "
+                "it would give the projectors the student's learning rate. Set `optimizer` in the recipe."
+            )
+        if "scheduler" in content:
+            problems.append(
+                f"deepspeed: expected a file without a scheduler, got {content['scheduler'].get('type')!r}: "
+                "it would give the projectors the student's learning rate. Set `lr_scheduler` in the recipe."
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_datasets(recipe: Any) -> None:
+    """Raise ``ValueError`` for a data file or folder of this machine that is not there."""
+    for block in ("datasets", "test_datasets"):
+        for number, entry in enumerate(recipe.get(block) or ()):
+            path = str(entry.get("path") or "")
+            local = looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
+            if local and not Path(path).expanduser().exists():
+                raise ValueError(
+                    f"{block}[{number}].path: expected a file, a folder or a hub id, got {path!r}, which does not "
+                    f"exist in {os.getcwd()}. Check the path."
+                )
+
+
+def check_checkpoint(recipe: Any) -> None:
+    """Raise ``ValueError`` for a checkpoint folder that is not there."""
+    checkpoint = recipe.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: expected the folder of a checkpoint, got {checkpoint!r}, which does not exist. "
+            "Check the path, or leave it out."
+        )
+
+
+def check_listed(recipe: Any) -> None:
+    """Raise ``ValueError`` for a block without the plugin: Axolotl drops it, and would train plain SFT."""
+    listed = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
+    if recipe.get("dskd") is not None and not listed & set(NAMES):
+        raise ValueError(
+            f"plugins: expected 'dskd' in the list because the recipe has a `dskd:` block, "
+            f"got {list(recipe.get('plugins') or ())}. Add `plugins: [dskd]`, or remove the block."
+        )
+
+
+def check_key(recipe: Any) -> None:
+    """Raise ``ValueError`` for a misspelt name of the block beside the listed plugin."""
+    near = [] if "dskd" in recipe else get_close_matches("dskd", [str(key) for key in recipe], n=1, cutoff=0.7)
+    if near:
+        raise ValueError(f"{near[0]}: expected the key 'dskd' for the plugin's block, got '{near[0]}'. Rename it.")
+
+
+def _engine_file(path: str) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"deepspeed: expected a JSON file, got {path!r}, which does not exist. Check the path.")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None:
+    """What is wrong with the recipe that this process was started with; None if nothing is known to be."""
+    words = _words(module, argv, original)
+    recipe = _recipe(words)
+    if recipe is None:
+        return None
+    if module == "axolotl.cli.main":
+        last_words.begin()
+    given = _overridden(words)
+    try:
+        _check(recipe, given)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _words(module: str, argv: list[str], original: list[str]) -> list[str]:
+    """The arguments of an Axolotl command; none in a process that only imports its module."""
+    if module == "axolotl.cli.main":
+        started = Path(argv[0]).name.startswith("axolotl") or module in original
+        return argv[2:] if started and len(argv) > 1 and argv[1] in COMMANDS else []
+    return argv[1:] if module in original else []
+
+
+def _recipe(words: list[str]) -> dict[str, Any] | None:
+    """The recipe, if it lies here and has to do with this plugin."""
+    file = next((word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()), None)
+    if file is None or "--help" in words or any(word.startswith(("--cloud", "--sweep")) for word in words):
+        return None
+    text = Path(file).read_text(encoding="utf-8")
+    if "dskd" not in text:
+        return None
+    import yaml
+
+    recipe = yaml.safe_load(text)
+    if not isinstance(recipe, dict):
+        return None
+    plugins = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
+    return recipe if "dskd" in recipe or plugins & set(NAMES) else None
+
+
+def _overridden(words: list[str]) -> dict[str, Any]:
+    """Settings of the recipe that the command line replaces."""
+    given: dict[str, Any] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, equals, value = word.partition("=")
+        if key.startswith("--"):
+            given[key[2:].replace("-", "_").split(".")[0]] = value if equals else following
+    return given
+
+
+def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+    for key in ("base_model", "resume_from_checkpoint"):
+        if key in given:
+            recipe = {**recipe, key: given[key]}
+    # What else the command line replaces is not known here in its final form.
+    recipe = {key: value for key, value in recipe.items() if key not in given or key in ("base_model", "dskd")}
+    if "plugins" not in given:
+        check_listed(recipe)
+    check_key(recipe)
+    if "dskd" not in recipe or "dskd" in given:
+        return
+    from dskd_plugin.args import parse_settings
+
+    settings = parse_settings(recipe["dskd"])
+    check_recipe(recipe, settings)
+    # Axolotl reads a .env file later, which may move the cache.
+    cached = not Path(".env").is_file()
+    check_files("dskd.teacher.model", settings.teacher.model, cached=cached)
+    if settings.teacher.adapter is not None:
+        check_adapter(settings.teacher.adapter)
+    if recipe.get("base_model"):
+        check_files("base_model", str(recipe["base_model"]), cached=cached)
+    entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
+    check_teacher(settings.teacher, any(str(entry.get("type")).startswith("chat_template") for entry in entries))
+    if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
+        check_pair(str(recipe.get("base_model")), settings)
+    check_datasets(recipe)
+    check_checkpoint(recipe)

@@ -1,0 +1,109 @@
+"""Whose error a message is, which recipe a command line means, and what a model card may tell."""
+
+import os
+
+import pytest
+
+from dskd_plugin import errors, folders, preflight
+from dskd_plugin.model_card import public
+
+
+def raised(act):
+    try:
+        act()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_an_error_is_ours_by_where_it_was_raised_and_what_it_says():
+    ours = raised(lambda: folders.check_files("base_model", "/no/such/folder"))
+    assert errors.own_message(ours) == str(ours)
+    assert errors.own_message(errors.DSKDSetupError("model 'x': broken")) == "model 'x': broken"
+    # The same words of somebody else, and a mistake inside our code.
+    assert errors.own_message(raised(lambda: int("expected"))) is None
+    assert errors.own_message(raised(lambda: folders.check_files("x", None))) is None
+    assert errors.own_message(KeyboardInterrupt()) is None
+
+
+def test_an_error_of_a_worker_process_is_ours():
+    import multiprocess
+
+    with multiprocess.get_context("spawn").Pool(1) as pool:
+        ours = raised(lambda: pool.apply(folders.check_files, ("base_model", "/no/such/folder")))
+        theirs = raised(lambda: pool.apply(int, ("expected",)))
+    assert errors.own_message(ours) == str(ours)
+    assert errors.own_message(theirs) is None
+
+
+@pytest.fixture
+def wrong(recipe, tmp_path, monkeypatch):
+    """A recipe with a mistake, in the working folder."""
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DSKD_RUN", raising=False)
+    wrong = {**recipe, "dskd": {**recipe["dskd"], "kd_ratio": 7}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(wrong))
+    yield "r.yaml"
+    os.environ.pop("DSKD_RUN", None)
+
+
+LAUNCHED = "axolotl.cli.train"
+
+
+def test_the_recipe_is_found_in_every_way_to_start(wrong):
+    for module, words, original in (
+        (LAUNCHED, ["-m", wrong, "--max-steps=3"], ["python", "-m", LAUNCHED, wrong]),
+        (LAUNCHED, ["-m", wrong], ["python", "-u", "-m", LAUNCHED, wrong]),
+    ):
+        assert "dskd.kd_ratio" in preflight.mistakes_of(module, words, original)
+
+
+def test_processes_that_only_import_a_command_are_left_alone(wrong):
+    assert preflight.mistakes_of(LAUNCHED, ["tool", wrong], ["python", "tool", wrong]) is None
+    assert preflight.mistakes_of("axolotl.cli.main", ["pytest", "train", wrong], ["python", "pytest"]) is None
+    for words in (["inference", wrong], ["train", wrong, "--help"], ["train", wrong, "--cloud", "c.yaml"], []):
+        assert preflight.mistakes_of("axolotl.cli.main", ["/bin/axolotl", *words], []) is None
+
+
+def test_what_the_command_line_replaces_is_not_judged(recipe, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    changed = {**recipe, "base_model": "/no/student", "deepspeed": "no.json"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed))
+    command = ["python", "-m", LAUNCHED]
+    assert "base_model" in preflight.mistakes_of(LAUNCHED, ["-m", "r.yaml", "--deepspeed", "z.json"], command)
+    words = ["-m", "r.yaml", f"--base-model={recipe['base_model']}", "--deepspeed", "z.json"]
+    assert preflight.mistakes_of(LAUNCHED, words, command) is None
+
+
+def test_a_cached_hub_model_is_enough_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set, got the hub id 'org/model'"):
+        folders.check_files("base_model", "org/model")
+    (tmp_path / "models--org--model").mkdir()
+    folders.check_files("base_model", "org/model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    folders.check_files("base_model", "org/another")
+
+
+def test_a_card_keeps_what_is_no_path_of_the_machine():
+    recipe = {
+        "base_model": "/home/me/models/student",
+        "datasets": [{"path": "/data/rows/train.jsonl", "data_files": ["~/rows/a.jsonl"]}],
+        "chat_template_jinja": "{{ '[/INST]' }}\n/a/b",
+        "dskd": {"teacher": {"model": "org/teacher"}},
+        "output_dir": "./outputs/run",
+        "deepspeed": "file:///etc/zero/z2.json",
+        "prompt": "/think",
+        "seed": 1,
+    }
+    assert public(recipe) == {
+        **recipe,
+        "base_model": "student",
+        "datasets": [{"path": "train.jsonl", "data_files": ["a.jsonl"]}],
+        "deepspeed": "z2.json",
+    }

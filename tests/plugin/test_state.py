@@ -1,0 +1,105 @@
+"""Which checkpoints are resumed, which are refused, and what the refusal tells to write."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from dskd_plugin import state
+
+PAIR = {
+    "teacher": "org/teacher",
+    "teacher_revision": None,
+    "student_tokenizer": "aa",
+    "widths": [32, 48],
+    "method": "dskd",
+    "alignment": "auto",
+    "spaces": "student",
+    "target": "exact",
+    "shared": "events",
+    "projector_init": "ideal",
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """``checkpoint(**changes)``: one of a run with these settings; None takes a key out of its file."""
+
+    def make(weights=True, whole=True, **changes):
+        state.save(tmp_path, {"t2s.linear.weight": torch.ones(2, 3)} if weights else {}, {**PAIR, **changes})
+        if whole:
+            (tmp_path / "trainer_state.json").write_text("{}")
+        (tmp_path / "rng_state.pth").touch()
+        return tmp_path
+
+    return make
+
+
+def without(folder, *keys):
+    file = folder / state.STATE
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in keys}))
+
+
+def lines_of(error):
+    return yaml.safe_load(str(error.value).split("The lines of that run's recipe:\n")[1])
+
+
+def test_the_same_settings_are_resumed(checkpoint):
+    state.check(checkpoint(), PAIR)
+
+
+def test_a_run_without_projectors_needs_no_file(checkpoint):
+    folder = checkpoint()
+    assert (folder / state.WEIGHTS).is_file()
+    folder = checkpoint(weights=False)
+    assert not (folder / state.WEIGHTS).exists()  # that of the earlier run is gone as well
+    state.check(folder, PAIR)
+
+
+def test_a_lost_projector_file_is_noticed(checkpoint):
+    folder = checkpoint()
+    (folder / state.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"without {state.WEIGHTS}"):
+        state.check(folder, PAIR)
+    without(folder, "projectors")  # before the names were kept, every run wrote the file
+    with pytest.raises(ValueError, match=f"without {state.WEIGHTS}"):
+        state.check(folder, PAIR)
+
+
+def test_a_checkpoint_of_the_old_defaults_is_refused_with_the_lines_to_add(checkpoint):
+    folder = checkpoint()
+    without(folder, "target", "shared", "projector_init")
+    with pytest.raises(ValueError, match="target 'projected' instead of 'exact', shared 'ids' instead of") as error:
+        state.check(folder, PAIR)
+    assert lines_of(error) == {"dskd": {"target": "projected", "shared": "ids"}}
+    state.check(folder, {**PAIR, "target": "projected", "shared": "ids"})
+
+
+def test_a_setting_that_the_method_does_not_have_is_not_asked_for(checkpoint):
+    folder = checkpoint(method="uld")
+    without(folder, "target", "shared", "projector_init")
+    state.check(folder, {**PAIR, "method": "uld", "target": None, "shared": None, "projector_init": None})
+
+
+def test_nested_settings_are_written_as_the_recipe_has_them(checkpoint):
+    folder = checkpoint(teacher="./other", teacher_revision="v2", projector_init="random", widths=[32, 64])
+    with pytest.raises(ValueError, match="widths") as error:
+        state.check(folder, PAIR)
+    block = {"teacher": {"model": "./other", "revision": "v2"}, "projector": {"init": "random"}}
+    assert lines_of(error) == {"dskd": block}
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", state.STATE])
+def test_half_a_checkpoint_is_refused(checkpoint, file):
+    folder = checkpoint()
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"expected a finished checkpoint of a dskd run, got .* without {file}"):
+        state.check(folder, PAIR)
+
+
+def test_weights_alone_are_refused(checkpoint):
+    folder = checkpoint()
+    (folder / "rng_state.pth").unlink()
+    with pytest.raises(ValueError, match="save_only_model: true"):
+        state.check(folder, PAIR)
