@@ -27,7 +27,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-
 Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 
 

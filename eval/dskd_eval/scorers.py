@@ -176,9 +176,8 @@ def score_contains(answer: Answer) -> Scored:
 
 _NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 # Between three digits and three: LaTeX's spaces and protected commas, the spaces and apostrophes of typography.
-_GROUP = (
-    r"(?:(?:\\!)?\{?,\}?\\!|\{\\?[,:; ]\}|\\[,:;> ]|\{?~\}?|\\thinspace\s?|[\u00a0\u2002-\u200a\u202f'\u2019\u066c])"
-)
+_LATEX_GROUP = r"\{?,\}?\\!|\{\\?[,:; ]\}|\\[,:;> ]|\{?~\}?|\\thinspace\s?"
+_GROUP = rf"(?:{_LATEX_GROUP}|[\u00a0\u2002-\u200a\u202f'\u2019\u066c])"
 _GROUPED = re.compile(rf"(?:(?<![\d.])\d{{1,3}}|(?<=\d)\.\d{{3}})(?:{_GROUP}\d{{3}})+(?!\d)")
 # Hyphens, the figure and the en dash, the minus sign and its small and wide forms; LaTeX's minus without space.
 _MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]|\\{-\\}")
