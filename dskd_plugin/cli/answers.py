@@ -3,24 +3,31 @@
 Shapes: B prompts of a batch, L longest of them, S steps, V vocabulary.
 """
 
+import inspect
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """All rows in batches of like length, longest first, so that too large a batch fails at once."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+# Of so many answers that are being written, one leaves at once; of twice as many, two together, and so on:
+# a restart costs some milliseconds, and a GPU gains little from a batch that is one row smaller.
+_LEAVE_TOGETHER = 8
 
 
 class _Known(LogitsProcessor):
@@ -99,6 +111,26 @@ def _processors(sampling: Sampling, vocab_size: int, rows: Sequence[int], prompt
     return found
 
 
+class _Leaving(StoppingCriteria):
+    """Follows a batch: which answers have ended, told after each step; stops it when ``enough`` of them have."""
+
+    def __init__(self, size: int, ends: Sequence[int], enough: int, told: Told, device: torch.device) -> None:
+        self.ended_B = torch.zeros(size, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(ends, device=device)
+        self.enough, self.told = enough, told
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        before = int(self.ended_B.sum())
+        self.ended_B |= torch.isin(input_ids[:, -1], self.ends)
+        ended = int(self.ended_B.sum())
+        self.told(len(self.ended_B) - before, ended - before)
+        return torch.full_like(self.ended_B, ended >= self.enough)
+
+
+def _quiet(tokens: int, ended: int) -> None:
+    """Nobody listens."""
+
+
 class Writer:
     """The teacher as a writer of answers, free of the sampling defaults that its folder may carry."""
 
@@ -107,26 +139,72 @@ class Writer:
     ) -> None:
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
         self.ends, self.prefix, self.sampling = ends, prefix, sampling
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        self.config = GenerationConfig(
-            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
-        )
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        # Families that keep no such cache (Mamba) answer the whole batch in one go.
+        self.narrows = "past_key_values" in inspect.signature(model.forward).parameters
         model.generation_config = GenerationConfig()
 
     @torch.inference_mode()
-    def answer(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """One answer to each prompt, whatever else is in the batch up to rounding."""
+    def answer(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], told: Told = _quiet) -> list[Answer]:
+        """One answer to each prompt, whatever else is in the batch up to rounding.
+
+        A finished answer leaves the batch, so that the longest one does not hold the others' places.
+        """
+        ids_BS, mask_BS = self._padded(prompts)
+        length, cache, narrows = ids_BS.shape[1], None, self.narrows
+        answers: dict[int, Answer] = {}
+        rows = list(rows)
+        order = tuple(rows)
+        while rows:
+            enough = max(1, len(rows) // _LEAVE_TOGETHER) if narrows else len(rows)
+            watch = _Leaving(len(rows), self.ends, enough, told, ids_BS.device)
+            ids_BS, cache = self._write(rows, ids_BS, mask_BS, length, cache, watch)
+            cut = ids_BS.shape[1] - length == self.sampling.max_new_tokens
+            if cut:
+                told(0, int((~watch.ended_B).sum()))
+            gone_B = watch.ended_B | cut
+            for row, gone, ids in zip(rows, gone_B.tolist(), ids_BS[:, length:].tolist(), strict=True):
+                if gone:
+                    answers[row] = self._read(row, ids)
+            rows = [row for row in rows if row not in answers]
+            stay = (~gone_B).nonzero()[:, 0]
+            if isinstance(cache, Cache):
+                cache.reorder_cache(stay)
+            else:  # read once more, then not interrupted again
+                cache, narrows = None, False
+            ids_BS = ids_BS[stay]
+            mask_BS = pad(mask_BS[stay], (0, ids_BS.shape[1] - mask_BS.shape[1]), value=1)
+        return [answers[row] for row in order]
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the left."""
         length = max(map(len, prompts))
-        pad = self.config.pad_token_id
-        ids_BL = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-        mask_BL = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        written = self.model.generate(
-            input_ids=ids_BL.to(self.model.device),
-            attention_mask=mask_BL.to(self.model.device),
-            generation_config=self.config,
-            logits_processor=_processors(self.sampling, self.vocab_size, rows, length),
+        ids = [[self.pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _write(
+        self, rows: Sequence[int], ids_BS: Tensor, mask_BS: Tensor, length: int, cache: Any, watch: _Leaving
+    ) -> tuple[Tensor, Any]:
+        """Go on with a batch until the watch stops it or the limit is reached: all ids, and what the model keeps."""
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=length + self.sampling.max_new_tokens - ids_BS.shape[1],
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+            use_cache=True,
+            return_dict_in_generate=True,
         )
-        return [self._read(row, ids) for row, ids in zip(rows, written[:, length:].tolist(), strict=True)]
+        made = self.model.generate(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            generation_config=config,
+            logits_processor=_processors(self.sampling, self.vocab_size, rows, length),
+            stopping_criteria=StoppingCriteriaList([watch]),
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+        return made.sequences, made.get("past_key_values")
 
     def _read(self, row: int, ids: list[int]) -> Answer:
         end = next((k for k, token in enumerate(ids) if token in self.ends), None)

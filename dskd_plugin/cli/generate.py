@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,22 @@ _STUDENT_KEYS = ("chat_template", "chat_template_jinja", "roles_to_train", "trai
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: <output_dir>-generated.jsonl]")
 @click.option(
-    "--write-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Also write a recipe to train on."
+    "--write-recipe",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write a recipe that distils on the recipe's own answers and the teacher's.",
+)
+@click.option(
+    "--recipe-rows",
+    type=click.Choice(["both", "generated"]),
+    help="In the written recipe: the entries that have answers and the generated rows, or these alone. [default: both]",
+)
+@click.option("--plain-recipe", is_flag=True, help="The written recipe without `dskd:`: plain fine-tuning, no teacher.")
+@click.option(
+    "--ask",
+    type=click.Choice(["all", "unanswered"]),
+    default="all",
+    show_default=True,
+    help="Which rows the teacher answers: all, or those without an answer of their own.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
 @click.option(
@@ -51,6 +65,9 @@ def generate(
     recipe: Path,
     out: Path | None,
     write_recipe: Path | None,
+    recipe_rows: str | None,
+    plain_recipe: bool,
+    ask: str,
     max_new_tokens: int,
     temperature: float,
     top_p: float | None,
@@ -71,6 +88,10 @@ def generate(
     unused = [name for name, value in given.items() if value is not None and temperature == 0]
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --temperature above 0 beside it, got 0. Set it.")
+    given = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None}
+    unused = [name for name, value in given.items() if value is not None and write_recipe is None]
+    if unused:
+        raise click.UsageError(f"{', '.join(unused)}: expected --write-recipe FILE beside it, got none. Set it.")
 
     from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
 
@@ -84,7 +105,8 @@ def generate(
 
     source = load_recipe(recipe, written)
     target = _device(device)
-    rows = read_prompts(source, limit)
+    every = read_prompts(source, limit if ask == "all" else None)
+    rows = _asked(every, ask, limit)
     kept = _answerable(rows, source, max_new_tokens, skip_long)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
     size = batch_size or (32 if target.startswith("cuda") else 8)
@@ -104,7 +126,14 @@ def generate(
     counts = _write_dataset(out, made_with, partial, kept, keep_unfinished, recipe)
     partial.remove()
     _report(counts, speed, out, max_new_tokens, keep_unfinished, skipped=len(rows) - len(kept))
-    _hand_over(out, counts, written, source, write_recipe)
+    entry = _entry(out, counts, written)
+    template = _template_setting(written, source)
+    if write_recipe is None:
+        click.echo("In the recipe, beside or in place of its datasets:\n")
+        click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
+        return
+    own = [] if recipe_rows == "generated" else _with_answers(written["datasets"], every)
+    _write_recipe(write_recipe, out, written, {"datasets": [*own, entry], **template}, plain_recipe)
 
 
 def _check_target(path: Path, overwrite: bool, recipe: Path) -> None:
@@ -135,6 +164,19 @@ def _device(name: str) -> str:
             "Choose another device."
         ) from None
     return name
+
+
+def _asked(rows: Any, ask: str, limit: int | None) -> Any:
+    """All rows, or the first of those that have no answer of their own."""
+    if ask == "all":
+        return rows
+    unanswered = [row for row, answered in enumerate(rows["answered"]) if not answered]
+    if not unanswered:
+        raise ValueError(
+            f"--ask unanswered: expected rows without an answer, got one in each of {len(rows)} rows. "
+            "Add a dataset of prompts, or leave the option out."
+        )
+    return rows.select(unanswered[:limit])
 
 
 def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: bool) -> Any:
@@ -215,9 +257,9 @@ def _rows_digest(rows: Any) -> str:
 def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Partial", rows: Any) -> float | None:
     """Answer what is missing; returns tokens per second, None when nothing was."""
     import torch
-    from tqdm import tqdm
 
     from dskd_plugin.cli.answers import Writer
+    from dskd_plugin.cli.progress import Progress
     from dskd_plugin.teacher import Teacher
 
     remaining = list(partial.remaining())
@@ -239,21 +281,17 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
         prefix=source.answer_prefix,
         sampling=sampling,
     )
-    start, tokens = time.monotonic(), 0
-    with tqdm(total=len(rows), initial=len(partial.answers), unit="answer", desc="Generating") as bar:
+    with Progress(len(rows), partial.answers, sampling.max_new_tokens) as progress:
         for batch in remaining:
             try:
-                answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch])
+                answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch], progress.told)
             except torch.OutOfMemoryError as error:
                 raise DSKDSetupError(
                     f"--batch-size: expected a batch that fits on {device}, got {len(batch)} prompts that do not "
                     f"({str(error).splitlines()[0]}). Lower --batch-size or --max-new-tokens."
                 ) from error
             partial.append(answers)
-            tokens += sum(answer.tokens for answer in answers)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
-    return tokens / (time.monotonic() - start)
+        return progress.speed
 
 
 def _write_dataset(
@@ -336,35 +374,51 @@ def _report(
     click.echo(f"Dataset: {out}\nMade with: {_manifest(out)}")
 
 
-def _hand_over(
-    out: Path, counts: dict[str, Any], recipe: dict[str, Any], source: "Source", write_recipe: Path | None
-) -> None:
-    """Print what to put into a recipe, or write one."""
-    from dskd_plugin.cli.answers import write_whole
-
+def _entry(out: Path, counts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The entry of the generated rows; the student reads them as it reads the recipe's own conversations."""
     entry: dict[str, Any] = {"path": str(out), "type": "chat_template"}
-    chats = [old for old in recipe["datasets"] if old.get("type") == "chat_template"]
+    chats = _chats(recipe)
     if chats:
         entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
     if counts["earlier_answers"]:
         entry["message_field_training"] = "training"
-    changes: dict[str, Any] = {"datasets": [entry]}
-    if not chats and not recipe.get("chat_template") and not _student_has_template(source):
-        changes["chat_template"] = "alpaca"
-    if write_recipe is None:
-        click.echo("In the recipe, in place of its datasets:\n")
-        click.echo(yaml.safe_dump(changes, sort_keys=False, allow_unicode=True), nl=False)
-        return
+    return entry
+
+
+def _with_answers(entries: list[dict[str, Any]], rows: Any) -> list[dict[str, Any]]:
+    """The entries without those that are prompts only; an entry beyond --limit was not read and stays."""
+    read = set(rows["entry"])
+    answered = {number for number, own in zip(rows["entry"], rows["answered"], strict=True) if own}
+    return [entry for number, entry in enumerate(entries) if number in answered or number not in read]
+
+
+def _chats(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in recipe["datasets"] if entry.get("type") == "chat_template"]
+
+
+def _template_setting(recipe: dict[str, Any], source: "Source") -> dict[str, Any]:
+    """A template for a student that has none and needed none until now."""
+    needed = not _chats(recipe) and not recipe.get("chat_template") and not _student_has_template(source)
+    return {"chat_template": "alpaca"} if needed else {}
+
+
+def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], plain: bool) -> None:
+    """The recipe with the new rows, as it is or without what distils."""
+    from dskd_plugin.cli.answers import write_whole
+
     digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
-    new = {key: value for key, value in recipe.items() if key not in ("dskd", "plugins")} | changes
-    others = [name for name in recipe.get("plugins") or () if str(name).split(".")[0] not in ("dskd", "dskd_plugin")]
-    if others:
-        new["plugins"] = others
-    new["output_dir"] = f"{str(recipe.get('output_dir') or './model-out').rstrip('/')}-seqkd"
+    new = {**recipe, **changes}
+    if plain:
+        del new["dskd"]
+        plugins = [name for name in new.pop("plugins") if str(name).split(".")[0] not in ("dskd", "dskd_plugin")]
+        new |= {"plugins": plugins} if plugins else {}
+    name = "seqkd" if plain else "distilled"
+    new["output_dir"] = f"{str(recipe.get('output_dir') or './model-out').rstrip('/')}-{name}"
     # Axolotl knows prepared data by its path, not by its content.
     new["dataset_prepared_path"] = f"{recipe.get('dataset_prepared_path') or 'last_run_prepared'}/generated-{digest}"
-    write_whole(write_recipe, iter([yaml.safe_dump(new, sort_keys=False, allow_unicode=True)]))
-    click.echo(f"Next: axolotl train {write_recipe}")
+    write_whole(path, iter([yaml.safe_dump(new, sort_keys=False, allow_unicode=True)]))
+    sources = ", ".join(str(entry["path"]) for entry in new["datasets"])
+    click.echo(f"The recipe trains on: {sources}\nNext: axolotl train {path}")
 
 
 def _student_has_template(source: "Source") -> bool:

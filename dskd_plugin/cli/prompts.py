@@ -153,7 +153,8 @@ def _answer_prefix(source: Source) -> str:
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:
-    """A dataset with the columns ``messages`` (JSON, up to the turn to answer), ``tools`` (JSON or ""), ``prompt_ids``.
+    """A dataset with the columns ``messages`` (JSON, up to the turn to answer), ``tools`` (JSON or ""), ``prompt_ids``,
+    ``entry`` (number of the recipe's entry) and ``answered`` (whether the row has an answer of its own).
 
     Rows keep the order of the recipe's datasets. A row without a turn to answer has no prompt_ids.
     """
@@ -161,12 +162,21 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     from axolotl.utils.data.shared import datasets_with_name_generator
     from datasets import Features, Value, concatenate_datasets
 
-    columns = Features({"messages": Value("string"), "tools": Value("string"), "prompt_ids": [Value("int32")]})
+    columns = Features(
+        {
+            "messages": Value("string"),
+            "tools": Value("string"),
+            "prompt_ids": [Value("int32")],
+            "entry": Value("int32"),
+            "answered": Value("bool"),
+        }
+    )
     cfg = copy.deepcopy(source.cfg)
     cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
     cfg["tokenizer_use_mistral_common"] = None
     parts = []
-    for entry in datasets_with_name_generator(cfg.datasets):
+    named = ((k, one) for k, listed in enumerate(cfg.datasets) for one in datasets_with_name_generator([listed]))
+    for number, entry in named:
         name = f"datasets: {entry['path']}"
         entry["chat_template"], entry["chat_template_jinja"] = "jinja", source.template
         with _captured() as found:
@@ -180,7 +190,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
         if len(found) != 1:
             raise _unreadable(name, entry)
         strategy, rows = found[0]
-        reader = _Reader(name, strategy, source.tokenizer, source.template, source.template_options)
+        reader = _Reader(name, number, strategy, source.tokenizer, source.template, source.template_options)
         if not reader.understands:
             raise _unreadable(name, entry)
         if limit is not None:
@@ -232,6 +242,7 @@ class _Reader:
     """One row of a dataset entry -> its prompt. Picklable, for several processes."""
 
     name: str
+    number: int
     strategy: Any
     tokenizer: Any
     template: str
@@ -247,7 +258,7 @@ class _Reader:
         from axolotl.utils.dict import remove_none_values
 
         try:
-            turns, tools = self._conversation(remove_none_values(row))
+            turns, tools, answered = self._conversation(remove_none_values(row))
             asked = [k for k, turn in enumerate(turns) if turn["role"] in ("user", "tool")]
             turns = turns[: asked[-1] + 1] if asked else []
             ids = [] if not turns else self._render(turns, tools)
@@ -260,6 +271,8 @@ class _Reader:
             "messages": json.dumps(turns, ensure_ascii=False),
             "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
             "prompt_ids": ids,
+            "entry": self.number,
+            "answered": answered,
         }
 
     def _render(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
@@ -274,13 +287,24 @@ class _Reader:
         )
         return ids
 
-    def _conversation(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    def _conversation(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None, bool]:
+        """The turns, the tools, and whether an answer follows the last question."""
         if hasattr(self.strategy, "get_conversation_thread"):
-            markup = ("training", "training_detail", "reasoning_training_detail")
+            prompter = self.strategy.prompter
+            self._keep_every_field(row)
+            markup = {"training", "training_detail", "reasoning_training_detail"}
+            markup |= {prompter.message_field_training, prompter.message_field_training_detail}
             turns = self.strategy.get_conversation_thread(row)
             plain = [{key: value for key, value in turn.items() if key not in markup} for turn in turns]
-            return plain, self.strategy._get_tools(row)
-        instruction, given, _, *system = self.strategy.parse_instruction_fields({"output": "", "response": "", **row})
+            return plain, self.strategy._get_tools(row), bool(plain) and plain[-1]["role"] == "assistant"
+        fields = self.strategy.parse_instruction_fields({"output": "", "response": "", **row})
+        instruction, given, answer, *system = fields
         turns = [{"role": "system", "content": system[0]}] if system and system[0] else []
         turns.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
-        return turns, None
+        return turns, None, bool(answer)
+
+    def _keep_every_field(self, row: dict[str, Any]) -> None:
+        """Axolotl hands on only what the teacher's template reads; the student's may read more."""
+        prompter = self.strategy.prompter
+        for message in self.strategy._get_messages(row):
+            prompter._chat_template_msg_variables = prompter.chat_template_msg_variables | set(message)

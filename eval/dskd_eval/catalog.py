@@ -289,7 +289,8 @@ def load_task(path: Path) -> TaskSpec:
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
     for key in ("doc_to_text", "doc_to_target"):
         styles = raw.get("styles") or {}
-        if key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
+        needed = key == "doc_to_text" or scorer != "python"  # tests need no reference solution
+        if needed and key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
             alias = {value: alias for alias, value in ALIASES.items()}[key]
             raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
     if scorer == "python" and "tests" not in (raw.get("code") or {}):
@@ -591,7 +592,12 @@ def render(template: Any, row: Row) -> str:
 
 
 def references(template: Any, row: Row) -> list[str]:
-    """Accepted answers of a row; a field or function may hold a list. Raises UserError when there is none."""
+    """Accepted answers of a row; a field or function may hold a list. Raises UserError when there is none.
+
+    A task without a template (programs that only have to pass tests) has no reference answers.
+    """
+    if template is None:
+        return []
     if callable(template):
         value = template(row)
     else:

@@ -378,7 +378,7 @@ def _show_comparisons(found: dict[str, Any]) -> None:
     for pair in found.get("pairs") or []:
         if not pair["rows"]:
             continue
-        title = f"{escape(pair['model'])} against {escape(found['baseline'])}"
+        title = f"{escape(pair['model'])} against {escape(pair.get('against', found['baseline']))}"
         table = Table(title=title, title_justify="left", header_style="bold")
         for name in ("task", "diff.", "95 %", "p", "p Holm", "win/tie/loss", "n"):
             table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
@@ -498,12 +498,21 @@ def list_tasks(as_json: bool) -> None:
 @click.option("--suite", multiple=True, metavar="NAMES", help=f"Only these suites: {_SUITES}.")
 @click.option("--oracle", is_flag=True, help="Also feed every task its reference answers: all must score 100.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --oracle: documents per task.")
-def doctor(data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: int | None) -> None:
+@click.option(
+    "--task-file",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A task of your own, alone or beside --suite. Repeatable.",
+)
+def doctor(
+    data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: int | None, task_file: tuple[Path, ...]
+) -> None:
     """Check data files, packages, sandbox and devices; name what is missing."""
     _quiet_libraries()
     from dskd_eval import doctor as checks
 
-    specs = catalog.select(_split(suite) or catalog.SUITES, (), ())
+    suites = _split(suite) or (() if task_file else catalog.SUITES)
+    specs = catalog.select(suites, (), task_file)
     bad = 0
     with _ERR.status("checking"):
         found = list(checks.run(specs, data_dir))
@@ -527,11 +536,13 @@ def doctor(data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: in
 @click.option(
     "--baseline",
     metavar="MODEL",
-    help="Model the others are compared with. [default: base of a recipe, else the first]",
+    help="Model the others are compared with. [default: --base, else base of a recipe, else the first]",
 )
-@click.option("--teacher", metavar="MODEL", help="For the closed gap; with --base and --student.")
-@click.option("--base", metavar="MODEL", help="The untouched student.")
-@click.option("--student", multiple=True, metavar="MODEL", help="The trained student. Repeatable.")
+@click.option("--teacher", metavar="MODEL", help="For the closed gap, beside --base.")
+@click.option("--base", metavar="MODEL", help="The untouched student: the others are compared with it.")
+@click.option(
+    "--student", multiple=True, metavar="MODEL", help="For the closed gap. Repeatable. [default: all trained ones]"
+)
 @click.option("--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def compare(

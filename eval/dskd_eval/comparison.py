@@ -261,36 +261,45 @@ def compare(
     """Every model against the baseline, and the closed gap of students where teacher and base are known."""
     if len(group) < 2:
         raise UserError("compare", expected="at least two models", got=str(len(group)), fix="Name another run.")
-    against = choose_baseline(group, baseline)
+    named_base = find(group, base, "--base") if base else _of_role(group, "base")
+    against = choose_baseline(group, baseline or base)
     result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": []}
     for entry in group:
         if entry is not against:
-            rows, problems = pair(against, entry, strict=strict)
-            result["pairs"].append({"model": entry.label, "rows": rows})
+            # The base is what the baseline started from, so that difference reads the other way round.
+            first, second = (entry, against) if base and entry is named_base else (against, entry)
+            rows, problems = pair(first, second, strict=strict)
+            result["pairs"].append({"model": second.label, "against": first.label, "rows": rows})
             result["notes"] += [f"not compared: {problem}" for problem in problems]
-    roles = {
-        "teacher": find(group, teacher, "--teacher")
-        if teacher
-        else next((entry for entry in group if entry.role == "teacher"), None),
-        "base": find(group, base, "--base") if base else next((entry for entry in group if entry.role == "base"), None),
-    }
-    trained = [find(group, label, "--student") for label in students] or [
-        entry for entry in group if entry.role in _TRAINED
-    ]
-    if roles["teacher"] and roles["base"]:
-        for entry in trained:
-            rows, problems = gap(roles["base"], entry, roles["teacher"])
+    named_teacher = find(group, teacher, "--teacher") if teacher else _of_role(group, "teacher")
+    if named_base and named_teacher:
+        for entry in _trained(group, students, named_base, named_teacher, named=bool(teacher or base)):
+            rows, problems = gap(named_base, entry, named_teacher)
             result["gaps"].append({"model": entry.label, "rows": rows})
             result["notes"] += [f"no closed gap: {problem}" for problem in problems]
-    elif teacher or base or students:
+    elif teacher or students:
         raise UserError(
             "compare",
-            expected="--teacher, --base and --student together",
-            got="only some",
-            fix="Name all three.",
+            expected="--teacher and --base, the two ends of the gap",
+            got="no base" if named_teacher else "no teacher",
+            fix="Name it with --base." if named_teacher else "Name it with --teacher.",
         )
     result["notes"] = list(dict.fromkeys(result["notes"]))
     return result
+
+
+def _of_role(group: Sequence[Entry], role: str) -> Entry | None:
+    return next((entry for entry in group if entry.role == role), None)
+
+
+def _trained(
+    group: Sequence[Entry], students: Sequence[str], base: Entry, teacher: Entry, *, named: bool
+) -> list[Entry]:
+    """The students: those named, else those of a recipe, else (roles given by hand) all but base and teacher."""
+    if students:
+        return [find(group, label, "--student") for label in students]
+    by_role = [entry for entry in group if entry.role in _TRAINED]
+    return by_role or [entry for entry in group if named and entry is not base and entry is not teacher]
 
 
 def within(run: Run) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
     except UserError as error:
         yield Check("bad", "data directory", str(error))
         return
-    if directory is None:
+    if directory is None and _beside_their_files(specs):
+        yield from _files(specs, Path())
+    elif directory is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         text = "none given (--data-dir, DSKD_DATA): data comes from the hub"
         yield Check(
@@ -92,6 +94,12 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
                 yield Check("ok", "nltk punkt_tab", "found")
             except UserError as error:
                 yield Check("bad", "nltk punkt_tab", f"{error.got}. {error.fix}")
+
+
+def _beside_their_files(specs: Sequence[TaskSpec]) -> bool:
+    """Tasks of the user's own, with rows that are there: nothing comes from the hub."""
+    sources = [source for spec in specs for listed in spec.data.values() for source in listed]
+    return bool(sources) and all(Path(source.file).is_absolute() for source in sources)
 
 
 def _files(specs: Sequence[TaskSpec], directory: Path) -> Iterator[Check]:
@@ -132,14 +140,16 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
 
     directory = data.data_directory(data_dir)
     for spec in specs:
-        if spec.scorer == "ifeval":
-            yield Check("ok", f"oracle {spec.name}", "has no reference answers")
-            continue
         for chat in (False, True):
             plan = catalog.plan(spec, chat=chat)
+            if not runner.has_reference(plan):
+                why = "is scored by lm-eval itself" if spec.native else "has no reference answers"
+                yield Check("ok", f"oracle {spec.name}", f"{why}, {plan.style} style")
+                continue
             try:
                 box = sandbox.choose() if spec.executes_code else None
                 rows = runner.load_data(spec, directory)
+                runner.check_task(plan, rows)
                 result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))

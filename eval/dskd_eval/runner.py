@@ -126,11 +126,27 @@ def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
         )
     if not plan.spec.native:
         config["doc_to_text"] = _function(plan.config["doc_to_text"])
-        config["doc_to_target"] = _function(plan.config.get("shot_target") or _answer_template(plan))
+        config["doc_to_target"] = _function(_shot_target(plan))
         config["output_type"] = "generate_until"
         config["unsafe_code"] = plan.spec.executes_code
         config["repeats"] = len(plan.seeds)
     return config
+
+
+def _shot_target(plan: Plan) -> Any:
+    """What stands as the answer of a shot."""
+    if "shot_target" in plan.config:
+        return plan.config["shot_target"]
+    if "doc_to_target" in plan.config:
+        return _answer_template(plan)
+    if plan.shots:
+        raise UserError(
+            f"task {plan.spec.name}",
+            expected="answers for its shots",
+            got="neither `reference` nor `shot_target`",
+            fix="Add one of them to the task file, or `shots: 0`.",
+        )
+    return lambda row: ""
 
 
 def _function(template: Any) -> Callable[[Row], str]:
@@ -139,6 +155,12 @@ def _function(template: Any) -> Callable[[Row], str]:
 
 def _answer_template(plan: Plan) -> Callable[[Row], str]:
     return lambda row: catalog.references(plan.config["doc_to_target"], row)[0]
+
+
+def has_reference(plan: Plan) -> bool:
+    """Whether the rows hold answers that must score 100."""
+    known = "reference_answer" in plan.config or "doc_to_target" in plan.config
+    return known and not plan.spec.native and plan.spec.scorer != "ifeval"
 
 
 def reference_answer(plan: Plan, row: Row) -> str:
@@ -195,7 +217,7 @@ def check_task(plan: Plan, rows: TaskData) -> None:
     for number, row in enumerate(documents, 1):
         try:
             catalog.render(plan.config["doc_to_text"], row)
-            catalog.references(plan.config["doc_to_target"], row)
+            catalog.references(plan.config.get("doc_to_target"), row)
             catalog.code_parts(plan.spec, row)
             scorers.check_row(plan.spec, row)
         except UserError as error:
@@ -302,7 +324,7 @@ def _scoring(plan: Plan, scorer: scorers.Scorer, details: dict[int, list[dict[st
     def score_all(responses: Any, rows: Any) -> list[list[scorers.Scored]]:
         grouped = [(row, list(texts)) for texts, row in zip(responses, rows, strict=True)]
         answers = [
-            scorers.Answer(row, text, catalog.references(plan.config["doc_to_target"], row), plan.style)
+            scorers.Answer(row, text, catalog.references(plan.config.get("doc_to_target"), row), plan.style)
             for row, texts in grouped
             for text in texts
         ]
@@ -340,7 +362,7 @@ def _own_samples(
         traced = [infos.get((place_of[row["doc_id"]], repeat)) for repeat in range(len(scored))]
         sample = _sample(row, plan, messages)
         sample |= {
-            "references": catalog.references(plan.config["doc_to_target"], row["doc"]),
+            "references": catalog.references(plan.config.get("doc_to_target"), row["doc"]),
             "answers": list(row["resps"][0]),
             "metrics": {name: _plain(row[name]) for name in plan.metrics},
             "details": [item.details for item in scored],
@@ -497,7 +519,7 @@ def _quiet() -> Iterator[None]:
 
 def _extracted(plan: Plan, row: Row, reference: str) -> str:
     """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
-    accepted = catalog.references(plan.config["doc_to_target"], row)
+    accepted = catalog.references(plan.config.get("doc_to_target"), row)
     answer = scorers.Answer(row, reference, accepted, plan.style)
     if plan.spec.executes_code:
         parts = catalog.code_parts(plan.spec, row)
@@ -525,7 +547,7 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
             gen_prefix=task.doc_to_prefix(row),
         )
     text = prompt[0] if isinstance(prompt, list) else str(prompt)
-    known = not plan.spec.native and plan.spec.scorer != "ifeval"
+    known = has_reference(plan)
     reference = reference_answer(plan, row) if known else ""
     special = plan.style != "chat"
     return {

@@ -175,6 +175,19 @@ def score_contains(answer: Answer) -> Scored:
 # --- numbers and mathematics ----------------------------------------------------------------------
 
 _NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
+# Between three digits and three: LaTeX's spaces and protected commas, the spaces and apostrophes of typography.
+_LATEX_GROUP = r"\{?,\}?\\!|\{\\?[,:; ]\}|\\[,:;> ]|\{?~\}?|\\thinspace\s?"
+_GROUP = rf"(?:{_LATEX_GROUP}|[\u00a0\u2002-\u200a\u202f'\u2019\u066c])"
+_GROUPED = re.compile(rf"(?:(?<![\d.])\d{{1,3}}|(?<=\d)\.\d{{3}})(?:{_GROUP}\d{{3}})+(?!\d)")
+# Hyphens, the figure and the en dash, the minus sign and its small and wide forms; LaTeX's minus without space.
+_MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]|\\{-\\}")
+_CURRENCY = re.compile(r"\\\$|[€£¥₹]")
+
+
+def _plain_numbers(text: str) -> str:
+    """The text with its numbers as a program writes them: '-' for a minus, nothing between groups of digits."""
+    text = _CURRENCY.sub("$", _MINUS.sub("-", text))
+    return _GROUPED.sub(lambda found: re.sub(_GROUP, "", found[0]), text)
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -185,14 +198,14 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text; '1,200' is one number, '5-3' ends with 3."""
-    found = re.findall(_NUMBER, text)
+    r"""The last number of a text; '1,200' and '1{,}200' are one number, '5-3' ends with 3."""
+    found = re.findall(_NUMBER, _plain_numbers(text))
     return _decimal(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Decimal | None:
     """The number after the first '####' (the format of GSM8K's own solutions)."""
-    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", text)
+    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", _plain_numbers(text))
     return _decimal(found.group(1).replace(" ", "")) if found else None
 
 

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def generated():
-    """generated(recipe, name, **changes) -> the recipe that the command wrote, as the user would run it."""
+    """generated(recipe, name, *options, **changes) -> the recipe that the command wrote, as the user would run it."""
 
-    def generate(recipe, name, **changes):
+    def generate(recipe, name, *more, **changes):
         folder = Path(recipe["output_dir"]).parent
         file, new = folder / f"{name}.yaml", folder / f"{name}-next.yaml"
         file.write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / name), **changes}))
-        options = ["--max-new-tokens", "24", "--keep-unfinished", "--write-recipe", str(new)]
+        options = ["--max-new-tokens", "24", "--keep-unfinished", "--write-recipe", str(new), *more]
         command = [str(Path(sys.executable).parent / "dskd"), "generate", str(file), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -32,9 +32,9 @@ def generated():
 
 def test_the_written_recipe_trains(generated, recipe, tiny, run_axolotl):
     """Instructions become conversations; the recipe is plain Axolotl."""
-    new = generated(
-        recipe, "plain", datasets=[{"path": tiny["data"], "ds_type": "json", "type": "alpaca"}], max_steps=2
-    )
+    datasets = [{"path": tiny["data"], "ds_type": "json", "type": "alpaca"}]
+    options = ["--plain-recipe", "--recipe-rows", "generated"]
+    new = generated(recipe, "plain", *options, datasets=datasets, max_steps=2)
     run = run_axolotl(new)
     assert run.code == 0, run.output[-4000:]
     losses = [entry["loss"] for entry in run.log if "loss" in entry]
@@ -44,9 +44,30 @@ def test_the_written_recipe_trains(generated, recipe, tiny, run_axolotl):
 
 def test_distillation_on_the_teachers_answers(generated, recipe, train):
     """The generated rows in the recipe that has the `dskd:` block: only the answers are trained on."""
-    new = generated(recipe, "both")
+    new = generated(recipe, "both", "--recipe-rows", "generated")
     run = train("trained", datasets=new["datasets"], max_steps=2, save_steps=2)
     assert all(math.isfinite(entry["dskd/kd"]) for entry in run.log if "loss" in entry)
     rows = [json.loads(line) for line in Path(new["datasets"][0]["path"]).read_text(encoding="utf-8").splitlines()]
     assert any(len(row["messages"]) > 2 for row in rows)
     assert f"{len(rows)} rows" in run.output
+
+
+def test_few_gold_answers_and_many_prompts(generated, recipe, tiny, run_axolotl, tmp_path):
+    """Gold rows and prompts without answers in one recipe: what the command writes trains with its `dskd:` block."""
+    rows = [json.loads(line) for line in Path(tiny["data"]).read_text(encoding="utf-8").splitlines()]
+    gold = [{"messages": row["messages"][:2]} for row in rows[:8]]
+    prompts = [{"messages": row["messages"][:1]} for row in rows[8:32]]
+    entries = []
+    for name, part in {"gold": gold, "prompts": prompts}.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        entries.append({"path": str(file), "ds_type": "json", "type": "chat_template"})
+    new = generated(recipe, "few", "--ask", "unanswered", datasets=entries, max_steps=2, save_steps=2)
+    made = Path(new["datasets"][1]["path"])
+    assert [entry["path"] for entry in new["datasets"]] == [entries[0]["path"], str(made)]
+    written = made.read_text(encoding="utf-8").count("\n")
+    assert 20 < written <= 24
+    run = run_axolotl(new)
+    assert run.code == 0, run.output[-4000:]
+    assert all(math.isfinite(entry["dskd/kd"]) for entry in run.log if "loss" in entry)
+    assert f"{len(gold) + written} rows" in run.output

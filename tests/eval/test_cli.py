@@ -205,6 +205,29 @@ def test_doctor_names_what_is_missing(invoke: Invoke, data_dir: Path, tmp_path: 
     assert solved.exit_code == 0 and solved.output.count("100.0 on 3 documents") == 4
 
 
+def test_doctor_checks_a_task_file(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the given task, its own rows, no benchmark data: reference answers that do not score 100 are named."""
+    monkeypatch.delenv("DSKD_DATA", raising=False)
+
+    def task(answers: list[str], **more: object) -> Path:
+        rows = [{"q": f"question {n}", "a": answer} for n, answer in enumerate(answers)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        keys = {"task": "mine", "data": "rows.jsonl", "prompt": "{{q}}", "reference": "a", "scorer": "number"}
+        (tmp_path / "mine.yaml").write_text(json.dumps({k: v for k, v in {**keys, **more}.items() if v is not None}))
+        return tmp_path / "mine.yaml"
+
+    right = invoke("doctor", "--oracle", "--task-file", task(["4", "9{,}500", "\u22125"]))
+    assert right.exit_code == 0, right.output
+    assert right.output.count("100.0 on 3 documents") == 2 and "gsm8k" not in right.output
+    wrong = invoke("doctor", "--oracle", "--task-file", task(["4", "none", "5"]))
+    assert wrong.exit_code == 1 and "wrong: [1]" in wrong.output
+    broken = invoke("doctor", "--oracle", "--task-file", task(["4"], reference="b"))
+    assert broken.exit_code == 1 and "row 1, field 'b'" in " ".join(broken.output.split())
+    tests = task(["4"], reference=None, scorer="python", code={"tests": "assert f() == {{a}}"})
+    bare = invoke("doctor", "--oracle", "--task-file", tests)
+    assert "oracle mine" in bare.output and bare.output.count("has no reference answers") == 2
+
+
 def test_refuses_code_tasks_without_a_sandbox(
     invoke: Invoke, tiny_model: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,10 +132,38 @@ def test_gap_closed_between_base_and_teacher(tmp_path: Path, invoke: Callable[..
     options = ["--teacher", "t", "--base", "b", "--student", "s"]
     assert json.loads(invoke("compare", plain, *options, "--json").output)["gaps"] == found["gaps"]
     assert "Gap closed by s" in invoke("compare", plain, *options).output
-    for option in ("--teacher", "--base", "--student"):
+    for option in ("--teacher", "--student"):
         alone = invoke("compare", plain, option, "t")
-        assert alone.exit_code == 1 and "--teacher, --base and --student together" in alone.output
+        assert alone.exit_code == 1 and "--teacher and --base, the two ends of the gap" in alone.output
     assert "expected  one of t, b, s" in invoke("compare", plain, "--baseline", "x").output
+
+
+def test_the_base_is_compared_with(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    """--base alone: every difference is to it; with a teacher, every other model's closed gap."""
+    models = {"t": values(0, 0.9), "sft": values(1, 0.5), "b": values(2, 0.3), "s": values(3, 0.6)}
+    run = write_run(tmp_path / "plain", models)
+    mean = {name: 100 * float(np.mean(column)) for name, column in models.items()}
+
+    def found(*options: str) -> tuple[dict[str, Any], dict[tuple[str, str], float], dict[str, float]]:
+        got = json.loads(invoke("compare", run, *options, "--json").output)
+        pairs = {(pair["model"], pair["against"]): pair["rows"][0]["difference"] for pair in got["pairs"]}
+        return got, pairs, {gap["model"]: gap["rows"][0]["closed"] for gap in got["gaps"]}
+
+    got, pairs, gaps = found("--base", "b")
+    assert got["baseline"] == "b" and gaps == {}
+    assert pairs == pytest.approx({(name, "b"): mean[name] - mean["b"] for name in ("t", "sft", "s")})
+    _, pairs, gaps = found("--base", "b", "--teacher", "t")
+    assert gaps == pytest.approx(
+        {name: 100 * (mean[name] - mean["b"]) / (mean["t"] - mean["b"]) for name in ("sft", "s")}
+    )
+    _, _, gaps = found("--base", "b", "--teacher", "t", "--student", "s")
+    assert set(gaps) == {"s"}
+    got, pairs, gaps = found("--base", "b", "--baseline", "sft", "--teacher", "t")
+    assert got["baseline"] == "sft" and set(gaps) == {"sft", "s"}
+    expected = {(name, "sft"): mean[name] - mean["sft"] for name in ("t", "s")}
+    assert pairs == pytest.approx(expected | {("sft", "b"): mean["sft"] - mean["b"]})
+    shown = invoke("compare", run, "--base", "b", "--baseline", "sft").output
+    assert "sft against b" in shown and "s against sft" in shown
 
 
 def test_lower_is_better_and_numbers_that_are_no_percentages(tmp_path: Path) -> None:

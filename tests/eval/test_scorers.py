@@ -55,6 +55,48 @@ def test_last_number(text: str, number: str | None) -> None:
     assert scorers.last_number(text) == (None if number is None else Decimal(number))
 
 
+def typeset(value: Decimal, separator: str, minus: str, currency: str = "") -> str:
+    """A number with groups of three, written digit by digit from the right."""
+    whole, _, part = f"{abs(value):f}".partition(".")
+    written = ""
+    for place, digit in enumerate(reversed(whole)):
+        written = digit + (separator if place and place % 3 == 0 else "") + written
+    return (minus if value < 0 else "") + currency + written + (f".{part}" if part else "")
+
+
+SEPARATORS = [
+    "", ",", "{,}", ",\\!", "{,}\\!", "\\,", "{\\,}", "\\;", "\\:", "\\ ", "~", "\\thinspace ", "'", "\u2019",
+    "\u00a0", "\u202f", "\u2009", "\u2007", "\u2006",
+]  # fmt: skip
+MINUSES = ["-", "\u2212", "\u2013", "\u2012", "\u2011", "\ufe63", "\uff0d", "{-}"]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+@pytest.mark.parametrize("minus", MINUSES)
+def test_numbers_as_latex_and_typography_write_them(separator: str, minus: str) -> None:
+    numbers = ["9500", "-5", "12400", "-10080", "1234567.25", "-0.5", "999", "1000", "-1000000000"]
+    for number in map(Decimal, numbers):
+        for currency in ("", "$", "\\$", "€"):
+            text = typeset(number, separator, minus, currency)
+            assert scorers.last_number(f"There are 3 of 7, so x = {text}.") == number, text
+            assert scorers.last_number(f"It is ${text}$") == number, text
+            assert scorers.marked_number(f"so\n#### {text}") == number, text
+            found = scorers.score_number(answer(f"The answer is {number}", f"... #### {text}")).metrics
+            assert found["flexible"] == 1.0, text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("pages 3\u20135", "5"), ("1990\u20131995", "1995"), ("9 \u2212 5 = 4", "4"), ("2024\u00a0400", "400"),
+        ("3\u00a050", "50"), ("1\u00a02345", "2345"), ("0.5\u202f123", "123"), ("3.141\\,592", "3.141592"),
+        ("5\u221212", "12"), ("(3\\,400)", "3400"), ("3, 400", "400"), ("rooms 12 400", "400"),
+    ],
+)  # fmt: skip
+def test_what_is_no_group_of_digits(text: str, number: str) -> None:
+    assert scorers.last_number(text) == Decimal(number)
+
+
 @pytest.mark.parametrize(
     ("text", "flexible", "strict"),
     [

@@ -258,6 +258,30 @@ def test_own_code_task(own_task: Callable[..., Path]) -> None:
     assert many.score["answers"]["count"] == 12
 
 
+CODE = {"tests": "assert {{name}}(1) == 2", "entry_point": "{{name}}"}
+
+
+def test_own_code_task_without_reference_solutions(own_task: Callable[..., Path]) -> None:
+    """Tests alone judge a program."""
+    rows = [{"question": f"Write add{n}", "name": f"add{n}"} for n in range(3)]
+    path = own_task(rows, reference=None, scorer="python", code=CODE)
+    spec = catalog.load_task(path)
+    runner.check_task(catalog.plan(spec, chat=False), runner.load_data(spec, None))
+    result = oracle(spec, constant="def add1(a):\n    return a + 1\n")
+    assert [sample["metrics"]["pass@1"] for sample in result.samples] == [0.0, 1.0, 0.0]
+    assert all(sample["references"] == [] for sample in result.samples)
+
+
+def test_shots_of_a_code_task_need_answers(own_task: Callable[..., Path]) -> None:
+    rows = [{"question": "Write f", "name": "f"}]
+    path = own_task(
+        rows, reference=None, scorer="python", code=CODE, shots=1, data={"test": "rows.jsonl", "shots": "rows.jsonl"}
+    )
+    spec = catalog.load_task(path)
+    with pytest.raises(UserError, match=r"expected answers for its shots; got neither `reference` nor `shot_target`"):
+        runner.check_task(catalog.plan(spec, chat=False), runner.load_data(spec, None))
+
+
 def test_lm_eval_task_file_with_its_own_metrics(own_task: Callable[..., Path]) -> None:
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
     path = own_task(

@@ -1,10 +1,12 @@
 """`dskd generate`: which prompts the teacher gets, what it answers, and that a kill at any point changes nothing."""
 
+import functools
 import hashlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -120,12 +122,13 @@ def test_whole_run(written, tiny):
         *before, last = row["messages"]
         assert last["role"] == "assistant" and last["content"].strip()
         assert last["training"] is True and not any(message["training"] for message in before)
-    new = yaml.safe_load(Path("next.yaml").read_text())
-    assert new["datasets"] == [
-        {"path": "out-generated.jsonl", "type": "chat_template", "message_field_training": "training"}
-    ]
-    assert "dskd" not in new and "plugins" not in new and new["output_dir"] == "out-seqkd"
-    assert new["base_model"] == tiny["student"]
+    old, new = (yaml.safe_load(Path(name).read_text()) for name in ("recipe.yaml", "next.yaml"))
+    made = {"path": "out-generated.jsonl", "type": "chat_template", "message_field_training": "training"}
+    assert new["datasets"] == [*old["datasets"], made]
+    assert new["output_dir"] == "out-distilled" and new["dataset_prepared_path"] != old.get("dataset_prepared_path")
+    changed = {"datasets", "output_dir", "dataset_prepared_path"}
+    assert {k: v for k, v in new.items() if k not in changed} == {k: v for k, v in old.items() if k not in changed}
+    assert f"The recipe trains on: {tiny['data']}, out-generated.jsonl" in output
 
 
 def reference_prompts(teacher, source):
@@ -243,6 +246,87 @@ def test_sampled_answers_follow_a_loop_over_floats(written, teacher, tiny):
     assert answers == [answer for answer in expected if answer]
 
 
+class Steps:
+    """A model that is watched: how many rows it reads in each step."""
+
+    def __init__(self, model):
+        self.rows, forward = [], model.forward
+
+        @functools.wraps(forward)
+        def counted(*arguments, **named):
+            self.rows.append(len(named["input_ids"]))
+            return forward(*arguments, **named)
+
+        model.forward = counted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [5, 20])
+def test_a_finished_answer_leaves_its_batch(size, temperature, teacher):
+    """Answers as one by one; no step reads more rows than are unfinished, but for those that wait to leave together."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dskd_plugin.cli.answers import Sampling, Writer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    steps = Steps(model)
+    ends = [tokenizer.eos_token_id]
+    sampling = Sampling(40, temperature, 1.0, 0, 1)
+    writer = Writer(model, tokenizer, vocab_size=len(tokenizer), ends=ends, prefix="", sampling=sampling)
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(2, 12, (size,), generator=generator).tolist()
+    prompts = [torch.randint(3, len(tokenizer), (length,), generator=generator).tolist() for length in lengths]
+    alone = [writer.answer([row], [prompt])[0] for row, prompt in enumerate(prompts)]
+    steps.rows.clear()
+    heard = []
+    together = writer.answer(range(size), prompts, lambda tokens, ended: heard.append((tokens, ended)))
+    assert together == alone
+    tokens = [answer.tokens for answer in alone]
+    assert len(set(tokens)) > 3 and max(tokens) == len(steps.rows)
+    for step, rows in enumerate(steps.rows):
+        unfinished = sum(count > step for count in tokens)
+        assert unfinished <= rows <= unfinished + max(0, rows // 8 - 1), step
+    assert sum(count for count, _ in heard) == sum(tokens)
+    assert sum(ended for _, ended in heard) == size
+    assert len(heard) >= max(tokens)  # told after every step, not after the batch
+
+
+def test_the_time_left_is_right_for_answers_of_one_length(monkeypatch):
+    """Ten answers of 50 tokens, two at a time, 4 tokens a second: 125 s in all."""
+    from dskd_plugin.cli import progress
+    from dskd_plugin.cli.answers import Answer
+
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    earlier = [Answer(row, "a", 50, True) for row in range(2)]
+    for done in ([], earlier):
+        clock[0] = 0.0
+        with progress.Progress(10, done, 80) as bar:
+            for step in range(1, 201):
+                clock[0] += 0.5
+                bar.told(2, 2 if step % 50 == 0 else 0)
+                answers = len(done) + 2 * (step // 50)
+                assert answers or bar.tokens_left == 80 * 10 - 2 * step
+                if step % 50 == 0:
+                    assert bar.tokens_left == 50 * (10 - answers)
+                    assert f"4.0 tokens/s, {progress.tqdm.format_interval(12.5 * (10 - answers))} left" in str(bar.bar)
+                    break
+
+
+def test_the_bar_moves_within_a_batch(written, monkeypatch):
+    """One batch only: a log file already has speed and time left before any answer has ended."""
+    from dskd_plugin.cli import progress
+
+    monkeypatch.setattr(progress, "_PAUSE", {True: 0.0, False: 0.0})
+    output = run(written(), "--max-new-tokens", 30, "--batch-size", 48, "--keep-unfinished")
+    bars = re.findall(r"\| (\d+)/48 answers \[[\d:]+, ([\d.]+) tokens/s, (at most )?([\d:]+) left\]", output)
+    assert len(bars) >= 30
+    counts = [int(count) for count, *_ in bars]
+    assert counts == sorted(counts) and len(set(counts)) > 5
+    assert [bool(most) for count, _, most, _ in bars] == [count == 0 for count in counts]
+
+
 def test_draws_follow_the_probabilities():
     from dskd_plugin.cli.answers import Sampling, _Draw
 
@@ -275,11 +359,11 @@ def stop_after(monkeypatch, count):
 
     original, calls = Writer.answer, []
 
-    def answer(self, rows, prompts):
+    def answer(self, rows, prompts, *told):
         if len(calls) == count:
             raise KeyboardInterrupt
         calls.append(rows)
-        return original(self, rows, prompts)
+        return original(self, rows, prompts, *told)
 
     monkeypatch.setattr(Writer, "answer", answer)
     return lambda: monkeypatch.setattr(Writer, "answer", original)
@@ -320,9 +404,7 @@ def test_a_resumed_run_answers_only_what_is_missing(written, monkeypatch):
     run(*options, code=1)
     resume()
     calls, original = [], Writer.answer
-    monkeypatch.setattr(
-        Writer, "answer", lambda self, rows, prompts: calls.append(rows) or original(self, rows, prompts)
-    )
+    monkeypatch.setattr(Writer, "answer", lambda self, rows, *more: calls.append(rows) or original(self, rows, *more))
     run(*options)
     assert len(calls) == 12 - 9
 
@@ -567,6 +649,34 @@ def test_tool_calls_are_written_as_text_and_read_back_by_axolotl(written, teache
     assert prompts("out-generated.jsonl") == prompts("data.jsonl")
 
 
+def test_fields_that_only_the_students_template_reads_are_written(written):
+    """The teacher's template knows role and content; tool_call_id, name and a field of the user's own stay."""
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    tool = {"role": "tool", "content": "on", "tool_call_id": "call-7", "name": "lamp"}
+    question = {"role": "user", "content": ASK, "source": {"page": 3}, "mark": True}
+    told = {"role": "assistant", "content": TOLD, "mark": False}
+    rows = [{"messages": [question, told, tool, told]}, {"messages": chat(AGAIN, TOLD)}]
+    bare = [{"messages": [{k: m[k] for k in ("role", "content")} for m in row["messages"]]} for row in rows]
+    options = {"message_field_training": "mark"}
+
+    def prompts(data):
+        path = Path(written(entry(data, **options)))
+        return read_prompts(load_recipe(path, read_recipe(path)), None)["prompt_ids"]
+
+    assert prompts(data_of(rows)) == prompts(data_of(bare, "bare.jsonl"))
+    run(written(entry("data.jsonl", **options)), *SETTINGS["greedy"], "--keep-unfinished")
+    first, second = lines("out-generated.jsonl")
+    assert first["messages"][2] == {**tool, "training": False, "source": None}
+    assert first["messages"][0] == {
+        **chat(ASK)[0],
+        "source": {"page": 3},
+        **dict.fromkeys(["tool_call_id", "name"]),
+        "training": False,
+    }
+    assert second["messages"][0]["content"] == AGAIN
+
+
 # -- what is printed -----------------------------------------------------------------------------------------
 
 
@@ -598,6 +708,65 @@ def test_a_student_without_a_template_gets_one_named(written, tiny):
     changes = {**entry(data_of(rows), type="alpaca"), "base_model": str(student)}
     output = run(written(changes, drop=["chat_template"]), *SETTINGS["greedy"], "--keep-unfinished")
     assert snippet(output)["chat_template"] == "alpaca"
+
+
+GOLD = [{"messages": chat(ASK, TOLD)}, {"messages": chat(AGAIN, TOLD)}]
+PROMPTS = [{"messages": chat(f"stone {k}?")} for k in range(5)]
+
+
+@pytest.fixture
+def gold_and_prompts(written):
+    """A recipe of a few gold answers and more prompts without one, whose student has settings of its own."""
+    more = {"ds_type": "json", "type": "chat_template"}
+    gold = {"path": data_of(GOLD, "gold.jsonl"), **more, "train_on_eos": "last"}
+    return written({"datasets": [gold, {"path": data_of(PROMPTS, "prompts.jsonl"), **more}]}, {"method": "overlap_kd"})
+
+
+@pytest.mark.parametrize("ask", ["all", "unanswered"])
+def test_the_written_recipe_distils_on_gold_and_generated_rows(ask, gold_and_prompts):
+    options = ["--ask", ask, *SETTINGS["greedy"], "--keep-unfinished", "--write-recipe", "next.yaml"]
+    run(gold_and_prompts, *options)
+    asked = [row["messages"][0]["content"] for row in lines("out-generated.jsonl")]
+    questions = [row["messages"][0]["content"] for row in [*(GOLD if ask == "all" else []), *PROMPTS]]
+    assert asked == questions
+    old, new = (yaml.safe_load(Path(name).read_text()) for name in ("recipe.yaml", "next.yaml"))
+    made = {"path": "out-generated.jsonl", "type": "chat_template", "train_on_eos": "last"}
+    assert new["datasets"] == [old["datasets"][0], made]
+    assert new["dskd"] == old["dskd"] and new["plugins"] == old["plugins"]
+
+
+RECIPES = {
+    "generated rows": (["--recipe-rows", "generated"], ["out-generated.jsonl"], True, "out-distilled"),
+    "plain": (["--plain-recipe"], ["gold.jsonl", "out-generated.jsonl"], False, "out-seqkd"),
+    "a limit before the prompts": (
+        ["--limit", "2"],
+        ["gold.jsonl", "prompts.jsonl", "out-generated.jsonl"],
+        True,
+        "out-distilled",
+    ),
+    "plain, generated rows": (
+        ["--plain-recipe", "--recipe-rows", "generated"],
+        ["out-generated.jsonl"],
+        False,
+        "out-seqkd",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_what_the_written_recipe_holds(case, gold_and_prompts):
+    options, paths, distils, folder = RECIPES[case]
+    run(gold_and_prompts, *options, *SETTINGS["greedy"], "--keep-unfinished", "--write-recipe", "next.yaml")
+    new = yaml.safe_load(Path("next.yaml").read_text())
+    assert [one["path"] for one in new["datasets"]] == paths
+    assert ("dskd" in new) == ("plugins" in new) == distils
+    assert new["output_dir"] == folder
+
+
+def test_the_limit_counts_the_rows_that_are_asked(gold_and_prompts):
+    run(gold_and_prompts, "--ask", "unanswered", "--limit", 3, *SETTINGS["greedy"], "--keep-unfinished")
+    asked = [row["messages"][0]["content"] for row in lines("out-generated.jsonl")]
+    assert asked == [row["messages"][0]["content"] for row in PROMPTS[:3]]
 
 
 @pytest.mark.parametrize("method", ["sft", "kd", "dskd"])
@@ -702,6 +871,10 @@ REFUSED = {
         with_options("--max-new-tokens", "511", "--skip-long"),
         ["--skip-long: expected some prompt", "Lower --max-new-tokens"],
     ),
+    "all answered": (
+        with_options("--ask", "unanswered"),
+        ["--ask unanswered: expected rows without an answer, got one in each of 48 rows", "Add a dataset of prompts"],
+    ),
     "below a file": (below_a_file, ["file/data.jsonl: expected a folder to write to, got a file"]),
     "recipe as target": (with_options("--out", "recipe.yaml"), ["expected another file than the recipe"]),
     "unknown device": (with_options("--device", "cuda:99"), ["--device: expected auto or a device", "'cuda:99'"]),
@@ -729,6 +902,9 @@ def test_bad_input_ends_with_a_message(case, written, teacher):
         ["recipe.yaml", "--seed", "1"],
         ["recipe.yaml", "--temperature", "-1"],
         ["recipe.yaml", "--max-new-tokens", "0"],
+        ["recipe.yaml", "--recipe-rows", "both"],
+        ["recipe.yaml", "--plain-recipe"],
+        ["recipe.yaml", "--ask", "none"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(options, written):
