@@ -67,7 +67,7 @@ def jobs(options: argparse.Namespace, place: runs.Place) -> list[launch.Job]:
     """One job for every run that lacks something; says which of them cannot run now, and why."""
     made = []
     for run in chosen(options):
-        if not runs.missing(run, place) and (run.setting == BASE or (place.folder(run) / "train.json").is_file()):
+        if runs.finished(run, place):
             continue
         why = runs.obstacle(run, place)
         if why is not None:

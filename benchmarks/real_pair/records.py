@@ -40,7 +40,7 @@ def record(run: Run, place: Place) -> Record | None:
         if not trained:
             return made | {"error": last_line(log)}
         facts = read_json(folder / "train.json")
-        made |= {key: facts[key] for key in ("recipe", "environment", "date")}
+        made |= {key: facts[key] for key in ("recipe", "settings", "environment", "date")}
         made["seconds"] = {key: round(value, 1) for key, value in facts["seconds"].items()}
         made["curve"] = curve(facts["log"])
         # A plugin without the setting behaves as the row says, and the recipe cannot say so.

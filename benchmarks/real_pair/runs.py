@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.real_pair import data, measures, states
-from benchmarks.real_pair.table import BASE, BATCH, SETTINGS, Run, accepted, block
+from benchmarks.real_pair.table import BASE, BATCH, SETTINGS, Run, accepted, block, resolved, same_behaviour
 from benchmarks.study import launch
 from benchmarks.study.data import Row, read
 from benchmarks.study.runs import environment, read_json, write_json
@@ -91,6 +91,12 @@ def recipe(run: Run, dskd: dict[str, Any], rows: int) -> dict[str, Any]:
     }
 
 
+def finished(run: Run, place: Place) -> bool:
+    """Whether nothing is left to do."""
+    trained = run.setting == BASE or (place.folder(run) / "train.json").is_file()
+    return trained and not missing(run, place) and not stale(run, place)
+
+
 def missing(run: Run, place: Place) -> list[str]:
     """Measures that the run lacks."""
     return [kind for kind in place.measures if not (place.folder(run) / f"{kind}.json").is_file()]
@@ -106,9 +112,18 @@ def obstacle(run: Run, place: Place) -> str | None:
     return None if file.is_file() else f"its rows {file.name} are not there, see the stage generate"
 
 
+def stale(run: Run, place: Place) -> bool:
+    """Whether a finished run was made with defaults that the installed plugin no longer has."""
+    file = place.folder(run) / "train.json"
+    dskd = None if run.setting == BASE else accepted(block(run.setting, run.data))
+    return dskd is not None and file.is_file() and not same_behaviour(read_json(file)["settings"], resolved(dskd))
+
+
 def work(run: Run, place: Place) -> None:
     """Train and measure what is missing, then free the disk; a finished part is not done again."""
     folder = place.folder(run)
+    if stale(run, place):
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not place.model(run).is_dir() or (run.setting != BASE and not (folder / "train.json").is_file()):
         train(run, place)
@@ -146,7 +161,7 @@ def train(run: Run, place: Place) -> None:
     (checkpoint,) = (folder / "model").glob("checkpoint-*")
     log = read_json(checkpoint / "trainer_state.json")["log_history"]
     shutil.rmtree(checkpoint)
-    facts = {"recipe": made, "log": log, "seconds": seconds, "environment": environment()}
+    facts = {"recipe": made, "settings": resolved(dskd), "log": log, "seconds": seconds, "environment": environment()}
     write_json(folder / "train.json", facts | {"date": date.today().isoformat()})
 
 

@@ -44,7 +44,7 @@ SETTINGS: dict[str, Setting] = {
     "dskd_exact_random": Setting("DSKD, exact, events, random start", EVENTS | {"projector": {"init": "random"}}),
     "seqkd": Setting("SeqKD", {"method": "sft"}, rows="generated"),
 }
-# What the settings above were called before they could be named: a plugin without the key behaves so anyway.
+# How a plugin behaves that does not have the setting yet.
 IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids"}
 
 DATA_SETS = ("mbpp", "gsm8k", "few")
@@ -135,6 +135,33 @@ def accepted(made: Block) -> Block | None:
     except ValueError:
         return None
     return kept
+
+
+def resolved(made: Block) -> Block:
+    """All settings of a block as the installed plugin fills them in, without the teacher."""
+    from dskd_plugin.args import parse_settings
+
+    found = parse_settings({"teacher": {"model": "teacher"}, **made}).model_dump()
+    return {key: value for key, value in found.items() if key != "teacher"}
+
+
+def same_behaviour(then: Block, now: Block) -> bool:
+    """Whether resolved settings of an earlier plugin and of this one ask for the same training.
+
+    A setting that only one of the two has does not count, except for those of `IMPLIED` where they have an effect.
+    """
+    then, now = ({**IMPLIED, **side} for side in (then, now))
+    idle = set()
+    if now["method"] != "dskd":
+        idle.add("target")
+    if now["method"] != "overlap_kd" and (now["method"], now["target"]) != ("dskd", "exact"):
+        idle.add("shared")
+    return _agree(*({key: value for key, value in side.items() if key not in idle} for side in (then, now)))
+
+
+def _agree(one: Block, other: Block) -> bool:
+    both = [(one[key], other[key]) for key in one.keys() & other.keys()]
+    return all(_agree(a, b) if isinstance(a, dict) and isinstance(b, dict) else a == b for a, b in both)
 
 
 def planned() -> list[Run]:

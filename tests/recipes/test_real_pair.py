@@ -54,6 +54,21 @@ def test_a_setting_that_the_plugin_lacks_is_left_out_only_where_nothing_else_cou
         assert made == ({key: value} if key in Settings.model_fields else {})
 
 
+def test_a_run_of_old_defaults_is_made_again_and_one_that_the_change_does_not_touch_is_kept():
+    old = {"method": "dskd", "kd_ratio": 0.5, "projector": {"init": "ideal"}}
+    new = {"method": "dskd", "kd_ratio": 0.5, "projector": {"init": "ideal", "fit_rows": 9}}
+    assert table.same_behaviour(old, new | {"target": "projected", "shared": "events"})
+    assert not table.same_behaviour(old, new | {"target": "exact", "shared": "ids"})
+    assert not table.same_behaviour(old, new | {"target": "projected", "projector": {"init": "random"}})
+    overlap = {"method": "overlap_kd", "kd_ratio": 0.5}
+    assert table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "ids"})
+    assert not table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "events"})
+    assert table.same_behaviour({"method": "sft"}, {"method": "sft", "target": "exact", "shared": "events"})
+    for name in table.SETTINGS:
+        made = table.accepted(table.block(name, "mbpp"))
+        assert made is None or table.same_behaviour(table.resolved(made), table.resolved(made))
+
+
 def test_options_choose_runs_and_words_that_are_none_are_refused(capsys):
     options = parse([*MODELS, "--settings", "base", "sft", "--data-sets", "mbpp", "--pairs", "forward", "--seeds", "2"])
     found = chosen(options)
