@@ -1,0 +1,1 @@
+"""Methods on a pair of real pretrained models with tokenizers of their own; see README.md."""

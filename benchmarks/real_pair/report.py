@@ -1,0 +1,257 @@
+"""docs/real_pair.md from the records: one section for each pair, data set, rate and length that has runs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.real_pair import records
+from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, NEWLINE
+from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, STOPS
+from benchmarks.study.records import Record
+from benchmarks.study.report import markdown
+from benchmarks.study.statistics import Difference, Floats, paired, score
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "real_pair.md"
+WINDOW = 5  # consecutive steps
+REFERENCES = ("sft", "overlap_kd_ids")
+KD_TERMS = ("dskd/t2s_kd", "dskd/kd")  # the first that a run logs
+TITLES = {
+    "mbpp": "MBPP, 374 gold rows",
+    "gsm8k": "GSM8K, 374 gold rows",
+    "few": "MBPP, 60 gold rows and the teacher's answers to the other prompts",
+}
+Key = tuple[str, str, float, int]
+
+INTRO = """# A real pair
+
+Two pretrained models, Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct, have tokenizers of their own. This page
+says what each method does to the student in its first steps: whether it does harm. `python -m benchmarks.real_pair`
+makes it ([README](../benchmarks/real_pair/README.md)); what stands here is what has run.
+
+How to read the tables:
+
+- *bits per byte*: of the gold answers of 60 held-out rows, lower is better. Gold answers favour SFT, which trains on
+  nothing else; a distillation gives half of its loss to the teacher, so a small gap to SFT is its price.
+- *to SFT*, *to overlap_kd, ids*: difference with its 95 % interval, a bootstrap over seeds and rows, paired in both.
+  With one seed the interval says nothing about other seeds.
+- *worst five steps*: the cross-entropy of the gold tokens is logged at each step, on the same rows as SFT's. Shown is
+  the largest ratio of the mean of five consecutive steps to SFT's mean of the same five, and the largest difference in
+  nats; over all seeds.
+- *bare newline*: an indented comment is put before the last statement of held-out MBPP solutions. Shown is the mean
+  probability that the next token is a newline alone. The tokenizer of SmolLM2 writes a newline and its indentation as
+  one token, so a bare newline there ends the function. Where a tokenizer never does so the cell is empty.
+- *easy*, *HumanEval*: programs that pass their tests, `dskd-eval`, greedy, with 95 % Wilson intervals over programs.
+- *lost*: answers in which Python misses the indentation of a block, of all programs of both sets.
+"""
+
+
+class Runs:
+    """The records of one file, looked up by what they are."""
+
+    def __init__(self, found: list[Record]) -> None:
+        self.sizes = {
+            made["data"]: np.array(made["gold_bytes"], dtype=float) for made in found if made["kind"] == "documents"
+        }
+        runs = [made for made in found if made["kind"] == "run"]
+        self.base = {(made["pair"], made["data"]): made for made in runs if made["setting"] == BASE}
+        self.trained = [made for made in runs if made["setting"] != BASE and "error" not in made]
+        self.failed = [made for made in runs if "error" in made]
+
+    def sections(self) -> list[Key]:
+        """(pair, data, rate, steps) that have runs, in a fixed order."""
+        found = {key_of(made) for made in self.trained}
+        order = (list(PAIRS), list(DATA_SETS))
+        return sorted(found, key=lambda key: (order[0].index(key[0]), order[1].index(key[1]), key[3], key[2]))
+
+    def of(self, key: Key, setting: str) -> list[Record]:
+        """Runs of a setting by seed."""
+        found = [made for made in self.trained if key_of(made) == key and made["setting"] == setting]
+        return sorted(found, key=lambda made: made["seed"])
+
+
+def key_of(made: Record) -> Key:
+    return made["pair"], made["data"], made["rate"], made["steps"]
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def bits(runs: Iterable[Record]) -> Floats:
+    """[seeds, documents]."""
+    return np.array([made[HELDOUT]["gold_bits"] for made in runs], dtype=float)
+
+
+def difference(runs: list[Record], others: list[Record], sizes: Floats) -> Difference | None:
+    """runs - others in bits per byte over the seeds that both have."""
+    both = {made["seed"] for made in runs if HELDOUT in made} & {made["seed"] for made in others if HELDOUT in made}
+    if not both:
+        return None
+    one, other = ([made for made in side if made["seed"] in both] for side in (runs, others))
+    return paired(bits(one), bits(other), sizes)
+
+
+def gold_ce(made: Record) -> list[float]:
+    """Cross-entropy of the gold tokens at each step, nats per token."""
+    found: list[float] = made["curve"]["dskd/ce"]
+    return found
+
+
+def worst_window(ce: list[float], reference: list[float], width: int = WINDOW) -> tuple[float, float]:
+    """(largest ratio, largest difference) of the means of `width` consecutive steps; shorter series are one window."""
+    width = min(width, len(ce))
+    kernel = np.full(width, 1 / width)
+    one, other = (np.convolve(series, kernel, mode="valid") for series in (ce, reference))
+    return float((one / other).max()), float((one - other).max())
+
+
+def worst(runs: list[Record], others: list[Record]) -> tuple[float, float] | None:
+    """The worst window of any seed that both have."""
+    base = {made["seed"]: made for made in others}
+    found = [
+        worst_window(gold_ce(made), gold_ce(base[made["seed"]]))
+        for made in runs
+        if made["seed"] in base and "dskd/ce" in made["curve"]
+    ]
+    return (max(ratio for ratio, _ in found), max(nats for _, nats in found)) if found else None
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share."""
+    z, share = 1.959964, hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return middle - half, middle + half
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def gap(found: Difference | None) -> str:
+    return "" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def passed(runs: list[Record], kind: str) -> str:
+    flags = [flag for made in runs if kind in made for flag in made[kind]["passed"]]
+    if not flags:
+        return ""
+    low, high = wilson(sum(flags), len(flags))
+    return f"{sum(flags)}/{len(flags)} = {100 * sum(flags) / len(flags):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def lost(runs: list[Record]) -> str:
+    flags = [flag for made in runs for kind in (EASY, HUMANEVAL) if kind in made for flag in made[kind]["lost"]]
+    return f"{sum(flags)}/{len(flags)}" if flags else ""
+
+
+def newline(runs: list[Record]) -> str:
+    values = [value for made in runs if NEWLINE in made for value in made[NEWLINE]["probability"]]
+    return f"{np.mean(values):.4f}" if values else ""
+
+
+def mean_bits(runs: list[Record], sizes: Floats) -> str:
+    measured = [made for made in runs if HELDOUT in made]
+    return f"{score(bits(measured), sizes):.3f}" if measured else ""
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table(found: Runs, key: Key) -> str:
+    """What each setting did to the student."""
+    sizes = found.sizes[key[1]]
+    base = [found.base[key[:2]]] if key[:2] in found.base else []
+    rows = []
+    if base:
+        rows.append(["untrained", "", mean_bits(base, sizes), "", "", "", newline(base)])
+        rows[0] += [passed(base, EASY), passed(base, HUMANEVAL), lost(base), ""]
+    sft, overlap = (found.of(key, name) for name in REFERENCES)
+    for name, setting in SETTINGS.items():
+        runs = found.of(key, name)
+        if not runs:
+            continue
+        window = None if name == "sft" or setting.rows != "gold" else worst(runs, sft)
+        rows.append(
+            [
+                setting.title,
+                " ".join(str(made["seed"]) for made in runs),
+                mean_bits(runs, sizes),
+                "" if name == "sft" else gap(difference(runs, sft, sizes)),
+                "" if name == "overlap_kd_ids" else gap(difference(runs, overlap, sizes)),
+                "" if window is None else f"{window[0]:.2f} x, {window[1]:+.3f}",
+                newline(runs),
+                passed(runs, EASY),
+                passed(runs, HUMANEVAL),
+                lost(runs),
+                f"{np.mean([made['seconds']['cpu'] for made in runs]):.0f}",
+            ]
+        )
+    head = ["setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"]
+    head += ["easy", "HumanEval", "lost", "CPU s"]
+    return markdown(head, rows)
+
+
+def terms(found: Runs, key: Key) -> str:
+    """Gold cross-entropy, KD term and agreement at chosen steps, mean over seeds."""
+    stops = [stop for stop in STOPS if stop <= key[3]] + ([key[3]] if key[3] > max(STOPS) else [])
+    rows = []
+    for name, setting in SETTINGS.items():
+        runs = found.of(key, name)
+        if not runs:
+            continue
+        logged = runs[0]["curve"]
+        kd = next((term for term in KD_TERMS if term in logged), "")
+        cells = []
+        for term in ("dskd/ce", kd, "dskd/t2s_agreement"):
+            at = [[made["curve"][term][stop - 1] for made in runs] for stop in stops if term in logged]
+            cells.append(" ".join(f"{np.mean(values):.2f}" for values in at))
+        rows.append([setting.title, *cells])
+    names = ", ".join(str(stop) for stop in stops)
+    return markdown([f"steps {names}", "gold CE, nats", "KD term, nats", "agreement"], rows)
+
+
+def facts(found: Runs) -> str:
+    """Command, device, date, versions and cost."""
+    environments = [made["environment"] for made in found.trained]
+    versions = sorted({f"{name} {number}" for made in environments for name, number in made["packages"].items()})
+    devices = sorted({made["device"] for made in environments})
+    commits = sorted({made["commit"][:7] + ("+changes" if "+" in made["commit"] else "") for made in environments})
+    dates = sorted({made["date"] for made in found.trained})
+    hours = sum(made["seconds"]["cpu"] for made in found.trained) / 3600
+    return (
+        "Command: `python -m benchmarks.real_pair --teacher QWEN --student SMOLLM2 --data DATA`. "
+        f"{len(found.trained)} runs, {hours:.1f} CPU hours of training; {', '.join(devices)}; {', '.join(dates)}; "
+        f"{', '.join(versions)}; commits {', '.join(commits)}."
+    )
+
+
+def page(found: Runs) -> str:
+    parts = [INTRO]
+    if found.trained:
+        parts.append(facts(found))
+    for key in found.sections():
+        pair, data, rate, steps = key
+        parts.append(f"## {TITLES[data]}, {steps} steps, rate {rate:g}, {PAIRS[pair]}")
+        parts += [table(found, key), terms(found, key)]
+        implied = [made for name in SETTINGS for made in found.of(key, name) if made["implied"]]
+        if implied:
+            names = sorted({SETTINGS[made["setting"]].title for made in implied})
+            parts.append(f"Run by a plugin that had no other way to behave: {'; '.join(names)}.")
+    lacking = [
+        f"- {TITLES[data]}, {steps} steps, rate {rate:g}, {PAIRS[pair]}: {', '.join(names)}"
+        for pair, data, rate, steps in found.sections()
+        if (names := [s.title for n, s in SETTINGS.items() if not found.of((pair, data, rate, steps), n)])
+    ]
+    parts += ["## What has not run", "Every pair, data set, rate and length without a section above, and:"]
+    parts += ["\n".join(lacking) or "nothing else."]
+    if found.failed:
+        lines = [f"- {made['pair']}, {made['data']}, {made['setting']}: {made['error']}" for made in found.failed]
+        parts += ["## What failed", "\n".join(lines)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def write(file: Path, target: Path) -> None:
+    """The page of the records."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(Runs(records.read(file))), encoding="utf-8")

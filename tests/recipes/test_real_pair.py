@@ -1,0 +1,314 @@
+"""The benchmark on a real pair: its table, its measures, and one whole command on tiny models."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.real_pair import data, easy, measures, records, report, runs, states, table
+from benchmarks.real_pair.__main__ import chosen, main, parse
+from benchmarks.real_pair.table import BASE, Run
+from dskd_plugin.args import parse_settings
+
+ROOT = Path(__file__).parents[2]
+MODELS = ["--teacher", "t", "--student", "s", "--data", "d"]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_run_is_planned_twice_and_the_untrained_student_comes_before_its_first():
+    planned = table.planned()
+    assert len(planned) == len(set(planned)) == len({run.name for run in planned})
+    for run in planned:
+        base = Run(run.pair, run.data, BASE, 0.0, 0, 0)
+        assert planned.index(base) <= planned.index(run)
+    seeds = {(r.setting, r.rate, r.steps, r.seed) for r in planned if (r.pair, r.data) == ("turned", "gsm8k")}
+    wanted = {(s, r, n, k) for s in table.SETTINGS for r in table.RATES for n in table.STEPS for k in table.SEEDS}
+    assert wanted <= seeds
+
+
+def test_every_setting_is_a_block_that_the_plugin_takes_or_lacks_a_setting_for():
+    missing = set()
+    for name in table.SETTINGS:
+        made = table.accepted(table.block(name, "few"))
+        if made is None:
+            missing.add(name)
+            continue
+        parse_settings({"teacher": {"model": "t"}, **made})
+        assert ("kd_ratio" in made) == (made.get("method") != "sft")
+    # These need nothing that the plugin has not always had.
+    assert not missing & {"sft", "seqkd", "overlap_kd_ids", "dskd_default", "dskd_projected", "dskd_projected_random"}
+
+
+def test_a_setting_that_the_plugin_lacks_is_left_out_only_where_nothing_else_could_happen():
+    assert table.accepted({"method": "overlap_kd", "made_up": 1}) is None
+    from dskd_plugin.args import Settings
+
+    for key, value in table.IMPLIED.items():
+        made = table.accepted({key: value})
+        assert made == ({key: value} if key in Settings.model_fields else {})
+
+
+def test_a_run_of_old_defaults_is_made_again_and_one_that_the_change_does_not_touch_is_kept():
+    old = {"method": "dskd", "kd_ratio": 0.5, "projector": {"init": "ideal"}}
+    new = {"method": "dskd", "kd_ratio": 0.5, "projector": {"init": "ideal", "fit_rows": 9}}
+    assert table.same_behaviour(old, new | {"target": "projected", "shared": "events"})
+    assert not table.same_behaviour(old, new | {"target": "exact", "shared": "ids"})
+    assert not table.same_behaviour(old, new | {"target": "projected", "projector": {"init": "random"}})
+    overlap = {"method": "overlap_kd", "kd_ratio": 0.5}
+    assert table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "ids"})
+    assert not table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "events"})
+    assert table.same_behaviour({"method": "sft"}, {"method": "sft", "target": "exact", "shared": "events"})
+    for name in table.SETTINGS:
+        made = table.accepted(table.block(name, "mbpp"))
+        assert made is None or table.same_behaviour(table.resolved(made), table.resolved(made))
+
+
+def test_options_choose_runs_and_words_that_are_none_are_refused(capsys):
+    options = parse([*MODELS, "--settings", "base", "sft", "--data-sets", "mbpp", "--pairs", "forward", "--seeds", "2"])
+    found = chosen(options)
+    assert {(run.setting, run.seed) for run in found} == {("base", 0), ("sft", 2)}
+    assert {(run.rate, run.steps) for run in found if run.setting == "sft"} == {
+        (rate, steps) for rate in table.RATES for steps in table.STEPS
+    }
+    with pytest.raises(SystemExit):
+        parse([*MODELS, "rnus"])
+    assert "got rnus" in capsys.readouterr().err
+
+
+# -- measures ----------------------------------------------------------------------------------------------------------
+
+CODE = "def f(x):\n    y = x + 1\n    if y:\n        y = 2\n    return y"
+
+
+def test_the_comment_stands_before_the_last_statement_with_its_indentation():
+    head, tail = measures.commented(CODE)
+    assert head.endswith(f"        y = 2\n    {measures.COMMENT}") and tail == "\n    return y"
+    compile(head + tail, "made", "exec")
+    assert measures.commented("def f(x):\n    return x") is None
+    assert measures.commented("x = 1\ny = 2") is None
+    assert measures.commented("def f(x:") is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "lost"),
+    [
+        (f"Here:\n```python\n{CODE}\n```\nDone.", False),
+        ("```python\ndef f(x):\n    # why\nreturn x\n```", True),
+        ("def f(x):\nreturn x", True),
+        ("def f(x):\n    y = x\n    # why\nreturn y", True),
+        ("```python\ndef f(x):\n```", False),
+        ("```python\ndef f(x):\n    return (x\n", False),
+        ("```python\ndef f(x):\n    y = 1\n      return y\n```", False),
+        ("No code at all.", False),
+    ],
+)
+def test_a_lost_indentation_is_told_from_other_errors_and_from_a_cut(reply, lost):
+    assert measures.lost_indentation(reply) is lost
+
+
+def test_the_worst_window_is_that_of_the_means():
+    one, other = [1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0], [1.0] * 7
+    assert report.worst_window(one, other, 5) == pytest.approx((1.6, 0.6))
+    assert report.worst_window(one[:2], other[:2], 5) == pytest.approx((1.0, 0.0))
+
+
+def test_the_wilson_interval_of_a_share():
+    low, high = report.wilson(20, 40)
+    assert (low, high) == pytest.approx((0.3520, 0.6480), abs=1e-4)
+
+
+def _newline_tokenizer():
+    """Words, and newline with indentation as one token, as SmolLM2's has."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    newline, space = "Ċ", "Ġ"
+    vocab = {token: i for i, token in enumerate(["<pad>", *sorted(letters)])}
+    merges = []
+    for width in range(4):
+        left = newline + space * width
+        vocab[left + space] = len(vocab)
+        merges.append((left, space))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n *"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    return fast
+
+
+def test_the_bare_newline_is_the_models_own_probability_after_the_comment(build, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _newline_tokenizer()
+    folder = build.save_model(tmp_path / "model", tokenizer)
+    row = data.conversation("made", "Ask", CODE)
+    (found,) = measures.bare_newline(Path(folder), [row, data.conversation("made", "Ask", "x = 1")])
+    head, _ = measures.commented(CODE)
+    ids = tokenizer("Ask|" + head, add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1].tolist()
+    (bare,) = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\n"]
+    expected = math.exp(logits[bare]) / sum(math.exp(value) for value in logits)
+    assert found == pytest.approx(expected, rel=1e-4) and found > 0
+
+
+def test_a_tokenizer_that_goes_on_with_a_bare_newline_is_asked_nothing(build, tiny):
+    row = data.conversation("made", "Ask", CODE)
+    assert measures.bare_newline(Path(tiny["student"]), [row]) == []
+
+
+def test_the_easy_tasks_are_solved_by_their_solutions_and_by_no_other(tmp_path):
+    rows = list(easy.tasks())
+    assert len(rows) == len({row["name"] for row in rows}) == easy.EACH * len(easy.FAMILIES) == 40
+    for row in rows:
+        exec(f"{row['solution']}\n{row['tests']}", {})
+        wrong = row["solution"].split("return")[0] + "return None"
+        with pytest.raises(AssertionError):
+            exec(f"{wrong}\n{row['tests']}", {})
+    assert rows == list(easy.tasks())
+
+
+# -- teacher states ----------------------------------------------------------------------------------------------------
+
+
+class _Settings:
+    dtype, quantization, attn_implementation, adapter, revision = "float32", "none", None, None, None
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+
+def test_kept_states_are_the_teachers_and_the_decoder_is_asked_once(tiny, tmp_path, monkeypatch):
+    from dskd_plugin.teacher import Teacher
+
+    options = {"vocab_size": 460, "device": torch.device("cpu"), "attn_implementation": "sdpa"}
+    teacher = Teacher(_Settings(tiny["teacher"]), **options, packed=False, trust_remote_code=False)
+    lengths = torch.tensor([5, 9, 3])
+    ids, bins = torch.arange(17) % 400 + 3, torch.tensor([3])
+    rows = torch.tensor([0, 4, 7, 16])
+    expected = teacher.rows(ids, lengths, bins, rows)
+    monkeypatch.setattr(Teacher, "rows", Teacher.rows)
+    states.install(tmp_path / "states")
+    fresh = teacher.rows(ids, lengths, bins, rows)
+    torch.testing.assert_close(fresh, expected)
+    calls = []
+    monkeypatch.setattr(teacher, "decoder", lambda **inputs: calls.append(inputs))
+    assert torch.equal(teacher.rows(ids, lengths, bins, rows), fresh)
+    # Another batch of known samples in another order.
+    again = teacher.rows(torch.cat([ids[14:], ids[:5]]), torch.tensor([3, 5]), torch.tensor([2]), torch.tensor([2, 3]))
+    assert torch.equal(again, torch.stack([fresh[3], fresh[0]])) and not calls
+    assert len(list((tmp_path / "states").iterdir())) == 3
+
+
+# -- the whole command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A data folder with the fields of the public sets and text of the project's own."""
+    to = tmp_path_factory.mktemp("data")
+    tasks = [
+        {
+            "task_id": number,
+            "text": f"red stone {number}",
+            "code": f"def f(x):\r\n\ty = x + {number} \r\n\treturn y\r\n",
+            "test_list": [f"assert f(0) == {number}"],
+        }
+        for number in [*range(511, 571), *range(601, 975)]
+    ]
+    sums = [{"question": f"the river {k}", "answer": f"12 + {k} = <<12+{k}={12 + k}>>{12 + k}"} for k in range(374)]
+    for name, rows in (("mbpp/mbpp", tasks), ("gsm8k/train", sums), ("gsm8k/test", sums[:60])):
+        (to / name).parent.mkdir(exist_ok=True)
+        (to / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (to / "humaneval").mkdir()
+    with gzip.open(to / "humaneval" / "HumanEval.jsonl.gz", "wt") as stream:
+        stream.write("")
+    return to
+
+
+def test_rows_have_one_form_and_few_rows_are_gold_first(folder, tmp_path):
+    data.prepare(folder, tmp_path)
+    gold = data.read(tmp_path / "mbpp-gold.jsonl")
+    assert len(gold) == 374 and len(data.read(tmp_path / "mbpp-heldout.jsonl")) == 60
+    assert gold[0]["messages"][0]["content"].endswith("tests:\nassert f(0) == 601")
+    assert gold[0]["messages"][1]["content"] == "def f(x):\n    y = x + 601\n    return y"
+    assert "<<" not in (tmp_path / "gsm8k-gold.jsonl").read_text()
+    answers = [data.conversation("t", row["messages"][0]["content"], "answer") for row in gold]
+    data.write(answers, tmp_path / "generated.jsonl")
+    data.few(tmp_path / "mbpp-gold.jsonl", tmp_path / "generated.jsonl", tmp_path / "few.jsonl")
+    rows = data.read(tmp_path / "few.jsonl")
+    assert rows[:60] == gold[:60] and len(rows) == 374
+    assert {row["messages"][1]["content"] for row in rows[60:]} == {"answer"}
+    with pytest.raises(ValueError, match=r"--data: expected a folder with mbpp/ .* got .*nowhere"):
+        data.prepare(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.axolotl
+def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path, monkeypatch, capsys):
+    """prepare, two trainings of two steps through `axolotl train`, measures, records and page; then nothing is left."""
+    leading = table.Group("forward", "mbpp", ("sft", "dskd_projected"), 5e-5, 2, (1,))
+    monkeypatch.setattr(table, "GROUPS", (leading,))
+    file, page = tmp_path / "records.jsonl", tmp_path / "page.md"
+    words = ["--teacher", tiny["teacher"], "--student", tiny["student"], "--data", str(folder)]
+    words += ["--out", str(tmp_path / "out"), "--records", str(file), "--page", str(page)]
+    words += ["--measures", "heldout", "newline"]
+    assert main(["prepare", "runs", "records", "report", *words]) == 0, logs(tmp_path / "out")
+    found = {made["setting"]: made for made in records.read(file) if made["kind"] == "run"}
+    assert set(found) == {"base", "sft", "dskd_projected"}
+    sft, dskd = (found[name]["curve"] for name in ("sft", "dskd_projected"))
+    assert sft["step"] == [1.0, 2.0]
+    # The same rows and the same student: the first step's cross-entropy is one number.
+    assert sft["dskd/ce"][0] == pytest.approx(dskd["dskd/ce"][0], rel=1e-4)
+    assert "dskd/t2s_kd" in dskd and "dskd/t2s_kd" not in sft
+    bits = {name: np.sum(made["heldout"]["gold_bits"]) for name, made in found.items()}
+    assert bits["sft"] < bits["base"] and len(found["sft"]["heldout"]["gold_bits"]) == 60
+    assert list((tmp_path / "out" / "states").iterdir()) and not list((tmp_path / "out").glob("runs/*/model"))
+    assert "red stone" not in file.read_text() and str(tmp_path) not in file.read_text()
+    text = page.read_text()
+    assert "| SFT | 1 |" in text and "DSKD, projected" in text and text.count("## MBPP") == 1
+    before = (tmp_path / "out" / "runs" / found_name("sft") / "train.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["runs", *words]) == 0
+    assert (tmp_path / "out" / "runs" / found_name("sft") / "train.json").stat().st_mtime_ns == before
+    assert "runs 1/" not in capsys.readouterr().out
+
+
+def found_name(setting: str) -> str:
+    return Run("forward", "mbpp", setting, 5e-5, 2, 1).name
+
+
+def logs(out: Path) -> str:
+    return "\n".join(file.read_text()[-3000:] for file in (out / "logs").glob("*.log"))
+
+
+def test_a_run_without_its_rows_or_setting_says_what_it_lacks(tmp_path, monkeypatch):
+    place = runs.Place(tmp_path, tmp_path, 0, measures.MEASURES, False)
+    seqkd = Run("forward", "mbpp", "seqkd", 5e-5, 25, 1)
+    assert "mbpp-generated-forward.jsonl are not there, see the stage generate" in runs.obstacle(seqkd, place)
+    monkeypatch.setitem(table.SETTINGS, "new", table.Setting("new", {"made_up": True}))
+    assert "does not know" in runs.obstacle(Run("forward", "mbpp", "new", 5e-5, 25, 1), place)
+    assert runs.obstacle(Run("forward", "mbpp", BASE, 0.0, 0, 0), place) is None
+    with pytest.raises(ValueError, match=r"--teacher: expected a model folder with a config\.json, got"):
+        runs.link_models(tmp_path, tmp_path / "no", tmp_path / "no")
+
+
+COMMITTED = ROOT / "benchmarks" / "real_pair" / "records" / "real_pair.jsonl"
+
+
+@pytest.mark.skipif(not COMMITTED.is_file(), reason="no records are committed yet")
+def test_the_page_is_that_of_the_records():
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.Runs(records.read(COMMITTED)))
