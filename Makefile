@@ -1,6 +1,7 @@
 # Everything starts from a bare Python 3.11 and a fresh clone; versions are pinned in constraints.txt.
 PYTHON ?= python3.11
 TEACHER ?=
+SEED ?= 1
 OUT ?= out/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/python -m quickstart --out $(OUT) $(if $(TEACHER),--teacher $(TEACHER))
+	$(BIN)/python -m quickstart --out $(OUT) --seed $(SEED) $(if $(TEACHER),--teacher $(TEACHER))
 
 test: test-core test-plugin test-e2e
 

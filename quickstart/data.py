@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def _words(text: str) -> list[str]:
@@ -243,8 +244,10 @@ def _examples(rng: random.Random) -> Iterator[Example]:
             yield Example(kind, *make(rng))
 
 
-def generate(seed: int, *, train: int, validation: int, heldout: int, prose: int) -> dict[str, list[Example]]:
-    """The splits of one seed; all kinds are drawn in turn.
+def generate(
+    seed: int, *, train: int, validation: int, heldout: int, prose: int, prompts: int = 0
+) -> dict[str, list[Example]]:
+    """The splits of one seed; all kinds are drawn in turn. `prompts` are questions for a teacher to answer.
 
     A question is asked once only, whatever the split, and the prose (for pretraining) tells no story that a
     question of another split tells. Same seed, same rows.
@@ -252,7 +255,8 @@ def generate(seed: int, *, train: int, validation: int, heldout: int, prose: int
     stream = _examples(random.Random(seed))
     asked: set[str] = set()
     splits: dict[str, list[Example]] = {}
-    for split, size in (("heldout", heldout), ("validation", validation), ("train", train), ("prose", prose)):
+    sizes = {"heldout": heldout, "validation": validation, "train": train, "prompts": prompts, "prose": prose}
+    for split, size in sizes.items():
         rows: list[Example] = []
         while len(rows) < size:
             row = next(stream)
@@ -265,22 +269,17 @@ def generate(seed: int, *, train: int, validation: int, heldout: int, prose: int
     return splits
 
 
+def _chat(row: Example, answered: bool) -> dict[str, Any]:
+    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": row.question}]
+    if answered:
+        messages.append({"role": "assistant", "content": row.answer})
+    return {"messages": messages, "kind": row.kind}
+
+
 def write(splits: dict[str, list[Example]], folder: Path) -> None:
-    """`train`, `validation`, `heldout` as chat rows, `prose` as plain text rows, one JSON line each."""
+    """One JSON line per row: `prose` as plain text, `prompts` as chats without the answer, the others as chats."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        lines = [
-            {"text": row.prose}
-            if split == "prose"
-            else {
-                "messages": [
-                    {"role": "system", "content": INSTRUCTION},
-                    {"role": "user", "content": row.question},
-                    {"role": "assistant", "content": row.answer},
-                ],
-                "kind": row.kind,
-            }
-            for row in rows
-        ]
+        lines = [{"text": row.prose} if split == "prose" else _chat(row, split != "prompts") for row in rows]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 32
@@ -16,13 +17,16 @@ ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Score:
-    """bits_per_byte: of the gold answers, >= 0; exact_match: share of right greedy answers in [0, 1]."""
+class Answered:
+    """One question: bits of its gold answer and that answer's UTF-8 bytes, the model's greedy reply, right or not."""
 
-    bits_per_byte: float
-    exact_match: float
-    by_kind: dict[str, float]
-    replies: list[str]
+    question: str
+    gold: str
+    kind: str
+    bits: float
+    bytes: int
+    reply: str
+    right: bool
 
 
 def exact_match(reply: str, gold: str) -> bool:
@@ -30,48 +34,34 @@ def exact_match(reply: str, gold: str) -> bool:
     return reply.split() == gold.split()
 
 
-def bits_per_byte(nats: float, text: Sequence[str]) -> float:
-    """nats / (ln 2 x UTF-8 bytes of all texts), one unit for every tokenizer; ValueError without text."""
-    size = sum(len(part.encode()) for part in text)
-    if size == 0:
-        raise ValueError("held-out answers: expected some text, got none. Check the held-out file.")
-    return nats / math.log(2) / size
-
-
 def answer_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
     """Indices of the tokens that cover any character of [start, end); zero-width tokens cover none."""
     return [i for i, (first, last) in enumerate(offsets) if first < last and first < end and last > start]
 
 
-def measure(folder: str | Path, rows_file: Path, *, limit: int | None = None) -> Score:
-    """Score the model in `folder`, in its own chat template, on the conversations of a JSON-lines file."""
+def measure(folder: str | Path, rows_file: Path, *, title: str, limit: int | None = None) -> list[Answered]:
+    """Let the model in `folder` answer the conversations of a JSON-lines file, in its own chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()][:limit]
-    golds = [row["messages"][-1]["content"] for row in rows]
-    replies: list[str] = []
-    nats = 0.0
-    with torch.inference_mode():
+    answered: list[Answered] = []
+    with torch.inference_mode(), tqdm(total=len(rows), desc=title, leave=False) as bar:
         for at in range(0, len(rows), BATCH):
             batch = rows[at : at + BATCH]
-            nats += sum(_answer_nats(model, tokenizer, row["messages"]) for row in batch)
-            replies += _replies(model, tokenizer, [row["messages"][:-1] for row in batch])
-    hits = [exact_match(reply, gold) for reply, gold in zip(replies, golds, strict=True)]
-    kinds = sorted({row["kind"] for row in rows})
-    return Score(
-        bits_per_byte=bits_per_byte(nats, golds),
-        exact_match=sum(hits) / len(hits),
-        by_kind={k: _mean(h for h, row in zip(hits, rows, strict=True) if row["kind"] == k) for k in kinds},
-        replies=replies,
-    )
+            replies = _replies(model, tokenizer, [row["messages"][:-1] for row in batch])
+            for row, reply in zip(batch, replies, strict=True):
+                answered.append(_scored(row, _answer_nats(model, tokenizer, row["messages"]), reply))
+                bar.update()
+    return answered
 
 
-def _mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def _scored(row: dict[str, Any], nats: float, reply: str) -> Answered:
+    question, gold = row["messages"][-2]["content"], row["messages"][-1]["content"]
+    bits, size = nats / math.log(2), len(gold.encode())
+    return Answered(question, gold, row["kind"], bits, size, reply, exact_match(reply, gold))
 
 
 def _answer_nats(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> float:

@@ -14,6 +14,8 @@ DISTILLED = [file for file in FILES if "dskd" in yaml.safe_load(file.read_text()
 PAIRS = sorted({file.parent for file in FILES if (file.parent / "dskd.yaml").exists()})
 ENGINES = sorted((RECIPES / "deepspeed").glob("*.json"))
 ALLOWED = {"plugins", "dskd", "output_dir"}
+# What dskd.yaml is compared with on the same rows; the quickstart's sft.yaml has the gold rows alone.
+BASELINE = {"quickstart": "seqkd.yaml"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
@@ -127,7 +129,7 @@ def test_a_wrong_recipe_would_be_noticed(axolotl):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=name)
 def test_the_two_recipes_of_a_pair_differ_only_where_the_comparison_does(pair):
-    sft, dskd = read(pair / "sft.yaml"), read(pair / "dskd.yaml")
+    sft, dskd = read(pair / BASELINE.get(name(pair), "sft.yaml")), read(pair / "dskd.yaml")
     different = {key for key in {*sft, *dskd} if sft.get(key) != dskd.get(key)}
     assert different == ALLOWED
     assert dskd["plugins"] == ["dskd"]
@@ -143,6 +145,18 @@ def test_a_copied_recipe_keeps_one_checkpoint_and_says_why(file):
     assert "heckpoint" in file.read_text(encoding="utf-8")
     # It can be resumed.
     assert not recipe.get("save_only_model")
+
+
+def test_the_quickstart_gives_teacher_and_student_the_same_gold_rows():
+    """And the student's search chooses on rows that no recipe trains on."""
+    recipes = {file.stem: read(file) for file in sorted((RECIPES / "quickstart").glob("*.yaml"))}
+    gold = recipes["teacher"]["datasets"]
+    assert recipes["sft"]["datasets"] == gold
+    assert recipes["seqkd"]["datasets"][:1] == recipes["dskd"]["datasets"][:1] == gold
+    trained = {entry["path"] for recipe in recipes.values() for entry in recipe["datasets"]}
+    chosen_on = {entry["path"] for recipe in recipes.values() for entry in recipe.get("test_datasets", ())}
+    assert chosen_on == {"data/validation.jsonl"}
+    assert not trained & {"data/validation.jsonl", "data/heldout.jsonl", "data/prompts_key.jsonl"}
 
 
 def test_no_two_recipes_write_to_the_same_place():
