@@ -1,12 +1,13 @@
 """Byte spans of two tokenizations, against all pairs of all tokens."""
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.core.spans import match_spans
+from dskd_plugin.core.spans import match_spans, match_starts
 
 
 def spans(lengths):
@@ -73,3 +74,23 @@ def test_time_grows_with_the_tokens_not_with_their_product():
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="as many starts as ends on each side, got student 1 and 2"):
         match_spans([0], [1, 2], [], [])
+
+
+@given(st.data())
+def test_starts_equal_brute_force(data):
+    length = data.draw(st.integers(0, 12))
+    sides = []
+    for _ in range(2):
+        cuts = sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=length))) if length else []
+        bounds = [0, *[cut for cut in cuts if cut < length], length]
+        sides.append([*pairwise(bounds)])
+    ours, theirs = sides
+    wanted = [
+        (i, j)
+        for i, (start, end) in enumerate(ours)
+        for j, (other, stop) in enumerate(theirs)
+        if start == other and end > start and stop > other
+    ]
+    starts = [[start for start, _ in side] for side in sides]
+    ends = [[end for _, end in side] for side in sides]
+    assert match_starts(starts[0], ends[0], starts[1], ends[1]) == wanted
