@@ -153,28 +153,27 @@ class Writer:
         ids_BS, mask_BS = self._padded(prompts)
         length, cache, narrows = ids_BS.shape[1], None, self.narrows
         answers: dict[int, Answer] = {}
-        rows = list(rows)
-        order = tuple(rows)
-        while rows:
-            enough = max(1, len(rows) // _LEAVE_TOGETHER) if narrows else len(rows)
-            watch = _Leaving(len(rows), self.ends, enough, told, ids_BS.device)
-            ids_BS, cache = self._write(rows, ids_BS, mask_BS, length, cache, watch)
+        unfinished = list(rows)
+        while unfinished:
+            enough = max(1, len(unfinished) // _LEAVE_TOGETHER) if narrows else len(unfinished)
+            watch = _Leaving(len(unfinished), self.ends, enough, told, ids_BS.device)
+            ids_BS, cache = self._write(unfinished, ids_BS, mask_BS, length, cache, watch)
             cut = ids_BS.shape[1] - length == self.sampling.max_new_tokens
             if cut:
                 told(0, int((~watch.ended_B).sum()))
             gone_B = watch.ended_B | cut
-            for row, gone, ids in zip(rows, gone_B.tolist(), ids_BS[:, length:].tolist(), strict=True):
+            for row, gone, ids in zip(unfinished, gone_B.tolist(), ids_BS[:, length:].tolist(), strict=True):
                 if gone:
                     answers[row] = self._read(row, ids)
-            rows = [row for row in rows if row not in answers]
+            unfinished = [row for row in unfinished if row not in answers]
             stay = (~gone_B).nonzero()[:, 0]
             if isinstance(cache, Cache):
                 cache.reorder_cache(stay)
-            else:  # read once more, then not interrupted again
+            else:  # a cache of the model's own kind: read all once more, then without a stop
                 cache, narrows = None, False
             ids_BS = ids_BS[stay]
             mask_BS = pad(mask_BS[stay], (0, ids_BS.shape[1] - mask_BS.shape[1]), value=1)
-        return [answers[row] for row in order]
+        return [answers[row] for row in rows]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask, padded on the left."""

@@ -178,6 +178,8 @@ FAMILIES = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "phi": {"num_key_value_heads": 4},
     "qwen3": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+    "mamba": {"state_size": 4},
 }
 
 
@@ -194,7 +196,7 @@ def test_an_answer_does_not_depend_on_its_batch(family, temperature, build, tmp_
     path = build.save_model(tmp_path, tokenizer, family, **sizes)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     sampling = Sampling(14, temperature, 1.0, 0, 1)
-    ends = [tokenizer.eos_token_id]
+    ends = [tokenizer.eos_token_id, *range(200, 240)]  # some answers end early and leave the batch
     writer = Writer(model, tokenizer, vocab_size=len(tokenizer), ends=ends, prefix="", sampling=sampling)
     generator = torch.Generator().manual_seed(2)
     lengths = [3, 11, 7, 1]
@@ -202,14 +204,16 @@ def test_an_answer_does_not_depend_on_its_batch(family, temperature, build, tmp_
     alone = [writer.answer([row], [prompt])[0] for row, prompt in enumerate(prompts)]
     together = writer.answer(range(4), prompts)
     assert together == alone
-    assert len({answer.text for answer in alone}) == 4
+    assert len({answer.text for answer in alone}) > 2
+    assert len({answer.tokens for answer in alone}) > 1
     for prompt, answer in zip(prompts, alone, strict=True):
         ids = list(prompt)
         for _ in range(0 if temperature else answer.tokens):
             with torch.no_grad():
                 scores = model(torch.tensor([ids])).logits[0, -1, : len(tokenizer)]
             ids.append(int(scores.argmax()))
-        wanted = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).rstrip()
+        made = ids[len(prompt) : -1 if answer.finished else None]
+        wanted = tokenizer.decode(made, skip_special_tokens=True).rstrip()
         assert temperature or answer.text == wanted
 
 
