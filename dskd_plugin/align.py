@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dskd_plugin.core.spans import match_spans
+from dskd_plugin.core.spans import match_spans, match_starts
 from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 4  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 5  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
-Pairing = Literal["exact", "position", "warped", "all"]
+Pairing = Literal["exact", "starts", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
 Ends = tuple[int | None, int | None]  # end-of-turn ids of student and teacher, see `end_of_turn`
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
@@ -123,6 +123,7 @@ def align(
     truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
     white space); then a token pairs only where its ends are known. Any other difference leaves the segment
     without pairs.
+    pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
     pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
     pairing "all": every token of two segments of one text (in the sense of "exact").
@@ -150,7 +151,7 @@ def align(
     unmatched = len(ours)
     for one, other in _partners(ours, theirs):
         same = identity and one.ids == other.ids
-        common = _match(one, other) if not same and (chunks or pairing in ("exact", "all")) else None
+        common = _match(one, other) if not same and (chunks or pairing in ("exact", "starts", "all")) else None
         found: list[tuple[int, int]] = []
         if pairing == "position":
             found = list(zip(one.run, other.run, strict=False))
@@ -160,8 +161,10 @@ def align(
             found = list(zip(one.run, other.run, strict=True))
         elif common is None:
             continue
-        elif pairing == "exact":
-            found = [(one.run[i], other.run[j]) for i, j in match_spans(*common) if not _apart(one, other, i, j)]
+        elif pairing in ("exact", "starts"):
+            match = match_spans if pairing == "exact" else match_starts
+            matched = match(*common.offsets)
+            found = [(one.run[i], other.run[j]) for i, j in matched if not _apart(one, other, common, i, j)]
             found += _ends(one, other)
         unmatched -= 1
         if pairing == "all":
@@ -292,7 +295,8 @@ def answers(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end
 
 
 def _without(left_out: list[int], length: int) -> Sequence[int]:
-    return [k for k in range(length) if k not in set(left_out)] if left_out else range(length)
+    dropped = set(left_out)
+    return [k for k in range(length) if k not in dropped] if dropped else range(length)
 
 
 def _runs(response: Sequence[bool]) -> Iterator[range]:
@@ -472,7 +476,7 @@ def _match(one: _Segment, other: _Segment, whole: bool = False) -> "Spans | None
 
 def _spans_in(a: _Text, b: _Text, regions: "Regions") -> "Spans":
     """Where the tokens lie in the text of a, within the regions (start in a, start in b, size) that both have."""
-    starts, ends = [], []
+    starts, ends, padded = [], [], []
     for side, text in enumerate((a, b)):
         places = [(region[side], region[side] + region[2], region[0] - region[side]) for region in regions]
         first = places[0][0] if places else 0
@@ -480,32 +484,48 @@ def _spans_in(a: _Text, b: _Text, regions: "Regions") -> "Spans":
         glue = first == 1 and text.text[:1] == b" "
         at = 0
         moved: list[tuple[int, int]] = []
-        for start, end in zip(text.starts, text.ends, strict=True):
+        padded.append(-1)
+        for index, (start, end) in enumerate(zip(text.starts, text.ends, strict=True)):
             if glue and start == 0 < end:
                 start = 1
+                padded[side] = index
             while at < len(places) and places[at][1] < end:
                 at += 1
             inside = at < len(places) and places[at][0] <= start < end
             moved.append((start + places[at][2], end + places[at][2]) if inside else (0, 0))
         starts.append([start for start, _ in moved])
         ends.append([end for _, end in moved])
-    return starts[0], ends[0], starts[1], ends[1]
+    return Spans((starts[0], ends[0], starts[1], ends[1]), (padded[0], padded[1]))
 
 
 Regions = list[tuple[int, int, int]]
-# Starts and ends of the student's tokens, then of the teacher's; a token of uncertain place has an empty span.
-Spans = tuple[list[int], list[int], list[int], list[int]]
 
 
-def _apart(one: _Segment, other: _Segment, i: int, j: int) -> bool:
-    """Whether the space before the word of token i of one and of token j of the other is not at the same place."""
-    return one.spaces(i) != other.spaces(j)
+class Spans(NamedTuple):
+    """Where the tokens of two segments lie in one text.
+
+    offsets: starts and ends of the student's tokens, then of the teacher's; a token of uncertain place has an empty
+    span. padded: on each side the index of the token that spells a space before the text beside what it covers, -1
+    for none.
+    """
+
+    offsets: tuple[list[int], list[int], list[int], list[int]]
+    padded: tuple[int, int]
+
+
+def _apart(one: _Segment, other: _Segment, spans: Spans, i: int, j: int) -> bool:
+    """Whether the space before the word of token i of one and of token j of the other is not at the same place.
+
+    A padded token spells one space more than it covers: of white space alone, only that tells the two apart.
+    """
+    return one.spaces(i) != other.spaces(j) or (i == spans.padded[0]) != (j == spans.padded[1])
 
 
 def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
     """Half-open index ranges of the chunks of two segments."""
     sides = []
-    for segment, starts, ends in ((one, spans[0], spans[1]), (other, spans[2], spans[3])):
+    student_starts, student_ends, teacher_starts, teacher_ends = spans.offsets
+    for segment, starts, ends in ((one, student_starts, student_ends), (other, teacher_starts, teacher_ends)):
         known = [segment.table.bytes[token] is not None for token in segment.ids]
         sides.append([(s, e) if sure else (0, 0) for s, e, sure in zip(starts, ends, known, strict=False)])
     ours, theirs = sides
@@ -526,7 +546,7 @@ def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
             at[side] = tokens[stops[side]][1]
             stops[side] += 1
         else:
-            apart = _apart(one, other, i, first)
+            apart = _apart(one, other, spans, i, first)
             if apart or stops != [i + 1, first + 1]:
                 lead, other_lead = (
                     int(apart and k > 0 and places[k - 1] == (0, 0) and segment.literal(k - 1) == b" ")

@@ -71,7 +71,10 @@ Divergence = Annotated[
 
 
 class ProjectorSettings(_Block):
-    init: Literal["ideal", "random"] = Field("ideal", description="ideal: least squares from the two heads")
+    init: Literal["ideal", "random", "fitted"] = Field(
+        "ideal",
+        description="ideal: least squares from the two heads; fitted: that, then trained on teacher states first",
+    )
     learning_rate: float = Field(5e-4, gt=0, le=1, description="learning rate of the projector, same schedule")
     labels: Literal["hard", "soft"] = Field(
         "soft", description="what the projector learns: the teacher's most likely token, or its whole distribution"
@@ -95,13 +98,13 @@ class OnPolicySettings(_Block):
 
 
 # Settings that mean nothing to a method.
-_SPACES = ("spaces", "agreement_mask", "unmapped_argmax", "projector")
+_SPACES = ("spaces", "target", "agreement_mask", "unmapped_argmax", "projector")
 _UNUSED_BY: dict[str, tuple[str, ...]] = {
-    "sft": ("alignment", "divergence", "temperature", "kd_ratio", "chunk_ratio", "on_policy", *_SPACES),
-    "kd": ("chunk_ratio", *_SPACES),
+    "sft": ("alignment", "divergence", "temperature", "kd_ratio", "chunk_ratio", "on_policy", "shared", *_SPACES),
+    "kd": ("chunk_ratio", "shared", *_SPACES),
     "overlap_kd": _SPACES,
-    "uld": ("alignment", "divergence", *_SPACES),
-    "mined": ("alignment", "divergence", *_SPACES),
+    "uld": ("alignment", "divergence", "shared", *_SPACES),
+    "mined": ("alignment", "divergence", "shared", *_SPACES),
     "dskd": (),
 }
 
@@ -119,6 +122,15 @@ class Settings(_Block):
     temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) * CE + kd_ratio * KD")
     spaces: Literal["both", "student", "teacher"] = Field("student", description="whose head the distributions share")
+    target: Literal["exact", "projected"] = Field(
+        "exact",
+        description="what t2s_kd pulls the student to. exact: the teacher's own mass of each event, shared out inside "
+        "an event by the projected teacher where it knows better; projected: the projected teacher alone",
+    )
+    shared: Literal["events", "ids"] = Field(
+        "events",
+        description="what both vocabularies can say. events: tokens that open the same text; ids: equal tokens alone",
+    )
     agreement_mask: bool = Field(
         False, description="student-space KD only where the projected teacher predicts its own token"
     )
@@ -136,12 +148,23 @@ class Settings(_Block):
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the student-space target is the teacher's own between events."""
+        in_student_space = self.method == "dskd" and self.spaces != "teacher" and self.alignment != "cma"
+        return in_student_space and self.target == "exact"
+
+    @property
+    def by_events(self) -> bool:
+        """Whether events of several tokens are compared."""
+        return self.shared == "events" and (self.exact or self.method == "overlap_kd")
+
     @model_validator(mode="after")
     def no_ignored_setting(self) -> "Settings":
         """A setting that the chosen mode would ignore is an error."""
         unused = [key for key in _UNUSED_BY[self.method] if key in self.model_fields_set]
         if self.alignment == "cma":
-            unused += ["unmapped_argmax"] if "unmapped_argmax" in self.model_fields_set else []
+            unused += [key for key in ("unmapped_argmax", "shared") if key in self.model_fields_set]
             unused += ["projector.labels"] if "labels" in self.projector.model_fields_set else []
         if unused:
             chosen = f"method: {self.method}" if self.method != "dskd" else "alignment: cma"
@@ -154,8 +177,30 @@ class Settings(_Block):
                 f"alignment: expected auto, identity or eta beside method: {self.method}, got 'cma': cross-model "
                 "attention belongs to dskd. Remove it."
             )
+        if self.alignment == "cma" and self.method == "dskd":
+            if self.target == "exact" and "target" in self.model_fields_set:
+                raise ValueError(
+                    "target: expected 'projected' beside alignment: cma, got 'exact': attention mixes teacher rows, so "
+                    "that no single distribution of the teacher belongs to a row. Remove it, or use alignment: eta."
+                )
+            if self.projector.init == "fitted":
+                raise ValueError(
+                    "projector.init: expected 'ideal' or 'random' beside alignment: cma, got 'fitted': attention has "
+                    "three maps that only fit together. Remove it, or use alignment: eta."
+                )
+        if self.exact and "unmapped_argmax" in self.model_fields_set:
+            raise ValueError(
+                f"unmapped_argmax: expected it unset beside target: exact, got {self.unmapped_argmax!r}: every "
+                "prediction of the teacher has an event. Remove it, or set target: projected."
+            )
+        if self.method == "dskd" and self.target == "projected" and "shared" in self.model_fields_set:
+            raise ValueError(
+                f"shared: expected it unset beside target: projected, got {self.shared!r}: it has no effect there. "
+                "Remove it, or set target: exact."
+            )
         ignored = []
         if self.spaces == "teacher":
+            ignored += [key for key in ("target", "shared") if key in self.model_fields_set]
             ignored += [
                 f"projector.{key}"
                 for key in ("init", "learning_rate", "labels")

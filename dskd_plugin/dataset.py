@@ -18,10 +18,11 @@ from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrat
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
 
+from dskd_plugin import advice
 from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
 from dskd_plugin.pair import Pair, aligner, make_pair
-from dskd_plugin.tokens import TokenTable
+from dskd_plugin.tokens import TokenTable, overlap
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
@@ -234,10 +235,17 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         with _each_strategy(lambda strategy: paired(strategy, captured[0])):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
+        _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
         return _checked(name, dataset, cfg, _reader), prompter
 
     get_dataset_wrapper.reads_twice = True  # type: ignore[attr-defined]
     return get_dataset_wrapper
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """The same for all entries of a recipe."""
+    LOG.info("dskd: %s", line)
 
 
 def _exchange_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,9 +314,9 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
         )
     in_chunks = "" if chunked is None else f", {100 * chunked / responses:.1f} % in chunks"
     LOG.info(
-        "dskd: %s: %d rows, %d response tokens, %.1f %% aligned with the teacher%s; %d over-long teacher rows (%s), "
+        "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
         "%d response segments without a counterpart",
-        *(name, rows, responses, 100 * aligned / responses, in_chunks),
+        *(name, rows, responses, advice.of_dataset(aligned / responses), in_chunks),
         *(over_long, strategy if over_long else "none", unmatched),
     )
     if not aligned and not chunked and reader.settings.method != "sft":

@@ -4,7 +4,7 @@ Shapes as in ``student``: R response rows, N paired rows, M teacher rows, d stud
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +15,22 @@ from dskd_plugin.args import Settings
 from dskd_plugin.core import baselines
 from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
 from dskd_plugin.core.chunked import agreement, agreement_of, baseline_loss, cma_loss, dskd_loss, teacher_argmax
-from dskd_plugin.core.divergences import Divergence, divergence
-from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
+from dskd_plugin.core.divergences import Divergence, divergence, forward_kl
+from dskd_plugin.core.events import EventCompare, Events, Exact
+from dskd_plugin.core.fitting import Fit, fit_map
+from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, label_distance, project
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, head_map, t2s_projector
 from dskd_plugin.models import causal_lm, gathered, output_head
 from dskd_plugin.pair import Pair, nearest_ids
 from dskd_plugin.student import DistillationLoss, MicroBatch
 from dskd_plugin.teacher import Teacher
+
+# Share of what earlier steps saw inside events that counts beside the last: about twenty steps are remembered.
+_KEPT_OF_STEP = 0.95
+_FEWEST_ROWS_INSIDE = 32
+_MEMORY = "inside_events"
 
 
 def distillation_loss(
@@ -32,12 +39,17 @@ def distillation_loss(
     teacher: Teacher | None,
     pair: Pair,
     overlap: Overlap | None,
+    events: Events | None = None,
     *,
     projector_dtype: torch.dtype = torch.float32,
     seed: int,
     block_elements: int | None = None,
 ) -> DistillationLoss:
-    """The loss that the settings name. teacher, overlap: None for sft, which needs neither."""
+    """The loss that the settings name.
+
+    teacher, overlap: None for sft, which needs neither. events: for the settings that compare them (`Settings.exact`,
+    `Settings.by_events`).
+    """
     knobs = settings.divergence.model_dump()
     chosen = divergence(knobs.pop("kind"), **knobs)
     objective = Objective(
@@ -59,7 +71,7 @@ def distillation_loss(
         return Baseline(student, objective, None, **options)
     if settings.method != "dskd":
         student_ids = min(pair.student.vocab_size, _head_rows(student))
-        compare = _compare(settings, chosen, pair, overlap, student_ids, teacher.head)
+        compare = _compare(settings, chosen, pair, overlap, events, student_ids, teacher.head)
         return Baseline(student, objective, compare, **options)
     options |= {
         "overlap": overlap,
@@ -74,6 +86,7 @@ def distillation_loss(
         objective,
         keep_unmapped=settings.unmapped_argmax == "teacher_space",
         soft_labels=settings.projector.labels == "soft",
+        events=events if settings.exact else None,
         **options,
     )
 
@@ -84,7 +97,13 @@ def _head_rows(model: nn.Module) -> int:
 
 
 def _compare(
-    settings: Settings, chosen: Divergence, pair: Pair, overlap: Overlap, student_ids: int, teacher_head: Head
+    settings: Settings,
+    chosen: Divergence,
+    pair: Pair,
+    overlap: Overlap,
+    events: Events | None,
+    student_ids: int,
+    teacher_head: Head,
 ) -> Compare:
     device, teacher_ids = teacher_head.weight_VD.device, teacher_head.vocab_size
     if settings.method == "uld":
@@ -97,6 +116,9 @@ def _compare(
         return baselines.mapped(settings.temperature, images_V, student_ids)
     if settings.method == "kd" and len(overlap.student_ids_O) == student_ids == teacher_ids:
         return baselines.vanilla(chosen, settings.temperature)
+    if settings.by_events:
+        assert events is not None
+        return EventCompare(chosen, settings.temperature, events.to(device))
     shared = overlap.student_ids_O.to(device), overlap.teacher_ids_O.to(device)
     return baselines.overlap(chosen, settings.temperature, *shared)
 
@@ -140,7 +162,7 @@ class _Projecting(DistillationLoss):
     def _ideal_t2s(self, init: str) -> Tensor | None:
         """Least-squares map [D, d] of the teacher's states into the student's space; None for a random start."""
         parameters = list(self._student[1].parameters())
-        if init != "ideal" or parameters[0].device.type == "meta":
+        if init == "random" or parameters[0].device.type == "meta":
             return None
         student_ids, teacher_ids = self._ids
         with gathered(parameters):
@@ -173,6 +195,7 @@ class DualSpace(_Projecting):
         *,
         keep_unmapped: bool,
         soft_labels: bool,
+        events: Events | None,
         projector_init: str,
         projector_dtype: torch.dtype,
         seed: int,
@@ -184,8 +207,17 @@ class DualSpace(_Projecting):
         self._keep_unmapped = keep_unmapped
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, _head_rows(student))
-        # The teacher's distribution over the ids that the student has too.
-        self._soft_labels = baselines.mapped(1.0, self._to_student_V, student_ids) if soft_labels else None
+        self._events = None if events is None else events.to(teacher_weight.device)
+        self._soft_labels: Compare | None = None
+        if soft_labels and self._events is not None:
+            self._soft_labels = EventCompare(forward_kl, 1.0, self._events)
+        elif soft_labels:
+            # The teacher's distribution over the ids that the student has too.
+            self._soft_labels = baselines.mapped(1.0, self._to_student_V, student_ids)
+        if self._events is not None:
+            # (lead in nats, rows) inside events: of the steps so far, and of the step that runs.
+            self._inside = torch.zeros(2, dtype=torch.float64)
+            self._seen_inside = torch.zeros(2, dtype=torch.float64, device=teacher_weight.device)
         self._s2t_dD: Tensor | None = None
         self._s2t_step: int | None = None
         self._gram_inverse_DD = (
@@ -215,18 +247,88 @@ class DualSpace(_Projecting):
             self._s2t_dD = self._ideal_s2t(student_head, self._gram_inverse_DD)
         self._s2t_step = self.step()
 
+    @property
+    def _exact(self) -> Exact | None:
+        """The exact target; inside events the projected teacher has a say once it was seen to know better."""
+        if self._events is None:
+            return None
+        lead, rows = self._inside.tolist()
+        return Exact(self._events, shares_inside=rows >= _FEWEST_ROWS_INSIDE and lead > 0)
+
+    @torch.no_grad()
+    def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
+        """Train the projector alone on teacher states, see fitting.fit_map, and put the result in place."""
+        assert self.t2s is not None
+        parameters = list(self._student[1].parameters())
+        with gathered(parameters):
+            head = self.student_head().detach()
+            head = replace(head, weight_VD=head.weight_VD.clone())
+
+        def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
+            teacher_NU = head_logits(teacher_ND, self.teacher_head.real())
+            label_N = self._to_student_V[teacher_NU.argmax(-1)] if self._events is None else None
+            distance_N, agree_N = label_distance(
+                head_logits(project(teacher_ND, map_Dd), head),
+                teacher_NU,
+                label_N,
+                real=head.vocab_size,
+                soft_labels=self._soft_labels,
+                exact=self._exact,
+            )
+            if label_N is None:
+                return distance_N, agree_N
+            # Without an id of the student's for it there is no label.
+            return torch.where(label_N >= 0, distance_N, 0), agree_N & (label_N >= 0)
+
+        weight = self.t2s.linear.weight
+        fit = fit_map(self.t2s.weight_Dd.float(), learned_ND, unseen_ND, label_loss, **options)
+        weight.copy_(fit.map_Dd.T)
+        return fit
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Add what the step saw inside events, on all ranks, to a fading memory of the steps before.
+
+        An exact target's shares rest on it. It changes between steps alone, so that a step does not depend on how its
+        batch was split, and is kept with the projectors, so that a resumed run goes on alike.
+        """
+        if self._events is not None:
+            self._inside = _KEPT_OF_STEP * self._inside + reduce(self._seen_inside).cpu()
+            self._seen_inside = torch.zeros_like(self._seen_inside)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {} if self._events is None else {_MEMORY: self._inside}
+
+    def remember(self, saved: Mapping[str, Tensor]) -> None:
+        if self._events is not None:
+            self._inside = saved[_MEMORY].clone()
+
+    def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
+        loss = super().forward(hidden_BSd, logits_BSV)
+        if self._events is not None and self.training and self.micro_batch is not None:
+            self._seen_inside += torch.stack(self.micro_batch.sums["t2s_inside"]).to(self._seen_inside)
+        return loss
+
     def _label(self, batch: MicroBatch, student_head: Head) -> None:
+        exact, t2s_Dd = self._events, self._t2s_Dd()
+        masked = t2s_Dd is not None and self.objective.agreement_mask
+        if exact is not None and not masked and not self.objective.in_teacher_space:
+            return  # every row counts, and the loss finds the labels on its way
         batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
-        batch.label_N = self._to_student_V[batch.argmax_N]
-        t2s_Dd = self._t2s_Dd()
-        if t2s_Dd is not None and self.objective.agreement_mask:
+        label_N = self._to_student_V[batch.argmax_N] if exact is None else exact.teacher_U[batch.argmax_N]
+        batch.label_N = label_N if exact is None else None
+        if t2s_Dd is not None and masked:
             batch.agree_N = agreement(
-                batch.teacher_ND, t2s_Dd, student_head, batch.label_N, block_elements=self.block_elements
+                batch.teacher_ND,
+                t2s_Dd,
+                student_head,
+                label_N,
+                block_elements=self.block_elements,
+                event_V=None if exact is None else exact.student_V,
             )
 
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         rows = super()._rows(batch, student_Rd)
-        return rows if self._keep_unmapped else replace(rows, s2t_N=batch.label_N >= 0)
+        return rows if self._keep_unmapped or batch.label_N is None else replace(rows, s2t_N=batch.label_N >= 0)
 
     def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         self._refresh_s2t(student_head)
@@ -240,6 +342,7 @@ class DualSpace(_Projecting):
             divisors_T=batch.divisors_T,
             block_elements=self.block_elements,
             soft_labels=self._soft_labels,
+            exact=self._exact,
         )
 
 
@@ -286,7 +389,7 @@ class CrossAttention(_Projecting):
     @torch.no_grad()
     def _first_s2t(self, init: str) -> Tensor | None:
         parameters = list(self._student[1].parameters())
-        if init != "ideal" or parameters[0].device.type == "meta":
+        if init == "random" or parameters[0].device.type == "meta":
             return None
         inverse = gram_inverse(self._effective(self.teacher_head), self._ids[1])
         with gathered(parameters):

@@ -9,10 +9,22 @@ import torch
 
 from dskd_plugin.align import Aligner, Ends, Pairing, role_pairs
 from dskd_plugin.args import Settings
+from dskd_plugin.core.events import Events
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
+from dskd_plugin.pieces import shared_id_events, vocabulary_events
 from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
 
 _PAIRING: dict[str, Pairing] = {"uld": "position", "mined": "warped"}
+
+
+def pairing(settings: Settings) -> Pairing:
+    """Which tokens of two answers belong together, see `align`."""
+    if settings.alignment == "cma":
+        return "all"
+    if settings.by_events:
+        # All rows at which both have read the same: a choice by the gold token would bias the shares inside events.
+        return "starts"
+    return _PAIRING.get(settings.method, "exact")
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
     return Aligner(
         pair.student,
         pair.teacher,
-        pairing="all" if settings.alignment == "cma" else _PAIRING.get(settings.method, "exact"),
+        pairing=pairing(settings),
         identity=pair.identity,
         chunks=settings.chunk_ratio > 0,
         student_end=ends[0],
@@ -107,6 +119,21 @@ def shared_ids(
             "Choose another teacher."
         )
     return shared
+
+
+def pair_events(
+    pair: Pair,
+    tokenizers: tuple[Any, Any],
+    overlap: Overlap,
+    settings: Settings,
+    ends: Sequence[Ends],
+    ids: tuple[int, int],
+) -> Events:
+    """What both sides can say next. ids: how many real ids each head has; every tuple is (student, teacher)."""
+    if pair.identity or settings.shared == "ids":
+        return shared_id_events(overlap, ids)
+    roles = role_pairs(ends, pair.student, pair.teacher)
+    return vocabulary_events((tokenizers[0], pair.student), (tokenizers[1], pair.teacher), roles, ids=ids)
 
 
 def nearest_ids(student: TokenTable, teacher: TokenTable, roles: Iterable[tuple[int, int]] = ()) -> torch.Tensor:

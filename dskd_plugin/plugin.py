@@ -98,11 +98,14 @@ class DSKDPlugin(BasePlugin):
 
     def _prepared_path(self, cfg: Any) -> str:
         """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
+        from dskd_plugin.pair import pairing
+
         settings = self.reader.settings
         key = {
             "version": [__version__, RULES],
             "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
-            "method": settings.method,
+            # Not the method: methods that pair rows alike share them.
+            "pairing": pairing(settings),
             "alignment": settings.alignment,
             "chunks": settings.chunk_ratio > 0,
             "prompts": settings.on_policy is not None,

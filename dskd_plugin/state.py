@@ -7,24 +7,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dskd_plugin import __version__
 from dskd_plugin.models import gathered
+from dskd_plugin.student import DistillationLoss
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"
 
 
-def projector_state(loss: nn.Module) -> dict[str, Tensor]:
-    """Whole projector weights on the CPU, whatever engine shards them. All ranks must call it."""
+def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
+    """Whole projector weights and the loss's memory on the CPU, whatever the engine. All ranks must call it."""
     state = {}
     with gathered(list(loss.parameters())):
         for name, parameter in loss.named_parameters():
             value = parameter.detach()
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             state[name] = value.to("cpu", copy=True).contiguous()
-    return state
+    return state | loss.memory()
 
 
 def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[str, Any]) -> None:
@@ -59,10 +60,11 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load(folder: str | os.PathLike[str], loss: nn.Module) -> None:
-    """Copy saved projectors into place, sharded or not."""
+def load(folder: str | os.PathLike[str], loss: DistillationLoss, *, weights: bool = True) -> None:
+    """Copy saved projectors into place, sharded or not; weights: False where the engine has restored them."""
     saved = load_file(Path(folder) / WEIGHTS)
-    for name, parameter in loss.named_parameters():
+    loss.remember(saved)
+    for name, parameter in loss.named_parameters() if weights else ():
         value = saved[name].to(parameter.device, parameter.dtype)
         if hasattr(parameter, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor

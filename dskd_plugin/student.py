@@ -8,7 +8,7 @@ Shapes: B batch, S student positions, R response rows, N aligned rows (the first
 of the chunks on the student's and the teacher's side, C chunks, T terms, d student width, D teacher width, V ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -167,6 +167,16 @@ class DistillationLoss(nn.Module):
     def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         """The loss of the rows and the sums of its terms."""
         raise NotImplementedError
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Called after each optimizer step on all ranks. reduce: the sum of a tensor over ranks."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a resumed run must know beside the weights, the same on all ranks."""
+        return {}
+
+    def remember(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up a saved memory."""
 
     @torch.no_grad()
     def _prepare_window(self, window: list[MicroBatch], student_head: Head) -> None:

@@ -84,24 +84,42 @@ class TokenTable:
         return len(self.bytes)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What is behind a tokenizer: one of the three kinds, or mistral-common's own as ``inner``."""
+
+    inner: Any
+    fast: Any
+    processor: Any
+    encoding: Any
+
+
+def backend(tokenizer: Any) -> Backend:
+    """The library's object that does a tokenizer's work."""
+    inner = _attribute(tokenizer, "tokenizer.instruct_tokenizer.tokenizer") or tokenizer
+    return Backend(
+        inner,
+        fast=next((each for each in (tokenizer, _attribute(tokenizer, "backend_tokenizer")) if _is_fast(each)), None),
+        processor=next((each for each in _parts(inner) if hasattr(each, "serialized_model_proto")), None),
+        encoding=next((each for each in _parts(inner) if hasattr(each, "_mergeable_ranks")), None),
+    )
+
+
 def token_table(tokenizer: Any) -> TokenTable:
     """Token bytes of a Hugging Face tokenizer (fast, SentencePiece, tiktoken or mistral-common behind it).
 
     The bare objects of tokenizers, sentencepiece, tiktoken and mistral-common work as well. ValueError for
     WordPiece and word-level tokenizers and wherever tokens do not spell the text: their bytes are not known.
     """
-    inner = _attribute(tokenizer, "tokenizer.instruct_tokenizer.tokenizer") or tokenizer
-    fast = next((each for each in (tokenizer, _attribute(tokenizer, "backend_tokenizer")) if _is_fast(each)), None)
-    processor = next((each for each in _parts(inner) if hasattr(each, "serialized_model_proto")), None)
-    encoding = next((each for each in _parts(inner) if hasattr(each, "_mergeable_ranks")), None)
-    if fast is not None:
-        table = _fast_table(tokenizer, json.loads(fast.to_str()))
-    elif hasattr(inner, "id_to_byte_piece"):
-        table = _tekken_table(tokenizer, inner)
-    elif processor is not None:
-        table = _sentencepiece_table(tokenizer, processor)
-    elif encoding is not None:
-        table = _tiktoken_table(tokenizer, encoding)
+    found = backend(tokenizer)
+    if found.fast is not None:
+        table = _fast_table(tokenizer, json.loads(found.fast.to_str()))
+    elif hasattr(found.inner, "id_to_byte_piece"):
+        table = _tekken_table(tokenizer, found.inner)
+    elif found.processor is not None:
+        table = _sentencepiece_table(tokenizer, found.processor)
+    elif found.encoding is not None:
+        table = _tiktoken_table(tokenizer, found.encoding)
     else:
         raise _refusal(tokenizer, "its vocabulary is none of those", "a class without a known backend")
     _check_spelling(tokenizer, table)
@@ -400,6 +418,16 @@ def _spaced(piece: str, mark: str | None) -> bytes:
 def _added_tokens(tokenizer: Any) -> Mapping[int, Any]:
     tokens = getattr(tokenizer, "added_tokens_decoder", None)
     return tokens if isinstance(tokens, Mapping) else {}
+
+
+def byte_piece(processor: Any, piece_id: int) -> bytes | None:
+    """Bytes of a SentencePiece piece, None for one that stands for no certain text."""
+    piece = processor.id_to_piece(piece_id)
+    if processor.is_byte(piece_id):
+        return bytes.fromhex(piece[3:5])
+    if processor.is_control(piece_id) or processor.is_unknown(piece_id):
+        return None
+    return _spaced(piece, SPACE_MARK)
 
 
 def _sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:

@@ -8,17 +8,20 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from dskd_plugin import state
+from dskd_plugin import advice, state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader, turn_ends
-from dskd_plugin.methods import distillation_loss
+from dskd_plugin.fitted import fit_projector
+from dskd_plugin.methods import DualSpace, distillation_loss
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import Pair, aligner, make_pair, shared_ids
+from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
 from dskd_plugin.teacher import Teacher
+from dskd_plugin.watch import Watch
 
 LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
@@ -36,7 +39,18 @@ class _WithoutPerplexity(dict[str, Any]):
 def active_names(objective: Objective) -> set[str]:
     """Terms and rates that the objective computes."""
     rates = {"t2s_agreement"} if objective.in_student_space else set()
-    return {*objective.terms, *rates, *({"s2t_agreement"} if objective.in_teacher_space else ())}
+    rates |= {"s2t_agreement"} if objective.in_teacher_space else set()
+    return {*objective.terms, *rates}
+
+
+class _AfterStep(TrainerCallback):
+    """Tells the loss that an optimizer step is over, before the host logs, evaluates or saves."""
+
+    def __init__(self, trainer: "DSKDTrainer") -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.after_step()
 
 
 class DSKDTrainer(AxolotlTrainer):
@@ -70,7 +84,10 @@ class DSKDTrainer(AxolotlTrainer):
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
         self._rollout = self._make_rollout(tokenizer, pair)
-        self._logged = active_names(self._loss.objective)
+        self._logged = active_names(self._loss.objective) | ({"t2s_inside"} if settings.exact else set())
+        self.add_callback(_AfterStep(self))
+        in_student_space = self._loss.objective.in_student_space
+        self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
         # Attention has no pairs to count.
         self._logged |= set() if settings.alignment == "cma" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
@@ -102,29 +119,32 @@ class DSKDTrainer(AxolotlTrainer):
             "method": settings.method,
             "alignment": settings.alignment,
             "spaces": settings.spaces,
+            "target": "exact" if settings.exact else "projected",
+            "shared": "events" if settings.by_events else "ids",
         }
-        overlap = None
+        overlap = events = None
         if teacher is not None:
+            ends = turn_ends(self.cfg, tokenizer, pair.student, self.reader)
             overlap = shared_ids(
                 pair,
-                turn_ends(self.cfg, tokenizer, pair.student, self.reader),
+                ends,
                 head_rows=(rows, teacher.head.weight_VD.shape[0]),
                 top_vocab=settings.projector.top_vocab,
             )
+            if settings.exact or settings.by_events:
+                ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
+                events = pair_events(pair, (tokenizer, self.reader.tokenizer), overlap, settings, ends, ids)
             LOG.info(
-                "dskd: method %s; student %d ids x %d, teacher %d ids x %d; %.0f %% of the student's ids shared; "
-                "%s tokenizer",
-                *(settings.method, pair.student.vocab_size, width, pair.teacher.vocab_size, teacher.width),
-                *(100 * overlap.student_share, "one" if pair.identity else "not one"),
+                "dskd: method %s; widths %d and %d; %s",
+                *(settings.method, width, teacher.width, advice.of_pair(pair, settings, overlap.student_share)),
             )
-            if pair.identity and settings.method == "dskd":
-                LOG.info("dskd: with one tokenizer `method: kd` scored better and cost less, see docs/results.md")
         return distillation_loss(
             settings,
             model,
             teacher,
             pair,
             overlap,
+            events,
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
@@ -245,6 +265,10 @@ class DSKDTrainer(AxolotlTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def after_step(self) -> None:
+        """Let the loss draw its conclusions from the step, on all ranks alike."""
+        self._loss.after_step(self._over_ranks)
+
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
 
@@ -272,6 +296,8 @@ class DSKDTrainer(AxolotlTrainer):
             if objective.with_kd:
                 of_kd = (share * means[term] for term, share in shares.items() if term != "ce")
                 means["kd"] = sum(of_kd) / objective.kd_ratio
+            if kind == "train":
+                self._warn(means)
             if kind == "train" and self._rollout is not None:
                 means |= self._rollout_totals()
             for name, value in means.items():
@@ -279,6 +305,11 @@ class DSKDTrainer(AxolotlTrainer):
         quiet = _WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
+
+    def _warn(self, means: dict[str, float]) -> None:
+        for warning in self._watch.see(means):
+            if self.is_world_process_zero():
+                LOG.warning(warning)
 
     def _rollout_totals(self) -> dict[str, float]:
         """Counts of the sampled answers since the last log over all ranks; seconds per rank."""
@@ -295,14 +326,22 @@ class DSKDTrainer(AxolotlTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
             state.check(resume_from_checkpoint, self._pair_state)
+        elif (
+            not resume_from_checkpoint
+            and isinstance(self._loss, DualSpace)
+            and self.reader.settings.projector.init == "fitted"
+        ):
+            quiet = not self.is_world_process_zero()
+            fit_projector(self._loss, self._teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._save_projectors(self.args.output_dir)
         return result
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
-            state.load(resume_from_checkpoint, self._loss)
+        if resume_from_checkpoint is not None:
+            # DeepSpeed restores parameters itself.
+            state.load(resume_from_checkpoint, self._loss, weights=not self.is_deepspeed_enabled)
         return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:

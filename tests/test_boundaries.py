@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dskd_plugin" / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
-LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend"}
+LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events", "fitting"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors"},
+    "events": {"divergences"},
     "objective": LEAVES,
     "chunked": LEAVES | {"objective"},
     "baselines": LEAVES | {"objective"},

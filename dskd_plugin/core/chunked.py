@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dskd_plugin.core.events import Exact
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import (
     RATES,
@@ -44,21 +45,31 @@ def teacher_argmax(teacher_NE: Tensor, teacher_head: Head, *, block_elements: in
 
 @torch.no_grad()
 def agreement(
-    teacher_NE: Tensor, t2s_Dd: Tensor, student_head: Head, label_N: Tensor, *, block_elements: int
+    teacher_NE: Tensor,
+    t2s_Dd: Tensor,
+    student_head: Head,
+    label_N: Tensor,
+    *,
+    block_elements: int,
+    event_V: Tensor | None = None,
 ) -> Tensor:
     """Where the projected teacher predicts the label: agreement_of(H W_t2s). Returns [N] bool, without gradient."""
     with _no_autocast(teacher_NE.device):
         projected_Nd = project(teacher_NE, t2s_Dd)
-    return agreement_of(projected_Nd, student_head, label_N, block_elements=block_elements)
+    return agreement_of(projected_Nd, student_head, label_N, block_elements=block_elements, event_V=event_V)
 
 
 @torch.no_grad()
-def agreement_of(projected_Nd: Tensor, student_head: Head, label_N: Tensor, *, block_elements: int) -> Tensor:
+def agreement_of(
+    projected_Nd: Tensor, student_head: Head, label_N: Tensor, *, block_elements: int, event_V: Tensor | None = None
+) -> Tensor:
     """Where rows in the student's space predict the label: argmax of head_s over the real ids == label.
 
-    label_N: student ids, -1 for none (never agrees). Returns [N] bool, without gradient.
+    label_N: student ids, -1 for none (never agrees); or events, with the event of each student id in event_V.
+    Returns [N] bool, without gradient.
     """
-    return _argmax(projected_Nd, _for_compute(student_head), block_elements) == label_N
+    predicted_N = _argmax(projected_Nd, _for_compute(student_head), block_elements)
+    return (predicted_N if event_V is None else event_V[predicted_N]) == label_N
 
 
 @torch.no_grad()
@@ -89,6 +100,7 @@ def dskd_loss(
     divisors_T: Tensor,
     block_elements: int,
     soft_labels: Compare | None = None,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Sums]:
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
@@ -96,7 +108,7 @@ def dskd_loss(
 
     Terms, gradients and shapes: objective.term_sums and objective.chunk_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
-    over micro-batches and ranks); a term with divisor 0 is 0. soft_labels: of t2s_ce, see objective.term_sums.
+    over micro-batches and ranks); a term with divisor 0 is 0. soft_labels, exact: see objective.term_sums.
     block_elements: rows x vocabulary entries at a time, 10 to 14 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
@@ -114,7 +126,12 @@ def dskd_loss(
         if objective.in_student_space and part.pairs > 0 and t2s_Dd is not None:
             t2s_Nd = projected_teacher(part, t2s_Dd)
         return walk.student_space(
-            block, t2s_Nd=t2s_Nd, teacher_head=walk.teacher_head, soft_labels=soft_labels, **of_student
+            block,
+            t2s_Nd=t2s_Nd,
+            teacher_head=walk.teacher_head,
+            soft_labels=soft_labels,
+            exact=exact,
+            **of_student,
         )
 
     def teacher_space(block: slice, *, student_RD: Tensor) -> Sums:

@@ -11,7 +11,6 @@ spaces d is the student's width and D the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
+from dskd_plugin.core.events import Events, Exact, exact_target, inside, masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 
 TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "chunk_ratio")
-RATES = ("t2s_agreement", "s2t_agreement")
+RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
 METHODS = ("sft", "kd", "overlap_kd", "uld", "mined", "dskd")
 
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -154,7 +154,8 @@ class Rows:
     chunks: None for no chunk.
     teacher_NE: last hidden states of the teacher at the partners; not read by cross-model attention.
     teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1; with
-        cross-model attention the gold id, or -1 for a row that attended to nothing.
+        cross-model attention the gold id, or -1 for a row that attended to nothing. None with an exact target, which
+        has a use for every row.
     agree_N: bool, the projected teacher predicts the label (chunked.agreement); None only where the
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
@@ -207,7 +208,7 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
     if objective.with_ce:
         masks["ce"] = all_of(len(rows.labels_R)) if rows.ce_R is None else rows.ce_R
     if objective.in_student_space:
-        labelled_N = all_of(0) if rows.label_N is None else rows.label_N >= 0
+        labelled_N = all_of(rows.pairs) if rows.label_N is None else rows.label_N >= 0
         masks["t2s_ce"] = masks["t2s_kd"] = labelled_N
         if objective.agreement_mask:
             if rows.agree_N is None:
@@ -256,8 +257,9 @@ def project(hidden_ND: Tensor, map_DE: Tensor) -> Tensor:
 
 def projected_teacher(rows: Rows, t2s_Dd: Tensor) -> Tensor:
     """Teacher rows in the student's space, H W_t2s; rows without a label are zeros. Returns [N, d]."""
-    assert rows.teacher_NE is not None and rows.label_N is not None
-    return project(keep_rows(rows.teacher_NE.detach(), rows.label_N >= 0), t2s_Dd)
+    assert rows.teacher_NE is not None
+    teacher_NE = rows.teacher_NE.detach()
+    return project(teacher_NE if rows.label_N is None else keep_rows(teacher_NE, rows.label_N >= 0), t2s_Dd)
 
 
 def projected_student(rows: Rows, s2t_dD: Tensor, mask_N: Tensor) -> Tensor:
@@ -274,6 +276,7 @@ def term_sums(
     s2t_dD: Tensor | None,
     objective: Objective,
     soft_labels: Compare | None = None,
+    exact: Exact | None = None,
 ) -> Sums:
     """The terms of method dskd on paired rows, without division or chunks; holds [rows, V] tensors.
 
@@ -281,13 +284,16 @@ def term_sums(
         t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
                   or soft_labels(z_t2s, sg(z_t)) where that is given
         t2s_kd  = dist(z, sg(z_t2s))             the student's vocab_size real ids, objective.temperature
+                  or dist(z, events.exact_target) where exact is given; t2s_ce then labels events:
+                  -log mass of the event of argmax z_t, or soft_labels
         s2t_kd  = dist(z_s2t, sg(z_t))           the teacher's real ids;  z_s2t = head_t(h W_s2t)
 
     Gradients: ce and t2s_kd reach student_RD and the student's head, t2s_ce reaches t2s_Dd alone, s2t_kd
     reaches student_RD alone. Teacher rows, teacher head and s2t_dD never get one.
     t2s_Dd, s2t_dD: [D, d] and [d, D]; None where the objective does not use that space.
-    Returns name -> (sum in nats, count) for TERMS; for RATES (rows where the argmaxes agree, rows), without
-    gradient. A term that the objective leaves out is absent.
+    Returns name -> (sum in nats, count) for TERMS; without gradient for RATES: (rows where the argmaxes agree, rows),
+    and for t2s_inside (how much likelier, in nats, the projected teacher finds the gold id inside its event than the
+    student does, rows whose event has several ids), with exact alone. A term that the objective leaves out is absent.
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
     t2s_Nd = projected_teacher(rows, t2s_Dd) if objective.in_student_space and t2s_Dd is not None else None
@@ -298,6 +304,7 @@ def term_sums(
         t2s_Nd=t2s_Nd,
         teacher_head=teacher_head,
         soft_labels=soft_labels,
+        exact=exact,
     )
     if objective.in_teacher_space and rows.pairs:
         assert s2t_dD is not None and rows.teacher_NE is not None and rows.teacher_argmax_N is not None
@@ -322,12 +329,14 @@ def student_space_sums(
     teacher_head: Head | None = None,
     compare: Compare | None = None,
     soft_labels: Compare | None = None,
+    exact: Exact | None = None,
     pull_R: Tensor | None = None,
 ) -> Sums:
     """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of chunks.
 
     t2s_Nd: projected teacher rows, [N, d]; for method dskd in the student's space. compare: for kd.
-    soft_labels: what t2s_ce is in place of the cross-entropy with label_N. teacher_head: for these two.
+    soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
+    the projected teacher, see term_sums. teacher_head: for these three.
     pull_R: derivative of the chunk term by each row's log p(gold), 0 outside of chunks.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
     Returns sums as term_sums does; "chunk_ratio" has the gradient of the chunk term but value and count 0.
@@ -363,14 +372,19 @@ def student_space_sums(
             sums["chunk_ratio"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
     student_NV = student_RV[:pairs, : student_head.vocab_size]
     if with_t2s:
-        assert t2s_Nd is not None and rows.label_N is not None
-
-        def soft(t2s_NV: Tensor) -> Tensor:
-            assert soft_labels is not None
-            return soft_labels(student_NV=t2s_NV, teacher_NV=teacher_logits(masks["t2s_ce"]))
-
-        softly = None if soft_labels is None else soft
-        sums |= _t2s_sums(student_NV, t2s_Nd, rows.label_N, rows.agree_N, masks, student_head, objective, softly)
+        assert t2s_Nd is not None
+        needs_teacher = soft_labels is not None or exact is not None
+        sums |= _t2s_sums(
+            rows,
+            student_NV,
+            t2s_Nd,
+            teacher_logits(masks["t2s_ce"]) if needs_teacher else None,
+            masks,
+            student_head,
+            objective,
+            soft_labels,
+            exact,
+        )
     if with_kd:
         assert compare is not None
         sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_logits(masks["kd"])), masks["kd"])
@@ -378,34 +392,94 @@ def student_space_sums(
 
 
 def _t2s_sums(
+    rows: Rows,
     student_NV: Tensor,
     t2s_Nd: Tensor,
-    label_N: Tensor,
-    agree_N: Tensor | None,
+    teacher_NU: Tensor | None,
     masks: dict[str, Tensor],
     student_head: Head,
     objective: Objective,
-    soft: Callable[[Tensor], Tensor] | None,
+    soft_labels: Compare | None,
+    exact: Exact | None,
 ) -> Sums:
-    """t2s_ce, t2s_kd and t2s_agreement. student_NV: logits of the real ids. soft: distance of logits to soft labels."""
-    labelled_N, real = masks["t2s_ce"], student_head.vocab_size
-    label_N = label_N.clamp(min=0)
+    """t2s_ce, t2s_kd and their rates. student_NV, teacher_NU: logits of the real ids of both sides."""
+    labelled_N, temperature = masks["t2s_ce"], objective.temperature
     t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
-    if soft is None:
-        t2s_ce_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
-    else:
-        t2s_ce_N = soft(t2s_NV[:, :real])
-    t2s_kd_N = objective.divergence(
-        student_NV=log_probs(student_NV, temperature=objective.temperature),
-        teacher_NV=log_probs(t2s_NV.detach()[:, :real], temperature=objective.temperature),
+    t2s_ce_N, agree_N = label_distance(
+        t2s_NV, teacher_NU, rows.label_N, real=student_head.vocab_size, soft_labels=soft_labels, exact=exact
     )
-    if agree_N is None:
-        agree_N = t2s_NV.detach()[:, :real].argmax(-1) == label_N
-    return {
+    student_log_NV = log_probs(student_NV, temperature=temperature)
+    target_NV = log_probs(t2s_NV.detach()[:, : student_head.vocab_size], temperature=temperature)
+    sums: Sums = {}
+    if exact is not None:
+        assert teacher_NU is not None
+        own_NV = student_log_NV.detach()
+        sums["t2s_inside"] = _lead_inside(target_NV, own_NV, rows.labels_R[: rows.pairs], labelled_N, exact.events)
+        target_NV = exact_target(
+            student_NV=own_NV,
+            share_NV=target_NV if exact.shares_inside else own_NV,
+            teacher_NU=log_probs(teacher_NU, temperature=temperature),
+            events=exact.events,
+        )
+    t2s_kd_N = objective.divergence(student_NV=student_log_NV, teacher_NV=target_NV)
+    agree_N = agree_N if rows.agree_N is None else rows.agree_N
+    return sums | {
         "t2s_ce": masked_sum(t2s_ce_N, labelled_N),
         "t2s_kd": masked_sum(t2s_kd_N, masks["t2s_kd"]),
-        "t2s_agreement": masked_sum(agree_N.to(t2s_ce_N.dtype), labelled_N),
+        "t2s_agreement": masked_sum(agree_N.to(t2s_kd_N.dtype), labelled_N),
     }
+
+
+def label_distance(
+    t2s_NV: Tensor,
+    teacher_NU: Tensor | None,
+    label_N: Tensor | None,
+    *,
+    real: int,
+    soft_labels: Compare | None,
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """How far the projected teacher is from its labels, t2s_ce, and where it predicts them.
+
+    t2s_NV: its logits over all rows of the student's head, of which the first `real` are ids. teacher_NU: the teacher's
+    own logits, for soft_labels and exact. label_N: ids of the student, -1 for none; not read with exact.
+    Returns [N] nats, whose gradient reaches t2s_NV, and [N] bool. Rows without a label mean nothing.
+    """
+    real_NV = t2s_NV[:, :real]
+    predicted_N = real_NV.detach().argmax(-1)
+    if exact is None:
+        assert label_N is not None
+        label_N = label_N.clamp(min=0)
+    else:
+        assert teacher_NU is not None
+        label_N, predicted_N = exact.events.teacher_U[teacher_NU.argmax(-1)], exact.events.student_V[predicted_N]
+    if soft_labels is not None:
+        assert teacher_NU is not None
+        distance_N = soft_labels(student_NV=real_NV, teacher_NV=teacher_NU)
+    elif exact is not None:
+        distance_N = _event_ce(real_NV, label_N, exact.events)
+    else:
+        distance_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+    return distance_N, predicted_N == label_N
+
+
+def _event_ce(t2s_NV: Tensor, label_N: Tensor, events: Events) -> Tensor:
+    """Cross-entropy of the projected teacher with an event as label, 0 for one that the student lacks. Returns [N]."""
+    mass_NK = masses(log_probs(t2s_NV, temperature=1.0), events.student_V, events.count)
+    known_N = events.sizes_K[label_N] > 0
+    return -torch.where(known_N, mass_NK.gather(1, label_N[:, None])[:, 0], 0)
+
+
+def _lead_inside(
+    t2s_NV: Tensor, student_NV: Tensor, gold_N: Tensor, mask_N: Tensor, events: Events
+) -> tuple[Tensor, Tensor]:
+    """t2s_inside: how much likelier the projected teacher finds the gold id, given its event, than the student does.
+
+    t2s_NV, student_NV: log-probabilities without gradient. Of rows whose event has one id there is nothing to say.
+    """
+    several_N = mask_N & (events.sizes_K[events.student_V[gold_N]] > 1)
+    lead_N = inside(t2s_NV, gold_N, events) - inside(student_NV, gold_N, events)
+    return masked_sum(lead_N, several_N)
 
 
 def teacher_space_sums(

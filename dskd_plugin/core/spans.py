@@ -32,3 +32,20 @@ def match_spans(
         if end > start and j is not None and teacher_starts[j] == start:
             pairs.append((i, j))
     return pairs
+
+
+def match_starts(
+    student_starts: Sequence[int],
+    student_ends: Sequence[int],
+    teacher_starts: Sequence[int],
+    teacher_ends: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Pairs (i, j) of non-empty spans that begin at the same byte, wherever they end; otherwise as match_spans.
+
+    Before such a pair both models have read the same bytes, so that their next tokens speak of the same text.
+    """
+    teacher_at_start = {
+        start: index for index, (start, end) in enumerate(zip(teacher_starts, teacher_ends, strict=True)) if end > start
+    }
+    spans = enumerate(zip(student_starts, student_ends, strict=True))
+    return [(i, teacher_at_start[start]) for i, (start, end) in spans if end > start and start in teacher_at_start]

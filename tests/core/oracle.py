@@ -344,3 +344,57 @@ def gradient(function, live, name, step=1e-5):
         raise TypeError(type(values))
 
     return by_entry(live[name])
+
+
+# --- exact target --------------------------------------------------------------------------------------
+
+
+def event_masses(p, event, count):
+    """Sum of the probabilities of each event."""
+    return [math.fsum(a for a, e in zip(p, event, strict=True) if e == k) for k in range(count)]
+
+
+def wanted_masses(p, q, student_event, teacher_event, count):
+    """The teacher's masses p by event; of the last event, where one side has no id of it, the student's opinion q."""
+    wanted, own = event_masses(p, teacher_event, count), event_masses(q, student_event, count)
+    last = count - 1
+    if last not in teacher_event:
+        return [(1 - own[last]) * a for a in wanted[:last]] + [own[last]]
+    if last not in student_event:
+        return [a + wanted[last] * b for a, b in zip(wanted[:last], own[:last], strict=True)] + [0.0]
+    return wanted
+
+
+def exact_target(p, q, share, student_event, teacher_event, count):
+    """Probability of each student id: its event's mass under the teacher, shared out as `share` has it."""
+    wanted, whole = wanted_masses(p, q, student_event, teacher_event, count), event_masses(share, student_event, count)
+    return [wanted[e] * a / whole[e] for a, e in zip(share, student_event, strict=True)]
+
+
+def exact_loss(case, live, exact):
+    """(1 - r) ce + r (t2s_kd + t2s_ce), each a mean over its rows.
+
+    exact: student_event, teacher_event, count, inside (the projected teacher shares), soft (labels).
+    """
+    ids, tau, r = case["ids"], case["temperature"], case["kd_ratio"]
+    events = exact["student_event"], exact["teacher_event"], exact["count"]
+    live_head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    ce = [cross_entropy(logits(row, live_head), gold) for row, gold in zip(live["student"], case["gold"], strict=True)]
+    kd, labels = [], []
+    for n, teacher in enumerate(case["teacher"]):
+        z_t = logits(teacher, case["teacher_head"])[: case["teacher_ids"]]
+        fixed = logits(row_times_matrix(teacher, case["t2s"]), case["head"])[:ids]
+        own = softmax(logits(case["student"][n], case["head"])[:ids], tau)
+        share = softmax(fixed, tau) if exact["inside"] else own
+        target = exact_target(softmax(z_t, tau), own, share, *events)
+        moving = softmax(logits(live["student"][n], live_head)[:ids], tau)
+        kd.append(_distance(case["distance"], target, moving, own))
+        shown = softmax(logits(row_times_matrix(teacher, live["t2s"]), case["head"])[:ids])
+        seen = event_masses(shown, events[0], events[2])
+        if exact["soft"]:
+            start = softmax(fixed)
+            labels.append(kl(wanted_masses(softmax(z_t), start, *events), seen))
+        else:
+            label = events[1][argmax(z_t)]
+            labels.append(-math.log(seen[label]) if label in events[0] else 0.0)
+    return sum((1 - r) * x / len(ce) for x in ce) + sum(r * (a + b) / len(kd) for a, b in zip(kd, labels, strict=True))

@@ -165,6 +165,7 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
         overlap=identity(vocab),
         keep_unmapped=False,
         soft_labels=False,
+        events=None,
         projector_init="ideal",
         projector_dtype=torch.float32,
         seed=0,

@@ -366,7 +366,7 @@ def attached(model, sides, teacher_path):
     from dskd_plugin.args import parse_settings
     from dskd_plugin.methods import distillation_loss
     from dskd_plugin.models import output_head
-    from dskd_plugin.pair import make_pair, shared_ids
+    from dskd_plugin.pair import make_pair, pair_events, shared_ids
     from dskd_plugin.student import attach
     from dskd_plugin.teacher import Teacher
 
@@ -387,7 +387,9 @@ def attached(model, sides, teacher_path):
         head_rows=(len(output_head(model).weight), len(teacher.head.weight_VD)),
         top_vocab=None,
     )
-    loss = distillation_loss(both, model, teacher, pair, overlap, seed=0)
+    ids = min(pair.student.vocab_size, len(output_head(model).weight)), teacher.head.vocab_size
+    events = pair_events(pair, (ours.tokenizer, theirs.tokenizer), overlap, both, [(ours.end, theirs.end)], ids)
+    loss = distillation_loss(both, model, teacher, pair, overlap, events, seed=0)
     attach(model, loss)
     return loss
 

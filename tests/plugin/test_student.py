@@ -17,7 +17,7 @@ from dskd_plugin.collator import (
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.methods import distillation_loss
 from dskd_plugin.models import output_head
-from dskd_plugin.pair import aligner, make_pair, shared_ids
+from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.student import attach, micro_batch
 from dskd_plugin.teacher import Teacher
 from dskd_plugin.tokens import token_table
@@ -58,8 +58,18 @@ class Setup:
         )
         self.aligner = aligner(self.pair, self.settings, ends)
         teacher = None if self.settings.method == "sft" else self.teacher
+        tokenizers = self.tokenizer, self.teacher_tokenizer
+        ids = self.pair.student.vocab_size, self.teacher.head.vocab_size
+        self.events = pair_events(self.pair, tokenizers, self.overlap, self.settings, [ends], ids)
         self.loss = distillation_loss(
-            self.settings, self.student, teacher, self.pair, teacher and self.overlap, seed=0, block_elements=3000
+            self.settings,
+            self.student,
+            teacher,
+            self.pair,
+            teacher and self.overlap,
+            self.events,
+            seed=0,
+            block_elements=3000,
         )
         attach(self.student, self.loss)
 
@@ -131,7 +141,13 @@ def close(found, expected, tolerance=2e-5):
         )
 
 
-PUBLISHED = {"spaces": "both", "temperature": 2.0, "agreement_mask": True, "projector": {"labels": "hard"}}
+PUBLISHED = {
+    "target": "projected",
+    "spaces": "both",
+    "temperature": 2.0,
+    "agreement_mask": True,
+    "projector": {"labels": "hard"},
+}
 MODES = {
     "default": {},
     "published": PUBLISHED,
@@ -139,11 +155,16 @@ MODES = {
     "teacher": {"spaces": "teacher"},
     "mask": {"agreement_mask": True},
     "random": {"projector": {"init": "random"}},
+    "projected": {"target": "projected"},
+    "projected mask": {"target": "projected", "agreement_mask": True},
+    "ids": {"shared": "ids"},
+    "hard": {"projector": {"labels": "hard"}},
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
     "keep": PUBLISHED | {"unmapped_argmax": "teacher_space"},
     "chunks": {"chunk_ratio": 0.7},
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
+    "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
     "overlap_kd chunks": {"method": "overlap_kd", "chunk_ratio": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
@@ -202,7 +223,8 @@ def softmax(logits, temperature=1.0):
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     """Float loops over the models' own logits and heads; nothing shared with the product but the rows."""
-    settings = {"spaces": "both", "agreement_mask": labels == "hard", "projector": {"labels": labels}}
+    settings = {"target": "projected", "spaces": "both", "agreement_mask": labels == "hard"}
+    settings |= {"projector": {"labels": labels}}
     setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3, **settings)
     samples = setup.samples(rows[:2])
     loss, sums, _ = setup.run([padded(setup, samples)])

@@ -1,0 +1,41 @@
+"""What a pair of tokenizers means for distillation, in one line each for the pair and for a dataset."""
+
+from dskd_plugin.args import Settings
+from dskd_plugin.pair import Pair
+
+DOCS = "docs/method.md#which-method"
+_MUCH, _SOME = 0.8, 0.5
+
+
+def of_pair(pair: Pair, settings: Settings, student_share: float) -> str:
+    """The vocabularies, and the method that suits them. student_share: shared ids among the student's, in [0, 1]."""
+    ids = f"student {pair.student.vocab_size} ids, teacher {pair.teacher.vocab_size} ids"
+    if pair.identity:
+        return f"one tokenizer ({ids}); recommended: {_recommended('kd', settings)}; see {DOCS}"
+    return (
+        f"two tokenizers ({ids}), {100 * student_share:.0f} % of the student's ids shared ({_amount(student_share)}); "
+        f"recommended: {_recommended('dskd', settings)}; see {DOCS}"
+    )
+
+
+def of_dataset(aligned_share: float) -> str:
+    """How much of a dataset the teacher can speak of. aligned_share: of the response tokens, in [0, 1]."""
+    amount = _amount(aligned_share)
+    rest = " the others learn from the data alone" if aligned_share < 1 else ""
+    return f"{100 * aligned_share:.1f} % aligned with the teacher ({amount}{';' + rest if rest else ''})"
+
+
+def _amount(share: float) -> str:
+    return "much" if share >= _MUCH else "about average" if share >= _SOME else "little"
+
+
+def _recommended(method: str, settings: Settings) -> str:
+    chosen = f"method: {method}" + (" with target: exact" if method == "dskd" else "")
+    as_chosen = settings.method == method and (method != "dskd" or settings.exact)
+    return f"{chosen} (this recipe)" if as_chosen else f"{chosen} (this recipe: {_named(settings)})"
+
+
+def _named(settings: Settings) -> str:
+    if settings.method != "dskd" or settings.exact:
+        return f"method: {settings.method}"
+    return "method: dskd with alignment: cma" if settings.alignment == "cma" else "method: dskd without an exact target"

@@ -1,0 +1,82 @@
+"""``projector.init: fitted``: the projector learns from teacher states of training rows before the first step."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor
+from tqdm import tqdm
+
+from dskd_plugin.core.fitting import Fit
+from dskd_plugin.methods import DualSpace
+from dskd_plugin.teacher import Teacher
+
+LOG = get_logger("axolotl.dskd")
+LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
+
+
+def fit_projector(loss: DualSpace, teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> Fit:
+    """Fit the projector of ``loss`` on teacher states of the dataset's aligned rows and say what it was worth.
+
+    The same on every rank: each reads the same rows in the same order. quiet: no bar and no line in the log.
+    ``ValueError`` for a dataset with too few aligned rows.
+    """
+    started = time.monotonic()
+    unseen, learned = _read(teacher, dataset, seed=seed, quiet=quiet)
+    with tqdm(desc="Fitting the projector", unit="batch", disable=quiet) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        fit = loss.fit(learned, unseen, generator=torch.Generator().manual_seed(seed), on_batch=show)
+    if not quiet:
+        LOG.info(
+            "dskd: projector fitted on %d teacher states in %d passes and %.0f s; on %d others it agrees with the "
+            "teacher on %.0f %% -> %.0f %%, t2s_ce %.2f -> %.2f",
+            *(len(learned), fit.passes, time.monotonic() - started, len(unseen)),
+            *(100 * fit.before.agreement, 100 * fit.after.agreement, fit.before.label_loss, fit.after.label_loss),
+        )
+    return fit
+
+
+def _read(teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> tuple[Tensor, Tensor]:
+    """Teacher states for measuring and for learning, of different samples in an order of the seed's."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts: list[Tensor] = []
+    wanted, got = UNSEEN_ROWS + LEARNED_ROWS, 0
+    with tqdm(total=wanted, desc="Reading teacher states", unit="row", disable=quiet) as bar:
+        for states_ND in _states(teacher, dataset, order):
+            parts.append(states_ND)
+            got += len(states_ND)
+            bar.update(min(len(states_ND), wanted - bar.n))
+            if got >= wanted:
+                break
+    if got < FEWEST_ROWS:
+        raise ValueError(
+            f"dskd.projector.init: expected at least {FEWEST_ROWS} aligned tokens in the training rows to fit on, "
+            f"got {got}. Use init: ideal, or more rows."
+        )
+    # Whole samples on either side: neighbouring states of one sample are much alike.
+    unseen: list[Tensor] = []
+    while sum(map(len, unseen)) < min(UNSEEN_ROWS, got // 5):
+        unseen.append(parts.pop(0))
+    if not parts:
+        raise ValueError(
+            "dskd.projector.init: expected training rows to fit on beside those that measure the fit, got "
+            f"{got} aligned tokens in {len(dataset)} rows. Use init: ideal, or more rows."
+        )
+    return torch.cat(unseen), torch.cat(parts)[:LEARNED_ROWS]
+
+
+def _states(teacher: Teacher, dataset: Any, order: list[int]) -> Iterator[Tensor]:
+    """The teacher's states at the aligned rows of each sample."""
+    for index in order:
+        sample = dataset[index]
+        ids = torch.as_tensor(sample["teacher_input_ids"], device=teacher.model.device)
+        targets = [position for position in sample["aligned_teacher"] if 0 < position < len(ids)]
+        if targets:
+            rows_N = torch.tensor(targets, device=ids.device) - 1
+            yield teacher.rows(ids, torch.tensor([len(ids)]), torch.tensor([1]), rows_N)

@@ -1,0 +1,146 @@
+"""The first piece that a tokenizer cuts from a text which continues another one, and the events that follow from it."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dskd_plugin.core.events import Events, events_of, events_of_pairs
+from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.tokens import TokenTable, backend, byte_piece, encode
+
+FirstPieces = Callable[[list[str]], list[bytes | None]]
+# SentencePiece's NormalizerSpec: add_dummy_prefix and remove_extra_whitespaces off. Appended to a serialised model it
+# is merged into the specification that stands there.
+_NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
+_MOST_ROUNDS = 64  # a piece gets shorter in every round; tokenizers that change text might go round in a circle
+
+Key = bytes | tuple[str, int]
+
+
+def vocabulary_events(
+    student: tuple[Any, TokenTable],
+    teacher: tuple[Any, TokenTable],
+    roles: Iterable[tuple[int, int]],
+    *,
+    ids: tuple[int, int],
+) -> Events:
+    """Events of two tokenizers, each given with its table: tokens that open the same text, as both would cut it.
+
+    The key of a token is found by cutting its text with one tokenizer, keeping the first piece, cutting that with the
+    other, until nothing changes. Bytes that are no text by themselves are known by the first of them.
+    roles: (student id, teacher id) that mean the same whatever their bytes; other special tokens belong to the rest.
+    ids: how many real ids each head has.
+    """
+    sides = (student, teacher)
+    texts = {text for _, table in sides for text in table.bytes if text}
+    key_of = opening_pieces(texts, [first_pieces(*side) for side in sides])
+    keys: list[list[Key | None]] = []
+    for (_, table), size in zip(sides, ids, strict=True):
+        keys.append([key_of[text] if text else None for text in table.bytes[:size]])
+    for number, group in enumerate(_connected(roles)):
+        for side, members in enumerate(group):
+            for token_id in members:
+                if token_id < ids[side]:
+                    keys[side][token_id] = ("role", number)
+    return events_of(*keys)
+
+
+def shared_id_events(overlap: Overlap, ids: tuple[int, int]) -> Events:
+    """Each shared id is an event of its own. ids: how many real ids each head has."""
+    pairs = zip(overlap.student_ids_O.tolist(), overlap.teacher_ids_O.tolist(), strict=True)
+    return events_of_pairs([(s, t) for s, t in pairs if s < ids[0] and t < ids[1]], *ids)
+
+
+def opening_pieces(texts: Iterable[bytes], cutters: Sequence[FirstPieces]) -> dict[bytes, bytes]:
+    """The piece that each text opens with once all the tokenizers agree on it."""
+    opening = {text: text for text in texts}
+    known: list[dict[str, bytes | None]] = [{} for _ in cutters]
+    for _ in range(_MOST_ROUNDS):
+        before = dict(opening)
+        for cut, pieces in zip(cutters, known, strict=True):
+            whole = {piece: _characters(piece) for piece in set(opening.values())}
+            new = sorted({text for text in whole.values() if text and text not in pieces})
+            pieces.update(zip(new, cut(new), strict=True))
+            shorter = {piece: pieces.get(text) or piece[:1] for piece, text in whole.items()}
+            opening = {text: shorter[piece] for text, piece in opening.items()}
+        if opening == before:
+            return opening
+    return {text: piece if before[text] == piece else piece[:1] for text, piece in opening.items()}
+
+
+def _characters(piece: bytes) -> str:
+    """The whole characters that a piece begins with; a token may end, or begin, inside one."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError as error:
+        return piece[: error.start].decode()
+
+
+def first_pieces(tokenizer: Any, table: TokenTable) -> FirstPieces:
+    """A function of texts that continue another one: the bytes of the first token of each, None for no known token.
+
+    The space that some tokenizers put before a text is left out. Any tokenizer that has a table will do.
+    """
+    found = backend(tokenizer)
+    if found.fast is not None:
+        return _fast(found.fast, table)
+    if found.processor is not None and table.kind == "sentencepiece":
+        return _sentencepiece(found.processor)
+
+    def cut(texts: list[str]) -> list[bytes | None]:
+        return [table.bytes[ids[0]] if (ids := encode(tokenizer, text)) else None for text in texts]
+
+    return cut
+
+
+def _fast(fast: Any, table: TokenTable) -> FirstPieces:
+    from tokenizers import Tokenizer
+
+    spec = json.loads(fast.to_str())
+    for part in ("normalizer", "pre_tokenizer"):
+        spec[part] = _without_dummy_prefix(spec[part])
+    spec["truncation"] = spec["padding"] = None
+    continuing = Tokenizer.from_str(json.dumps(spec))
+
+    def cut(texts: list[str]) -> list[bytes | None]:
+        encoded = continuing.encode_batch(texts, add_special_tokens=False)
+        return [table.bytes[one.ids[0]] if one.ids else None for one in encoded]
+
+    return cut
+
+
+def _without_dummy_prefix(component: Any) -> Any:
+    """A component of tokenizer.json that puts no space before a text."""
+    if component is None or component["type"] == "Prepend":
+        return None
+    changed = dict(component)
+    if "prepend_scheme" in changed:
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in changed:
+        changed["add_prefix_space"] = False
+    for parts in ("normalizers", "pretokenizers"):
+        if parts in changed:
+            changed[parts] = [step for part in changed[parts] if (step := _without_dummy_prefix(part)) is not None]
+    return changed
+
+
+def _sentencepiece(processor: Any) -> FirstPieces:
+    from sentencepiece import SentencePieceProcessor
+
+    continuing = SentencePieceProcessor(model_proto=processor.serialized_model_proto() + _NO_DUMMY_PREFIX)
+
+    def cut(texts: list[str]) -> list[bytes | None]:
+        return [byte_piece(continuing, ids[0]) if ids else None for ids in continuing.encode(texts)]
+
+    return cut
+
+
+def _connected(pairs: Iterable[tuple[int, int]]) -> list[tuple[set[int], set[int]]]:
+    """Student and teacher ids that hang together: one token of a side may have two roles of the other."""
+    groups: list[tuple[set[int], set[int]]] = []
+    for student_id, teacher_id in pairs:
+        touching = [group for group in groups if student_id in group[0] or teacher_id in group[1]]
+        students = {student_id}.union(*(group[0] for group in touching))
+        teachers = {teacher_id}.union(*(group[1] for group in touching))
+        groups = [group for group in groups if group not in touching] + [(students, teachers)]
+    return groups
