@@ -285,6 +285,14 @@ def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path, monkeypatch, c
     assert main(["runs", *words]) == 0
     assert (tmp_path / "out" / "runs" / found_name("sft") / "train.json").stat().st_mtime_ns == before
     assert "runs 1/" not in capsys.readouterr().out
+    run = Run("forward", "mbpp", "dskd_projected", 5e-5, 2, 1)
+    place = runs.Place(tmp_path / "out", folder, 0, ("heldout", "newline"), False)
+    assert runs.finished(run, place)
+    trained = tmp_path / "out" / "runs" / run.name / "train.json"
+    facts = json.loads(trained.read_text())
+    facts["settings"]["temperature"] = 2.0
+    trained.write_text(json.dumps(facts))
+    assert runs.stale(run, place) and not runs.finished(run, place)
 
 
 def found_name(setting: str) -> str:
