@@ -51,14 +51,17 @@ def pieces(tokenizer, ids, positions):
 
 
 def check_pairs(row, student, teacher):
-    """Every pair of text tokens shows the same text; roles pair with roles."""
+    """Every pair of text tokens opens the same text; roles pair with roles."""
     for s, t in zip(row["aligned_student"], row["aligned_teacher"], strict=True):
         ours, theirs = row["input_ids"][s], row["teacher_input_ids"][t]
         assert row["labels"][s] != -100
         if ours in student.all_special_ids or theirs in teacher.all_special_ids:
             assert (ours, theirs) == (student.eos_token_id, teacher.eos_token_id)
         elif "\ufffd" not in student.decode([ours]) + teacher.decode([theirs]):
-            assert student.decode([ours]).strip() == teacher.decode([theirs]).strip()
+            short, long = sorted(
+                (side.decode([token]).strip() for side, token in ((student, ours), (teacher, theirs))), key=len
+            )
+            assert long.startswith(short)
             spelled = student.convert_ids_to_tokens(ours), teacher.convert_ids_to_tokens(theirs)
             assert len({token[0] in "Ġ▁" for token in spelled}) == 1, spelled
 
@@ -305,7 +308,7 @@ def test_the_log_names_the_share_of_tokens_in_chunks(prepare, caplog):
         (found,), _, _ = prepare([row], {"chunk_ratio": 1})
     tokens = sum(label != -100 for label in found["labels"])
     covered = sum(b - a for a, b in zip(found["chunks"][::4], found["chunks"][1::4], strict=True))
-    assert covered and f"aligned with the teacher, {100 * covered / tokens:.1f} % in chunks;" in caplog.text
+    assert covered and f", {100 * covered / tokens:.1f} % in chunks;" in caplog.text
 
 
 def test_rows_without_a_chunk_may_come_first(prepare):
