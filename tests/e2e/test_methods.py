@@ -10,11 +10,12 @@ pytestmark = pytest.mark.e2e
 TWO = {
     "default": ({"spaces": "student", "agreement_mask": False}, {"ce", "t2s_kd", "t2s_ce"}),
     "published": (
-        {"temperature": 2.0, "projector": {"labels": "hard"}},
+        {"target": "projected", "temperature": 2.0, "projector": {"labels": "hard"}},
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
     "sft": ({"method": "sft"}, {"ce"}),
-    "overlap_kd": ({"method": "overlap_kd"}, {"ce", "kd"}),
+    "fitted": ({"spaces": "student", "projector": {"init": "fitted"}}, {"ce", "t2s_kd", "t2s_ce"}),
+    "overlap_kd": ({"method": "overlap_kd", "shared": "ids"}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
@@ -74,6 +75,8 @@ def test_across_tokenizers(run_axolotl, recipe, name):
     run = run_axolotl({**recipe, "dskd": block(recipe, changes)})
     assert run.code == 0, run.output[-3000:]
     steps = check(run, terms, changes.get("projector", {}).get("warmup_steps", 0))
+    if name == "fitted":
+        assert "dskd: projector fitted on" in run.output
     if "on_policy" in changes:
         assert sum(entry["dskd/rollout_answers"] for entry in steps) > 0
         assert "dskd: step" in run.output or "log_samples" not in changes["on_policy"]

@@ -412,3 +412,26 @@ def test_low_precision_is_close(tiny, rows, precision, mode):
     for name, parameter in setup.student.named_parameters():
         assert gradients[name].dtype == parameter.dtype
         assert gradients[name].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target": "projected"}, {"target": "projected", "projector": {"labels": "hard"}}]
+)
+def test_a_fitted_projector_is_better_on_rows_that_it_did_not_see(tiny, rows, settings):
+    from dskd_plugin.fitted import fit_projector
+
+    projector = {"init": "fitted", **settings.get("projector", {})}
+    setups = [Setup(tiny["student"], tiny["teacher"], **{**settings, "projector": projector}) for _ in range(2)]
+    samples = setups[0].samples(rows)
+    samples = samples * -(-600 // sum(len(sample["aligned_teacher"]) for sample in samples))
+    weights = []
+    for setup in setups:
+        start = setup.loss.t2s.linear.weight.clone()
+        fit = fit_projector(setup.loss, setup.teacher, samples, seed=3, quiet=True)
+        assert fit.after.label_loss < fit.before.label_loss
+        assert not torch.equal(setup.loss.t2s.linear.weight, start)
+        assert torch.equal(setup.loss.t2s.weight_Dd, fit.map_Dd)
+        weights.append(setup.loss.t2s.linear.weight)
+    assert torch.equal(*weights)  # on all ranks alike
+    with pytest.raises(ValueError, match=r"dskd\.projector\.init: expected at least 512 aligned tokens .* got \d+\."):
+        fit_projector(setups[0].loss, setups[0].teacher, samples[:2], seed=3, quiet=True)
