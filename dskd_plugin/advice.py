@@ -36,6 +36,8 @@ def _recommended(method: str, settings: Settings) -> str:
 
 
 def _named(settings: Settings) -> str:
-    if settings.method != "dskd" or settings.exact:
+    if settings.method != "dskd":
         return f"method: {settings.method}"
+    if settings.exact:
+        return "method: dskd with target: exact"
     return "method: dskd with alignment: cma" if settings.alignment == "cma" else "method: dskd without an exact target"

@@ -79,7 +79,7 @@ def assert_ended_well(run, recipe):
 def test_one_tokenizer(train, tiny):
     run = train(dskd={"teacher": {"model": tiny["sibling"], "dtype": "float32"}})
     assert all(entry["dskd/align_ratio"] == 1 for entry in run.log if "loss" in entry)
-    assert "`method: kd` scored better" in run.output
+    assert "recommended: method: kd (this recipe: method: dskd with target: exact)" in run.output
 
 
 def test_any_split_of_the_batch_gives_the_same_curve(train):

@@ -1,0 +1,70 @@
+"""What is said of a pair and of the first steps of a run."""
+
+import pytest
+
+from dskd_plugin import advice
+from dskd_plugin.args import parse_settings
+from dskd_plugin.pair import make_pair
+from dskd_plugin.watch import Watch
+
+TEACHER = {"teacher": {"model": "some/teacher"}}
+
+
+@pytest.mark.parametrize(
+    ("student", "changes", "said"),
+    [
+        ("qwen", {}, "method: dskd with target: exact (this recipe)"),
+        ("qwen", {"target": "projected"}, "(this recipe: method: dskd without an exact target)"),
+        ("qwen", {"alignment": "cma"}, "(this recipe: method: dskd with alignment: cma)"),
+        ("qwen", {"method": "uld"}, "method: dskd with target: exact (this recipe: method: uld)"),
+        ("smollm2", {"method": "kd"}, "one tokenizer (student 49152 ids"),
+        ("smollm2", {"method": "kd"}, "method: kd (this recipe)"),
+        ("smollm2", {}, "method: kd (this recipe: method: dskd with target: exact)"),
+    ],
+)
+def test_the_pair(zoo, student, changes, said):
+    settings = parse_settings(TEACHER | changes)
+    pair = make_pair(zoo(student).tokenizer, zoo("smollm2").table, settings)
+    line = advice.of_pair(pair, settings, 0.25)
+    assert said in line
+    assert line.endswith("see docs/method.md#which-method")
+    assert pair.identity or "25 % of the student's ids shared (little)" in line
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(1.0, "(much)"), (0.8, "(much;"), (0.6, "(about average;"), (0.1, "(little;")]
+)
+def test_a_dataset(share, said):
+    assert said in advice.of_dataset(share)
+
+
+def steps(ce, **terms):
+    """Ten logged steps; a pair of numbers is the value of the first and of the last five."""
+    found = []
+    for half in (0, 1):
+        values = {"ce": ce, **terms}
+        found += [{name: value[half] if isinstance(value, tuple) else value for name, value in values.items()}] * 5
+    return found
+
+
+@pytest.mark.parametrize(
+    ("target", "seen", "warned"),
+    [
+        ("projected", steps(0.4, t2s_kd=4.6), ["12 times the cross-entropy"]),
+        ("projected", steps((0.3, 0.6), t2s_kd=4.6), ["rises", "target: exact"]),
+        ("projected", steps(2.5, t2s_kd=2.2, t2s_ce=1.0), []),
+        # An exact target is the teacher's own opinion, however far a student is from it.
+        ("exact", steps(0.4, t2s_kd=4.6), []),
+        ("exact", steps((0.3, 0.6), t2s_kd=0.8), ["rises"]),
+        (None, steps((2.0, 1.5), kd=9.0), []),
+        (None, steps((0.02, 0.05)), []),
+    ],
+)
+def test_the_first_steps(target, seen, warned):
+    watch = Watch(target=target)
+    said = [line for step in seen for line in watch.see(step)]
+    assert len(said) >= bool(warned)
+    assert all(any(word in line for line in said) for word in warned)
+    assert warned or not said
+    # Once, and nothing of later steps.
+    assert not any(watch.see(step) for step in steps((0.1, 9.0), t2s_kd=99.0))
