@@ -48,10 +48,11 @@ def test_a_command_tells_its_own_cpu_time(commands: Commands, tmp_path: Path) ->
     assert spent["idle"] < spent["busy"] - 0.3
 
 
-def test_the_bar_follows_the_steps_of_the_log(
-    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Loading comes first, an evaluation of another length comes between: the bar shows the training alone."""
+def test_the_bar_follows_the_steps_of_the_log(tmp_path: Path) -> None:
+    """Loading comes first, an evaluation of another length comes between: the bar shows the training alone.
+
+    In a process of its own: tqdm reads TQDM_DISABLE when it is imported, and other tests set it.
+    """
     text = (
         "import time\nfrom tqdm import tqdm\n"
         "for _ in tqdm(range(5), desc='Loading weights'): pass\n"
@@ -60,8 +61,17 @@ def test_the_bar_follows_the_steps_of_the_log(
         "    if step == 20:\n"
         "        for _ in tqdm(range(7), mininterval=0): pass\n"
     )
-    commands.run(python(text), tmp_path / "bar.log", title="Training", threads=1)
-    shown = re.sub(r"\r", "\n", capsys.readouterr().err)
+    command = (
+        "import sys\nfrom pathlib import Path\nfrom quickstart.commands import Commands\n"
+        "out = Path(sys.argv[1])\n"
+        "words = [sys.executable, '-c', sys.argv[2]]\n"
+        "Commands(out, seed=1, offline=True).run(words, out / 'bar.log', title='Training', threads=1)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    words = [*python(command), str(tmp_path), text]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    shown = ended.stderr.replace("\r", "\n")
     totals = {int(total) for total in re.findall(r"Training: +\d+%.*\| *\d+/(\d+),", shown)}
     assert totals == {40}, shown
     assert "Training: starting" in shown
