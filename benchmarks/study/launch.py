@@ -128,7 +128,8 @@ def run(jobs: Iterable[Job], *, at_once: int) -> Iterator[Outcome]:
     try:
         while True:
             while len(running) < at_once and (job := next(waiting, None)) is not None:
-                running[_start(job)] = (job, time.monotonic())
+                job.log.unlink(missing_ok=True)
+                running[start(job)] = (job, time.monotonic())
             if not running:
                 return
             time.sleep(0.05)
@@ -142,7 +143,8 @@ def run(jobs: Iterable[Job], *, at_once: int) -> Iterator[Outcome]:
             os.kill(pid, signal.SIGTERM)
 
 
-def _start(job: Job) -> int:
+def start(job: Job) -> int:
+    """The process id of a child that does the job; its output is added to the log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -153,7 +155,7 @@ def _start(job: Job) -> int:
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        sink = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        sink = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))

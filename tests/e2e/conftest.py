@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -50,10 +51,73 @@ class Run:
 
 def kill_tree(pid: int) -> None:
     """kill -9 a process and all its descendants; torchrun starts its ranks in sessions of their own."""
-    parent = psutil.Process(pid)
-    for process in [*parent.children(recursive=True), parent]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+class Process:
+    """A command in an interpreter of its own."""
+
+    def __init__(self, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+        with log.open("w") as stream:
+            self._process = subprocess.Popen(
+                arguments, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.pids = [self._process.pid]
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+
+class Fork:
+    """A training in children of the fork server; `poll` and `wait` give the first exit code that is not 0."""
+
+    def __init__(self, server: subprocess.Popen, order: dict[str, Any]) -> None:
+        Path(order["log"]).write_text("")
+        self._server, self._code = server, None
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        self.pids: list[int] = json.loads(server.stdout.readline())
+
+    def poll(self) -> int | None:
+        if self._code is None and select.select([self._server.stdout], [], [], 0)[0]:
+            self.wait()
+        return self._code
+
+    def wait(self) -> int:
+        if self._code is None:
+            codes = json.loads(self._server.stdout.readline())
+            self._code = next((code for code in codes if code != 0), 0)
+        return self._code
+
+
+_server: subprocess.Popen | None = None
+
+
+def fork_server() -> subprocess.Popen:
+    """The server of this test process, started when it is first asked for; it ends with this process."""
+    global _server
+    if _server is None:
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, str(Path(__file__).parent / "fork_server.py")]
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        _server = subprocess.Popen(command, env={**environment(), "PYTHONPATH": path}, **options)
+    return _server
+
+
+def command_line(file: Path, command: str, launcher: str, ranks: int, more: Sequence[str]) -> list[str]:
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [*torchrun, str(LAUNCH), str(file)]
+    chosen = [] if command == "preprocess" else ["--launcher", launcher]
+    return ["axolotl", command, str(file), *chosen, *more]
 
 
 def axolotl(
@@ -62,6 +126,7 @@ def axolotl(
     *,
     launcher: str = "python",
     ranks: int = 1,
+    fresh: bool = False,
     kill_after: str | None = None,
     interrupt: tuple[signal.Signals, str] | None = None,
     help_only: bool = False,
@@ -69,62 +134,44 @@ def axolotl(
     timeout: int = 600,
     extra_env: dict[str, str] | None = None,
 ) -> Run:
-    """Run the real command on the recipe. ranks 2: under torchrun with the CPU engines of cpu_engines.py.
+    """Run the real command on the recipe. ranks 2: two processes with the CPU engines of cpu_engines.py.
 
+    fresh: in interpreters of its own, as a user starts it, with two ranks under torchrun; otherwise the same command
+    runs in a fork that has imported everything (see fork_server.py), except where a launcher starts interpreters.
     kill_after: kill -9 the whole process group as soon as this path exists.
     interrupt: a signal, sent as soon as the path exists: SIGINT to all processes, as a terminal does, others to the
     command alone.
     """
     out = Path(recipe["output_dir"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.parent / f"{out.name}.yaml"
+    file, log = out.parent / f"{out.name}.yaml", out.parent / f"{out.name}.log"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    if ranks > 1:
-        arguments = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            str(LAUNCH),
-            str(file),
-        ]
+    arguments = ["axolotl", "--help"] if help_only else command_line(file, command, launcher, ranks, command_options)
+    variables = {**environment(), **(extra_env or {})}
+    run: Process | Fork
+    if fresh or help_only or launcher != "python":
+        run = Process(arguments, out.parent, log, variables)
     else:
-        arguments = [
-            "axolotl",
-            command,
-            str(file),
-            *(["--launcher", launcher] if command != "preprocess" else []),
-            *command_options,
-        ]
-    arguments = ["axolotl", "--help"] if help_only else arguments
-    log = out.parent / f"{out.name}.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            arguments,
-            cwd=out.parent,
-            env={**environment(), **(extra_env or {})},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + timeout
-        try:
-            while process.poll() is None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{arguments}: no end after {timeout} s\n{log.read_text()[-3000:]}")
-                if kill_after is not None and Path(kill_after).exists():
-                    break
-                if interrupt is not None and Path(interrupt[1]).exists():
-                    number = interrupt[0]
-                    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-                    interrupt = None
-                time.sleep(0.05)
-        finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-            process.wait()
-    return Run(process.returncode, log.read_text(), recipe)
+        order = {"arguments": arguments, "folder": str(out.parent), "log": str(log), "ranks": ranks}
+        run = Fork(fork_server(), {**order, "environment": variables})
+    deadline = time.monotonic() + timeout
+    try:
+        while run.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{arguments}: no end after {timeout} s\n{log.read_text()[-3000:]}")
+            if kill_after is not None and Path(kill_after).exists():
+                break
+            if interrupt is not None and Path(interrupt[1]).exists():
+                number = interrupt[0]
+                (os.killpg if number == signal.SIGINT else os.kill)(run.pids[0], number)
+                interrupt = None
+            time.sleep(0.05)
+    finally:
+        if run.poll() is None:
+            for pid in run.pids:
+                kill_tree(pid)
+        code = run.wait()
+    return Run(code, log.read_text(), recipe)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +183,7 @@ def run_axolotl() -> Callable[..., Run]:
 def train(recipe: dict[str, Any]):
     """``train(**changes)``: run the recipe with changes and expect success."""
 
-    def run(name: str = "out", *, ranks: int = 1, command: str = "train", **changes: Any) -> Run:
+    def run(name: str = "out", *, ranks: int = 1, command: str = "train", fresh: bool = False, **changes: Any) -> Run:
         block = {**recipe["dskd"], **changes.pop("dskd", {})}
         changed = {
             **recipe,
@@ -144,7 +191,8 @@ def train(recipe: dict[str, Any]):
             "dskd": block,
             "output_dir": str(Path(recipe["output_dir"]).parent / name),
         }
-        result = axolotl({key: value for key, value in changed.items() if value is not None}, command, ranks=ranks)
+        kept = {key: value for key, value in changed.items() if value is not None}
+        result = axolotl(kept, command, ranks=ranks, fresh=fresh)
         assert result.code == 0, result.output[-4000:]
         return result
 

@@ -47,10 +47,14 @@ def use_cpu_device_map() -> None:
     ModelLoader._set_device_map_config = without_device_map
 
 
-if __name__ == "__main__":
+def main(recipe: str) -> None:
     use_gloo()
     use_deepspeed_without_compiler()
     use_cpu_device_map()
     from axolotl.cli.train import do_cli
 
-    do_cli(sys.argv[1])
+    do_cli(recipe)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ pytestmark = pytest.mark.e2e
 
 LAUNCHERS = ("accelerate", "torchrun", "python")
 AT_ONCE = 5.0  # seconds later than `axolotl --help`
+
+
+@pytest.fixture(scope="module")
+def run_axolotl(run_axolotl):
+    """What a command says from its first import on needs an interpreter of its own."""
+    return partial(run_axolotl, fresh=True)
 
 
 @pytest.fixture(scope="module")

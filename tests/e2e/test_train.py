@@ -22,7 +22,7 @@ def loads_cleanly(folder):
 
 
 def test_distillation_across_tokenizers(train, recipe):
-    run = train(max_steps=12, save_steps=12)
+    run = train(max_steps=12, save_steps=12, fresh=True)
     steps = [entry for entry in run.log if "loss" in entry]
     assert len(steps) == 12
     for entry in steps:
