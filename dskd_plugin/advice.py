@@ -1,6 +1,7 @@
 """What a pair of tokenizers means for distillation, in one line each for the pair and for a dataset."""
 
 from dskd_plugin.args import Settings
+from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
 
 DOCS = "docs/method.md#which-method"
@@ -30,14 +31,6 @@ def _amount(share: float) -> str:
 
 
 def _recommended(method: str, settings: Settings) -> str:
-    chosen = f"method: {method}" + (" with target: exact" if method == "dskd" else "")
-    as_chosen = settings.method == method and (method != "dskd" or settings.exact)
-    return f"{chosen} (this recipe)" if as_chosen else f"{chosen} (this recipe: {_named(settings)})"
-
-
-def _named(settings: Settings) -> str:
-    if settings.method != "dskd":
-        return f"method: {settings.method}"
-    if settings.exact:
-        return "method: dskd with target: exact"
-    return "method: dskd with alignment: cma" if settings.alignment == "cma" else "method: dskd without an exact target"
+    best = settings.model_copy(update={"method": method, "alignment": "auto", "spaces": "student", "target": "exact"})
+    advised, chosen = (method_of(one).title(one) for one in (best, settings))
+    return f"{advised} (this recipe)" if chosen == advised else f"{advised} (this recipe: {chosen})"

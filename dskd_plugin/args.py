@@ -8,7 +8,11 @@ what to do.
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from dskd_plugin.methods import method_of
+from dskd_plugin.methods import names as method_names
 
 
 class _Block(BaseModel):
@@ -97,23 +101,9 @@ class OnPolicySettings(_Block):
     log_samples: int = Field(0, ge=0, description="answers written to the log at each such step")
 
 
-# Settings that mean nothing to a method.
-_SPACES = ("spaces", "target", "agreement_mask", "unmapped_argmax", "projector")
-_UNUSED_BY: dict[str, tuple[str, ...]] = {
-    "sft": ("alignment", "divergence", "temperature", "kd_ratio", "chunk_ratio", "on_policy", "shared", *_SPACES),
-    "kd": ("chunk_ratio", "shared", *_SPACES),
-    "overlap_kd": _SPACES,
-    "uld": ("alignment", "divergence", "shared", *_SPACES),
-    "mined": ("alignment", "divergence", "shared", *_SPACES),
-    "dskd": (),
-}
-
-
 class Settings(_Block):
     teacher: TeacherSettings
-    method: Literal["sft", "kd", "overlap_kd", "uld", "mined", "dskd"] = Field(
-        "dskd", description="distillation method"
-    )
+    method: str = Field("dskd", description="distillation method", json_schema_extra={"enum": method_names()})
     alignment: Literal["auto", "identity", "eta", "cma"] = Field(
         "auto",
         description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
@@ -151,72 +141,38 @@ class Settings(_Block):
     @property
     def exact(self) -> bool:
         """Whether the student-space target is the teacher's own between events."""
-        in_student_space = self.method == "dskd" and self.spaces != "teacher" and self.alignment != "cma"
-        return in_student_space and self.target == "exact"
+        return method_of(self).exact(self)
 
     @property
     def by_events(self) -> bool:
         """Whether events of several tokens are compared."""
-        return self.shared == "events" and (self.exact or self.method == "overlap_kd")
+        return method_of(self).by_events(self)
+
+    @field_validator("method")
+    @classmethod
+    def known_method(cls, name: str) -> str:
+        known = method_names()
+        if name not in known:
+            listed = f"{', '.join(repr(one) for one in known[:-1])} or {known[-1]!r}"
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": listed})
+        return name
 
     @model_validator(mode="after")
     def no_ignored_setting(self) -> "Settings":
         """A setting that the chosen mode would ignore is an error."""
-        unused = [key for key in _UNUSED_BY[self.method] if key in self.model_fields_set]
-        if self.alignment == "cma":
-            unused += [key for key in ("unmapped_argmax", "shared") if key in self.model_fields_set]
-            unused += ["projector.labels"] if "labels" in self.projector.model_fields_set else []
+        method = method_of(self)
+        unused = method.ignored(self)
         if unused:
-            chosen = f"method: {self.method}" if self.method != "dskd" else "alignment: cma"
             raise ValueError(
-                f"expected only settings that have an effect, got {', '.join(unused)} which {chosen} ignores. "
-                "Remove them."
+                f"expected only settings that have an effect, got {', '.join(unused)} which {method.chosen_by()} "
+                "ignores. Remove them."
             )
-        if self.alignment == "cma" and self.method != "dskd":
+        if self.alignment == "cma" and method.alignment != "cma":
             raise ValueError(
-                f"alignment: expected auto, identity or eta beside method: {self.method}, got 'cma': cross-model "
+                f"alignment: expected auto, identity or eta beside {method.chosen_by()}, got 'cma': cross-model "
                 "attention belongs to dskd. Remove it."
             )
-        if self.alignment == "cma" and self.method == "dskd":
-            if self.target == "exact" and "target" in self.model_fields_set:
-                raise ValueError(
-                    "target: expected 'projected' beside alignment: cma, got 'exact': attention mixes teacher rows, so "
-                    "that no single distribution of the teacher belongs to a row. Remove it, or use alignment: eta."
-                )
-            if self.projector.init == "fitted":
-                raise ValueError(
-                    "projector.init: expected 'ideal' or 'random' beside alignment: cma, got 'fitted': attention has "
-                    "three maps that only fit together. Remove it, or use alignment: eta."
-                )
-        if self.exact and "unmapped_argmax" in self.model_fields_set:
-            raise ValueError(
-                f"unmapped_argmax: expected it unset beside target: exact, got {self.unmapped_argmax!r}: every "
-                "prediction of the teacher has an event. Remove it, or set target: projected."
-            )
-        if self.method == "dskd" and self.target == "projected" and "shared" in self.model_fields_set:
-            raise ValueError(
-                f"shared: expected it unset beside target: projected, got {self.shared!r}: it has no effect there. "
-                "Remove it, or set target: exact."
-            )
-        ignored = []
-        if self.spaces == "teacher":
-            ignored += [key for key in ("target", "shared") if key in self.model_fields_set]
-            ignored += [
-                f"projector.{key}"
-                for key in ("init", "learning_rate", "labels")
-                if key in self.projector.model_fields_set
-            ]
-            ignored += ["agreement_mask"] if "agreement_mask" in self.model_fields_set else []
-        if self.spaces == "student":
-            ignored += ["unmapped_argmax"] if "unmapped_argmax" in self.model_fields_set else []
-            if self.projector.init == "random" and self.projector.top_vocab is not None:
-                ignored.append("projector.top_vocab")
-        if ignored:
-            raise ValueError(
-                f"expected only settings that have an effect, got {', '.join(ignored)} which spaces: {self.spaces}"
-                f"{' with projector.init: random' if 'projector.top_vocab' in ignored else ''} ignores. Remove them, "
-                "or choose other spaces."
-            )
+        method.check(self)
         return self
 
 

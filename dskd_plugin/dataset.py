@@ -21,6 +21,7 @@ from axolotl.utils.logging import get_logger
 from dskd_plugin import advice
 from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
+from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.tokens import TokenTable, overlap
 from dskd_plugin.turn_end_warning import names_the_side, template_end
@@ -298,7 +299,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
             f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
         )
     if over_long and strategy == "truncate":
-        cut = _Truncate(limit, pairs=reader.settings.alignment != "cma")
+        cut = _Truncate(limit, pairs=method_of(reader.settings).pairing(reader.settings) != "all")
         dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
     elif over_long:
         dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")
@@ -321,7 +322,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
         *(name, rows, responses, advice.of_dataset(aligned / responses), in_chunks),
         *(over_long, strategy if over_long else "none", unmatched),
     )
-    if not aligned and not chunked and reader.settings.method != "sft":
+    if not aligned and not chunked and method_of(reader.settings).needs_teacher:
         raise ValueError(
             f"{name}: expected response tokens that student and teacher share, got none aligned of {responses}. "
             "Check that both chat templates render the answers and that train_on_eos and roles_to_train fit both. A "

@@ -10,14 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dskd_plugin.core.fitting import Fit
-from dskd_plugin.methods import DualSpace
+from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.teacher import Teacher
 
 LOG = get_logger("axolotl.dskd")
 LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
 
 
-def fit_projector(loss: DualSpace, teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> Fit:
+def fit_projector(loss: DualSpaceLoss, teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> Fit:
     """Fit the projector of ``loss`` on teacher states of the dataset's aligned rows and say what it was worth.
 
     The same on every rank: each reads the same rows in the same order. quiet: no bar and no line in the log.
@@ -31,7 +31,10 @@ def fit_projector(loss: DualSpace, teacher: Teacher, dataset: Any, *, seed: int,
             bar.total = total
             bar.update(done - bar.n)
 
-        fit = loss.fit(learned, unseen, generator=torch.Generator().manual_seed(seed), on_batch=show)
+        try:
+            fit = loss.fit(learned, unseen, generator=torch.Generator().manual_seed(seed), on_batch=show)
+        except ValueError as error:
+            raise ValueError(f"dskd.projector.init: {error}") from error
     if not quiet:
         LOG.info(
             "dskd: projector fitted on %d teacher states in %d passes and %.0f s; on %d others it agrees with the "

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dskd_plugin.methods import method_of
+
 # Architectures that read text and cannot write it.
 ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 TOKENIZER_FILES = ("token*", "*.model", "vocab*", "*tekken*")
@@ -128,7 +130,7 @@ def check_teacher(settings: Any, needs_template: bool) -> None:
 
 def check_pair(student: str, settings: Any) -> None:
     """Raise ``ValueError`` where the settings need one tokenizer and the vocabularies are plainly two."""
-    asked = {"dskd.method: expected 'kd'": settings.method == "kd"}
+    asked = {f"dskd.method: expected {settings.method!r}": method_of(settings).needs_one_tokenizer}
     asked["dskd.alignment: expected 'identity'"] = settings.alignment == "identity"
     if not any(asked.values()):
         return

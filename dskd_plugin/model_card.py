@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from dskd_plugin.methods import method_of
 from dskd_plugin.summary import changes
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -50,7 +51,7 @@ def card(trainer: Any, recipe: dict[str, Any], settings: Any) -> str:
         tags=["axolotl", "dskd", "generated_from_trainer"],
     )
     teacher = settings.teacher
-    distilled = settings.method != "sft"
+    distilled = method_of(settings).needs_teacher
     by = f"distilled from `{public_name(teacher.model)}`" if distilled else "fine-tuned"
     facts = {
         "base": f"`{public_name(base)}`",

@@ -101,3 +101,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def head_rows(model: nn.Module) -> int:
+    """Rows of the output head, also where an engine has split it over ranks."""
+    weight = output_head(model).weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])

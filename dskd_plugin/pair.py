@@ -7,24 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dskd_plugin.align import Aligner, Ends, Pairing, role_pairs
+from dskd_plugin.align import Aligner, Ends, role_pairs
 from dskd_plugin.args import Settings
 from dskd_plugin.core.events import Events
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
+from dskd_plugin.methods import method_of
 from dskd_plugin.pieces import shared_id_events, vocabulary_events
 from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
-
-_PAIRING: dict[str, Pairing] = {"uld": "position", "mined": "warped"}
-
-
-def pairing(settings: Settings) -> Pairing:
-    """Which tokens of two answers belong together, see `align`."""
-    if settings.alignment == "cma":
-        return "all"
-    if settings.by_events:
-        # All rows at which both have read the same: a choice by the gold token would bias the shares inside events.
-        return "starts"
-    return _PAIRING.get(settings.method, "exact")
 
 
 @dataclass(frozen=True)
@@ -46,10 +35,11 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
             f"ids and a teacher with {teacher.vocab_size}, {overlap(student, teacher).student_share:.0%} of the "
             "student's shared. Use 'eta' or 'auto'."
         )
-    if settings.method == "kd" and not same:
+    if method_of(settings).needs_one_tokenizer and not same:
         raise ValueError(
-            f"dskd.method: expected 'kd' only for one tokenizer, got a student with {student.vocab_size} ids and a "
-            f"teacher with {teacher.vocab_size}: their distributions are over different tokens. Use 'overlap_kd'."
+            f"dskd.method: expected {settings.method!r} only for one tokenizer, got a student with "
+            f"{student.vocab_size} ids and a teacher with {teacher.vocab_size}: their distributions are over "
+            "different tokens. Use 'overlap_kd'."
         )
     as_one = same and settings.alignment != "eta"
     if settings.chunk_ratio > 0 and as_one:
@@ -65,7 +55,7 @@ def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
     return Aligner(
         pair.student,
         pair.teacher,
-        pairing=pairing(settings),
+        pairing=method_of(settings).pairing(settings),
         identity=pair.identity,
         chunks=settings.chunk_ratio > 0,
         student_end=ends[0],

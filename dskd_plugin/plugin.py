@@ -12,6 +12,7 @@ from axolotl.utils.logging import get_logger
 from dskd_plugin import __version__
 from dskd_plugin.align import RULES
 from dskd_plugin.folders import check_files, check_teacher
+from dskd_plugin.methods import method_of
 from dskd_plugin.preflight import check_key, check_recipe
 
 LOG = get_logger("axolotl.dskd")
@@ -70,8 +71,8 @@ class DSKDPlugin(BasePlugin):
         )
         table = read_table("tokenizer of dskd.teacher.model", tokenizer)
         changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
-        needs_pair = settings.alignment == "identity" or settings.method == "kd" or settings.chunk_ratio > 0
-        if needs_pair and not changed:
+        one_tokenizer = settings.alignment == "identity" or method_of(settings).needs_one_tokenizer
+        if (one_tokenizer or settings.chunk_ratio > 0) and not changed:
             from transformers import AutoTokenizer
 
             student = AutoTokenizer.from_pretrained(
@@ -84,14 +85,12 @@ class DSKDPlugin(BasePlugin):
 
     def _prepared_path(self, cfg: Any) -> str:
         """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
-        from dskd_plugin.pair import pairing
-
         settings = self.reader.settings
         key = {
             "version": [__version__, RULES],
             "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
             # Not the method: methods that pair rows alike share them.
-            "pairing": pairing(settings),
+            "pairing": method_of(settings).pairing(settings),
             "alignment": settings.alignment,
             "chunks": settings.chunk_ratio > 0,
             "prompts": settings.on_policy is not None,

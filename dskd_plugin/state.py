@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dskd_plugin import __version__
+from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
-from dskd_plugin.student import DistillationLoss
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dskd_plugin import advice, model_card, partial, state
+from dskd_plugin.assemble import distillation_loss
+from dskd_plugin.batch import MicroBatch, micro_batch
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.dataset import TeacherReader, turn_ends
 from dskd_plugin.fitted import fit_projector
-from dskd_plugin.methods import DualSpace, distillation_loss
+from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.losses.dual_space import DualSpaceLoss
+from dskd_plugin.methods import method_of
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.rollout import COUNTS, Rollout, pack
-from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
+from dskd_plugin.student import attach
 from dskd_plugin.teacher import Teacher
 from dskd_plugin.watch import Watch
 
@@ -70,8 +74,8 @@ class DSKDTrainer(AxolotlTrainer):
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
         settings = self.reader.settings
         pair = make_pair(tokenizer, self.reader.table, settings)
-        # Plain fine-tuning reads the teacher's tokenizer, for the same rows, and needs no more of it.
-        self._teacher = None if settings.method == "sft" else self._load_teacher(model, pair, training_args)
+        method = method_of(settings)
+        self._teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
         self._loss = self._distillation_loss(model, tokenizer, pair, training_args)
         attach(model, self._loss)
         super().__init__(*args, **kwargs)
@@ -90,7 +94,7 @@ class DSKDTrainer(AxolotlTrainer):
         in_student_space = self._loss.objective.in_student_space
         self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
         # Attention has no pairs to count.
-        self._logged |= set() if settings.alignment == "cma" else {"align_ratio"}
+        self._logged |= set() if method.pairing(settings) == "all" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -335,7 +339,7 @@ class DSKDTrainer(AxolotlTrainer):
             state.check(resume_from_checkpoint, self._pair_state)
         elif (
             not resume_from_checkpoint
-            and isinstance(self._loss, DualSpace)
+            and isinstance(self._loss, DualSpaceLoss)
             and self.reader.settings.projector.init == "fitted"
         ):
             quiet = not self.is_world_process_zero()

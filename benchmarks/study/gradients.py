@@ -15,7 +15,7 @@ def install(file: Path, *, every: int) -> None:
     import torch
 
     from dskd_plugin.core.objective import TERMS
-    from dskd_plugin.student import DistillationLoss
+    from dskd_plugin.losses.base import DistillationLoss
 
     forward = DistillationLoss.forward
 

@@ -30,7 +30,7 @@ def log_probs(logits_NV: Tensor, *, temperature: float) -> Tensor:
     The only function in which temperature meets logits.
     """
     if not temperature > 0:
-        raise ValueError(f"dskd.temperature: expected a number above 0, got {temperature}. Use 1.0 for none.")
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}. Use 1.0 for none.")
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return torch.log_softmax(wide_NV / temperature, dim=-1)
 
@@ -185,14 +185,14 @@ def divergence(kind: str, **knobs: float) -> Divergence:
     """
     if kind not in DIVERGENCES:
         raise ValueError(
-            f"dskd.divergence.kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. Choose one of these."
+            f"divergence.kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. Choose one of these."
         )
     function = DIVERGENCES[kind]
     known = set(inspect.signature(function).parameters) - {"student_NV", "teacher_NV"}
     for name in knobs:
         if name not in known:
             raise ValueError(
-                f"dskd.divergence.{name}: expected {' or '.join(sorted(known)) or 'no setting'} for kind "
+                f"divergence.{name}: expected {' or '.join(sorted(known)) or 'no setting'} for kind "
                 f"{kind!r}, got {name!r}. Remove it or choose another kind."
             )
     bound: Divergence = functools.partial(function, **knobs)
@@ -277,6 +277,5 @@ def _check_shapes(student_NV: Tensor, teacher_NV: Tensor) -> None:
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(
-            f"dskd.divergence.{name}: expected a number strictly between 0 and 1, got {value}. "
-            "Leave it out for the default."
+            f"divergence.{name}: expected a number strictly between 0 and 1, got {value}. Leave it out for the default."
         )

@@ -73,7 +73,7 @@ def fit_map(
         found = _measure(weight_Dd, unseen_ND, label_loss)
         if not found.label_loss < float("inf"):
             raise ValueError(
-                f"dskd.projector.init: expected a falling loss while the projector is fitted, got {found.label_loss}. "
+                f"expected a falling loss while the projector is fitted, got {found.label_loss}. "
                 "Check the teacher's weights and dtype, or use init: ideal."
             )
         if found.label_loss < best.label_loss:

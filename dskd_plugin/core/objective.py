@@ -12,7 +12,7 @@ spaces d is the student's width and D the teacher's.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from dskd_plugin.core.reduce import keep_rows, masked_sum
 
 TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "chunk_ratio")
 RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
-METHODS = ("sft", "kd", "overlap_kd", "uld", "mined", "dskd")
 
+Compares = Literal["nothing", "distributions", "spaces"]
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -40,11 +40,13 @@ class Objective:
     """What to compute.
 
     divergence: see divergences.divergence. temperature: > 0, of the KD distributions only.
-    kd_ratio: r in [0, 1]. spaces: which of the two comparisons of method dskd to make.
+    kd_ratio: r in [0, 1]. spaces: which of the two comparisons to make where spaces are compared.
     agreement_mask: t2s_kd only where the projected teacher predicts the label.
-    method: one of METHODS. chunk_ratio: c >= 0, the weight of the chunk term beside the other KD terms.
+    compares: what the KD terms compare. nothing: there are none; distributions: the two of a pair, term kd; spaces:
+        both sides in a space of one of them, terms t2s_kd, t2s_ce, s2t_kd.
+    chunk_ratio: c >= 0, the weight of the chunk term beside the other KD terms.
     chunk_temperature: > 0, divides the log-likelihood of a chunk (divergences.binary_kl).
-    projectors_alone: projector warm-up of method dskd. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
+    projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         chunk_ratio) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
     Terms of weight 0 are left out: no ce at r = 1, nothing else at r = 0; they count 0 rows.
@@ -55,52 +57,53 @@ class Objective:
     kd_ratio: float
     spaces: Literal["both", "student", "teacher"]
     agreement_mask: bool
-    method: str
+    compares: Compares
     chunk_ratio: float = 0.0
     chunk_temperature: float = 100.0
     projectors_alone: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
-            raise ValueError(f"dskd.kd_ratio: expected a number from 0 to 1, got {self.kd_ratio}. Try 0.5.")
+            raise ValueError(f"kd_ratio: expected a number from 0 to 1, got {self.kd_ratio}. Try 0.5.")
         if self.spaces not in ("both", "student", "teacher"):
             raise ValueError(
-                f"dskd.spaces: expected 'both', 'student' or 'teacher', got {self.spaces!r}. Choose one of these."
+                f"spaces: expected 'both', 'student' or 'teacher', got {self.spaces!r}. Choose one of these."
             )
-        if self.method not in METHODS:
+        if self.compares not in get_args(Compares):
             raise ValueError(
-                f"dskd.method: expected one of {', '.join(METHODS)}, got {self.method!r}. Choose one of these."
+                f"compares: expected one of {', '.join(get_args(Compares))}, got {self.compares!r}. "
+                "Choose one of these."
             )
-        if not 0 <= self.chunk_ratio < float("inf") or (self.chunk_ratio and self.method == "sft"):
+        if not 0 <= self.chunk_ratio < float("inf") or (self.chunk_ratio and self.compares == "nothing"):
             raise ValueError(
-                f"dskd.chunk_ratio: expected a finite number from 0, and 0 for method sft, got {self.chunk_ratio}. "
-                "Use 0 for no chunk term."
+                "chunk_ratio: expected a finite number from 0, and 0 where nothing is compared, got "
+                f"{self.chunk_ratio}. Use 0 for no chunk term."
             )
         if not 0 < self.chunk_temperature < float("inf"):
             raise ValueError(
                 f"chunk_temperature: expected a finite number above 0, got {self.chunk_temperature}. Try 100."
             )
-        if self.projectors_alone and self.method != "dskd":
+        if self.projectors_alone and self.compares != "spaces":
             raise ValueError(
-                f"dskd.projector.warmup_steps: expected method dskd, got {self.method!r}, which has no projector. "
-                "Leave it out."
+                f"projectors_alone: expected it only where spaces are compared, got {self.compares!r}, which has no "
+                "projector. Leave it out."
             )
 
     @property
     def with_ce(self) -> bool:
-        return self.method == "sft" or self.kd_ratio < 1
+        return self.compares == "nothing" or self.kd_ratio < 1
 
     @property
     def with_kd(self) -> bool:
-        return self.method != "sft" and self.kd_ratio > 0
+        return self.compares != "nothing" and self.kd_ratio > 0
 
     @property
     def in_student_space(self) -> bool:
-        return self.method == "dskd" and self.with_kd and self.spaces != "teacher"
+        return self.compares == "spaces" and self.with_kd and self.spaces != "teacher"
 
     @property
     def in_teacher_space(self) -> bool:
-        return self.method == "dskd" and self.with_kd and self.spaces != "student"
+        return self.compares == "spaces" and self.with_kd and self.spaces != "student"
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -110,7 +113,7 @@ class Objective:
             "t2s_kd": self.in_student_space,
             "t2s_ce": self.in_student_space,
             "s2t_kd": self.in_teacher_space,
-            "kd": self.with_kd and self.method != "dskd",
+            "kd": self.with_kd and self.compares == "distributions",
             "chunk_ratio": self.with_kd and self.chunk_ratio > 0,
         }
         return tuple(term for term in TERMS if computed[term])
@@ -124,7 +127,7 @@ class Objective:
         if self.projectors_alone:
             silent = {"t2s_kd", "chunk_ratio"} if s2t_is_learned else {"t2s_kd", "chunk_ratio", "s2t_kd"}
         special = {
-            "ce": 1.0 if self.method == "sft" else 1 - self.kd_ratio,
+            "ce": 1.0 if self.compares == "nothing" else 1 - self.kd_ratio,
             "chunk_ratio": self.kd_ratio * self.chunk_ratio,
         }
         return {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
@@ -160,7 +163,7 @@ class Rows:
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
     s2t_M: bool, the teacher rows of s2t_kd with cross-model attention, where it takes the place of s2t_N.
-    The baselines read teacher_NE alone of the tensors over N, and method sft none of them.
+    The baselines read teacher_NE alone of the tensors over N, and cross-entropy alone none of them.
     A teacher row may hold NaN where label_N is -1 and s2t_N is False, a student row where no term takes it.
     """
 
@@ -278,7 +281,7 @@ def term_sums(
     soft_labels: Compare | None = None,
     exact: Exact | None = None,
 ) -> Sums:
-    """The terms of method dskd on paired rows, without division or chunks; holds [rows, V] tensors.
+    """The terms of two spaces on paired rows, without division or chunks; holds [rows, V] tensors.
 
         ce      = CE(z, gold)                    all V rows of the head, temperature 1
         t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
@@ -334,7 +337,7 @@ def student_space_sums(
 ) -> Sums:
     """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of chunks.
 
-    t2s_Nd: projected teacher rows, [N, d]; for method dskd in the student's space. compare: for kd.
+    t2s_Nd: projected teacher rows, [N, d]; where spaces are compared, in the student's space. compare: for kd.
     soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
     the projected teacher, see term_sums. teacher_head: for these three.
     pull_R: derivative of the chunk term by each row's log p(gold), 0 outside of chunks.

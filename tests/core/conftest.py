@@ -102,7 +102,7 @@ class Case:
             kd_ratio=settings["kd_ratio"],
             spaces=settings["spaces"],
             agreement_mask=settings["agreement_mask"],
-            method="dskd",
+            compares="spaces",
         )
 
     def student_head(self):

@@ -12,7 +12,7 @@ from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, counts
 
-SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
 WHOLE = 10**9
 DSKD_TERMS = TERMS[:4]
@@ -71,7 +71,7 @@ class Case:
 
     def objective(self, **changes):
         settings = self.settings | changes
-        return Objective(**settings | {"method": "dskd", "divergence": divergence(settings["divergence"])})
+        return Objective(**settings | {"compares": "spaces", "divergence": divergence(settings["divergence"])})
 
     def samples(self):
         return torch.tensor(self.sample, dtype=torch.long), torch.tensor(self.teacher_sample, dtype=torch.long)

@@ -9,7 +9,7 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, term_sums
 
-SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "method": "dskd"}
+SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
 KINDS = sorted(DIVERGENCES)
 WHOLE = 10**9

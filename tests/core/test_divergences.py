@@ -251,5 +251,5 @@ def test_bad_settings_are_refused_before_any_step(kind, knobs, message):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_temperature_must_be_positive(temperature):
-    with pytest.raises(ValueError, match=f"dskd.temperature: .* got {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature: .* got {temperature}"):
         log_probs(torch.zeros(1, 2), temperature=temperature)

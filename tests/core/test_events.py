@@ -280,7 +280,7 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest):
         kd_ratio=0.5,
         spaces="student",
         agreement_mask=False,
-        method="dskd",
+        compares="spaces",
     )
     given = Rows(
         student_RD=sample(rows, 8).requires_grad_(),

@@ -75,5 +75,5 @@ def test_a_loss_that_is_no_number_is_refused():
         loss_N, agree_N = label_loss(teacher_ND, map_Dd)
         return loss_N * float("nan"), agree_N
 
-    with pytest.raises(ValueError, match=r"projector\.init: expected a falling loss .* got nan"):
+    with pytest.raises(ValueError, match=r"expected a falling loss .* got nan"):
         fit(start, states, broken)

@@ -57,7 +57,7 @@ def curve(seed, kind):
         kd_ratio=0.0 if kind == "sft" else 0.5,
         spaces="student",
         agreement_mask=False,
-        method="dskd",
+        compares="spaces",
     )
     context_N = torch.arange(CONTEXTS).repeat_interleave(ANSWERS)
     label_N = (teacher @ teacher_head.T).argmax(-1)[context_N] if kind == "projected" else None

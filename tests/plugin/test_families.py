@@ -135,11 +135,12 @@ def test_adapter_of_the_teacher_is_merged(folder, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(folder, name):
+    from dskd_plugin.batch import MicroBatch
     from dskd_plugin.core.divergences import divergence
     from dskd_plugin.core.objective import Objective
     from dskd_plugin.core.overlap import identity
-    from dskd_plugin.methods import DualSpace
-    from dskd_plugin.student import MicroBatch, attach
+    from dskd_plugin.losses.dual_space import DualSpaceLoss
+    from dskd_plugin.student import attach
 
     path, vocab = folder(name)
     one, student = teacher(path, vocab), teacher(path, vocab).model.requires_grad_(True)
@@ -155,9 +156,9 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
         kd_ratio=1e-9,
         spaces="both",
         agreement_mask=True,
-        method="dskd",
+        compares="spaces",
     )
-    loss = DualSpace(
+    loss = DualSpaceLoss(
         student,
         objective,
         student_vocab_size=vocab,

@@ -364,7 +364,7 @@ def test_answers_do_not_depend_on_the_parts(shared, student_model, gold, monkeyp
 def attached(model, sides, teacher_path):
     """The student with its real loss attached, as the trainer does it."""
     from dskd_plugin.args import parse_settings
-    from dskd_plugin.methods import distillation_loss
+    from dskd_plugin.assemble import distillation_loss
     from dskd_plugin.models import output_head
     from dskd_plugin.pair import make_pair, pair_events, shared_ids
     from dskd_plugin.student import attach

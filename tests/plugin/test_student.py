@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd_plugin.align import end_of_turn
 from dskd_plugin.args import TeacherSettings, parse_settings
+from dskd_plugin.assemble import distillation_loss
+from dskd_plugin.batch import micro_batch
 from dskd_plugin.collator import (
     PackedMaskAttentionCollator,
     PackedMaskPairCollator,
@@ -15,10 +17,10 @@ from dskd_plugin.collator import (
     PaddedPairCollator,
 )
 from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.methods import distillation_loss
+from dskd_plugin.methods.base import METHODS, Method, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
-from dskd_plugin.student import attach, micro_batch
+from dskd_plugin.student import attach
 from dskd_plugin.teacher import Teacher
 from dskd_plugin.tokens import token_table
 
@@ -435,3 +437,38 @@ def test_a_fitted_projector_is_better_on_rows_that_it_did_not_see(tiny, rows, se
     assert torch.equal(*weights)  # on all ranks alike
     with pytest.raises(ValueError, match=r"dskd\.projector\.init: expected at least 512 aligned tokens .* got \d+\."):
         fit_projector(setups[0].loss, setups[0].teacher, samples[:2], seed=3, quiet=True)
+
+
+# -- a new method ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy():
+    @register
+    class Nearness(Method):
+        """Squared distance of the two probabilities of the token that comes first in both vocabularies."""
+
+        name = "nearness"
+        ignores = ("divergence", "projector")
+
+        def compare(self, parts):
+            def distance(*, student_NV, teacher_NV):
+                return (student_NV.softmax(-1)[:, 0] - teacher_NV.softmax(-1)[:, 0]) ** 2
+
+            return distance
+
+    yield "nearness"
+    del METHODS["nearness", None]
+
+
+def test_a_new_method_is_one_class(toy, tiny, rows):
+    """It is a value of the setting, refuses what it ignores, and trains; nothing else was told of it."""
+    with pytest.raises(ValueError, match=r"got divergence which method: nearness ignores"):
+        parse_settings({"teacher": {"model": "t"}, "method": toy, "divergence": {"kind": "js"}})
+    with pytest.raises(ValueError, match=r"method: expected .*'dskd' or 'nearness', got 'nearnes'. Did you mean 'near"):
+        parse_settings({"teacher": {"model": "t"}, "method": "nearnes"})
+    setup = Setup(tiny["student"], tiny["teacher"], method=toy, kd_ratio=1.0)
+    loss, sums, gradients = setup.run([padded(setup, setup.samples(rows))])
+    assert loss == pytest.approx(sums["kd"][0] / sums["kd"][1]) and loss > 0
+    assert sums["kd"][1] > 0 and sums["ce"][1] == 0
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())

@@ -1,0 +1,108 @@
+"""Puts a run's loss together: the settings, the two models and what their vocabularies have in common."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dskd_plugin.args import Settings
+from dskd_plugin.core.divergences import Divergence, divergence
+from dskd_plugin.core.events import Events
+from dskd_plugin.core.heads import Head
+from dskd_plugin.core.objective import Objective
+from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.methods import method_of
+from dskd_plugin.models import head_rows
+from dskd_plugin.pair import Pair
+from dskd_plugin.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loss of a method is made of.
+
+    teacher, overlap: None for a method that needs neither. events: for the settings that compare them
+    (`Settings.exact`, `Settings.by_events`). options: what every loss takes.
+    """
+
+    settings: Settings
+    student: nn.Module
+    objective: Objective
+    pair: Pair
+    teacher: Teacher | None = None
+    overlap: Overlap | None = None
+    events: Events | None = None
+    projector_dtype: torch.dtype = torch.float32
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def divergence(self) -> Divergence:
+        return self.objective.divergence
+
+    @property
+    def student_ids(self) -> int:
+        """Ids that both the student's tokenizer and its head have."""
+        return min(self.pair.student.vocab_size, head_rows(self.student))
+
+    @property
+    def teacher_head(self) -> Head:
+        assert self.teacher is not None
+        return self.teacher.head
+
+    @property
+    def projectors(self) -> dict[str, Any]:
+        """What the losses with projectors take beside the options."""
+        return {
+            "overlap": self.overlap,
+            "projector_init": self.settings.projector.init,
+            "projector_dtype": self.projector_dtype,
+            "seed": self.seed,
+            **self.options,
+        }
+
+
+def distillation_loss(
+    settings: Settings,
+    student: nn.Module,
+    teacher: Teacher | None,
+    pair: Pair,
+    overlap: Overlap | None,
+    events: Events | None = None,
+    *,
+    projector_dtype: torch.dtype = torch.float32,
+    seed: int,
+    block_elements: int | None = None,
+) -> DistillationLoss:
+    """The loss that the settings name, see `Parts`."""
+    method = method_of(settings)
+    knobs = settings.divergence.model_dump()
+    objective = Objective(
+        divergence=divergence(knobs.pop("kind"), **knobs),
+        temperature=settings.temperature,
+        kd_ratio=settings.kd_ratio,
+        spaces=settings.spaces,
+        agreement_mask=settings.agreement_mask,
+        compares=method.compares,
+        chunk_ratio=settings.chunk_ratio,
+    )
+    parts = Parts(
+        settings=settings,
+        student=student,
+        objective=objective,
+        pair=pair,
+        teacher=teacher,
+        overlap=overlap,
+        events=events,
+        projector_dtype=projector_dtype,
+        seed=seed,
+        options={
+            "student_vocab_size": pair.student.vocab_size,
+            "teacher_head": None if teacher is None else teacher.head,
+            "warmup_steps": settings.projector.warmup_steps,
+            "block_elements": block_elements,
+        },
+    )
+    return method.build(parts)

@@ -1,0 +1,1 @@
+"""The losses of the methods, as modules inside the student."""

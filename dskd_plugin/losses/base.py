@@ -1,0 +1,138 @@
+"""The loss of a micro-batch as a module inside the student; what each method compares is in the files beside it.
+
+Shapes: B batch, S student positions, R response rows, Q teacher rows of the chunks, V ids, d student width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dskd_plugin.batch import MicroBatch
+from dskd_plugin.core.chunked import token_log_probs
+from dskd_plugin.core.heads import Head
+from dskd_plugin.core.objective import Chunks, Objective, Rows, Sums, chunk_sums, counts
+from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
+
+# Logits computed at a time; up to 14 fp32 tensors of this size live at the peak (1.8 GiB, on a CPU 0.2 GiB).
+BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}
+
+
+class DistillationLoss(nn.Module):
+    """Child of the student that owns the projectors, if the method has some, and computes the loss of a micro-batch.
+
+    Methods fill in :meth:`_label` and :meth:`_loss`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        student_vocab_size: int,
+        teacher_head: Head | None,
+        warmup_steps: int = 0,
+        block_elements: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.teacher_head = teacher_head
+        self.student_vocab_size = student_vocab_size
+        self.warmup_steps = warmup_steps
+        # A tuple, because the head must not become a child of this module.
+        self._student = (student, output_head(student))
+        device = self._student[1].weight.device.type
+        self.block_elements = block_elements or BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
+        self.matmul_dtype: torch.dtype | None = None
+        self.micro_batch: MicroBatch | None = None
+        self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+        self.step = lambda: 0
+        self._head_checked = False
+
+    def _read_with(self, *modules: nn.Module) -> None:
+        """ZeRO-3 gathers a module's own parameters only; name the others that its forward reads."""
+        if is_partitioned(self._student[1].weight):
+            import deepspeed
+
+            for parameter in [p for module in (self, *modules) for p in module.parameters()]:
+                deepspeed.zero.register_external_parameter(self, parameter)
+
+    @property
+    def student_width(self) -> int:
+        weight = self._student[1].weight
+        return int(getattr(weight, "ds_shape", weight.shape)[1])
+
+    def student_head(self) -> Head:
+        return read_head(*self._student, self.student_vocab_size, self.matmul_dtype)
+
+    def _label(self, batch: MicroBatch, student_head: Head) -> None:
+        """Fill in what decides which rows of a micro-batch count."""
+
+    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+        """The loss of the rows and the sums of its terms."""
+        raise NotImplementedError
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Called after each optimizer step on all ranks. reduce: the sum of a tensor over ranks."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a resumed run must know beside the weights, the same on all ranks."""
+        return {}
+
+    def remember(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up a saved memory."""
+
+    @torch.no_grad()
+    def _prepare_window(self, window: list[MicroBatch], student_head: Head) -> None:
+        """Labels, agreement and divisors of all micro-batches of one optimizer step.
+
+        Teacher, projectors and heads stand still between two optimizer steps, so everything that decides which rows
+        count is known before the first loss, and the loss does not depend on how the batch was split.
+        """
+        for batch in window:
+            self._label(batch, student_head)
+            if batch.chunks is not None:
+                log_probs_Q = token_log_probs(
+                    batch.chunks.teacher_QD,
+                    self.teacher_head,
+                    batch.chunks.teacher_targets_Q,
+                    block_elements=self.block_elements,
+                )
+                of_Q = batch.chunks.teacher_of_Q
+                number = int(of_Q.max()) + 1 if len(of_Q) else 0
+                batch.teacher_C = chunk_sums(log_probs_Q, of_Q, number)
+        totals = torch.stack([counts(self._rows(batch), self.objective) for batch in window]).sum(0)
+        totals = self.reduce_counts(totals)
+        for batch in window:
+            batch.divisors_T = totals
+
+    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        chunks = None
+        if batch.chunks is not None:
+            chunks = Chunks(rows_P=batch.chunks.rows_P, of_P=batch.chunks.of_P, teacher_C=batch.teacher_C)
+        return Rows(
+            student_RD=torch.empty(len(batch.targets_R), 0) if student_Rd is None else student_Rd,
+            labels_R=batch.targets_R,
+            ce_R=batch.ce_R,
+            chunks=chunks,
+            teacher_NE=batch.teacher_ND,
+            teacher_argmax_N=batch.argmax_N,
+            label_N=batch.label_N,
+            agree_N=batch.agree_N,
+        )
+
+    def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
+        batch = self.micro_batch
+        student_head = self.student_head()
+        if not (self._head_checked or drops_out(self._student[1])):
+            check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")
+            self._head_checked = True
+        if batch.window:
+            self._prepare_window(batch.window, student_head)
+            batch.window = []
+        student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R]
+        warming_up = self.training and self.step() < self.warmup_steps
+        objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
+        loss, batch.sums = self._loss(self._rows(batch, student_Rd), batch, student_head, objective)
+        return loss

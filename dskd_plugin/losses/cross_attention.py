@@ -1,0 +1,129 @@
+"""Dual-space distillation with cross-model attention, which needs no pairs of tokens.
+
+Shapes: R response rows, N of them that take part, M teacher rows, d student width, D teacher width, V ids.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dskd_plugin.batch import MicroBatch
+from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
+from dskd_plugin.core.chunked import agreement_of, cma_loss, teacher_argmax
+from dskd_plugin.core.heads import Head
+from dskd_plugin.core.objective import Objective, Rows, Sums
+from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.core.projectors import gram_inverse
+from dskd_plugin.losses.projecting import Projecting
+from dskd_plugin.models import causal_lm, gathered
+
+
+class CrossAttentionLoss(Projecting):
+    """dskd with cross-model attention: every row sees all rows of the other model in its sample."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        teacher_embedding_VD: Tensor,
+        projector_init: str,
+        projector_dtype: torch.dtype,
+        seed: int,
+        overlap: Overlap,
+        **options: Any,
+    ) -> None:
+        super().__init__(student, objective, overlap=overlap, **options)
+        width, teacher_width = self.student_width, self.teacher_head.weight_VD.shape[1]
+        embedding = causal_lm(student).get_input_embeddings()
+        embedding_width = int(getattr(embedding.weight, "ds_shape", embedding.weight.shape)[1])
+        for name, found, expected in (
+            ("base_model", embedding_width, width),
+            ("dskd.teacher.model", teacher_embedding_VD.shape[1], teacher_width),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"{name}: expected input embeddings as wide as the output head ({expected}) for alignment: cma, "
+                    f"got {found}. Use another alignment."
+                )
+        self._teacher_embedding_VD = teacher_embedding_VD
+        self._embedding = (embedding,)  # a tuple, because it must not become a child of this module
+        self.attention = cross_model_attention(
+            width,
+            teacher_width,
+            t2s_weight_Dd=self._ideal_t2s(projector_init),
+            s2t_weight_dD=self._first_s2t(projector_init),
+            generator=torch.Generator().manual_seed(seed),
+            dtype=projector_dtype,
+        ).to(self._student[1].weight.device)
+        self._read_with(self._student[1], embedding)
+
+    @torch.no_grad()
+    def _first_s2t(self, init: str) -> Tensor | None:
+        parameters = list(self._student[1].parameters())
+        if init == "random" or parameters[0].device.type == "meta":
+            return None
+        inverse = gram_inverse(self._effective(self.teacher_head), self._ids[1])
+        with gathered(parameters):
+            return self._ideal_s2t(self.student_head(), inverse)
+
+    def _attend(self, batch: MicroBatch) -> Attention:
+        rows = batch.attention
+        targets_N = batch.targets_R[: len(rows.sample_N)]
+        student_Vd, teacher_VD = self._embedding[0].weight.detach(), self._teacher_embedding_VD
+        return self.attention.attention(
+            torch.cat([student_Vd[rows.inputs_N], student_Vd[targets_N]], dim=-1),
+            torch.cat([teacher_VD[rows.inputs_M], teacher_VD[rows.targets_M]], dim=-1),
+            rows.sample_N,
+            rows.sample_M,
+        )
+
+    def _t2s(self, batch: MicroBatch, attention: Attention) -> Tensor | None:
+        if not self.objective.in_student_space:
+            return None
+        return self.attention.t2s_rows(attention, batch.teacher_ND, self._teacher_embedding_VD[batch.argmax_N])
+
+    def _label(self, batch: MicroBatch, student_head: Head) -> None:
+        rows = batch.attention
+        batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
+        gold_N = batch.targets_R[: len(rows.sample_N)]
+        batch.label_N = torch.where(partnered(rows.sample_N, rows.sample_M), gold_N, -1)
+        if self.objective.in_student_space and self.objective.agreement_mask:
+            batch.agree_N = agreement_of(
+                self._t2s(batch, self._attend(batch)),
+                student_head,
+                batch.label_N,
+                block_elements=self.block_elements,
+            )
+
+    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        attending = batch.attention
+        return replace(
+            super()._rows(batch, student_Rd),
+            teacher_NE=None,
+            teacher_argmax_N=None,
+            s2t_M=partnered(attending.sample_M, attending.sample_N),
+        )
+
+    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+        attention = self._attend(batch)
+        s2t_MD = None
+        if objective.in_teacher_space:
+            student_Nd = rows.student_RD[: rows.pairs]
+            s2t_MD = self.attention.s2t_rows(
+                attention, student_Nd.detach() if objective.projectors_alone else student_Nd
+            )
+        return cma_loss(
+            rows,
+            t2s_Nd=self._t2s(batch, attention),
+            s2t_MD=s2t_MD,
+            teacher_MD=batch.teacher_ND,
+            teacher_argmax_M=batch.argmax_N,
+            student_head=student_head,
+            teacher_head=self.teacher_head,
+            objective=objective,
+            divisors_T=batch.divisors_T,
+            block_elements=self.block_elements,
+        )

@@ -1,0 +1,31 @@
+"""The loss of sft and of all methods that compare the two distributions of a pair without a projector."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dskd_plugin.batch import MicroBatch
+from dskd_plugin.core.chunked import baseline_loss
+from dskd_plugin.core.heads import Head
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
+from dskd_plugin.losses.base import DistillationLoss
+
+
+class Direct(DistillationLoss):
+    """The two distributions of a pair compared as they are; without a comparison, cross-entropy alone."""
+
+    def __init__(self, student: nn.Module, objective: Objective, compare: Compare | None, **options: Any) -> None:
+        super().__init__(student, objective, **options)
+        self._compare = compare
+        self._read_with(self._student[1])
+
+    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+        return baseline_loss(
+            rows,
+            student_head=student_head,
+            teacher_head=self.teacher_head,
+            compare=self._compare,
+            objective=objective,
+            divisors_T=batch.divisors_T,
+            block_elements=self.block_elements,
+        )

@@ -1,0 +1,190 @@
+"""Dual-space distillation on paired rows: a projector between the spaces, and an exact target where there is one.
+
+Shapes: R response rows, N paired rows, d student width, D teacher width, V ids of the student, U of the teacher.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dskd_plugin.batch import MicroBatch
+from dskd_plugin.core import baselines
+from dskd_plugin.core.chunked import agreement, dskd_loss, teacher_argmax
+from dskd_plugin.core.divergences import forward_kl
+from dskd_plugin.core.events import EventCompare, Events, Exact
+from dskd_plugin.core.fitting import Fit, fit_map
+from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, label_distance, project
+from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, t2s_projector
+from dskd_plugin.losses.projecting import Projecting
+from dskd_plugin.models import gathered, head_rows
+
+# Share of what earlier steps saw inside events that counts beside the last: about twenty steps are remembered.
+_KEPT_OF_STEP = 0.95
+_FEWEST_ROWS_INSIDE = 32
+_MEMORY = "inside_events"
+
+
+class DualSpaceLoss(Projecting):
+    """dskd on paired rows: exact token alignment, or one tokenizer."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        keep_unmapped: bool,
+        soft_labels: bool,
+        events: Events | None,
+        projector_init: str,
+        projector_dtype: torch.dtype,
+        seed: int,
+        overlap: Overlap,
+        **options: Any,
+    ) -> None:
+        super().__init__(student, objective, overlap=overlap, **options)
+        head_weight, teacher_weight = self._student[1].weight, self.teacher_head.weight_VD
+        self._keep_unmapped = keep_unmapped
+        self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
+        student_ids = min(self.student_vocab_size, head_rows(student))
+        self._events = None if events is None else events.to(teacher_weight.device)
+        self._soft_labels: Compare | None = None
+        if soft_labels and self._events is not None:
+            self._soft_labels = EventCompare(forward_kl, 1.0, self._events)
+        elif soft_labels:
+            # The teacher's distribution over the ids that the student has too.
+            self._soft_labels = baselines.mapped(1.0, self._to_student_V, student_ids)
+        if self._events is not None:
+            # (lead in nats, rows) inside events: of the steps so far, and of the step that runs.
+            self._inside = torch.zeros(2, dtype=torch.float64)
+            self._seen_inside = torch.zeros(2, dtype=torch.float64, device=teacher_weight.device)
+        self._s2t_dD: Tensor | None = None
+        self._s2t_step: int | None = None
+        self._gram_inverse_DD = (
+            None if objective.spaces == "student" else gram_inverse(self._effective(self.teacher_head), self._ids[1])
+        )
+        self.t2s: TeacherToStudent | None = None
+        if objective.spaces != "teacher":
+            self.t2s = t2s_projector(
+                teacher_weight.shape[1],
+                self.student_width,
+                self._ideal_t2s(projector_init),
+                generator=torch.Generator().manual_seed(seed),
+                dtype=projector_dtype,
+            ).to(head_weight.device)
+        self._read_with(self._student[1])
+
+    def _t2s_Dd(self) -> Tensor | None:
+        return None if self.t2s is None else self.t2s.weight_Dd
+
+    @torch.no_grad()
+    def _refresh_s2t(self, student_head: Head) -> None:
+        """Recompute the student-to-teacher map from the student's live head, once per optimizer step."""
+        if self._gram_inverse_DD is None or self._s2t_step == self.step():
+            return
+        frozen = not any(parameter.requires_grad for parameter in self._student[1].parameters())
+        if self._s2t_dD is None or not frozen:
+            self._s2t_dD = self._ideal_s2t(student_head, self._gram_inverse_DD)
+        self._s2t_step = self.step()
+
+    @property
+    def _exact(self) -> Exact | None:
+        """The exact target; inside events the projected teacher has a say once it was seen to know better."""
+        if self._events is None:
+            return None
+        lead, rows = self._inside.tolist()
+        return Exact(self._events, shares_inside=rows >= _FEWEST_ROWS_INSIDE and lead > 0)
+
+    @torch.no_grad()
+    def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
+        """Train the projector alone on teacher states, see fitting.fit_map, and put the result in place."""
+        assert self.t2s is not None
+        parameters = list(self._student[1].parameters())
+        with gathered(parameters):
+            head = self.student_head().detach()
+            head = replace(head, weight_VD=head.weight_VD.clone())
+
+        def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
+            teacher_NU = head_logits(teacher_ND, self.teacher_head.real())
+            label_N = self._to_student_V[teacher_NU.argmax(-1)] if self._events is None else None
+            distance_N, agree_N = label_distance(
+                head_logits(project(teacher_ND, map_Dd), head),
+                teacher_NU,
+                label_N,
+                real=head.vocab_size,
+                soft_labels=self._soft_labels,
+                exact=self._exact,
+            )
+            if label_N is None:
+                return distance_N, agree_N
+            # Without an id of the student's for it there is no label.
+            return torch.where(label_N >= 0, distance_N, 0), agree_N & (label_N >= 0)
+
+        weight = self.t2s.linear.weight
+        fit = fit_map(self.t2s.weight_Dd.float(), learned_ND, unseen_ND, label_loss, **options)
+        weight.copy_(fit.map_Dd.T)
+        return fit
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Add what the step saw inside events, on all ranks, to a fading memory of the steps before.
+
+        An exact target's shares rest on it. It changes between steps alone, so that a step does not depend on how its
+        batch was split, and is kept with the projectors, so that a resumed run goes on alike.
+        """
+        if self._events is not None:
+            self._inside = _KEPT_OF_STEP * self._inside + reduce(self._seen_inside).cpu()
+            self._seen_inside = torch.zeros_like(self._seen_inside)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {} if self._events is None else {_MEMORY: self._inside}
+
+    def remember(self, saved: Mapping[str, Tensor]) -> None:
+        if self._events is not None:
+            self._inside = saved[_MEMORY].clone()
+
+    def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
+        loss = super().forward(hidden_BSd, logits_BSV)
+        if self._events is not None and self.training and self.micro_batch is not None:
+            self._seen_inside += torch.stack(self.micro_batch.sums["t2s_inside"]).to(self._seen_inside)
+        return loss
+
+    def _label(self, batch: MicroBatch, student_head: Head) -> None:
+        exact, t2s_Dd = self._events, self._t2s_Dd()
+        masked = t2s_Dd is not None and self.objective.agreement_mask
+        if exact is not None and not masked and not self.objective.in_teacher_space:
+            return  # every row counts, and the loss finds the labels on its way
+        batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
+        label_N = self._to_student_V[batch.argmax_N] if exact is None else exact.teacher_U[batch.argmax_N]
+        batch.label_N = label_N if exact is None else None
+        if t2s_Dd is not None and masked:
+            batch.agree_N = agreement(
+                batch.teacher_ND,
+                t2s_Dd,
+                student_head,
+                label_N,
+                block_elements=self.block_elements,
+                event_V=None if exact is None else exact.student_V,
+            )
+
+    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        rows = super()._rows(batch, student_Rd)
+        return rows if self._keep_unmapped or batch.label_N is None else replace(rows, s2t_N=batch.label_N >= 0)
+
+    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+        self._refresh_s2t(student_head)
+        return dskd_loss(
+            rows,
+            student_head=student_head,
+            teacher_head=self.teacher_head,
+            t2s_Dd=self._t2s_Dd(),
+            s2t_dD=self._s2t_dD,
+            objective=objective,
+            divisors_T=batch.divisors_T,
+            block_elements=self.block_elements,
+            soft_labels=self._soft_labels,
+            exact=self._exact,
+        )

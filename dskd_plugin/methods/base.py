@@ -1,0 +1,94 @@
+"""What a distillation method is: the settings that it reads, the tokens that it pairs, and how its loss is built.
+
+A method is one class in one file of this folder. `register` makes it a value of ``dskd.method``; nothing else in the
+plugin knows methods by name. Torch is imported where a loss is built, because settings are checked without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from dskd_plugin.align import Pairing
+    from dskd_plugin.args import Settings
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.core.objective import Compare
+    from dskd_plugin.losses.base import DistillationLoss
+
+# Settings of the methods that have projectors.
+PROJECTING = ("spaces", "target", "agreement_mask", "unmapped_argmax", "projector")
+
+
+class Method:
+    """A distillation method; subclasses are registered by `register`.
+
+    name: the value of ``dskd.method``. alignment: the value of ``dskd.alignment`` that chooses this one among methods
+    of the same name; None for all others. ignores: settings that mean nothing to it. compares: what its KD terms
+    compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
+    needs_teacher: whether the teacher's model is loaded. needs_one_tokenizer: whether it works with one alone.
+    """
+
+    name: ClassVar[str]
+    alignment: ClassVar[str | None] = None
+    ignores: ClassVar[tuple[str, ...]] = ()
+    compares: ClassVar[Literal["nothing", "distributions", "spaces"]] = "distributions"
+    pairs_by: ClassVar[Pairing] = "exact"
+    needs_teacher: ClassVar[bool] = True
+    needs_one_tokenizer: ClassVar[bool] = False
+
+    def pairing(self, settings: Settings) -> Pairing:
+        """Which tokens of two answers belong together, see `align`."""
+        # All rows at which both have read the same: a choice by the gold token would bias the shares inside events.
+        return "starts" if self.by_events(settings) else self.pairs_by
+
+    def exact(self, settings: Settings) -> bool:
+        """Whether the student-space target is the teacher's own between events."""
+        return False
+
+    def by_events(self, settings: Settings) -> bool:
+        """Whether events of several tokens are compared."""
+        return False
+
+    def ignored(self, settings: Settings) -> list[str]:
+        """Settings in the recipe that mean nothing to the method."""
+        return [key for key in self.ignores if key in settings.model_fields_set]
+
+    def chosen_by(self) -> str:
+        """The setting that chooses it."""
+        return f"method: {self.name}"
+
+    def title(self, settings: Settings) -> str:
+        """The method with what matters most of its settings, as a line of the recipe."""
+        return f"method: {self.name}"
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings that do not go together."""
+
+    def build(self, parts: Parts) -> DistillationLoss:
+        """The loss, as a module for the student."""
+        from dskd_plugin.losses.direct import Direct
+
+        return Direct(parts.student, parts.objective, self.compare(parts), **parts.options)
+
+    def compare(self, parts: Parts) -> Compare | None:
+        """The distance of the two distributions at a pair, for a method without projectors."""
+        raise NotImplementedError
+
+
+METHODS: dict[tuple[str, str | None], Method] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make the method a value of ``dskd.method``."""
+    METHODS[method.name, method.alignment] = method()
+    return method
+
+
+def names() -> list[str]:
+    """The values of ``dskd.method``, in the order of registration."""
+    return list(dict.fromkeys(name for name, _ in METHODS))
+
+
+def method_of(settings: Settings) -> Method:
+    """The method that the settings choose."""
+    return METHODS.get((settings.method, settings.alignment)) or METHODS[settings.method, None]

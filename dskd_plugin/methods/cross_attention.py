@@ -1,0 +1,54 @@
+"""Dual-space distillation with cross-model attention in place of pairs of tokens (arXiv 2406.17328)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_plugin.methods.base import register
+from dskd_plugin.methods.dual_space import DualSpace, check_spaces
+
+if TYPE_CHECKING:
+    from dskd_plugin.args import Settings
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.losses.base import DistillationLoss
+
+
+@register
+class CrossAttention(DualSpace):
+    alignment = "cma"
+    ignores = ("unmapped_argmax", "shared")
+    pairs_by = "all"
+
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def ignored(self, settings: Settings) -> list[str]:
+        labels = ["projector.labels"] if "labels" in settings.projector.model_fields_set else []
+        return super().ignored(settings) + labels
+
+    def chosen_by(self) -> str:
+        return "alignment: cma"
+
+    def title(self, settings: Settings) -> str:
+        return "method: dskd with alignment: cma"
+
+    def check(self, settings: Settings) -> None:
+        if settings.target == "exact" and "target" in settings.model_fields_set:
+            raise ValueError(
+                "target: expected 'projected' beside alignment: cma, got 'exact': attention mixes teacher rows, so "
+                "that no single distribution of the teacher belongs to a row. Remove it, or use alignment: eta."
+            )
+        if settings.projector.init == "fitted":
+            raise ValueError(
+                "projector.init: expected 'ideal' or 'random' beside alignment: cma, got 'fitted': attention has "
+                "three maps that only fit together. Remove it, or use alignment: eta."
+            )
+        check_spaces(settings)
+
+    def build(self, parts: Parts) -> DistillationLoss:
+        from dskd_plugin.losses.cross_attention import CrossAttentionLoss
+
+        assert parts.teacher is not None
+        return CrossAttentionLoss(
+            parts.student, parts.objective, teacher_embedding_VD=parts.teacher.embedding, **parts.projectors
+        )

@@ -1,0 +1,75 @@
+"""Dual-space knowledge distillation: each side's hidden states read by the other's head (arXiv 2406.17328)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_plugin.methods.base import Method, register
+
+if TYPE_CHECKING:
+    from dskd_plugin.args import Settings
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.losses.base import DistillationLoss
+
+
+@register
+class DualSpace(Method):
+    name = "dskd"
+    compares = "spaces"
+
+    def exact(self, settings: Settings) -> bool:
+        return settings.spaces != "teacher" and settings.target == "exact"
+
+    def by_events(self, settings: Settings) -> bool:
+        return settings.shared == "events" and self.exact(settings)
+
+    def title(self, settings: Settings) -> str:
+        return f"method: dskd {'with target: exact' if self.exact(settings) else 'without an exact target'}"
+
+    def check(self, settings: Settings) -> None:
+        given = settings.model_fields_set
+        if self.exact(settings) and "unmapped_argmax" in given:
+            raise ValueError(
+                f"unmapped_argmax: expected it unset beside target: exact, got {settings.unmapped_argmax!r}: every "
+                "prediction of the teacher has an event. Remove it, or set target: projected."
+            )
+        if settings.target == "projected" and "shared" in given:
+            raise ValueError(
+                f"shared: expected it unset beside target: projected, got {settings.shared!r}: it has no effect there. "
+                "Remove it, or set target: exact."
+            )
+        check_spaces(settings)
+
+    def build(self, parts: Parts) -> DistillationLoss:
+        from dskd_plugin.losses.dual_space import DualSpaceLoss
+
+        settings = parts.settings
+        return DualSpaceLoss(
+            parts.student,
+            parts.objective,
+            keep_unmapped=settings.unmapped_argmax == "teacher_space",
+            soft_labels=settings.projector.labels == "soft",
+            events=parts.events if settings.exact else None,
+            **parts.projectors,
+        )
+
+
+def check_spaces(settings: Settings) -> None:
+    """Raise ``ValueError`` for settings of the space that is not compared."""
+    given, of_projector = settings.model_fields_set, settings.projector.model_fields_set
+    ignored: list[str] = []
+    beside = ""
+    if settings.spaces == "teacher":
+        ignored += [key for key in ("target", "shared") if key in given]
+        ignored += [f"projector.{key}" for key in ("init", "learning_rate", "labels") if key in of_projector]
+        ignored += ["agreement_mask"] if "agreement_mask" in given else []
+    if settings.spaces == "student":
+        ignored += ["unmapped_argmax"] if "unmapped_argmax" in given else []
+        if settings.projector.init == "random" and settings.projector.top_vocab is not None:
+            ignored.append("projector.top_vocab")
+            beside = " with projector.init: random"
+    if ignored:
+        raise ValueError(
+            f"expected only settings that have an effect, got {', '.join(ignored)} which spaces: {settings.spaces}"
+            f"{beside} ignores. Remove them, or choose other spaces."
+        )

@@ -1,0 +1,30 @@
+"""Knowledge distillation with one tokenizer: the two distributions over the same ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_plugin.methods.base import PROJECTING, Method, register
+
+if TYPE_CHECKING:
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.core.objective import Compare
+
+
+@register
+class KnowledgeDistillation(Method):
+    name = "kd"
+    ignores = ("chunk_ratio", "shared", *PROJECTING)
+    needs_one_tokenizer = True
+
+    def compare(self, parts: Parts) -> Compare | None:
+        from dskd_plugin.core import baselines
+
+        assert parts.overlap is not None
+        shared = len(parts.overlap.student_ids_O)
+        if shared == parts.student_ids == parts.teacher_head.vocab_size:
+            return baselines.vanilla(parts.divergence, parts.settings.temperature)
+        # One side was given some more tokens: the others are compared.
+        device = parts.teacher_head.weight_VD.device
+        ids = parts.overlap.student_ids_O.to(device), parts.overlap.teacher_ids_O.to(device)
+        return baselines.overlap(parts.divergence, parts.settings.temperature, *ids)

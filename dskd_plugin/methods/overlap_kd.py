@@ -1,0 +1,33 @@
+"""Knowledge distillation on what both vocabularies can say: events, or the shared ids renormalised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_plugin.methods.base import PROJECTING, Method, register
+
+if TYPE_CHECKING:
+    from dskd_plugin.args import Settings
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.core.objective import Compare
+
+
+@register
+class OverlapDistillation(Method):
+    name = "overlap_kd"
+    ignores = PROJECTING
+
+    def by_events(self, settings: Settings) -> bool:
+        return settings.shared == "events"
+
+    def compare(self, parts: Parts) -> Compare | None:
+        from dskd_plugin.core import baselines
+        from dskd_plugin.core.events import EventCompare
+
+        device, temperature = parts.teacher_head.weight_VD.device, parts.settings.temperature
+        if self.by_events(parts.settings):
+            assert parts.events is not None
+            return EventCompare(parts.divergence, temperature, parts.events.to(device))
+        assert parts.overlap is not None
+        ids = parts.overlap.student_ids_O.to(device), parts.overlap.teacher_ids_O.to(device)
+        return baselines.overlap(parts.divergence, temperature, *ids)
