@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dskd_plugin.args import Settings
+from dskd_plugin.core.backend import Backend
 from dskd_plugin.core.divergences import Divergence, divergence
 from dskd_plugin.core.events import Events
 from dskd_plugin.core.heads import Head
@@ -74,9 +75,9 @@ def distillation_loss(
     *,
     projector_dtype: torch.dtype = torch.float32,
     seed: int,
-    block_elements: int | None = None,
+    backend: Backend | None = None,
 ) -> DistillationLoss:
-    """The loss that the settings name, see `Parts`."""
+    """The loss that the settings name, see `Parts`. backend: None for the reference."""
     method = method_of(settings)
     knobs = settings.divergence.model_dump()
     objective = Objective(
@@ -102,7 +103,7 @@ def distillation_loss(
             "student_vocab_size": pair.student.vocab_size,
             "teacher_head": None if teacher is None else teacher.head,
             "warmup_steps": settings.projector.warmup_steps,
-            "block_elements": block_elements,
+            "backend": backend,
         },
     )
     return method.build(parts)

@@ -1,6 +1,7 @@
 """Who may import whom (docs: arrows point inwards)."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ ABOVE = {
     "attend": {"projectors"},
     "events": {"divergences"},
     "objective": LEAVES,
-    "chunked": LEAVES | {"objective"},
+    "blockwise": LEAVES | {"objective"},
     "baselines": LEAVES | {"objective"},
+    "backend": LEAVES | {"objective", "blockwise"},
     "__init__": set(),
 }
 
@@ -52,7 +54,7 @@ EVAL_FILES = sorted((ROOT / "eval" / "dskd_eval").rglob("*.py"))
 
 
 def test_the_folders_are_found():
-    assert {"heads", "divergences", "reduce", "projectors", "objective", "chunked"} <= {p.stem for p in CORE_FILES}
+    assert {"heads", "divergences", "reduce", "projectors", "objective", "blockwise"} <= {p.stem for p in CORE_FILES}
     assert EVAL_FILES
 
 
@@ -104,3 +106,25 @@ def test_importing_core_loads_no_host():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[] "), done.stdout
+
+
+def _symbols(path):
+    """Names of classes, functions and assignments of a file, methods as Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("page", ["docs/method.md", "CONTRIBUTING.md", "docs/generate.md", "docs/eval.md"])
+def test_docs_name_files_functions_and_tests_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, symbol in re.findall(r"`((?:dskd_plugin|eval|benchmarks|quickstart)/[\w/]+\.py)`(?: `([\w.]+)`)?", text):
+        assert (ROOT / name).is_file(), name
+        assert not symbol or symbol in _symbols(ROOT / name), (name, symbol)
+    for name, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        assert (ROOT / name).is_file(), name
+        assert not test or f"def {test}(" in (ROOT / name).read_text(encoding="utf-8"), (name, test)

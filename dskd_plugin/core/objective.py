@@ -159,7 +159,7 @@ class Rows:
     teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1; with
         cross-model attention the gold id, or -1 for a row that attended to nothing. None with an exact target, which
         has a use for every row.
-    agree_N: bool, the projected teacher predicts the label (chunked.agreement); None only where the
+    agree_N: bool, the projected teacher predicts the label (blockwise.agreement_of); None only where the
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
     s2t_M: bool, the teacher rows of s2t_kd with cross-model attention, where it takes the place of s2t_N.

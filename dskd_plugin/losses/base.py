@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd_plugin.batch import MicroBatch
-from dskd_plugin.core.chunked import token_log_probs
+from dskd_plugin.core.backend import Backend, TorchBlocks
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Chunks, Objective, Rows, Sums, chunk_sums, counts
 from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
@@ -33,7 +33,7 @@ class DistillationLoss(nn.Module):
         student_vocab_size: int,
         teacher_head: Head | None,
         warmup_steps: int = 0,
-        block_elements: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -43,7 +43,7 @@ class DistillationLoss(nn.Module):
         # A tuple, because the head must not become a child of this module.
         self._student = (student, output_head(student))
         device = self._student[1].weight.device.type
-        self.block_elements = block_elements or BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
+        self.backend = backend or TorchBlocks(BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"]))
         self.matmul_dtype: torch.dtype | None = None
         self.micro_batch: MicroBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
@@ -93,11 +93,9 @@ class DistillationLoss(nn.Module):
         for batch in window:
             self._label(batch, student_head)
             if batch.chunks is not None:
-                log_probs_Q = token_log_probs(
-                    batch.chunks.teacher_QD,
-                    self.teacher_head,
-                    batch.chunks.teacher_targets_Q,
-                    block_elements=self.block_elements,
+                chunks = batch.chunks
+                log_probs_Q = self.backend.token_log_probs(
+                    chunks.teacher_QD, self.teacher_head, chunks.teacher_targets_Q
                 )
                 of_Q = batch.chunks.teacher_of_Q
                 number = int(of_Q.max()) + 1 if len(of_Q) else 0

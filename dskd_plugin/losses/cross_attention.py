@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import MicroBatch
 from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
-from dskd_plugin.core.chunked import agreement_of, cma_loss, teacher_argmax
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, Sums
 from dskd_plugin.core.overlap import Overlap
@@ -87,16 +86,13 @@ class CrossAttentionLoss(Projecting):
 
     def _label(self, batch: MicroBatch, student_head: Head) -> None:
         rows = batch.attention
-        batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
+        batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
         gold_N = batch.targets_R[: len(rows.sample_N)]
         batch.label_N = torch.where(partnered(rows.sample_N, rows.sample_M), gold_N, -1)
         if self.objective.in_student_space and self.objective.agreement_mask:
-            batch.agree_N = agreement_of(
-                self._t2s(batch, self._attend(batch)),
-                student_head,
-                batch.label_N,
-                block_elements=self.block_elements,
-            )
+            projected_Nd = self._t2s(batch, self._attend(batch))
+            assert projected_Nd is not None
+            batch.agree_N = self.backend.agreement(projected_Nd, student_head, batch.label_N, None)
 
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         attending = batch.attention
@@ -115,7 +111,7 @@ class CrossAttentionLoss(Projecting):
             s2t_MD = self.attention.s2t_rows(
                 attention, student_Nd.detach() if objective.projectors_alone else student_Nd
             )
-        return cma_loss(
+        return self.backend.attention_loss(
             rows,
             t2s_Nd=self._t2s(batch, attention),
             s2t_MD=s2t_MD,
@@ -125,5 +121,4 @@ class CrossAttentionLoss(Projecting):
             teacher_head=self.teacher_head,
             objective=objective,
             divisors_T=batch.divisors_T,
-            block_elements=self.block_elements,
         )

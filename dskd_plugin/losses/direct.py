@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dskd_plugin.batch import MicroBatch
-from dskd_plugin.core.chunked import baseline_loss
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
 from dskd_plugin.losses.base import DistillationLoss
@@ -20,12 +19,11 @@ class Direct(DistillationLoss):
         self._read_with(self._student[1])
 
     def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
-        return baseline_loss(
+        return self.backend.direct_loss(
             rows,
             student_head=student_head,
             teacher_head=self.teacher_head,
             compare=self._compare,
             objective=objective,
             divisors_T=batch.divisors_T,
-            block_elements=self.block_elements,
         )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import MicroBatch
 from dskd_plugin.core import baselines
-from dskd_plugin.core.chunked import agreement, dskd_loss, teacher_argmax
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
 from dskd_plugin.core.fitting import Fit, fit_map
@@ -157,18 +156,14 @@ class DualSpaceLoss(Projecting):
         masked = t2s_Dd is not None and self.objective.agreement_mask
         if exact is not None and not masked and not self.objective.in_teacher_space:
             return  # every row counts, and the loss finds the labels on its way
-        batch.argmax_N = teacher_argmax(batch.teacher_ND, self.teacher_head, block_elements=self.block_elements)
+        batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
         label_N = self._to_student_V[batch.argmax_N] if exact is None else exact.teacher_U[batch.argmax_N]
         batch.label_N = label_N if exact is None else None
         if t2s_Dd is not None and masked:
-            batch.agree_N = agreement(
-                batch.teacher_ND,
-                t2s_Dd,
-                student_head,
-                label_N,
-                block_elements=self.block_elements,
-                event_V=None if exact is None else exact.student_V,
-            )
+            with torch.autocast(batch.teacher_ND.device.type, enabled=False):
+                projected_Nd = project(batch.teacher_ND, t2s_Dd)
+            event_V = None if exact is None else exact.student_V
+            batch.agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)
 
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         rows = super()._rows(batch, student_Rd)
@@ -176,7 +171,7 @@ class DualSpaceLoss(Projecting):
 
     def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         self._refresh_s2t(student_head)
-        return dskd_loss(
+        return self.backend.paired_loss(
             rows,
             student_head=student_head,
             teacher_head=self.teacher_head,
@@ -184,7 +179,6 @@ class DualSpaceLoss(Projecting):
             s2t_dD=self._s2t_dD,
             objective=objective,
             divisors_T=batch.divisors_T,
-            block_elements=self.block_elements,
             soft_labels=self._soft_labels,
             exact=self._exact,
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dskd_plugin.core.attend import cross_model_attention, partnered
-from dskd_plugin.core.chunked import agreement_of, cma_loss, teacher_argmax
+from dskd_plugin.core.blockwise import agreement_of, cma_loss, teacher_argmax
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, counts

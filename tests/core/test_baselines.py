@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dskd_plugin.core.baselines import mapped, overlap, uld, vanilla
-from dskd_plugin.core.chunked import baseline_loss
+from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dskd_plugin.core.baselines import uld
-from dskd_plugin.core.chunked import baseline_loss, dskd_loss, token_log_probs
+from dskd_plugin.core.blockwise import baseline_loss, dskd_loss, token_log_probs
 from dskd_plugin.core.divergences import binary_kl, divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Chunks, Objective, Rows, chunk_sums, chunk_term, counts

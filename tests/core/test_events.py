@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dskd_plugin.core.chunked import dskd_loss
+from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence, forward_kl, log_probs
 from dskd_plugin.core.events import (
     EventCompare,

@@ -7,7 +7,7 @@ them is poor. A student that is pulled there is spoiled before the map has learn
 import pytest
 import torch
 
-from dskd_plugin.core.chunked import dskd_loss
+from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Exact, events_of_pairs
 from dskd_plugin.core.heads import Head

@@ -16,6 +16,7 @@ from dskd_plugin.collator import (
     PaddedAttentionCollator,
     PaddedPairCollator,
 )
+from dskd_plugin.core.backend import TorchBlocks
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.methods.base import METHODS, Method, register
 from dskd_plugin.models import output_head
@@ -34,7 +35,7 @@ def split(batch):
 class Setup:
     """A student with its loss attached, a teacher and a way to run batches through both."""
 
-    def __init__(self, student_path, teacher_path, *, packed=False, **settings):
+    def __init__(self, student_path, teacher_path, *, packed=False, backend=None, **settings):
         self.settings = parse_settings({"teacher": {"model": teacher_path, "dtype": "float32"}, **settings})
         self.tokenizer = AutoTokenizer.from_pretrained(student_path)
         self.teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_path)
@@ -71,7 +72,7 @@ class Setup:
             teacher and self.overlap,
             self.events,
             seed=0,
-            block_elements=3000,
+            backend=backend or TorchBlocks(3000),
         )
         attach(self.student, self.loss)
 
@@ -472,3 +473,23 @@ def test_a_new_method_is_one_class(toy, tiny, rows):
     assert loss == pytest.approx(sums["kd"][0] / sums["kd"][1]) and loss > 0
     assert sums["kd"][1] > 0 and sums["ce"][1] == 0
     assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_another_backend_is_one_class(tiny, rows):
+    """It takes the place of the reference in every product with a vocabulary; nothing else was told of it."""
+    calls = []
+
+    class Counted:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(self.inner, name)
+
+    settings = {"spaces": "both", "agreement_mask": True, "chunk_ratio": 1.0}
+    setup = Setup(tiny["student"], tiny["teacher"], **settings)
+    expected = setup.run([padded(setup, setup.samples(rows))])
+    other = Setup(tiny["student"], tiny["teacher"], backend=Counted(TorchBlocks(700)), **settings)
+    close(other.run([padded(other, other.samples(rows))]), expected)
+    assert set(calls) == {"argmax", "agreement", "token_log_probs", "paired_loss"}

@@ -24,7 +24,6 @@ from dskd_plugin.core.objective import (
     Rows,
     Sums,
     chunk_term,
-    project,
     projected_student,
     projected_teacher,
     row_masks,
@@ -41,22 +40,6 @@ _ROWS_AT_FULL_WEIGHT = 64
 def teacher_argmax(teacher_NE: Tensor, teacher_head: Head, *, block_elements: int) -> Tensor:
     """The teacher's most likely real id at each row. Returns [N] int64, without gradient."""
     return _argmax(teacher_NE, _for_compute(teacher_head), block_elements)
-
-
-@torch.no_grad()
-def agreement(
-    teacher_NE: Tensor,
-    t2s_Dd: Tensor,
-    student_head: Head,
-    label_N: Tensor,
-    *,
-    block_elements: int,
-    event_V: Tensor | None = None,
-) -> Tensor:
-    """Where the projected teacher predicts the label: agreement_of(H W_t2s). Returns [N] bool, without gradient."""
-    with _no_autocast(teacher_NE.device):
-        projected_Nd = project(teacher_NE, t2s_Dd)
-    return agreement_of(projected_Nd, student_head, label_N, block_elements=block_elements, event_V=event_V)
 
 
 @torch.no_grad()

@@ -4,15 +4,19 @@ import math
 import pytest
 import torch
 
-from dskd_plugin.core.chunked import agreement, dskd_loss, teacher_argmax
+from dskd_plugin.core.blockwise import agreement_of, dskd_loss, teacher_argmax
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, term_sums
+from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, project, term_sums
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
 KINDS = sorted(DIVERGENCES)
 WHOLE = 10**9
+
+
+def agreement(teacher, t2s, head, label, *, block_elements):
+    return agreement_of(project(teacher, t2s), head, label, block_elements=block_elements)
 
 
 def run(case, block_elements=WHOLE, divisors=None, rows=None, **changes):
