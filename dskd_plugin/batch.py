@@ -61,6 +61,12 @@ class MicroBatch:
     divisors_T: Tensor | None = None
     sums: Sums = field(default_factory=dict)
 
+    @property
+    def attending(self) -> AttentionRows:
+        """The attention rows of a batch that was made for cross-model attention."""
+        assert self.attention is not None
+        return self.attention
+
 
 def micro_batch(own: dict[str, Tensor], teacher: Teacher | None) -> MicroBatch:
     """The rows of a batch with the teacher's hidden states. own: the keys that the collator added, on one device."""

@@ -5,6 +5,7 @@ Shapes: B batch, S student positions, R response rows, Q teacher rows of the chu
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,26 +43,30 @@ class DistillationLoss(nn.Module):
         self.warmup_steps = warmup_steps
         # A tuple, because the head must not become a child of this module.
         self._student = (student, output_head(student))
-        device = self._student[1].weight.device.type
+        device = self.head_weight.device.type
         self.backend = backend or TorchBlocks(BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"]))
         self.matmul_dtype: torch.dtype | None = None
         self.micro_batch: MicroBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
-        self.step = lambda: 0
+        self.step: Callable[[], int] = lambda: 0
         self._head_checked = False
 
     def _read_with(self, *modules: nn.Module) -> None:
         """ZeRO-3 gathers a module's own parameters only; name the others that its forward reads."""
-        if is_partitioned(self._student[1].weight):
+        if is_partitioned(self.head_weight):
             import deepspeed
 
             for parameter in [p for module in (self, *modules) for p in module.parameters()]:
                 deepspeed.zero.register_external_parameter(self, parameter)
 
     @property
+    def head_weight(self) -> Tensor:
+        """The weight [V, d] of the student's head, as the engine holds it."""
+        return cast(Tensor, self._student[1].weight)
+
+    @property
     def student_width(self) -> int:
-        weight = self._student[1].weight
-        return int(getattr(weight, "ds_shape", weight.shape)[1])
+        return int(getattr(self.head_weight, "ds_shape", self.head_weight.shape)[1])
 
     def student_head(self) -> Head:
         return read_head(*self._student, self.student_vocab_size, self.matmul_dtype)
@@ -93,6 +98,7 @@ class DistillationLoss(nn.Module):
         for batch in window:
             self._label(batch, student_head)
             if batch.chunks is not None:
+                assert self.teacher_head is not None
                 chunks = batch.chunks
                 log_probs_Q = self.backend.token_log_probs(
                     chunks.teacher_QD, self.teacher_head, chunks.teacher_targets_Q
@@ -108,6 +114,7 @@ class DistillationLoss(nn.Module):
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         chunks = None
         if batch.chunks is not None:
+            assert batch.teacher_C is not None
             chunks = Chunks(rows_P=batch.chunks.rows_P, of_P=batch.chunks.of_P, teacher_C=batch.teacher_C)
         return Rows(
             student_RD=torch.empty(len(batch.targets_R), 0) if student_Rd is None else student_Rd,
@@ -122,6 +129,7 @@ class DistillationLoss(nn.Module):
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
+        assert batch is not None
         student_head = self.student_head()
         if not (self._head_checked or drops_out(self._student[1])):
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")

@@ -56,7 +56,7 @@ class CrossAttentionLoss(Projecting):
             s2t_weight_dD=self._first_s2t(projector_init),
             generator=torch.Generator().manual_seed(seed),
             dtype=projector_dtype,
-        ).to(self._student[1].weight.device)
+        ).to(self.head_weight.device)
         self._read_with(self._student[1], embedding)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class CrossAttentionLoss(Projecting):
             return self._ideal_s2t(self.student_head(), inverse)
 
     def _attend(self, batch: MicroBatch) -> Attention:
-        rows = batch.attention
+        rows = batch.attending
         targets_N = batch.targets_R[: len(rows.sample_N)]
         student_Vd, teacher_VD = self._embedding[0].weight.detach(), self._teacher_embedding_VD
         return self.attention.attention(
@@ -85,7 +85,7 @@ class CrossAttentionLoss(Projecting):
         return self.attention.t2s_rows(attention, batch.teacher_ND, self._teacher_embedding_VD[batch.argmax_N])
 
     def _label(self, batch: MicroBatch, student_head: Head) -> None:
-        rows = batch.attention
+        rows = batch.attending
         batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
         gold_N = batch.targets_R[: len(rows.sample_N)]
         batch.label_N = torch.where(partnered(rows.sample_N, rows.sample_M), gold_N, -1)
@@ -95,7 +95,7 @@ class CrossAttentionLoss(Projecting):
             batch.agree_N = self.backend.agreement(projected_Nd, student_head, batch.label_N, None)
 
     def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
-        attending = batch.attention
+        attending = batch.attending
         return replace(
             super()._rows(batch, student_Rd),
             teacher_NE=None,

@@ -46,7 +46,7 @@ class DualSpaceLoss(Projecting):
         **options: Any,
     ) -> None:
         super().__init__(student, objective, overlap=overlap, **options)
-        head_weight, teacher_weight = self._student[1].weight, self.teacher_head.weight_VD
+        teacher_weight = self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, head_rows(student))
@@ -74,7 +74,7 @@ class DualSpaceLoss(Projecting):
                 self._ideal_t2s(projector_init),
                 generator=torch.Generator().manual_seed(seed),
                 dtype=projector_dtype,
-            ).to(head_weight.device)
+            ).to(self.head_weight.device)
         self._read_with(self._student[1])
 
     def _t2s_Dd(self) -> Tensor | None:
