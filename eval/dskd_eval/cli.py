@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dskd_eval import catalog
+from dskd_eval import catalog, shown
 from dskd_eval.errors import UserError
 
 _OUT = Console(highlight=False)
@@ -290,7 +290,7 @@ class Terminal:
 
     def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
         name, metric = next(iter(score["metrics"].items()))
-        line = f"  {task:<14} {metric['value']:6.1f}  ({metric['low']:.1f} to {metric['high']:.1f})"
+        line = f"  {task:<14} {shown.fixed(metric['value']):>6}  ({shown.span(metric['low'], metric['high'])})"
         line += f"  {name}, n={score['n']}"
         facts = score["answers"]
         extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]
@@ -357,10 +357,14 @@ def _cell(score: dict[str, Any]) -> str:
 
 
 def _interval(item: dict[str, Any]) -> str:
-    return f"{item['value']:.1f} [dim]{item['low']:.1f}–{item['high']:.1f}[/]"
+    if item["low"] is None:
+        return f"{shown.fixed(item['value'])} [dim]{shown.UNKNOWN}[/]"
+    return f"{shown.fixed(item['value'])} [dim]{shown.fixed(item['low'])}–{shown.fixed(item['high'])}[/]"
 
 
 def _show_comparisons(found: dict[str, Any]) -> None:
+    from dskd_eval import comparison
+
     for gap in found.get("gaps") or []:
         if not gap["rows"]:
             continue
@@ -368,12 +372,9 @@ def _show_comparisons(found: dict[str, Any]) -> None:
         for name in ("task", "base", "student", "teacher", "closed", "95 %", "n"):
             table.add_column(name, justify="left" if name == "task" else "right")
         for row in gap["rows"]:
-            closed = "–" if row["closed"] is None else f"{row['closed']:.0f} %"
-            span = "teacher not above base" if row["closed"] is None else "open"
-            if row["low"] is not None:
-                span = f"{row['low']:.0f} to {row['high']:.0f}"
-            numbers = [f"{row[key]:.1f}" for key in ("base", "student", "teacher")]
-            table.add_row(row["task"], *numbers, closed, span, str(row["n"]))
+            closed = shown.UNKNOWN if row["closed"] is None else f"{shown.fixed(row['closed'], 0)} %"
+            numbers = [shown.fixed(row[key]) for key in ("base", "student", "teacher")]
+            table.add_row(row["task"], *numbers, closed, comparison.gap_span(row), str(row["n"]))
         _OUT.print(table)
     for pair in found.get("pairs") or []:
         if not pair["rows"]:
@@ -385,10 +386,9 @@ def _show_comparisons(found: dict[str, Any]) -> None:
         for row in pair["rows"]:
             colour = {"second": "green", "first": "red", None: "default"}[row["better"]]
             size = str(row["n"]) if row["n"] == row["of"] else f"{row['n']} of {row['of']}"
-            span = f"{row['low']:+.1f} to {row['high']:+.1f}"
-            cells = [f"{row['p']:.3g}", f"{row['p_holm']:.3g}"]
+            cells = [shown.signed_span(row["low"], row["high"]), shown.p_value(row["p"]), shown.p_value(row["p_holm"])]
             cells.append("/".join(str(row[key]) for key in ("wins", "ties", "losses")))
-            table.add_row(row["task"], f"[{colour}]{row['difference']:+.1f}[/]", span, *cells, size)
+            table.add_row(row["task"], f"[{colour}]{shown.signed(row['difference'])}[/]", *cells, size)
         _OUT.print(table)
 
 
@@ -531,20 +531,39 @@ def doctor(
     _OUT.print("\n[green]Ready.[/]")
 
 
+def _roles(command: Any) -> Any:
+    """The options that name models for a comparison."""
+    options = [
+        click.option(
+            "--baseline",
+            metavar="MODEL",
+            help="Model the others are compared with. [default: --base, else base of a recipe, else the first]",
+        ),
+        click.option("--teacher", metavar="MODEL", help="For the closed gap, beside --base."),
+        click.option("--base", metavar="MODEL", help="The untouched student: the others are compared with it."),
+        click.option(
+            "--student",
+            multiple=True,
+            metavar="MODEL",
+            help="For the closed gap. Repeatable. [default: all trained ones]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
-@click.option(
-    "--baseline",
-    metavar="MODEL",
-    help="Model the others are compared with. [default: --base, else base of a recipe, else the first]",
-)
-@click.option("--teacher", metavar="MODEL", help="For the closed gap, beside --base.")
-@click.option("--base", metavar="MODEL", help="The untouched student: the others are compared with it.")
-@click.option(
-    "--student", multiple=True, metavar="MODEL", help="For the closed gap. Repeatable. [default: all trained ones]"
-)
+@_roles
 @click.option("--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Also write it: a .json or .md file, or a folder for both.",
+)
 def compare(
     runs: tuple[str, ...],
     baseline: str | None,
@@ -553,9 +572,11 @@ def compare(
     student: tuple[str, ...],
     skip_different: bool,
     as_json: bool,
+    output: Path | None,
 ) -> None:
     """Paired differences between models of one or several runs."""
     from dskd_eval import comparison
+    from dskd_eval import report as writer
 
     found = comparison.compare(
         comparison.entries([_open(text) for text in runs]),
@@ -565,6 +586,7 @@ def compare(
         students=student,
         strict=not skip_different,
     )
+    written = writer.write_comparison(found, output) if output else []
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -573,8 +595,10 @@ def compare(
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print(
         "[dim]Paired on the same documents; difference in points; p: exact McNemar, or sign-flip permutation "
-        "for graded scores; Holm over the tasks of a pair.[/]"
+        "for graded scores; Holm over the tasks of a pair. –: unknown.[/]"
     )
+    for path in written:
+        _OUT.print(escape(str(path)), soft_wrap=True)
 
 
 @main.command()
@@ -584,14 +608,24 @@ def compare(
     type=click.Path(path_type=Path),
     help="Folder for report.md and report.html. [default: the first run]",
 )
-def report(runs: tuple[str, ...], output: Path | None) -> None:
+@_roles
+def report(
+    runs: tuple[str, ...],
+    output: Path | None,
+    baseline: str | None,
+    teacher: str | None,
+    base: str | None,
+    student: tuple[str, ...],
+) -> None:
     """Write report.md and report.html of one run, or of several side by side."""
     from dskd_eval import report as writer
+    from dskd_eval.comparison import Roles
 
     opened = [_open(text) for text in runs]
     if len(opened) > 1 and output is None:
         raise UserError("report", expected="--output for a report of several runs", got="none", fix="Add --output DIR.")
-    for path in writer.write(opened, output or opened[0].folder):
+    roles = Roles(baseline, teacher, base, student)
+    for path in writer.write(opened, output or opened[0].folder, roles):
         _OUT.print(escape(str(path)), soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, stats
+from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, scorers, stats
 from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
@@ -155,12 +155,7 @@ def prepare(
     for plan in {(plan.spec.name, plan.style): plan for several in plans.values() for plan in several}.values():
         if plan.spec.own:
             runner.check_task(plan, data[plan.spec.name])
-    if len({template is not None for template in templates.values()}) > 1:
-        without = ", ".join(name for name, template in templates.items() if template is None)
-        notes.append(
-            f"no chat template: {without}; the other models use theirs, so their prompts differ and are not "
-            "compared (--chat-template FILE or off makes them equal)"
-        )
+    notes += comparison.template_notes({name: template is not None for name, template in templates.items()})
     return Prepared(settings, folders, plans, data, box, templates, notes)
 
 
@@ -423,15 +418,17 @@ def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) 
             ]
             for score in members
         ]
-        found = stats.macro_interval(columns, seed=seed)
+        names = [score["task"]["primary_metric"] for score in members]
+        right_or_wrong = [scorers.is_proportion(name, "percent") for name in names]
+        found = stats.macro_interval(columns, proportions=right_or_wrong, seed=seed)
         suites.append(
             {
                 "model": model,
                 "suite": suite,
                 "tasks": [score["task"]["task"] for score in members],
                 "value": round(100 * found.value, 6),
-                "low": round(100 * found.low, 6),
-                "high": round(100 * found.high, 6),
+                "low": None if found.low is None else round(100 * found.low, 6),
+                "high": None if found.high is None else round(100 * found.high, 6),
                 "n": found.n,
             }
         )

@@ -451,11 +451,11 @@ def _higher_is_better(plan: Plan, name: str) -> bool:
 def _metric(name: str, values: list[Any], seed: int, higher_is_better: bool) -> dict[str, Any]:
     unit = scorers.unit_of(name, values)
     scale = 100.0 if unit == "percent" else 1.0
-    found = stats.interval(values, seed=seed, proportion=unit == "percent")
+    found = stats.interval(values, seed=seed, proportion=scorers.is_proportion(name, unit))
     return {
         "value": round(scale * found.value, 6),
-        "low": round(scale * found.low, 6),
-        "high": round(scale * found.high, 6),
+        "low": None if found.low is None else round(scale * found.low, 6),
+        "high": None if found.high is None else round(scale * found.high, 6),
         "n": found.n,
         "interval": found.method,
         "unit": unit,
