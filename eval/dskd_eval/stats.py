@@ -227,7 +227,10 @@ def compare(
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact McNemar p: binomial(wins + losses, 1/2) on the documents where the models differ."""
     n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    ways, tail = 1, 0
+    for k in range(min(wins, losses) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
     return min(1.0, 2 * tail / 2**n)
 
 
