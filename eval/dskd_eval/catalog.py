@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dskd_eval.data import DataSource, HubSource, Row, content_hash
+from dskd_eval.data import DataSource, HubSource, Row, content_hash, half_character, joined_surrogates
 from dskd_eval.errors import UserError, nearest
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -336,6 +336,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(where, expected=expected, got=problem, fix=fix) from error
     if not isinstance(raw, dict):
         raise UserError(where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`.")
+    if problem := half_character(raw):
+        raise UserError(where, expected="texts of whole characters", got=problem, fix="Correct the text.")
     return raw
 
 
@@ -344,6 +346,10 @@ def _parsed(path: Path) -> Any:
 
     class Loader(yaml.SafeLoader):
         """Finds modules beside this file."""
+
+        def construct_scalar(self, node: Any) -> Any:
+            value: Any = super().construct_scalar(node)
+            return joined_surrogates(value) if isinstance(value, str) else value
 
     Loader.add_constructor("!function", lambda loader, node: _function(path.parent, str(node.value)))
     raw = yaml.load(path.read_text(encoding="utf-8"), Loader)

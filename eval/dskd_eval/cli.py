@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -47,6 +48,10 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal without UTF-8, and names of files that are none, must not end a run.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -236,7 +241,10 @@ def _chat_template(option: str) -> str:
             got=repr(option),
             fix="Check the path.",
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--chat-template", expected="a UTF-8 text", got=str(error), fix="Check the file.") from error
 
 
 def _default_output(refs: Sequence[Any]) -> Path:
