@@ -77,9 +77,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     folders = [run.folder.resolve() for run in runs]
     names = {folder: folder.name for folder in folders}
     repeated = {name for name, count in Counter(names.values()).items() if count > 1}
-    return [
-        f"{folder.parent.name}/{folder.name}" if names[folder] in repeated else names[folder] for folder in folders
-    ]
+    return [f"{folder.parent.name}/{folder.name}" if names[folder] in repeated else names[folder] for folder in folders]
 
 
 NO_TEMPLATE = "no chat template: "

@@ -183,6 +183,14 @@ def data_directory(option: str | None) -> Path | None:
     return path
 
 
+def offline() -> str | None:
+    """The environment variable that forbids the network, or None."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off"):
+            return name
+    return None
+
+
 def problem_of(source: DataSource, directory: Path | None) -> str | None:
     """Why a file of the data directory cannot be used (missing, altered), or None. Cheap: hashes, parses
     nothing.
@@ -284,12 +292,12 @@ def _from_hub(source: DataSource) -> list[Row]:
             got="neither --data-dir nor DSKD_DATA",
             fix="Give --data-dir.",
         )
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+    if switch := offline():
         raise UserError(
             f"data {hub}",
             expected="a data directory or the hub",
-            got="no --data-dir, no DSKD_DATA and HF_HUB_OFFLINE is set",
-            fix="Give --data-dir, or unset HF_HUB_OFFLINE.",
+            got=f"no --data-dir, no DSKD_DATA and {switch} is set",
+            fix=f"Give --data-dir, or unset {switch}.",
         )
     try:
         if hub.file:

@@ -154,7 +154,9 @@ def prepare(
         ]
     for plan in {(plan.spec.name, plan.style): plan for several in plans.values() for plan in several}.values():
         if plan.spec.own:
-            runner.check_task(plan, data[plan.spec.name])
+            seen = runner.check_task(plan, data[plan.spec.name])
+            notes += [note for note in seen if note not in notes]
+            runner.check_references(plan, data[plan.spec.name])
     notes += comparison.template_notes({name: template is not None for name, template in templates.items()})
     return Prepared(settings, folders, plans, data, box, templates, notes)
 

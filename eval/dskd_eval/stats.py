@@ -231,7 +231,8 @@ def mcnemar(wins: int, losses: int) -> float:
     for k in range(min(wins, losses) + 1):
         tail += ways
         ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)
+    p: float = 2 * tail / 2**n
+    return min(1.0, p)
 
 
 def sign_flip(differences: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
