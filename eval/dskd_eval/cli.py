@@ -8,6 +8,8 @@ import os
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -261,7 +263,9 @@ def _again(output: Path) -> str:
 
 
 class Terminal:
-    """Progress on a terminal as bars, elsewhere as one line per task."""
+    """Progress on a terminal as bars; elsewhere a line per task, and one every half minute within it."""
+
+    every = 30.0
 
     def __init__(self, total: int) -> None:
         self.bars = Progress(
@@ -277,23 +281,44 @@ class Terminal:
         self.all = self.bars.add_task("all tasks", total=total)
         self.current = self.bars.add_task("starting", total=None)
         self.label = ""
+        self.state, self.begun = ("", 0, 0), time.monotonic()
+        self.over = threading.Event()
+        self.speaker = threading.Thread(target=self._speak, daemon=True)
 
     def __enter__(self) -> Terminal:
         self.bars.start()
+        if not _ERR.is_terminal:
+            self.speaker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.over.set()
         self.bars.stop()
+        if self.speaker.is_alive():
+            self.speaker.join()
+
+    def _speak(self) -> None:
+        """Says in which part of a task the run is, also while that part takes long."""
+        while not self.over.wait(self.every):
+            what, done, total = self.state
+            if self.label and what:
+                seconds = time.monotonic() - self.begun
+                ahead = f", about {seconds / done * (total - done):.0f} s to go" if 0 < done < total else ""
+                line = f"  {self.label:<14} {what}: {done} of {total}, {seconds:.0f} s{ahead}"
+                _ERR.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
 
     def model(self, name: str, number: int, total: int) -> None:
         count = f" ({number + 1} of {total})" if total > 1 else ""
         _ERR.print(f"[bold]{escape(name)}[/]{count}", soft_wrap=True)
 
     def task(self, model: str, task: str, number: int, total: int) -> None:
-        self.label = task
+        self.label, self.state, self.begun = task, ("", 0, 0), time.monotonic()
         self.bars.reset(self.current, description=escape(task), total=None)
 
     def step(self, what: str, done: int, total: int) -> None:
+        if what.split(",")[0] != self.state[0].split(",")[0]:
+            self.begun = time.monotonic()
+        self.state = (what, done, total)
         self.bars.update(self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total)
 
     def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
@@ -303,6 +328,7 @@ class Terminal:
         facts = score["answers"]
         extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]
         line += f"  {seconds:.0f} s" + (" (kept)" if kept else "")
+        self.state = ("", 0, 0)
         _ERR.print(escape(line) + (f"  [dim]{escape(', '.join(extra))}[/]" if extra else ""), soft_wrap=True)
         self.bars.advance(self.all)
 
@@ -441,6 +467,8 @@ class _TokenizerOnly:
     """A backend that renders and counts, for dry runs."""
 
     kind = "none"
+    pads = True
+    told: Any = None
     default_batch_size = 1
     max_length = 1 << 30
 

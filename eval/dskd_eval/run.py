@@ -247,6 +247,10 @@ def evaluate(
     return progress.write(complete=True)
 
 
+def _answers(tokens: int) -> str:
+    return f"answers, {tokens} tokens" if tokens else "answers"
+
+
 class _Progress:
     """Runs the tasks of one model after the other and keeps results.json up to date."""
 
@@ -311,7 +315,7 @@ class _Progress:
 
     def _run_task(self, model: ModelFolder, plan: Plan, lm: EvalLM) -> None:
         begun = monotonic()
-        lm.on_progress = lambda done, total: self.watcher.step("answers", done, total)
+        lm.on_progress = lambda done, total: self.watcher.step(_answers(lm.written), done, total)
         result = runner.evaluate_task(
             lm,
             plan,
