@@ -185,7 +185,10 @@ def _evaluate(options: dict[str, Any]) -> None:
     output = options["output"] or _default_output(refs)
     if options["resume"] and not options["output"]:
         raise UserError("--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder.")
-    with _ERR.status("checking data, packages, sandbox and models"):
+    checking = "checking data, packages, sandbox and models"
+    if not _ERR.is_terminal:
+        _ERR.print(f"[dim]{checking}[/]")
+    with _ERR.status(checking):
         prepared = run.prepare(refs, specs, settings, directory, execute=not options["dry_run"])
     if options["dry_run"]:
         _dry_run(prepared)
