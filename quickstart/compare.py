@@ -34,22 +34,26 @@ def score(answered: Sequence[Answered]) -> dict[str, Any]:
 
 def _interval(values: Sequence[Any]) -> dict[str, float]:
     found = stats.interval(values)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    low, high = (found.value if edge is None else edge for edge in (found.low, found.high))
+    return {"value": found.value, "low": low, "high": high}
 
 
 def difference(model: Sequence[Answered], baseline: Sequence[Answered]) -> dict[str, Any]:
     """`model` minus `baseline` on the same questions: bits_per_byte with low and high, and exact_match likewise.
 
-    The intervals are paired bootstraps over questions. Fewer bits are better, more exact matches are better.
+    The intervals are a paired bootstrap over questions and a paired score interval. Fewer bits and more exact
+    matches are better.
     """
     if [one.question for one in model] != [one.question for one in baseline]:
         raise ValueError("difference: expected the same questions in one order, got others. Measure both on one file.")
     of_bits = stats.compare(bits(baseline), bits(model))
     of_hits = stats.compare(hits(baseline), hits(model))
+    # Where every question differs by the same number of bits, the bootstrap has no width.
+    same = of_bits.difference
     return {
         "bits_per_byte": of_bits.difference,
-        "low": of_bits.low,
-        "high": of_bits.high,
+        "low": same if of_bits.low is None else of_bits.low,
+        "high": same if of_bits.high is None else of_bits.high,
         "exact_match": {"value": of_hits.difference, "low": of_hits.low, "high": of_hits.high},
     }
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from dskd_eval.data import DataSource, HubSource, Row, content_hash
+from dskd_eval.data import DataSource, HubSource, Row, content_hash, half_character, joined_surrogates
 from dskd_eval.errors import UserError, nearest
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -31,6 +33,12 @@ SCORER_METRICS: dict[str, tuple[str, ...]] = {
     "ifeval": ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"),
     "python": ("pass@1", "timeout", "syntax_error"),
 }
+# What a scorer needs besides packages, whichever task uses it: see `runner.check_needs`.
+SCORER_NEEDS: dict[str, tuple[str, ...]] = {"ifeval": ("nltk_punkt",)}
+NEEDS = ("nltk_punkt",)
+# Scorers that judge without a reference answer: by tests, and by the instructions of the row.
+WITHOUT_REFERENCE = ("python", "ifeval")
+CODE_PARTS = ("setup", "completes", "entry_point", "tests")
 ALIASES = {"prompt": "doc_to_text", "reference": "doc_to_target", "shots": "num_fewshot"}
 OWN_KEYS = {
     "task", "extends", "version", "suite", "summary", "scorer", "metrics", "floor", "data", "needs", "styles",
@@ -289,7 +297,7 @@ def load_task(path: Path) -> TaskSpec:
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
     for key in ("doc_to_text", "doc_to_target"):
         styles = raw.get("styles") or {}
-        needed = key == "doc_to_text" or scorer != "python"  # tests need no reference solution
+        needed = key == "doc_to_text" or scorer not in WITHOUT_REFERENCE
         if needed and key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
             alias = {value: alias for alias, value in ALIASES.items()}[key]
             raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
@@ -297,6 +305,10 @@ def load_task(path: Path) -> TaskSpec:
         raise UserError(
             where, expected="`code: {tests: ...}`", got="none", fix="Give a template of the tests of a row."
         )
+    needs = _listed(raw.get("needs"))
+    for need in needs:
+        if need not in NEEDS:
+            raise UserError(f"{where}, `needs`", expected="known needs", got=repr(need), fix=nearest(str(need), NEEDS))
     metrics = tuple(_listed(raw.get("metrics"))) or _default_metrics(scorer, config)
     known = SCORER_METRICS[scorer] if scorer else metrics
     for metric in metrics:
@@ -320,7 +332,7 @@ def load_task(path: Path) -> TaskSpec:
         styles=_overrides(raw, "styles", where),
         protocols=_overrides(raw, "protocols", where),
         code=raw.get("code") or {},
-        needs=tuple(_listed(raw.get("needs"))),
+        needs=tuple(dict.fromkeys([*needs, *SCORER_NEEDS.get(str(scorer), ())])),
         floor=raw.get("floor") or {},
     )
 
@@ -336,6 +348,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(where, expected=expected, got=problem, fix=fix) from error
     if not isinstance(raw, dict):
         raise UserError(where, expected="a mapping of keys", got=type(raw).__name__, fix="Start with `task: my_task`.")
+    if half := half_character(raw):
+        raise UserError(where, expected="texts of whole characters", got=half, fix="Correct the text.")
     return raw
 
 
@@ -344,6 +358,10 @@ def _parsed(path: Path) -> Any:
 
     class Loader(yaml.SafeLoader):
         """Finds modules beside this file."""
+
+        def construct_scalar(self, node: Any) -> Any:
+            value: Any = super().construct_scalar(node)
+            return joined_surrogates(value) if isinstance(value, str) else value
 
     Loader.add_constructor("!function", lambda loader, node: _function(path.parent, str(node.value)))
     raw = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -575,20 +593,84 @@ def takes_shots(spec: TaskSpec) -> bool:
 
 def render(template: Any, row: Row) -> str:
     """A template filled with a row: a field name, a Jinja template or a function of the row."""
-    if callable(template):
-        return str(template(row))
     if not isinstance(template, str):
-        return str(template)
+        return str(_called(template, row))
     if template in row:
         return str(row[template])
-    if template.isidentifier():
+    check_literal(template, row)
+    return _template(template, row)
+
+
+def render_text(template: Any, row: Row) -> str:
+    """As `render`, for a text that answers are compared with. Raises UserError when Python would have to print a
+    list, a mapping or None for it.
+    """
+    if (value := printed_value(template, row)) is not None:
+        raise _printed(template, value)
+    return render(template, row)
+
+
+def _called(template: Any, row: Row) -> Any:
+    """The value of a function of the task file, or a constant."""
+    if not callable(template):
+        return template
+    try:
+        return template(row)
+    except UserError:
+        raise
+    except Exception as error:
+        name = getattr(template, "__name__", "function")
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"!function {name}", expected="a value for every row", got=got, fix="Correct it.") from error
+
+
+# Jinja's paths to a part of a field: q.text, answers[0], answer | trim.
+_PATH = re.compile(r"([^\W\d]\w*)(?:\s*(?:\.\s*\w+|\[[^\[\]]*\]))+(?:\s*\|.*)?")
+_FILTERED = re.compile(r"([^\W\d]\w*)\s*\|.*")
+# {name} of Python's format strings; not the argument of a LaTeX command, a power or an index.
+_SINGLE_BRACES = re.compile(r"(\\[A-Za-z]+\s*|[_^])?(?<!\{)\{\s*([^\W\d]\w*)\s*(?:[.\[|:!][^{}]*)?\}(?!\})")
+
+
+def check_literal(template: str, row: Row) -> None:
+    """Raises UserError for a text without Jinja's braces that can only be meant as a field: it would stand in every
+    prompt, or be every reference, letter by letter.
+    """
+    if "{{" in template or "{%" in template:
+        return
+    name = template.strip()
+    constant = f"A constant text is written {{{{ {template!r} }}}}."
+    if name.isidentifier():
+        hint = f"Write `{name}` without white space." if name in row else nearest(name, row)
         raise UserError(
             f"field {template!r}",
             expected="a field of the row: " + ", ".join(sorted(row)),
             got="none of that name",
-            fix=f"{nearest(template, row)} A constant text is written {{{{ {template!r} }}}}.",
+            fix=f"{hint} {constant}",
         )
-    return _template(template, row)
+    filtered = _FILTERED.fullmatch(name)
+    if _PATH.fullmatch(name) or (filtered and filtered[1] in row):
+        raise UserError(
+            f"template {template!r}",
+            expected="a field of the row, or a template with {{ }}",
+            got="a path without braces, which is a constant text",
+            fix=f"Write {{{{ {name} }}}}. {constant}",
+        )
+    if found := single_braces(template, row):
+        raise UserError(
+            f"template {template[:80]!r}",
+            expected="Jinja's double braces around a field",
+            got=f"single braces, {found}, which stay as they are in every row",
+            fix=f"Write {{{found}}}. {constant}",
+        )
+
+
+def single_braces(template: str, row: Row) -> str | None:
+    """The first {field} with single braces, which is no part of LaTeX; None: there is none."""
+    names = {name.casefold() for name in row}
+    for found in _SINGLE_BRACES.finditer(template):
+        if not found[1] and found[2].casefold() in names:
+            return found[0]
+    return None
 
 
 def references(template: Any, row: Row) -> list[str]:
@@ -598,39 +680,95 @@ def references(template: Any, row: Row) -> list[str]:
     """
     if template is None:
         return []
-    if callable(template):
-        value = template(row)
-    else:
-        value = row[template] if isinstance(template, str) and template in row else render(template, row)
+    if isinstance(template, str) and template not in row:
+        return [render_text(template, row)]
+    value = row[template] if isinstance(template, str) else _called(template, row)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not values or any(item is None for item in values):
+    if not values or any(_is_missing(item) for item in values):
         raise UserError(
             f"reference {template if isinstance(template, str) else 'function'!r}",
             expected="a reference answer in every row",
             got=repr(value),
             fix="Correct or remove the row.",
         )
+    for item in values:
+        if _has_parts(item):
+            raise _printed(template, item)
     return [str(item) for item in values]
 
 
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict, set))
+
+
+def _printed(template: Any, value: Any) -> UserError:
+    shown = f"template {template[:80]!r}" if isinstance(template, str) else "function"
+    return UserError(
+        shown,
+        expected="texts or numbers",
+        got=f"a {type(value).__name__}, which Python would print as {str(value)[:80]!r}",
+        fix="Name the part that is meant, as in {{ answers[0] }} or {{ answers | join(', ') }}; `reference: answers` "
+        "accepts every text of a list.",
+    )
+
+
+class _PrintedValue(Exception):
+    """A template came to a value that is neither a text nor a number."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def printed_value(template: Any, row: Row) -> Any:
+    """What Python would have to print for a template: a list, a mapping, or 'None' for a missing value; else None."""
+    if isinstance(template, str) and template not in row:
+        try:
+            _template(template, row, texts=True)
+        except _PrintedValue as found:
+            return found.value
+        return None
+    value = row[template] if isinstance(template, str) else _called(template, row)
+    return str(value) if _is_missing(value) else value if _has_parts(value) else None
+
+
+def _finalized(value: Any) -> Any:
+    if _is_missing(value) or _has_parts(value):
+        raise _PrintedValue(str(value) if _is_missing(value) else value)
+    return value
+
+
 @functools.cache
-def _environment() -> Any:
+def _environment(texts: bool) -> Any:
     import jinja2
 
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=_finalized if texts else None,
+    )
 
 
 @functools.cache
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
+def _compiled(template: str, texts: bool) -> Any:
+    return _environment(texts).from_string(template)
 
 
-def _template(template: str, row: Row) -> str:
+def _template(template: str, row: Row, *, texts: bool = False) -> str:
+    """texts: raise _PrintedValue for a value that is neither a text nor a number."""
     import jinja2
 
     try:
-        return str(_compiled(template).render(**row))
-    except jinja2.TemplateError as error:
+        return str(_compiled(template, texts).render(**row))
+    except _PrintedValue:
+        raise
+    except Exception as error:
+        if not isinstance(error, (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)):
+            raise
         raise UserError(
             f"template {template[:80]!r}",
             expected="only fields of the rows: " + ", ".join(sorted(row)),
@@ -640,11 +778,27 @@ def _template(template: str, row: Row) -> str:
 
 
 def code_parts(spec: TaskSpec, row: Row) -> dict[str, str]:
-    """The rendered `code:` block of a row: setup, completes, entry_point, tests ('' where absent)."""
-    return {
-        key: _template(spec.code[key], row) if key in spec.code else ""
-        for key in ("setup", "completes", "entry_point", "tests")
-    }
+    """The `code:` block of a row: setup, completes, entry_point, tests ('' where absent), each a field or a template.
+
+    A list in a template stands as Python writes it: `assert f({{arguments}})`.
+    """
+    parts = {}
+    for key in CODE_PARTS:
+        template = str(spec.code.get(key) or "")
+        if template and template not in row:
+            _check_program(key, template, row)
+        parts[key] = str(row[template]) if template in row else _template(template, row)
+    return parts
+
+
+def _check_program(key: str, template: str, row: Row) -> None:
+    """As `check_literal`, for a part of a program: the name of a function may be the same for all rows, and helper
+    code may hold the braces of sets and format strings.
+    """
+    constant_name = key == "entry_point" and template.isidentifier()
+    helpers = key == "setup" and single_braces(template, row)
+    if not constant_name and not helpers:
+        check_literal(template, row)
 
 
 def digest(plan_: Plan) -> str:
@@ -655,8 +809,6 @@ def digest(plan_: Plan) -> str:
 
 
 def _without_addresses(value: Any) -> Any:
-    import re
-
     if isinstance(value, dict):
         return {key: _without_addresses(item) for key, item in value.items()}
     return re.sub(r" at 0x[0-9a-f]+", "", value) if isinstance(value, str) else value

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dskd_eval import catalog
+from dskd_eval import catalog, shown
 from dskd_eval.errors import UserError
 
 _OUT = Console(highlight=False)
@@ -47,6 +50,10 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal without UTF-8, and names of files that are none, must not end a run.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -178,7 +185,10 @@ def _evaluate(options: dict[str, Any]) -> None:
     output = options["output"] or _default_output(refs)
     if options["resume"] and not options["output"]:
         raise UserError("--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder.")
-    with _ERR.status("checking data, packages, sandbox and models"):
+    checking = "checking data, packages, sandbox and models"
+    if not _ERR.is_terminal:
+        _ERR.print(f"[dim]{checking}[/]")
+    with _ERR.status(checking):
         prepared = run.prepare(refs, specs, settings, directory, execute=not options["dry_run"])
     if options["dry_run"]:
         _dry_run(prepared)
@@ -236,7 +246,10 @@ def _chat_template(option: str) -> str:
             got=repr(option),
             fix="Check the path.",
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--chat-template", expected="a UTF-8 text", got=str(error), fix="Check the file.") from error
 
 
 def _default_output(refs: Sequence[Any]) -> Path:
@@ -253,7 +266,9 @@ def _again(output: Path) -> str:
 
 
 class Terminal:
-    """Progress on a terminal as bars, elsewhere as one line per task."""
+    """Progress on a terminal as bars; elsewhere a line per task, and one every half minute within it."""
+
+    every = 30.0
 
     def __init__(self, total: int) -> None:
         self.bars = Progress(
@@ -269,32 +284,54 @@ class Terminal:
         self.all = self.bars.add_task("all tasks", total=total)
         self.current = self.bars.add_task("starting", total=None)
         self.label = ""
+        self.state, self.begun = ("", 0, 0), time.monotonic()
+        self.over = threading.Event()
+        self.speaker = threading.Thread(target=self._speak, daemon=True)
 
     def __enter__(self) -> Terminal:
         self.bars.start()
+        if not _ERR.is_terminal:
+            self.speaker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.over.set()
         self.bars.stop()
+        if self.speaker.is_alive():
+            self.speaker.join()
+
+    def _speak(self) -> None:
+        """Says in which part of a task the run is, also while that part takes long."""
+        while not self.over.wait(self.every):
+            what, done, total = self.state
+            if self.label and what:
+                seconds = time.monotonic() - self.begun
+                ahead = f", about {seconds / done * (total - done):.0f} s to go" if 0 < done < total else ""
+                line = f"  {self.label:<14} {what}: {done} of {total}, {seconds:.0f} s{ahead}"
+                _ERR.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
 
     def model(self, name: str, number: int, total: int) -> None:
         count = f" ({number + 1} of {total})" if total > 1 else ""
         _ERR.print(f"[bold]{escape(name)}[/]{count}", soft_wrap=True)
 
     def task(self, model: str, task: str, number: int, total: int) -> None:
-        self.label = task
+        self.label, self.state, self.begun = task, ("", 0, 0), time.monotonic()
         self.bars.reset(self.current, description=escape(task), total=None)
 
     def step(self, what: str, done: int, total: int) -> None:
+        if what.split(",")[0] != self.state[0].split(",")[0]:
+            self.begun = time.monotonic()
+        self.state = (what, done, total)
         self.bars.update(self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total)
 
     def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
         name, metric = next(iter(score["metrics"].items()))
-        line = f"  {task:<14} {metric['value']:6.1f}  ({metric['low']:.1f} to {metric['high']:.1f})"
+        line = f"  {task:<14} {shown.fixed(metric['value']):>6}  ({shown.span(metric['low'], metric['high'])})"
         line += f"  {name}, n={score['n']}"
         facts = score["answers"]
         extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]
         line += f"  {seconds:.0f} s" + (" (kept)" if kept else "")
+        self.state = ("", 0, 0)
         _ERR.print(escape(line) + (f"  [dim]{escape(', '.join(extra))}[/]" if extra else ""), soft_wrap=True)
         self.bars.advance(self.all)
 
@@ -357,10 +394,14 @@ def _cell(score: dict[str, Any]) -> str:
 
 
 def _interval(item: dict[str, Any]) -> str:
-    return f"{item['value']:.1f} [dim]{item['low']:.1f}–{item['high']:.1f}[/]"
+    if item["low"] is None:
+        return f"{shown.fixed(item['value'])} [dim]{shown.UNKNOWN}[/]"
+    return f"{shown.fixed(item['value'])} [dim]{shown.fixed(item['low'])}–{shown.fixed(item['high'])}[/]"
 
 
 def _show_comparisons(found: dict[str, Any]) -> None:
+    from dskd_eval import comparison
+
     for gap in found.get("gaps") or []:
         if not gap["rows"]:
             continue
@@ -368,12 +409,9 @@ def _show_comparisons(found: dict[str, Any]) -> None:
         for name in ("task", "base", "student", "teacher", "closed", "95 %", "n"):
             table.add_column(name, justify="left" if name == "task" else "right")
         for row in gap["rows"]:
-            closed = "–" if row["closed"] is None else f"{row['closed']:.0f} %"
-            span = "teacher not above base" if row["closed"] is None else "open"
-            if row["low"] is not None:
-                span = f"{row['low']:.0f} to {row['high']:.0f}"
-            numbers = [f"{row[key]:.1f}" for key in ("base", "student", "teacher")]
-            table.add_row(row["task"], *numbers, closed, span, str(row["n"]))
+            closed = shown.UNKNOWN if row["closed"] is None else f"{shown.fixed(row['closed'], 0)} %"
+            numbers = [shown.fixed(row[key]) for key in ("base", "student", "teacher")]
+            table.add_row(row["task"], *numbers, closed, comparison.gap_span(row), str(row["n"]))
         _OUT.print(table)
     for pair in found.get("pairs") or []:
         if not pair["rows"]:
@@ -385,10 +423,9 @@ def _show_comparisons(found: dict[str, Any]) -> None:
         for row in pair["rows"]:
             colour = {"second": "green", "first": "red", None: "default"}[row["better"]]
             size = str(row["n"]) if row["n"] == row["of"] else f"{row['n']} of {row['of']}"
-            span = f"{row['low']:+.1f} to {row['high']:+.1f}"
-            cells = [f"{row['p']:.3g}", f"{row['p_holm']:.3g}"]
+            cells = [shown.signed_span(row["low"], row["high"]), shown.p_value(row["p"]), shown.p_value(row["p_holm"])]
             cells.append("/".join(str(row[key]) for key in ("wins", "ties", "losses")))
-            table.add_row(row["task"], f"[{colour}]{row['difference']:+.1f}[/]", span, *cells, size)
+            table.add_row(row["task"], f"[{colour}]{shown.signed(row['difference'])}[/]", *cells, size)
         _OUT.print(table)
 
 
@@ -433,6 +470,8 @@ class _TokenizerOnly:
     """A backend that renders and counts, for dry runs."""
 
     kind = "none"
+    pads = True
+    told: Any = None
     default_batch_size = 1
     max_length = 1 << 30
 
@@ -531,20 +570,39 @@ def doctor(
     _OUT.print("\n[green]Ready.[/]")
 
 
+def _roles(command: Any) -> Any:
+    """The options that name models for a comparison."""
+    options = [
+        click.option(
+            "--baseline",
+            metavar="MODEL",
+            help="Model the others are compared with. [default: --base, else base of a recipe, else the first]",
+        ),
+        click.option("--teacher", metavar="MODEL", help="For the closed gap, beside --base."),
+        click.option("--base", metavar="MODEL", help="The untouched student: the others are compared with it."),
+        click.option(
+            "--student",
+            multiple=True,
+            metavar="MODEL",
+            help="For the closed gap. Repeatable. [default: all trained ones]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
-@click.option(
-    "--baseline",
-    metavar="MODEL",
-    help="Model the others are compared with. [default: --base, else base of a recipe, else the first]",
-)
-@click.option("--teacher", metavar="MODEL", help="For the closed gap, beside --base.")
-@click.option("--base", metavar="MODEL", help="The untouched student: the others are compared with it.")
-@click.option(
-    "--student", multiple=True, metavar="MODEL", help="For the closed gap. Repeatable. [default: all trained ones]"
-)
+@_roles
 @click.option("--skip-different", is_flag=True, help="Leave out tasks whose prompts differ instead of refusing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Also write it: a .json or .md file, or a folder for both.",
+)
 def compare(
     runs: tuple[str, ...],
     baseline: str | None,
@@ -553,9 +611,11 @@ def compare(
     student: tuple[str, ...],
     skip_different: bool,
     as_json: bool,
+    output: Path | None,
 ) -> None:
     """Paired differences between models of one or several runs."""
     from dskd_eval import comparison
+    from dskd_eval import report as writer
 
     found = comparison.compare(
         comparison.entries([_open(text) for text in runs]),
@@ -565,6 +625,7 @@ def compare(
         students=student,
         strict=not skip_different,
     )
+    written = writer.write_comparison(found, output) if output else []
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -573,8 +634,10 @@ def compare(
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print(
         "[dim]Paired on the same documents; difference in points; p: exact McNemar, or sign-flip permutation "
-        "for graded scores; Holm over the tasks of a pair.[/]"
+        "for graded scores; Holm over the tasks of a pair. –: unknown.[/]"
     )
+    for path in written:
+        _OUT.print(escape(str(path)), soft_wrap=True)
 
 
 @main.command()
@@ -584,14 +647,24 @@ def compare(
     type=click.Path(path_type=Path),
     help="Folder for report.md and report.html. [default: the first run]",
 )
-def report(runs: tuple[str, ...], output: Path | None) -> None:
+@_roles
+def report(
+    runs: tuple[str, ...],
+    output: Path | None,
+    baseline: str | None,
+    teacher: str | None,
+    base: str | None,
+    student: tuple[str, ...],
+) -> None:
     """Write report.md and report.html of one run, or of several side by side."""
     from dskd_eval import report as writer
+    from dskd_eval.comparison import Roles
 
     opened = [_open(text) for text in runs]
     if len(opened) > 1 and output is None:
         raise UserError("report", expected="--output for a report of several runs", got="none", fix="Add --output DIR.")
-    for path in writer.write(opened, output or opened[0].folder):
+    roles = Roles(baseline, teacher, base, student)
+    for path in writer.write(opened, output or opened[0].folder, roles):
         _OUT.print(escape(str(path)), soft_wrap=True)
 
 

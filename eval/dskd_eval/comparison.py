@@ -8,11 +8,11 @@ would mix model and prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dskd_eval import stats
+from dskd_eval import scorers, shown, stats
 from dskd_eval.errors import UserError
 from dskd_eval.records import Run
 
@@ -29,12 +29,28 @@ class Entry:
     label: str
     role: str | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The record of the model."""
+        found: dict[str, Any] = next(model for model in self.run.models if model["name"] == self.model)
+        return found
+
     def tasks(self) -> list[str]:
         return [
             score["task"]["task"]
             for score in self.run.results["scores"]
             if score["model"] == self.model and score["status"] == "finished"
         ]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Models that are named for a part of the comparison, by label or name; None: as `compare` chooses."""
+
+    baseline: str | None = None
+    teacher: str | None = None
+    base: str | None = None
+    students: tuple[str, ...] = ()
 
 
 class Mismatch(Exception):
@@ -54,6 +70,35 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
             unique, number = f"{label} ({number})", number + 1
         listed.append(Entry(run, model["name"], unique, model.get("role")))
     return listed
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """Names of the runs' folders, longer where they repeat."""
+    folders = [run.folder.resolve() for run in runs]
+    names = {folder: folder.name for folder in folders}
+    repeated = {name for name, count in Counter(names.values()).items() if count > 1}
+    return [f"{folder.parent.name}/{folder.name}" if names[folder] in repeated else names[folder] for folder in folders]
+
+
+NO_TEMPLATE = "no chat template: "
+
+
+def template_notes(templates: Mapping[str, bool]) -> list[str]:
+    """What to know of models some of which have no chat template; templates: whether each model has one."""
+    without = [name for name, has in templates.items() if not has]
+    if not without or len(without) == len(templates):
+        return []
+    return [
+        f"{NO_TEMPLATE}{', '.join(without)}; the other models use theirs, so their prompts differ and are not "
+        "compared (--chat-template FILE or off makes them equal)"
+    ]
+
+
+def given_roles(group: Sequence[Entry], roles: Roles) -> dict[str, str]:
+    """Roles by label, of the models that are named for one."""
+    named = [("teacher", "--teacher", roles.teacher), ("base", "--base", roles.base)]
+    named += [("student", "--student", name) for name in roles.students]
+    return {find(group, name, option).label: role for role, option, name in named if name}
 
 
 def joined(first: Entry, second: Entry, task: str) -> dict[tuple[str, str, int], tuple[Any, Any]]:
@@ -162,10 +207,15 @@ def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[dict
 
 
 def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) -> dict[str, Any]:
-    metric, scale, sign = _reading([first, second], task)
+    metric, scale, sign, proportion = _reading([first, second], task)
     before, after = [value[0] for value in values], [value[1] for value in values]
-    found = stats.compare(_times(sign, before), _times(sign, after))
-    low, high = sorted((scale * sign * found.low, scale * sign * found.high))
+    worse, better = (before, after) if sign > 0 else (after, before)
+    found = stats.compare(worse, better, proportion=proportion)
+    low = high = None
+    leader = None
+    if found.low is not None and found.high is not None:
+        low, high = sorted((scale * sign * found.low, scale * sign * found.high))
+        leader = "second" if found.low > 0 else "first" if found.high < 0 else None
     return {
         "task": task,
         "metric": metric,
@@ -174,7 +224,8 @@ def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) 
         "difference": scale * sign * found.difference,
         "low": low,
         "high": high,
-        "better": "second" if found.low > 0 else "first" if found.high < 0 else None,
+        "interval": found.method,
+        "better": leader,
         "wins": found.wins,
         "ties": found.ties,
         "losses": found.losses,
@@ -189,16 +240,37 @@ def _scores(group: Sequence[Entry], task: str) -> list[dict[str, Any]]:
     return [score for entry in group if (score := entry.run.score(entry.model, task)) is not None]
 
 
-def _reading(group: Sequence[Entry], task: str) -> tuple[str, float, int]:
-    """Primary metric, its scale (100 for a percentage) and its sign (-1 when lower is better)."""
+def _reading(group: Sequence[Entry], task: str) -> tuple[str, float, int, bool]:
+    """Primary metric, its scale (100 for a percentage), its sign (-1 when lower is better), and whether it is the
+    share of documents that are right.
+    """
     scores = _scores(group, task)
     metric: str = scores[0]["task"]["primary_metric"]
     percent = all(score["metrics"][metric]["unit"] == "percent" for score in scores)
-    return metric, 100.0 if percent else 1.0, 1 if scores[0]["metrics"][metric]["higher_is_better"] else -1
+    proportion = scorers.is_proportion(metric, "percent" if percent else "number")
+    sign = 1 if scores[0]["metrics"][metric]["higher_is_better"] else -1
+    return metric, 100.0 if percent else 1.0, sign, proportion
 
 
-def _times(sign: int, values: Sequence[Any]) -> list[Any]:
-    return [[sign * value[0], value[1]] if isinstance(value, (list, tuple)) else sign * value for value in values]
+def _gap(columns: list[list[Any]], sign: int, proportion: bool) -> stats.GapClosed:
+    """The closed gap of base, student and teacher; of an error rate it is that of the shares without error."""
+    if sign > 0:
+        return stats.gap_closed(*columns, proportion=proportion)
+    top = 1.0 if proportion else 0.0
+    turned = [
+        [[top * value[1] - value[0], value[1]] if isinstance(value, (list, tuple)) else top - value for value in column]
+        for column in columns
+    ]
+    return stats.gap_closed(*turned, proportion=proportion)
+
+
+def gap_span(row: dict[str, Any]) -> str:
+    """The interval of a closed gap as text, or why there is none."""
+    if row["closed"] is None:
+        return "teacher not above base"
+    if row["low"] is None:
+        return shown.UNKNOWN if row.get("interval") == "none" else "open"
+    return shown.span(row["low"], row["high"], 0)
 
 
 def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any]], list[str]]:
@@ -213,8 +285,8 @@ def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any
             problems.append(str(mismatch))
             continue
         columns = [[value[place] for value in values] for place in range(3)]
-        _, scale, sign = _reading([base, student, teacher], task)
-        found = stats.gap_closed(*[_times(sign, column) for column in columns])
+        _, scale, sign, proportion = _reading([base, student, teacher], task)
+        found = _gap(columns, sign, proportion)
         rows.append(
             {
                 "task": task,
@@ -224,6 +296,7 @@ def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any
                 "closed": found.value,
                 "low": found.low,
                 "high": found.high,
+                "interval": found.method,
                 "n": found.n,
             }
         )

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,13 +95,39 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def joined_surrogates(text: str) -> str:
+    """The text with the two halves of a character joined, as YAML leaves them of JSON's escapes (an emoji)."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def half_character(value: Any, place: str = "") -> str | None:
+    """Where a text holds half a character (a lone surrogate), which no tokenizer and no file takes; None: nowhere."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            near = value[max(0, error.start - 20) : error.start + 20]
+            return f"half a character, {value[error.start]!r}, in {place or 'the text'}: {near!r}"
+        return None
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, item in items:
+        found = half_character(key, "a name") or half_character(item, f"{place}.{key}" if place else repr(key))
+        if found:
+            return found
+    return None
+
+
 def read_rows(path: Path) -> list[Row]:
     """Rows of a .jsonl, .jsonl.gz or .json (list of objects) file. UserError names the bad line."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(str(path), expected="a readable UTF-8 file", got=str(error), fix="Restore the file.") from error
     return list(_parse(text, path))
 
@@ -109,8 +136,8 @@ def _parse(text: str, path: Path) -> Iterator[Row]:
     if path.name.removesuffix(".gz").endswith(".json"):
         try:
             items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _bad_row(path, error.lineno, str(error)) from error
+        except ValueError as error:  # JSONDecodeError, or a number of too many digits
+            raise _bad_row(path, getattr(error, "lineno", 1), str(error)) from error
         if not isinstance(items, list):
             raise _bad_row(path, 1, "a JSON value that is no list")
         numbered: Iterable[tuple[int, Any]] = enumerate(items, 1)
@@ -127,7 +154,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # JSONDecodeError, or a number of too many digits
                 raise _bad_row(path, number, str(error)) from error
 
 
@@ -154,6 +181,14 @@ def data_directory(option: str | None) -> Path | None:
             fix="Give the folder that holds gsm8k/, dskd/ ...",
         )
     return path
+
+
+def offline() -> str | None:
+    """The environment variable that forbids the network, or None."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off"):
+            return name
+    return None
 
 
 def problem_of(source: DataSource, directory: Path | None) -> str | None:
@@ -210,6 +245,14 @@ def _load_one(source: DataSource, directory: Path | None) -> LoadedData:
             got=f"{len(rows)} rows",
             fix="The data set changed at its source: use --data-dir with the files of `dskd-eval doctor`.",
         )
+    for number, row in enumerate(rows, 1):
+        if problem := half_character(row):
+            raise UserError(
+                f"data {where}, row {number}",
+                expected="texts of whole characters",
+                got=problem,
+                fix="Correct the row: the other half (JSON's \\udc00 to \\udfff) was cut off.",
+            )
     rows = [_unix_lines(row) for row in _selected(rows, source)]
     if not rows:
         raise UserError(f"data {where}", expected="at least one row", got="no rows", fix="Add rows to the file.")
@@ -249,12 +292,12 @@ def _from_hub(source: DataSource) -> list[Row]:
             got="neither --data-dir nor DSKD_DATA",
             fix="Give --data-dir.",
         )
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+    if switch := offline():
         raise UserError(
             f"data {hub}",
             expected="a data directory or the hub",
-            got="no --data-dir, no DSKD_DATA and HF_HUB_OFFLINE is set",
-            fix="Give --data-dir, or unset HF_HUB_OFFLINE.",
+            got=f"no --data-dir, no DSKD_DATA and {switch} is set",
+            fix=f"Give --data-dir, or unset {switch}.",
         )
     try:
         if hub.file:

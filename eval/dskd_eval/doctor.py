@@ -75,12 +75,12 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
     if directory is None and _beside_their_files(specs):
         yield from _files(specs, Path())
     elif directory is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        switch = data.offline()
         text = "none given (--data-dir, DSKD_DATA): data comes from the hub"
         yield Check(
-            "bad" if offline else "warn",
+            "bad" if switch else "warn",
             "data directory",
-            text + (", but HF_HUB_OFFLINE is set" if offline else ""),
+            text + (f", but {switch} is set" if switch else ""),
         )
     else:
         yield Check("ok", "data directory", str(directory))
@@ -149,7 +149,8 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
             try:
                 box = sandbox.choose() if spec.executes_code else None
                 rows = runner.load_data(spec, directory)
-                runner.check_task(plan, rows)
+                for note in runner.check_task(plan, rows):
+                    yield Check("warn", f"oracle {spec.name}", note)
                 result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))

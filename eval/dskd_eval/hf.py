@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import transformers
 
 from dskd_eval import cpu_attention
 from dskd_eval.errors import UserError
-from dskd_eval.lm import Generation, GenerationSettings, Prompt
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.models import ModelFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -122,6 +124,8 @@ class HFBackend:
     """A model in memory. Raises UserError when it cannot be loaded or its weights are incomplete."""
 
     kind = "hf"
+    pads = True
+    told: Told = staticmethod(tell_nobody)
 
     def __init__(
         self,
@@ -155,6 +159,8 @@ class HFBackend:
         pad = self.tokenizer.pad_token_id
         self._pad = pad if pad is not None else (self.end_tokens[0] if self.end_tokens else 0)
         self._likelihood: Any = None
+        # Families that keep no such cache (Mamba), and prompts learned by PEFT, answer the whole batch in one go.
+        self._narrows = "past_key_values" in inspect.signature(self.model.forward).parameters
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         return encode(self.tokenizer, text, special_tokens=special_tokens) or [self._pad]
@@ -183,34 +189,65 @@ class HFBackend:
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
+        """One answer per prompt; a finished one leaves the batch, so that the longest holds up no other."""
+        ids, mask = self._padded(prompts)
+        width, cache, narrows = ids.shape[1], None, self._narrows
+        found: dict[int, Generation] = {}
+        waiting = list(range(len(prompts)))
+        while waiting:
+            enough = max(1, len(waiting) // _LEAVE_TOGETHER) if narrows else len(waiting)
+            watch = _Leaving(self.tokenizer, settings.stop, self.end_tokens, width, len(waiting), enough, self.told)
+            draw = _processors(settings, [prompts[row] for row in waiting], width)
+            ids, cache = self._write(ids, mask, width + settings.max_new_tokens, cache, watch, draw)
+            cut = ids.shape[1] - width >= settings.max_new_tokens
+            gone = [done or cut for done in watch.done]
+            for row, tokens, leaves in zip(waiting, ids[:, width:].tolist(), gone, strict=True):
+                if leaves:
+                    found[row] = self._finished(tokens, settings)
+            self.told(0, sum(gone) - sum(watch.done))
+            waiting = [row for row, leaves in zip(waiting, gone, strict=True) if not leaves]
+            stay: Any = torch.tensor(
+                [place for place, leaves in enumerate(gone) if not leaves], device=ids.device
+            ).long()
+            if waiting and isinstance(cache, transformers.Cache):
+                cache.reorder_cache(stay)
+            else:  # a cache of the model's own kind: read all once more, then without a stop
+                cache, narrows = None, False
+            ids = ids[stay]
+            mask = torch.nn.functional.pad(mask[stay], (0, ids.shape[1] - mask.shape[1]), value=1)
+        return [found[row] for row in range(len(prompts))]
+
+    def _padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, padded on the left."""
         width = max(len(prompt.tokens) for prompt in prompts)
         ids = torch.full((len(prompts), width), self._pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask[row, width - len(prompt.tokens) :] = 1
-        sampled = settings.temperature > 0
-        options: dict[str, Any] = {"do_sample": sampled}
-        if sampled:
-            torch.manual_seed(settings.seed)
-            options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        return ids.to(self.device), mask.to(self.device)
+
+    def _write(
+        self, ids: torch.Tensor, mask: torch.Tensor, limit: int, cache: Any, watch: _Leaving, draw: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Go on with a batch until the watch stops it or it has `limit` tokens: all ids, and what the model keeps."""
         config = _settings(
-            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,  # `draw` samples
+            max_new_tokens=limit - ids.shape[1],
             eos_token_id=self.end_tokens or None,
             pad_token_id=self._pad,
             use_cache=True,
-            **options,
+            return_dict_in_generate=True,
         )
-        criteria = transformers.StoppingCriteriaList()
-        if settings.stop:
-            criteria.append(_StopStrings(self.tokenizer, settings.stop, width, len(prompts)))
-        output = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
-            stopping_criteria=criteria,
+            logits_processor=draw,
+            stopping_criteria=transformers.StoppingCriteriaList([watch]),
+            **({} if cache is None else {"past_key_values": cache}),
         )
-        return [self._finished(row, settings) for row in output[:, width:].tolist()]
+        return made.sequences, made.get("past_key_values")
 
     def _finished(self, tokens: list[int], settings: GenerationSettings) -> Generation:
         ends = [place for place, token in enumerate(tokens) if token in self.end_tokens]
@@ -241,15 +278,35 @@ class HFBackend:
         return self._likelihood
 
 
-class _StopStrings(transformers.StoppingCriteria):
-    """Ends a row once a stop string appears in its new text."""
+# Of so many answers that are being written, one leaves at once; of twice as many, two together, and so on: a restart
+# costs some milliseconds, and little is gained from a batch that is one row smaller.
+_LEAVE_TOGETHER = 8
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], width: int, rows: int) -> None:
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        self.tail = max(len(text) for text in stop) + 4
+
+class _Leaving(transformers.StoppingCriteria):
+    """Ends a row at an end token or once a stop string appears in its new text; ends them all when enough have ended,
+    so that those can leave.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...], ends: Sequence[int], width: int, rows: int, enough: int, told: Told
+    ) -> None:
+        self.tokenizer, self.stop, self.width, self.enough, self.told = tokenizer, stop, width, enough, told
+        self.tail = max((len(text) for text in stop), default=0) + 4
+        self.ends = set(ends)
         self.done = [False] * rows
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        waiting = [row for row, done in enumerate(self.done) if not done]
+        for row, last in zip(waiting, input_ids[waiting, -1].tolist(), strict=True):
+            self.done[row] = last in self.ends
+        if self.stop:
+            self._find_stops(input_ids)
+        ended = sum(self.done)
+        self.told(len(waiting), ended - (len(self.done) - len(waiting)))
+        return torch.tensor([True] * len(self.done) if ended >= self.enough else self.done, device=input_ids.device)
+
+    def _find_stops(self, input_ids: torch.Tensor) -> None:
         start = max(self.width, input_ids.shape[1] - self.tail)
         waiting = [row for row, done in enumerate(self.done) if not done]
         texts = self.tokenizer.batch_decode(
@@ -257,7 +314,40 @@ class _StopStrings(transformers.StoppingCriteria):
         )
         for row, text in zip(waiting, texts, strict=True):
             self.done[row] = any(stop in text for stop in self.stop)
-        return torch.tensor(self.done, device=input_ids.device)
+
+
+class _Draw(transformers.LogitsProcessor):
+    """Leaves one token of each row: where the row's own random number falls in the cumulative probabilities.
+
+    The numbers of a row come from the seed and its prompt, so they do not depend on its batch.
+    """
+
+    def __init__(self, settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> None:
+        sources = [random.Random(f"{settings.seed}:{prompt.tokens}") for prompt in prompts]
+        numbers = [[source.random() for _ in range(settings.max_new_tokens)] for source in sources]
+        self.numbers, self.width = torch.tensor(numbers, dtype=torch.float64), width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        precise = torch.float32 if scores.device.type == "mps" else torch.float64
+        cumulative = scores.to(precise).softmax(-1).cumsum(-1)
+        number = self.numbers[:, input_ids.shape[1] - self.width].to(scores.device, precise)
+        # The last bits of the sum are rounding: never beyond the last token with a probability.
+        target = (number.clamp(max=1 - 1e-6) * cumulative[:, -1])[:, None]
+        chosen = torch.searchsorted(cumulative, target, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> Any:
+    found = transformers.LogitsProcessorList()
+    if settings.temperature > 0:
+        if settings.temperature != 1:
+            found.append(transformers.TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k > 0:
+            found.append(transformers.TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            found.append(transformers.TopPLogitsWarper(settings.top_p))
+        found.append(_Draw(settings, prompts, width))
+    return found
 
 
 def _settings(**options: Any) -> Any:

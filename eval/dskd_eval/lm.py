@@ -22,11 +22,26 @@ from dskd_eval.errors import UserError
 
 SMALLEST_ANSWER_SHARE = 4
 _STEP = 32
+# A batch of B rows holds at most B times as many prompt tokens, padding included.
+TOKENS_PER_ROW = 2048
+# A prompt is padded to at most twice its length, unless all of its batch are short.
+_PADDED_AT_MOST = 2
+_SHORT = 256
+
+
+Told = Callable[[int, int], None]  # tokens and finished answers since the last call
+
+
+def tell_nobody(tokens: int, finished: int) -> None:
+    """A listener to generation that does nothing."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    A sampled answer depends on the seed and its prompt, not on what else is in the batch.
+    """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
@@ -67,9 +82,14 @@ class GenerationInfo:
 
 
 class Backend(Protocol):
-    """What EvalLM needs of a model."""
+    """What EvalLM needs of a model.
+
+    pads: whether the prompts of a batch are padded to one length. told: called while answers are generated.
+    """
 
     kind: str
+    pads: bool
+    told: Told
     name: str
     identity: Mapping[str, Any]
     max_length: int
@@ -146,6 +166,8 @@ class EvalLM(LM):  # type: ignore[misc]
     Batches depend only on the prompts of the task, so a run that is stopped and resumed forms the same
     batches and gives the same answers. Prompts that leave less than a quarter of the context for the answer
     lose their beginning (the start token stays); all other long prompts only shorten the answer.
+
+    written: tokens generated so far for the task, for progress.
     """
 
     def __init__(self, backend: Backend, *, batch_size: int | None = None, store: GenerationStore | None = None):
@@ -154,11 +176,12 @@ class EvalLM(LM):  # type: ignore[misc]
         self.chunk = batch_size or backend.default_batch_size
         self.store = store
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.written = 0
         self.begin(seeds=(0,))
 
     def begin(self, seeds: tuple[int, ...]) -> Trace:
         """Start a task; the k-th answer to a prompt is drawn with the k-th seed."""
-        self.seeds, self.trace = seeds, Trace()
+        self.seeds, self.trace, self.written = seeds, Trace(), 0
         return self.trace
 
     @property
@@ -175,12 +198,13 @@ class EvalLM(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         works = self._works(requests)
-        batches = _batches(works, self.chunk)
+        batches = _batches(works, self.chunk, pads=getattr(self.backend, "pads", True))
         answers: list[str] = [""] * len(works)
         done = 0
         self.on_progress(0, len(works))
-        for number, batch in enumerate(batches):
-            for work, generation in zip(batch, self._answer(batch, number), strict=True):
+        for batch in batches:
+            self.backend.told = self._listener(done, len(works))
+            for work, generation in zip(batch, self._answer(batch), strict=True):
                 answers[work.place] = generation.text
                 request = requests[work.place]
                 self.trace.infos[(request.doc_id, work.repeat)] = GenerationInfo(
@@ -194,6 +218,17 @@ class EvalLM(LM):  # type: ignore[misc]
             done += len(batch)
             self.on_progress(done, len(works))
         return answers
+
+    def _listener(self, done: int, total: int) -> Told:
+        """Adds the tokens and finished answers of a batch to those before it."""
+
+        def told(tokens: int, finished: int) -> None:
+            nonlocal done
+            self.written += tokens
+            done = min(total, done + finished)
+            self.on_progress(done, total)
+
+        return told
 
     def _works(self, requests: Sequence[Any]) -> list[_Work]:
         seen: dict[int, int] = {}
@@ -227,11 +262,8 @@ class EvalLM(LM):  # type: ignore[misc]
             works.append(_Work(place, Prompt(text, tokens, request.doc), repeat, settings, cut, new < wanted))
         return works
 
-    def _answer(self, batch: list[_Work], number: int) -> list[Generation]:
+    def _answer(self, batch: list[_Work]) -> list[Generation]:
         settings = batch[0].settings
-        if settings.temperature > 0:
-            seed = hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()[:6]
-            settings = GenerationSettings(**{**asdict(settings), "seed": int.from_bytes(seed)})
         prompts = [work.prompt for work in batch]
         key = content_hash_long(
             {
@@ -292,13 +324,29 @@ def fit(tokens: list[int], wanted: int, context: int, *, keep_start: bool) -> tu
     return new, tokens[-keep:]
 
 
-def _batches(works: list[_Work], size: int) -> list[list[_Work]]:
-    """Batches of equal settings, longest prompts first; the order depends on the prompts alone."""
+def _batches(works: list[_Work], size: int, *, pads: bool = True) -> list[list[_Work]]:
+    """Batches of equal settings and, where they are padded, of like length, longest first; the order depends on the
+    prompts alone. Very long prompts come last: no other answer waits for them.
+    """
     groups: dict[GenerationSettings, list[_Work]] = {}
     for work in works:
         groups.setdefault(work.settings, []).append(work)
-    batches = []
+    batches: list[list[_Work]] = []
     for settings in sorted(groups, key=lambda item: (item.seed, -item.max_new_tokens)):
-        group = sorted(groups[settings], key=lambda work: (-len(work.prompt.tokens), work.place))
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
-    return batches
+        batch: list[_Work] = []
+        for work in sorted(groups[settings], key=lambda work: (-len(work.prompt.tokens), work.place)):
+            if batch and not _fits(batch, work, size, pads):
+                batches.append(batch)
+                batch = []
+            batch.append(work)
+        batches.append(batch)
+    return sorted(batches, key=lambda batch: pads and len(batch[0].prompt.tokens) > TOKENS_PER_ROW)
+
+
+def _fits(batch: list[_Work], work: _Work, size: int, pads: bool) -> bool:
+    """Whether a prompt, no longer than those of the batch, may join it."""
+    if len(batch) >= size:
+        return False
+    widest = len(batch[0].prompt.tokens)
+    alike = widest <= max(_SHORT, _PADDED_AT_MOST * len(work.prompt.tokens))
+    return not pads or (alike and (len(batch) + 1) * widest <= size * TOKENS_PER_ROW)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dskd_eval import catalog
-from dskd_eval.lm import Generation, GenerationSettings, Prompt
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.runner import reference_answer
 
 _TEMPLATE = "{role}: {content}"
@@ -21,6 +21,8 @@ class OracleBackend:
     """
 
     kind = "oracle"
+    pads = False
+    told: Told = staticmethod(tell_nobody)
     default_batch_size = 256
 
     def __init__(self, plan: catalog.Plan, *, constant: str | None = None, max_length: int = 1 << 30) -> None:

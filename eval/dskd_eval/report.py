@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dskd_eval import comparison, records, scorers
+from dskd_eval import comparison, records, scorers, shown
+from dskd_eval.comparison import Entry, Roles
+from dskd_eval.data import content_hash
 from dskd_eval.records import Run
 
 _PAGE = Path(__file__).parent / "report.html"
@@ -16,33 +18,41 @@ _CLIP = 6_000
 _BUDGET = 24_000_000
 
 
-def write(runs: Sequence[Run], folder: Path) -> tuple[Path, Path]:
-    """Write report.md and report.html of one or several runs into a folder; returns their paths."""
-    found = payload(runs)
+def write(runs: Sequence[Run], folder: Path, roles: Roles | None = None) -> tuple[Path, Path]:
+    """Write report.md and report.html of one or several runs into a folder; returns their paths.
+
+    roles: as for `comparison.compare`; None: those of the recipe.
+    """
+    found = payload(runs, roles or Roles())
     markdown, page = folder / "report.md", folder / "report.html"
     records.replace_text(markdown, as_markdown(found))
     records.replace_text(page, as_html(found))
     return markdown, page
 
 
-def payload(runs: Sequence[Run]) -> dict[str, Any]:
+def write_comparison(found: dict[str, Any], output: Path) -> list[Path]:
+    """A comparison as a .json or a .md file; another name is a folder for comparison.json and comparison.md."""
+    files = [output] if output.suffix in (".json", ".md") else [output / f"comparison{end}" for end in (".json", ".md")]
+    for file in files:
+        if file.suffix == ".json":
+            records.write_json(file, found)
+        else:
+            notes = [f"- {_cell(note)}" for note in found["notes"]]
+            records.replace_text(file, "\n".join(["# Comparison", "", *_comparison_lines(found), *notes, ""]))
+    return files
+
+
+def payload(runs: Sequence[Run], roles: Roles | None = None) -> dict[str, Any]:
     """Everything both reports show."""
+    roles = roles or Roles()
     entries = comparison.entries(runs)
-    tasks: dict[str, dict[str, Any]] = {}
-    scores: list[dict[str, Any]] = []
-    for entry in entries:
-        for score in entry.run.results["scores"]:
-            if score["model"] != entry.model:
-                continue
-            tasks.setdefault(score["task"]["task"], score["task"])
-            scores.append({**score, "model": entry.label})
-    results = runs[0].results
-    if len(runs) == 1:
-        comparisons = results.get("comparisons") or {}
-    elif len(entries) > 1:
-        comparisons = comparison.compare(entries, strict=False)
-    else:
-        comparisons = {}
+    scores = [
+        {**score, "model": entry.label}
+        for entry in entries
+        for score in entry.run.results["scores"]
+        if score["model"] == entry.model
+    ]
+    comparisons = _comparisons(runs, entries, roles)
     labels = {(id(entry.run), entry.model): entry.label for entry in entries}
     suites = [
         {**suite, "model": labels[id(run), suite["model"]]}
@@ -50,13 +60,20 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
         for suite in run.results["suites"]
         if (id(run), suite["model"]) in labels
     ]
-    notes = list(dict.fromkeys([note for run in runs for note in run.results["notes"]]))
+    given = comparison.given_roles(entries, roles)
+    notes = _notes(runs, entries)
     notes += [note for note in comparisons.get("notes", []) if note not in notes]
     return {
         "title": "dskd-eval: " + ", ".join(entry.label for entry in entries),
-        "complete": all(run.results["complete"] for run in runs),
-        "models": [{**model, "label": labels[id(run), model["name"]]} for run in runs for model in run.models],
-        "tasks": list(tasks.values()),
+        "complete": all(score["status"] == "finished" for score in scores),
+        "models": [
+            {**model, "label": label, "role": given.get(label) or model.get("role")}
+            for run in runs
+            for model in run.models
+            for label in [labels[id(run), model["name"]]]
+        ],
+        "tasks": _tables(scores),
+        "measured": _measured(scores),
         "metrics": {
             name: vars(scorers.metric_info(name))
             for name in sorted({name for score in scores for name in score.get("metrics", {})})
@@ -65,14 +82,87 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
         "suites": suites,
         "comparisons": comparisons,
         "notes": notes,
-        "settings": results["settings"],
-        "environment": results["environment"],
-        "sandbox": results["sandbox"],
-        "samples": _samples(entries, list(tasks)),
+        "runs": _runs(entries),
+        "samples": _samples(entries, list(dict.fromkeys(score["task"]["task"] for score in scores))),
     }
 
 
-def _samples(entries: Sequence[comparison.Entry], tasks: Sequence[str]) -> dict[str, Any]:
+def _comparisons(runs: Sequence[Run], entries: Sequence[Entry], roles: Roles) -> dict[str, Any]:
+    """The comparison that one whole run holds already, else a new one of the models that are shown."""
+    if len(runs) == 1 and runs[0].only is None and roles == Roles():
+        stored: dict[str, Any] = runs[0].results.get("comparisons") or {}
+        return stored
+    if len(entries) < 2 and roles == Roles():
+        return {}
+    return comparison.compare(
+        entries,
+        baseline=roles.baseline,
+        teacher=roles.teacher,
+        base=roles.base,
+        students=roles.students,
+        strict=False,
+    )
+
+
+def _tables(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per task and primary metric: the lines of the score tables, with every style and number of shots."""
+    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    for score in scores:
+        task = score["task"]
+        table = tables.setdefault((task["task"], task["primary_metric"]), {**task, "styles": [], "all_shots": []})
+        for key, value in (("styles", task["style"]), ("all_shots", task["shots"])):
+            if value not in table[key]:
+                table[key].append(value)
+    return list(tables.values())
+
+
+def _measured(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every way in which a task was measured, with the models that were measured so."""
+    found: list[dict[str, Any]] = []
+    for score in scores:
+        same = next((entry for entry in found if entry["task"] == score["task"]), None)
+        if same is None:
+            found.append({"task": score["task"], "models": [score["model"]]})
+        else:
+            same["models"].append(score["model"])
+    return sorted(found, key=lambda entry: [task["task"]["task"] for task in found].index(entry["task"]["task"]))
+
+
+def _runs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Settings, sandbox and versions of every run, once per folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    for entry, label in zip(entries, comparison.run_labels([entry.run for entry in entries]), strict=True):
+        results = entry.run.results
+        kept = {key: results[key] for key in ("settings", "environment", "sandbox")}
+        run = found.setdefault(entry.run.folder.resolve(), {"label": label, "models": [], **kept})
+        run["models"].append(entry.label)
+    return list(found.values())
+
+
+_REMADE = ("not compared: ", "no closed gap: ", comparison.NO_TEMPLATE)
+
+
+def _notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
+    """Notes of the runs about the models that are shown, under their labels here."""
+    if len(runs) == 1 and runs[0].only is None:
+        return list(runs[0].results["notes"])
+    about_models, about_runs = [], []
+    for entry in entries:
+        prefix = f"{entry.model}: "
+        texts = [note.removeprefix(prefix) for note in entry.run.results["notes"] if note.startswith(prefix)]
+        about_models += [f"{entry.label}: {text}" for text in texts]
+    labels = comparison.run_labels(runs)
+    for run, label in zip(runs, labels, strict=True):
+        names = tuple(f"{model['name']}: " for model in run.results["models"])
+        for note in run.results["notes"]:
+            if not note.startswith((*names, *_REMADE)):
+                everywhere = all(note in other.results["notes"] for other in runs)
+                about_runs.append(note if everywhere else f"{label}: {note}")
+    templates = {entry.label: entry.facts["chat_template"] for entry in entries}
+    return list(dict.fromkeys([*about_runs, *comparison.template_notes(templates), *about_models]))
+
+
+def _samples(entries: Sequence[Entry], tasks: Sequence[str]) -> dict[str, Any]:
     """Samples by task and document; long texts are clipped, documents beyond the page's budget left out."""
     browsers: dict[str, Any] = {}
     share = _BUDGET // max(1, len(tasks))
@@ -144,9 +234,11 @@ def as_markdown(found: dict[str, Any]) -> str:
     labels = [model["label"] for model in found["models"]]
     lines += ["Scores with 95 % intervals. Higher is better.", ""]
     lines += [_line(["task", "metric", "n", *labels]), _line(["---", "---", "--:", *["--:"] * len(labels)])]
-    by_place = {(score["task"]["task"], score["model"]): score for score in found["scores"]}
+    by_place = {
+        (score["task"]["task"], score["task"]["primary_metric"], score["model"]): score for score in found["scores"]
+    }
     for task in found["tasks"]:
-        rows = [by_place.get((task["task"], label)) for label in labels]
+        rows = [by_place.get((task["task"], task["primary_metric"], label)) for label in labels]
         counts = sorted({row["n"] for row in rows if row and row["status"] == "finished"})
         cells = [_score_cell(row) for row in rows]
         lines.append(_line([task["task"], task["primary_metric"], "/".join(map(str, counts)), *cells]))
@@ -158,15 +250,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines += _comparison_lines(found["comparisons"])
     if found["notes"]:
         lines += ["## Notes", "", *[f"- {_cell(note)}" for note in found["notes"]], ""]
-    lines += ["## Tasks", ""]
-    lines += [_line(["task", "version", "style", "protocol", "shots", "answers end at", "data", "sha256"])]
-    lines += [_line(["---"] * 8)]
-    for task in found["tasks"]:
-        stop = ", ".join(repr(text) for text in task["generation"].get("until", [])) or "end token"
-        stop += f"; {task['generation'].get('max_gen_toks')} tokens"
-        data = task["data"].get("test") or {}
-        cells = [task["task"], f"{task['version']:g}", task["style"], task["protocol"], str(task["shots"])]
-        lines.append(_line([*cells, stop, str(data.get("source", "")), str(data.get("sha256") or "")[:12]]))
+    lines += _task_lines(found["measured"])
     lines += ["", "## Models", ""]
     lines += [_line(["model", "role", "source", "dtype", "device", "context", "chat template", "fingerprint"])]
     lines += [_line(["---"] * 8)]
@@ -175,44 +259,93 @@ def as_markdown(found: dict[str, Any]) -> str:
                  model.get("device") or "", str(model.get("context_length") or ""),
                  "yes" if model["chat_template"] else "no", model["fingerprint"][:12]]  # fmt: skip
         lines.append(_line(facts))
-    box = found["sandbox"]
-    lines += ["", f"Sandbox: {box['backend']} ({box['version']})." if box else "Sandbox: not needed."]
-    versions = ", ".join(f"{name} {version}" for name, version in found["environment"]["packages"].items())
-    lines += ["", f"Python {found['environment']['python']}; {versions}.", ""]
+    lines += ["", *_run_lines(found["runs"])]
     return "\n".join(lines)
+
+
+def _task_lines(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """How every task was measured; the models are named where they were not measured alike."""
+    names = [entry["task"]["task"] for entry in measured]
+    several = len(names) > len(set(names))
+    head = ["task", "version", "style", "protocol", "shots", "answers end at", "data", "sha256"]
+    head += ["models"] if several else []
+    lines = ["## Tasks", "", _line(head), _line(["---"] * len(head))]
+    for entry in measured:
+        task = entry["task"]
+        stop = ", ".join(repr(text) for text in task["generation"].get("until", [])) or "end token"
+        stop += f"; {task['generation'].get('max_gen_toks')} tokens"
+        data = task["data"].get("test") or {}
+        cells = [task["task"], f"{task['version']:g}", task["style"], task["protocol"], str(task["shots"])]
+        cells += [stop, str(data.get("source", "")), str(data.get("sha256") or "")[:12]]
+        lines.append(_line(cells + ([", ".join(entry["models"])] if several else [])))
+    return lines
+
+
+def _run_lines(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Settings, sandbox and versions: one line where all runs agree, else one for each run."""
+    lines = []
+    for describe in (_settings_text, _sandbox_text, _versions_text):
+        texts = [describe(run) for run in runs]
+        if len(set(texts)) == 1:
+            lines += [texts[0], ""]
+        else:
+            lines += [f"- {_cell(run['label'])}: {text}" for run, text in zip(runs, texts, strict=True)] + [""]
+    return lines
+
+
+def _settings_text(run: dict[str, Any]) -> str:
+    told = {key: value for key, value in run["settings"].items() if value not in (None, False)}
+    if len(str(told.get("chat_template", ""))) > len("auto"):
+        told["chat_template"] = "a file, sha256 " + content_hash(told["chat_template"])
+    return "Settings: " + (", ".join(f"{key} {_cell(str(value))}" for key, value in told.items()) or "none") + "."
+
+
+def _sandbox_text(run: dict[str, Any]) -> str:
+    box = run["sandbox"]
+    return f"Sandbox: {box['backend']} ({box['version']})." if box else "Sandbox: not needed."
+
+
+def _versions_text(run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["environment"]["packages"].items())
+    return f"Python {run['environment']['python']}; {versions}."
 
 
 def _comparison_lines(found: dict[str, Any]) -> list[str]:
     lines: list[str] = []
-    if found.get("pairs"):
+    pairs = found.get("pairs") or []
+    if pairs and not any(pair["rows"] for pair in pairs):
+        lines += ["## Comparison", "", "Nothing could be compared; the notes say why.", ""]
+    elif pairs:
         lines += [f"## Against {_cell(found['baseline'])}", ""]
-        for pair in found["pairs"]:
-            lines += [f"### {_cell(pair['model'])}", ""]
-            lines += [_line(["task", "difference", "95 % interval", "p", "p (Holm)", "wins/ties/losses", "n"])]
-            lines += [_line(["---", *["--:"] * 6])]
-            for row in pair["rows"]:
-                span = f"{row['low']:+.1f} to {row['high']:+.1f}"
-                tally = f"{row['wins']}/{row['ties']}/{row['losses']}"
-                cells = [
-                    row["task"],
-                    f"{row['difference']:+.1f}",
-                    span,
-                    f"{row['p']:.2g}",
-                    f"{row['p_holm']:.2g}",
-                ]
-                lines.append(_line([*cells, tally, str(row["n"])]))
-            lines.append("")
+        for pair in pairs:
+            lines += _pair_lines(pair, found["baseline"])
     for gap in found.get("gaps") or []:
+        if not gap["rows"]:
+            continue
         lines += [f"## Gap closed by {_cell(gap['model'])}", ""]
         lines += [_line(["task", "base", "student", "teacher", "closed %", "95 % interval", "n"])]
         lines += [_line(["---", *["--:"] * 6])]
         for row in gap["rows"]:
-            closed = "teacher not above base" if row["closed"] is None else f"{row['closed']:.0f}"
-            span = f"{row['low']:.0f} to {row['high']:.0f}" if row["low"] is not None else "open"
-            numbers = [f"{row[key]:.1f}" for key in ("base", "student", "teacher")]
-            lines.append(_line([row["task"], *numbers, closed, span, str(row["n"])]))
+            closed = shown.UNKNOWN if row["closed"] is None else shown.fixed(row["closed"], 0)
+            numbers = [shown.fixed(row[key]) for key in ("base", "student", "teacher")]
+            lines.append(_line([row["task"], *numbers, closed, comparison.gap_span(row), str(row["n"])]))
         lines.append("")
     return lines
+
+
+def _pair_lines(pair: dict[str, Any], baseline: str) -> list[str]:
+    if not pair["rows"]:
+        return []
+    against = pair.get("against", baseline)
+    title = _cell(pair["model"]) + (f" against {_cell(against)}" if against != baseline else "")
+    lines = [f"### {title}", ""]
+    lines += [_line(["task", "difference", "95 % interval", "p", "p (Holm)", "wins/ties/losses", "n"])]
+    lines += [_line(["---", *["--:"] * 6])]
+    for row in pair["rows"]:
+        cells = [row["task"], shown.signed(row["difference"]), shown.signed_span(row["low"], row["high"])]
+        cells += [shown.p_value(row["p"]), shown.p_value(row["p_holm"])]
+        lines.append(_line([*cells, f"{row['wins']}/{row['ties']}/{row['losses']}", str(row["n"])]))
+    return [*lines, ""]
 
 
 def _score_cell(score: dict[str, Any] | None) -> str:
@@ -224,7 +357,7 @@ def _score_cell(score: dict[str, Any] | None) -> str:
 
 
 def _interval_cell(item: dict[str, Any]) -> str:
-    return f"{item['value']:.1f} ({item['low']:.1f} to {item['high']:.1f})"
+    return f"{shown.fixed(item['value'])} ({shown.span(item['low'], item['high'])})"
 
 
 def _line(cells: Sequence[str]) -> str:

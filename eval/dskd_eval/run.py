@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, stats
+from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, scorers, stats
 from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
@@ -154,13 +154,10 @@ def prepare(
         ]
     for plan in {(plan.spec.name, plan.style): plan for several in plans.values() for plan in several}.values():
         if plan.spec.own:
-            runner.check_task(plan, data[plan.spec.name])
-    if len({template is not None for template in templates.values()}) > 1:
-        without = ", ".join(name for name, template in templates.items() if template is None)
-        notes.append(
-            f"no chat template: {without}; the other models use theirs, so their prompts differ and are not "
-            "compared (--chat-template FILE or off makes them equal)"
-        )
+            seen = runner.check_task(plan, data[plan.spec.name])
+            notes += [note for note in seen if note not in notes]
+            runner.check_references(plan, data[plan.spec.name])
+    notes += comparison.template_notes({name: template is not None for name, template in templates.items()})
     return Prepared(settings, folders, plans, data, box, templates, notes)
 
 
@@ -250,6 +247,10 @@ def evaluate(
     return progress.write(complete=True)
 
 
+def _answers(tokens: int) -> str:
+    return f"answers, {tokens} tokens" if tokens else "answers"
+
+
 class _Progress:
     """Runs the tasks of one model after the other and keeps results.json up to date."""
 
@@ -314,7 +315,7 @@ class _Progress:
 
     def _run_task(self, model: ModelFolder, plan: Plan, lm: EvalLM) -> None:
         begun = monotonic()
-        lm.on_progress = lambda done, total: self.watcher.step("answers", done, total)
+        lm.on_progress = lambda done, total: self.watcher.step(_answers(lm.written), done, total)
         result = runner.evaluate_task(
             lm,
             plan,
@@ -423,15 +424,17 @@ def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) 
             ]
             for score in members
         ]
-        found = stats.macro_interval(columns, seed=seed)
+        names = [score["task"]["primary_metric"] for score in members]
+        right_or_wrong = [scorers.is_proportion(name, "percent") for name in names]
+        found = stats.macro_interval(columns, proportions=right_or_wrong, seed=seed)
         suites.append(
             {
                 "model": model,
                 "suite": suite,
                 "tasks": [score["task"]["task"] for score in members],
                 "value": round(100 * found.value, 6),
-                "low": round(100 * found.low, 6),
-                "high": round(100 * found.high, 6),
+                "low": None if found.low is None else round(100 * found.low, 6),
+                "high": None if found.high is None else round(100 * found.high, 6),
                 "n": found.n,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import math
@@ -126,7 +127,7 @@ def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
         )
     if not plan.spec.native:
         config["doc_to_text"] = _function(plan.config["doc_to_text"])
-        config["doc_to_target"] = _function(_shot_target(plan))
+        config["doc_to_target"] = _text_function(_shot_target(plan))
         config["output_type"] = "generate_until"
         config["unsafe_code"] = plan.spec.executes_code
         config["repeats"] = len(plan.seeds)
@@ -153,6 +154,10 @@ def _function(template: Any) -> Callable[[Row], str]:
     return lambda row: catalog.render(template, row)
 
 
+def _text_function(template: Any) -> Callable[[Row], str]:
+    return lambda row: catalog.render_text(template, row)
+
+
 def _answer_template(plan: Plan) -> Callable[[Row], str]:
     return lambda row: catalog.references(plan.config["doc_to_target"], row)[0]
 
@@ -166,7 +171,7 @@ def has_reference(plan: Plan) -> bool:
 def reference_answer(plan: Plan, row: Row) -> str:
     """An answer that must score 100: the row's own solution in the form that the prompt asks for."""
     template = plan.config.get("reference_answer")
-    return catalog.render(template if template is not None else _answer_template(plan), row)
+    return catalog.render_text(template if template is not None else _answer_template(plan), row)
 
 
 def check_needs(spec: TaskSpec, directory: Path | None) -> None:
@@ -187,42 +192,215 @@ def check_needs(spec: TaskSpec, directory: Path | None) -> None:
                 fix="Install dskd[eval].",
             ) from error
     if "nltk_punkt" in spec.needs:
-        import nltk
-
-        if directory is not None and str(directory / "nltk_data") not in nltk.data.path:
-            nltk.data.path.insert(0, str(directory / "nltk_data"))
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            if directory is None and nltk.download("punkt_tab", quiet=True):
-                return
-            raise UserError(
-                f"task {spec.name}",
-                expected="NLTK's punkt_tab sentence splitter",
-                got="none in NLTK_DATA or <data-dir>/nltk_data",
-                fix="Run `python -m nltk.downloader punkt_tab`, or copy nltk_data/ into the data directory.",
-            ) from None
+        _check_punkt(spec, directory)
 
 
-def check_task(plan: Plan, rows: TaskData) -> None:
-    """Make every prompt, reference and test of a user's task once, before a model is loaded. Raises UserError."""
+def _check_punkt(spec: TaskSpec, directory: Path | None) -> None:
+    """NLTK's sentence splitter, from the data directory or where NLTK looks; else downloaded, unless that is
+    forbidden. lm-eval would fetch it by itself, in the middle of a run.
+    """
+    import nltk
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    if directory is not None and str(directory / "nltk_data") not in nltk.data.path:
+        nltk.data.path.insert(0, str(directory / "nltk_data"))
+    got = "none in NLTK_DATA or <data-dir>/nltk_data"
+    try:
+        PunktTokenizer("english")
+        return
+    except (LookupError, OSError, ValueError) as error:
+        if not isinstance(error, LookupError):
+            got = f"an unreadable one: {error}"
+    switch = data.offline()
+    if directory is None and switch is None and nltk.download("punkt_tab", quiet=True):
+        return
+    raise UserError(
+        f"task {spec.name}",
+        expected="NLTK's punkt_tab sentence splitter",
+        got=got + (f", and {switch} is set" if switch else ""),
+        fix="Run `python -m nltk.downloader punkt_tab`, or copy nltk_data/ into the data directory (--data-dir).",
+    )
+
+
+def check_task(plan: Plan, rows: TaskData) -> list[str]:
+    """Make every prompt, reference and test of a user's task once, before a model is loaded.
+
+    Returns what looks wrong and may be meant. Raises UserError.
+    """
     config = lm_eval_config(plan, rows)
     if plan.spec.native:
-        _build(config, plan)
-        return
-    loaded = rows.test is not None and "process_docs" not in config
-    documents = (
-        rows.test.rows if rows.test and loaded else _build(config | _scoring(plan, _score_none, {}), plan).eval_docs
-    )
-    for number, row in enumerate(documents, 1):
-        try:
-            catalog.render(plan.config["doc_to_text"], row)
-            catalog.references(plan.config.get("doc_to_target"), row)
+        return _check_native(_build(config, plan), plan)
+    notes = _Looks(plan)
+    for number, row in enumerate(_documents(plan, rows), 1):
+        with _in_row(plan, number):
+            notes.see_prompt(row, catalog.render(plan.config["doc_to_text"], row))
+            notes.see_references(catalog.references(plan.config.get("doc_to_target"), row))
             catalog.code_parts(plan.spec, row)
             scorers.check_row(plan.spec, row)
-        except UserError as error:
-            where = f"task file {plan.spec.path.name}, row {number}, {error.where}"
-            raise UserError(where, expected=error.expected, got=error.got, fix=error.fix) from error
+    if plan.shots and rows.shots:
+        target = _shot_target(plan)
+        for number, row in enumerate(rows.shots.rows[: plan.shots], 1):
+            with _in_row(plan, number, "shot"):
+                catalog.render(plan.config["doc_to_text"], row)
+                catalog.render_text(target, row)
+    return notes.texts()
+
+
+@contextlib.contextmanager
+def _in_row(plan: Plan, number: int, kind: str = "row") -> Iterator[None]:
+    """Names the row in a UserError."""
+    try:
+        yield
+    except UserError as error:
+        where = f"task file {plan.spec.path.name}, {kind} {number}, {error.where}"
+        raise UserError(where, expected=error.expected, got=error.got, fix=error.fix) from error
+
+
+def _documents(plan: Plan, rows: TaskData) -> Sequence[Row]:
+    config = lm_eval_config(plan, rows)
+    if rows.test is not None and "process_docs" not in config:
+        return rows.test.rows
+    documents: Sequence[Row] = _build(config | _scoring(plan, _score_none, {}), plan).eval_docs
+    return documents
+
+
+def _check_native(task: ConfigurableTask, plan: Plan) -> list[str]:
+    """What can be seen of a task that lm-eval scores: fields without braces, and prompts that are all equal."""
+    notes = _Looks(plan)
+    for number, row in enumerate(task.eval_docs, 1):
+        for key in ("doc_to_text", "doc_to_target") if number == 1 else ():
+            template = plan.config.get(key)
+            if isinstance(template, str) and template and not template.isdigit() and template not in row:
+                with _in_row(plan, number):
+                    catalog.check_literal(template, row)
+        notes.see_prompt(row, _native_prompt(task, plan, row, number))
+    return notes.texts()
+
+
+def _native_prompt(task: ConfigurableTask, plan: Plan, row: Row, number: int) -> str:
+    """lm-eval's prompt of a row. Raises UserError when it cannot be made."""
+    try:
+        return str(task.doc_to_text(row))
+    except Exception as error:
+        raise UserError(
+            f"task file {plan.spec.path.name}, row {number}, `doc_to_text`",
+            expected="a prompt for every row",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            fix="Correct the template or the data file.",
+        ) from error
+
+
+class _Looks:
+    """What is seen of the rows of a task: signs that a template does not say what was meant."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.prompts: Counter[str] = Counter()
+        self.answers: Counter[tuple[str, ...]] = Counter()
+        self.signs: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.rows = 0
+
+    def see_prompt(self, row: Row, prompt: str) -> None:
+        self.rows += 1
+        template = self.plan.config.get("doc_to_text")
+        if self.rows == 1 or len(self.prompts) == 1:
+            self.prompts[prompt] += 1
+        value = None if self.plan.spec.native else catalog.printed_value(template, row)
+        if value is not None:
+            self._sign("prompts hold a value as Python prints it", str(value))
+        braces = catalog.single_braces(template, row) if isinstance(template, str) else None
+        if braces:
+            self._sign("prompts hold single braces around a field, which are not filled in", braces)
+
+    def see_references(self, references: Sequence[str]) -> None:
+        self.answers[tuple(references)] += 1
+        for text in references:
+            if not text.strip():
+                self._sign("references are empty", text)
+            elif _looks_printed(text):
+                self._sign("references look like a list or None that Python printed", text)
+
+    def _sign(self, kind: str, example: str) -> None:
+        self.signs[kind] += 1
+        self.examples.setdefault(kind, example)
+
+    def texts(self) -> list[str]:
+        name = self.plan.spec.name
+        found = [
+            f"{name}: {count} of {self.rows} {kind}: {self.examples[kind][:80]!r}" for kind, count in self.signs.items()
+        ]
+        if self.rows > 1 and len(self.prompts) == 1:
+            found.insert(0, f"{name}: all {self.rows} prompts are equal: {next(iter(self.prompts))[:80]!r}")
+        if self.rows > 1 and len(self.answers) == 1 and any(self.answers):
+            found.append(f"{name}: all {self.rows} references are equal: {next(iter(self.answers))[0][:80]!r}")
+        return found
+
+
+def _looks_printed(text: str) -> bool:
+    """Whether a text is a list, a mapping or None as Python prints them."""
+    if text.strip() in ("None", "nan", "[]", "{}"):
+        return True
+    if text[:1] not in "[{(" or not any(quote in text for quote in "'\""):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text), (list, tuple, dict, set))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+
+
+MOST_CHECKED = {"math": 500}
+
+
+def check_references(plan: Plan, rows: TaskData) -> None:
+    """Score the references of a user's task, before a model is loaded. Raises UserError for one below 100.
+
+    Programs are left to `doctor --oracle`, which has a sandbox. Of mathematics, whose comparison is slow, the first
+    500 different references are scored. IFEval has no references: there, one answer is scored for every row.
+    """
+    spec = plan.spec
+    if spec.native or spec.executes_code:
+        return
+    if spec.scorer == "ifeval":
+        for number, row in enumerate(_documents(plan, rows), 1):
+            with _in_row(plan, number):
+                _check_instructions(row)
+        return
+    if not has_reference(plan):
+        return
+    scorer = scorers.make_scorer(spec)
+    metric = catalog.SCORER_METRICS[str(spec.scorer)][0]
+    seen: set[tuple[str, ...]] = set()
+    for number, row in enumerate(_documents(plan, rows), 1):
+        accepted = catalog.references(plan.config.get("doc_to_target"), row)
+        with _in_row(plan, number):
+            texts = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
+        for text in texts:
+            if (text, *accepted) in seen or len(seen) >= MOST_CHECKED.get(str(spec.scorer), len(seen) + 1):
+                continue
+            seen.add((text, *accepted))
+            value = scorer([scorers.Answer(row, text, accepted, plan.style)])[0].metrics[metric]
+            if value != 1.0:
+                raise UserError(
+                    f"task file {spec.path.name}, row {number}",
+                    expected=f"a reference that its own `scorer: {spec.scorer}` scores 100",
+                    got=f"{text[:120]!r}, which scores {100 * stats.mean([value]):.0f}",
+                    fix="Correct `reference` or the row, choose another scorer, or give `reference_answer`, a template "
+                    "of an answer that is right.",
+                )
+
+
+def _check_instructions(row: Row) -> None:
+    """Scores an answer for a row of IFEval. Raises UserError when that fails."""
+    try:
+        scorers.score_ifeval(scorers.Answer(row, "Hello there.", []))
+    except Exception as error:
+        raise UserError(
+            "`scorer: ifeval`",
+            expected="instructions of IFEval, with the arguments that each takes",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            fix="Correct `instruction_id_list` and `kwargs` (one mapping per instruction).",
+        ) from error
 
 
 def _score_none(answers: Sequence[scorers.Answer]) -> list[scorers.Scored]:
@@ -451,11 +629,11 @@ def _higher_is_better(plan: Plan, name: str) -> bool:
 def _metric(name: str, values: list[Any], seed: int, higher_is_better: bool) -> dict[str, Any]:
     unit = scorers.unit_of(name, values)
     scale = 100.0 if unit == "percent" else 1.0
-    found = stats.interval(values, seed=seed, proportion=unit == "percent")
+    found = stats.interval(values, seed=seed, proportion=scorers.is_proportion(name, unit))
     return {
         "value": round(scale * found.value, 6),
-        "low": round(scale * found.low, 6),
-        "high": round(scale * found.high, 6),
+        "low": None if found.low is None else round(scale * found.low, 6),
+        "high": None if found.high is None else round(scale * found.high, 6),
         "n": found.n,
         "interval": found.method,
         "unit": unit,

@@ -24,16 +24,22 @@ Value = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """How to read a metric: unit 'percent' (in [0, 1], shown times 100), 'words' or 'number' (shown as it is)."""
+    """How to read a metric: unit 'percent' (in [0, 1], shown times 100), 'words' or 'number' (shown as it is).
+
+    graded: a document may score between 0 and 1, so that the mean is no proportion, not even of zeros and ones.
+    """
 
     label: str
     description: str
     unit: str = "percent"
     higher_is_better: bool = True
+    graded: bool = False
 
 
 METRICS: dict[str, Metric] = {
-    "rouge_l": Metric("Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference"),
+    "rouge_l": Metric(
+        "Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference", graded=True
+    ),
     "exact_match": Metric("exact match", "answer equals a reference, ignoring case and outer space"),
     "contains": Metric("contains", "a reference occurs in the answer, ignoring case"),
     "response_words": Metric("words", "mean number of words of an answer", "words"),
@@ -64,6 +70,11 @@ def unit_of(name: str, values: Sequence[Any]) -> str:
     if name in METRICS or name.startswith("pass@"):
         return metric_info(name).unit
     return "percent" if all(0 <= value <= 1 for value in values) else "number"
+
+
+def is_proportion(name: str, unit: str) -> bool:
+    """Whether the score is the share of documents that are right."""
+    return unit == "percent" and not metric_info(name).graded
 
 
 @dataclass(frozen=True)

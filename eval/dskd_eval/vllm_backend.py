@@ -10,7 +10,7 @@ from typing import Any
 
 from dskd_eval.errors import UserError
 from dskd_eval.hf import context_length, encode, end_tokens, has_chat_template, load_tokenizer, render_chat
-from dskd_eval.lm import Generation, GenerationSettings, Prompt
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.models import ModelFolder
 
 
@@ -32,6 +32,8 @@ class VLLMBackend:
     """A vLLM engine. The whole task is one batch; vLLM schedules it."""
 
     kind = "vllm"
+    pads = False
+    told: Told = staticmethod(tell_nobody)
     default_batch_size = 4096
 
     def __init__(

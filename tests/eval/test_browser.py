@@ -80,3 +80,16 @@ def test_page_fits_a_phone(page: Path) -> None:
     facts = {key: int(value) for key, value in re.findall(r'data-(width|window)="(\d+)"', shown)}
     assert facts["window"] <= 500
     assert facts["width"] <= facts["window"]
+
+
+def test_page_rounds_ties_and_shows_unknown_intervals(tmp_path: Path) -> None:
+    """1 of 16 is 6.25 and shows as 6.3, as in report.md; an unknown interval is a dash."""
+    run = write_run(tmp_path / "x", {"a": [0.0] * 16, "b": [1.0] + [0.0] * 15}, metric={"low": None, "high": None})
+    report.write([Run(run), Run(run, "a")], run)
+    copy = run / "probed.html"
+    copy.write_text((run / "report.html").read_text(encoding="utf-8").replace("</head>", PROBE, 1), encoding="utf-8")
+    page_shown = open_page(copy)
+    assert 'data-errors=""' in page_shown
+    assert "<b>6.3</b><small>–</small>" in page_shown
+    assert "6.3 (–)" in (run / "report.md").read_text(encoding="utf-8")
+    assert "+6.3" in page_shown and "+6.3" in (run / "report.md").read_text(encoding="utf-8")

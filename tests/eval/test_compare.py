@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dskd_eval import comparison, report
 from dskd_eval.records import Run
+from test_stats import slow_score_edges
 
 PLAN = {
     "task": "quiz", "version": 1.0, "suite": "own", "summary": "", "primary_metric": "exact_match",
@@ -55,11 +56,10 @@ def test_known_difference_is_found_and_numbers_agree_with_numpy(tmp_path: Path, 
     second = [1.0 if better else old for old, better in zip(first, values(1, 0.2), strict=True)]
     one, two = write_run(tmp_path / "one", {"a": first}), write_run(tmp_path / "two", {"b": second})
     row = json.loads(invoke("compare", one, two, "--json").output)["pairs"][0]["rows"][0]
-    drawn = np.random.default_rng(0).integers(0, 400, size=(10_000, 400))
-    spread = 100 * (np.array(second)[drawn].mean(axis=1) - np.array(first)[drawn].mean(axis=1))
-    assert (row["low"], row["high"]) == pytest.approx(tuple(np.percentile(spread, [2.5, 97.5])), abs=1e-9)
-    assert row["difference"] == pytest.approx(100 * (np.mean(second) - np.mean(first)))
     wins = int(sum(b > a for a, b in zip(first, second, strict=True)))
+    edges = slow_score_edges(wins, 0, 400)
+    assert (row["low"], row["high"]) == pytest.approx((100 * edges[0], 100 * edges[1]), abs=0.11)
+    assert row["difference"] == pytest.approx(100 * (np.mean(second) - np.mean(first)))
     assert (row["wins"], row["ties"], row["losses"], row["n"]) == (wins, 400 - wins, 0, 400)
     assert row["p"] == pytest.approx(2 * 0.5**wins) == row["p_holm"]
     assert row["low"] > 0
@@ -73,7 +73,29 @@ def test_two_runs_of_one_model_do_not_differ(tmp_path: Path) -> None:
     group = comparison.entries(runs)
     assert [entry.label for entry in group] == ["x/m", "y/m"]
     row = comparison.compare(group)["pairs"][0]["rows"][0]
-    assert (row["difference"], row["low"], row["high"], row["p"], row["wins"]) == (0.0, 0.0, 0.0, 1.0, 0)
+    assert (row["difference"], row["p"], row["wins"]) == (0.0, 1.0, 0)
+    assert (row["low"], row["high"]) == pytest.approx((-0.951, 0.951), abs=1e-3)  # z^2 / (400 + z^2)
+
+
+def test_an_error_rate_is_compared_as_the_share_without_error(tmp_path: Path) -> None:
+    """The first model fails 3 of 10, the second none: the interval is that of the right answers, turned around."""
+    failed = {"b": [1.0] * 3 + [0.0] * 7, "s": [0.0] * 10, "t": [0.0] * 10}
+    run = write_run(tmp_path / "r", failed, metric={"higher_is_better": False})
+    row = comparison.compare(comparison.entries([Run(run)]), base="b")["pairs"][0]["rows"][0]
+    low, high = slow_score_edges(3, 0, 10)
+    assert (row["low"], row["high"]) == pytest.approx((-100 * high, -100 * low), abs=0.11)
+    assert (row["difference"], row["wins"], row["losses"], row["p"]) == (-30.0, 3, 0, 0.25)
+
+
+def test_graded_scores_get_no_interval_of_proportions(tmp_path: Path) -> None:
+    values_of = {"a": [0.0] * 6 + [1.0] * 6, "b": [1.0] * 12}
+    run = write_run(tmp_path / "r", values_of, primary_metric="rouge_l")
+    text = (run / "results.json").read_text().replace('"metrics": {"exact_match"', '"metrics": {"rouge_l"')
+    (run / "results.json").write_text(text)
+    rows = (run / "samples.jsonl").read_text().replace('"metrics": {"exact_match"', '"metrics": {"rouge_l"')
+    (run / "samples.jsonl").write_text(rows)
+    row = comparison.compare(comparison.entries([Run(run)]))["pairs"][0]["rows"][0]
+    assert (row["interval"], row["test"]) == ("bootstrap", "sign-flip permutation")
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,101 @@ def test_blocks_do_not_change_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wilson_only_for_proportions() -> None:
     assert stats.interval([0.0, 1.0, 1.0]).method == "wilson"
     assert stats.interval([0.0, 1.0, 0.5]).method == "bootstrap"
-    assert stats.interval([1.0, 1.0, 1.0], proportion=False).method == "bootstrap"
+    assert stats.interval([1.0, 1.0, 0.0], proportion=False).method == "bootstrap"
     assert stats.interval([0.4]).method == "none"
+
+
+@pytest.mark.parametrize("values", [[0.4], [0.0] * 8, [1.0] * 8, [0.3] * 30, [(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)]])
+def test_an_interval_without_width_is_unknown(values: list[float]) -> None:
+    """Equal documents say nothing of how much others would differ."""
+    found = stats.interval(values, proportion=False)
+    assert (found.low, found.high, found.method) == (None, None, "none")
+
+
+def slow_score_edges(wins: int, losses: int, n: int, step: float = 1e-3) -> tuple[float, float]:
+    """Walks away from the estimate until the score test rejects; the nuisance share by search in the likelihood."""
+
+    def likelihood(share: float, difference: float) -> float:
+        cells = ((wins, share + difference), (losses, share), (n - wins - losses, 1 - 2 * share - difference))
+        return sum(count * math.log(max(chance, 1e-300)) for count, chance in cells if count)
+
+    def rejected(difference: float) -> bool:
+        low, high = max(0.0, -difference), (1 - difference) / 2
+        for _ in range(200):
+            left, right = low + (high - low) / 3, high - (high - low) / 3
+            if likelihood(left, difference) < likelihood(right, difference):
+                low = left
+            else:
+                high = right
+        share = (low + high) / 2
+        variance = n * (2 * share + difference - difference**2)
+        distance = abs(wins - losses - n * difference)
+        return distance > 1.959963984540054 * math.sqrt(max(variance, 0.0)) + 1e-9
+
+    edges = []
+    for direction in (-1, 1):
+        difference = (wins - losses) / n
+        while abs(difference + direction * step) <= 1 and not rejected(difference + direction * step):
+            difference += direction * step
+        edges.append(difference)
+    return edges[0], edges[1]
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "n"),
+    [(0, 0, 10), (3, 0, 3), (3, 0, 10), (0, 6, 6), (1, 0, 1), (12, 2, 50), (40, 20, 160), (9, 5, 14), (2, 60, 400)],
+)
+def test_paired_score_interval_inverts_the_score_test(wins: int, losses: int, n: int) -> None:
+    low, high = stats.paired_score(wins, losses, n)
+    assert (low, high) == pytest.approx(slow_score_edges(wins, losses, n), abs=1.1e-3)
+    assert low < high and low <= (wins - losses) / n <= high
+    assert stats.paired_score(losses, wins, n) == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_paired_score_interval_of_ties_and_of_a_large_sample() -> None:
+    """n ties: z^2 / (n + z^2). Many documents: the normal interval around the difference."""
+    z = 1.959963984540054
+    assert stats.paired_score(0, 0, 10)[1] == pytest.approx(z * z / (10 + z * z), abs=1e-9)
+    low, high = stats.paired_score(5_200, 4_800, 100_000)
+    half = z * math.sqrt((0.052 + 0.048 - 0.004**2) / 100_000)
+    assert (low, high) == pytest.approx((0.004 - half, 0.004 + half), abs=2e-5)
+
+
+def test_paired_score_interval_holds_the_true_difference() -> None:
+    """Ten documents, second model truly 20 points better: about 95 of 100 intervals hold it."""
+    drawn = np.random.default_rng(0).multinomial(10, [0.4, 0.2, 0.4], size=2_000)
+    held = [low <= 0.2 <= high for wins, losses, _ in drawn for low, high in [stats.paired_score(wins, losses, 10)]]
+    assert 0.93 < np.mean(held) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([0.0] * 3, [1.0] * 3),
+        ([0.0] * 10, [0.0] * 10),
+        ([1.0] * 10, [1.0] * 10),
+        ([0.2] * 3, [0.5, 0.52, 0.55]),
+        ([0.3] * 40, [0.3] * 40),
+        ([0.3] * 40, [0.4] * 40),
+        ([0.5], [0.7]),
+    ],
+)
+def test_no_interval_of_a_difference_collapses_or_contradicts_the_test(first: list[float], second: list[float]) -> None:
+    found = stats.compare(first, second)
+    if found.low is None or found.high is None:
+        assert (found.low, found.high, found.method) == (None, None, "none")
+    else:
+        assert found.low < found.high
+        assert found.p < 0.05 or found.low <= 0 <= found.high
+
+
+def test_graded_scores_of_zeros_and_ones_are_no_proportions() -> None:
+    first, second = [0.0] * 6 + [1.0] * 6, [1.0] * 12
+    assert stats.compare(first, second).method == "paired score"
+    graded = stats.compare(first, second, proportion=False)
+    assert (graded.method, graded.test) == ("bootstrap", "sign-flip permutation")
+    ratios = stats.compare([(0.0, 3.0), (1.0, 1.0)] * 6, [(3.0, 3.0), (0.0, 1.0)] * 6)
+    assert ratios.method == "bootstrap" and ratios.difference == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (6, 0), (5, 2), (40, 22), (3, 3), (300, 260)])
@@ -106,9 +199,7 @@ def test_compare_finds_a_known_difference() -> None:
     first = binary(0, 800, 0.5)
     second = [1.0 if fix else value for value, fix in zip(first, binary(1, 800, 0.15), strict=True)]
     found = stats.compare(first, second)
-    drawn = np.random.default_rng(0).integers(0, 800, size=(10_000, 800))
-    differences = np.array(second)[drawn].mean(axis=1) - np.array(first)[drawn].mean(axis=1)
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])), abs=1e-12)
+    assert (found.low, found.high) == pytest.approx(slow_score_edges(found.wins, 0, 800), abs=1.1e-3)
     assert found.difference == pytest.approx(sum(second) / 800 - sum(first) / 800)
     assert (found.wins, found.losses) == (sum(b > a for a, b in zip(first, second, strict=True)), 0)
     assert found.wins + found.ties + found.losses == 800
@@ -118,7 +209,8 @@ def test_compare_finds_a_known_difference() -> None:
 def test_compare_finds_nothing_between_equals() -> None:
     values = binary(4, 300, 0.4)
     found = stats.compare(values, list(values))
-    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.difference, found.p) == (0.0, 1.0)
+    assert (found.low, found.high) == pytest.approx((-0.01264, 0.01264), abs=1e-5)
     assert (found.wins, found.ties, found.losses) == (0, 300, 0)
 
 
@@ -135,7 +227,11 @@ def test_compare_false_alarms_are_rare() -> None:
 def test_graded_scores_use_the_permutation_test() -> None:
     rng = np.random.default_rng(0)
     first = rng.random(60)
-    found = stats.compare(first.tolist(), (first + rng.normal(0.2, 0.1, 60)).tolist())
+    second = first + rng.normal(0.2, 0.1, 60)
+    found = stats.compare(first.tolist(), second.tolist())
+    drawn = np.random.default_rng(0).integers(0, 60, size=(10_000, 60))
+    edges = np.percentile((second - first)[drawn].mean(axis=1), [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx(tuple(edges), abs=1e-12)
     assert found.test == "sign-flip permutation"
     assert found.p == pytest.approx(1 / 10_001)
 
@@ -156,7 +252,14 @@ def test_gap_without_a_better_teacher_has_no_value() -> None:
     weak, strong = binary(0, 100, 0.2), binary(1, 100, 0.8)
     assert stats.gap_closed(strong, strong, weak).value is None
     open_gap = stats.gap_closed([0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0])
-    assert open_gap.value is not None and open_gap.low is None
+    assert open_gap.value is not None and open_gap.low is None and open_gap.method == "open"
+
+
+def test_closed_gap_without_width_is_unknown() -> None:
+    """A student right wherever the teacher is: 100 %, but not 100 to 100. Three documents prove no gap at all."""
+    found = stats.gap_closed([0.0] * 40, [1.0] * 40, [1.0] * 40)
+    assert (found.value, found.low, found.high, found.method) == (100.0, None, None, "none")
+    assert stats.gap_closed([0.0] * 3, [0.0, 1.0, 1.0], [1.0] * 3).method == "open"
 
 
 def test_macro_interval_is_the_mean_of_tasks() -> None:
@@ -167,6 +270,8 @@ def test_macro_interval_is_the_mean_of_tasks() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
     nothing = stats.macro_interval([[0.0] * 20, [0.0] * 20])
     assert nothing.value == nothing.low == 0.0 and nothing.high > 0.02
+    graded = stats.macro_interval([[0.0] * 20, binary(0, 20, 0.5)], proportions=[False, True])
+    assert (graded.low, graded.high, graded.method) == (None, None, "none")
 
 
 def test_unequal_lengths_are_refused() -> None:

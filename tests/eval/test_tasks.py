@@ -173,6 +173,46 @@ def test_bad_rows_are_located(own_task: Callable[..., Path], text: str, problem:
         runner.load_data(catalog.load_task(path), None)
 
 
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"question": "a \ud800 b", "answer": "2"}, r"'\\ud800', in 'question'"),
+        ({"question": "x", "answer": ["1", "\udfff"]}, r"'\\udfff', in 'answer'.1"),
+        ({"question": "x", "answer": "1", "more": {"deep": "\ude00\ud83d"}}, r"'\\ude00', in 'more'.deep"),
+        ({"question": "x", "answer": "1", "\ud800": "y"}, r"'\\ud800', in a name"),
+    ],
+)
+def test_half_characters_in_rows_are_located(own_task: Callable[..., Path], row: dict[str, Any], place: str) -> None:
+    """A lone surrogate reaches neither a tokenizer nor a file."""
+    spec = catalog.load_task(own_task([{"question": "fine \U0001f600", "answer": "1"}, row]))
+    with pytest.raises(UserError, match=rf"rows.jsonl, row 2: expected texts of whole characters; .*{place}"):
+        runner.load_data(spec, None)
+
+
+def test_half_characters_in_a_task_file(own_task: Callable[..., Path]) -> None:
+    """YAML reads JSON's escape of an emoji as two halves: they are joined, a half alone is refused."""
+    path = own_task()
+    text = path.read_text().replace("'{{question}}'", '"\\ud83d\\ude00 {{question}}"')
+    path.write_text(text)
+    assert catalog.load_task(path).config["doc_to_text"] == "\U0001f600 {{question}}"
+    path.write_text(text.replace("\\ude00", ""))
+    with pytest.raises(UserError, match=r"sums.yaml: expected texts of whole characters; .*'\\ud83d', in 'prompt'"):
+        catalog.load_task(path)
+
+
+def test_what_a_file_may_hold_besides_json(own_task: Callable[..., Path]) -> None:
+    """A damaged archive and a number of 5000 digits are told like any other bad row."""
+    path = own_task(data="rows.jsonl.gz")
+    whole = gzip.compress(b'{"question": "x"}\n' * 50)
+    (path.parent / "rows.jsonl.gz").write_bytes(whole[:12] + b"\xff" * 8 + whole[20:])
+    with pytest.raises(UserError, match=r"rows.jsonl.gz: expected a readable UTF-8 file"):
+        runner.load_data(catalog.load_task(path), None)
+    path = own_task()
+    (path.parent / "rows.jsonl").write_text('{"question": ' + "1" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"rows.jsonl, row 1: expected a JSON object per line"):
+        runner.load_data(catalog.load_task(path), None)
+
+
 def test_rows_may_be_zipped_or_a_json_list(tmp_path: Path) -> None:
     rows = [{"q": "é\u2028x", "a": "1\r\n2"}]
     with gzip.open(tmp_path / "r.jsonl.gz", "wt", encoding="utf-8") as file:

@@ -1,0 +1,270 @@
+"""Task files that are valid and say something else than was meant: refused or named before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dskd_eval import catalog, data, runner
+from dskd_eval.errors import UserError
+
+Task = Callable[..., Path]
+ROWS = [
+    {"q": {"text": f"Capital of {land}?"}, "question": f"Capital of {land}?", "answer": city, "answers": [city, "?"],
+     "none": None, "n": number, "given": f"['{city}', 'x']", "void": "", "test": f"assert f() == {number}",
+     "solution": f"def f():\n    return {number}\n"}
+    for number, (land, city) in enumerate([("Austria", "Wien"), ("France", "Paris"), ("Italy", "Roma")])
+]  # fmt: skip
+
+
+def checked(path: Path, *, chat: bool = False) -> list[str]:
+    """All that is checked of a task of the user before a model is loaded."""
+    spec = catalog.load_task(path)
+    plan, rows = catalog.plan(spec, chat=chat), runner.load_data(spec, None)
+    notes = runner.check_task(plan, rows)
+    runner.check_references(plan, rows)
+    return notes
+
+
+GOOD: dict[str, Any] = {"prompt": "question", "reference": "answer", "scorer": "exact_match"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"prompt": "{{question}}", "reference": "{{answer}}"},
+        {"prompt": "{{q.text}}", "reference": "{{answers[0]}}"},
+        {"reference": "answers"},
+        {"prompt": "{{question}} Options: {{answers | join(', ')}}"},
+        {"prompt": "{{question}} Put it into \\boxed{answer}, x^{n}, and a set {a, b}."},
+        {"scorer": "number", "reference": "n"},
+        {"scorer": "math", "reference": "{{n}}/7"},
+        {"scorer": "contains"},
+        {"scorer": "rouge_l"},
+        {"scorer": "number", "reference": "n", "reference_answer": "It is {{n}}."},
+    ],
+)
+def test_what_is_meant_as_it_stands_passes(own_task: Task, keys: dict[str, Any]) -> None:
+    assert checked(own_task(ROWS, **GOOD | keys)) == []
+
+
+@pytest.mark.parametrize("key", ["prompt", "reference"])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{q.text}", r"single braces, \{q.text\}, which stay as they are .* Write \{\{q.text\}\}"),
+        ("Question: {question}\nAnswer:", r"single braces, \{question\}"),
+        ("{ Question }", r"single braces"),
+        ("${question}", r"single braces"),
+        ("{question!r:>10}", r"single braces"),
+        ("q.text", r"a path without braces, which is a constant text. Write \{\{ q.text \}\}"),
+        ("Q.text", r"a path without braces"),
+        ("answers[0]", r"a path without braces"),
+        ("q['text'] | trim", r"a path without braces"),
+        ("answer | trim", r"a path without braces"),
+        ("question\n", r"none of that name. Write `question` without white space"),
+        (" answer ", r"without white space"),
+        ("Question", r"Did you mean question"),
+    ],
+)
+def test_fields_that_would_stay_text_are_refused(own_task: Task, key: str, text: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        checked(own_task(ROWS, **GOOD | {key: text}))
+    assert "row 1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"reference": "{{answers}}"}, r"a list, which Python would print as \"\['Wien', '\?'\]\""),
+        ({"reference": "The answer is {{q}}."}, r"a dict, which Python would print"),
+        ({"reference": "q"}, r"a dict, which Python would print"),
+        ({"reference": "{{none}}"}, r"print as 'None'"),
+        ({"reference": "none"}, r"a reference answer in every row; got None"),
+        ({"reference": "{{answers[0], answers[1]}}"}, r"a tuple"),
+        ({"reference_answer": "{{answers}}"}, r"a list"),
+        ({"scorer": "number"}, r"row 1: expected a reference that its own `scorer: number` scores 100; got 'Wien'"),
+        ({"scorer": "number", "reference": "{{ n if n < 2 else 'two' }}"}, r"row 3: .* got 'two', which scores 0"),
+        ({"scorer": "math", "reference": "void"}, r"`scorer: math` scores 100"),
+        ({"scorer": "contains", "reference": "void"}, r"`scorer: contains` scores 100; got ''"),
+        ({"reference_answer": "I think it is {{answer}}"}, r"got 'I think it is Wien', which scores 0"),
+    ],
+)
+def test_references_that_lost_their_meaning_are_refused(own_task: Task, keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        checked(own_task(ROWS, **GOOD | keys))
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "nan"), ([["a"]], "a list"), ([{"t": "a"}], "a dict")])
+def test_missing_and_nested_references_are_refused(own_task: Task, value: Any, name: str) -> None:
+    rows = [row | {"answer": value} for row in ROWS]
+    with pytest.raises(UserError, match=name):
+        checked(own_task(rows, **GOOD))
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ({"prompt": "Answer the question."}, "all 3 prompts are equal: 'Answer the question.'"),
+        ({"prompt": "<question>"}, "all 3 prompts are equal"),
+        ({"prompt": "{{q}}"}, "3 of 3 prompts hold a value as Python prints it"),
+        ({"prompt": "{{question}} {{none}}"}, "3 of 3 prompts hold a value as Python prints it: 'None'"),
+        ({"prompt": "{{question}} {answer}"}, "3 of 3 prompts hold single braces around a field"),
+        ({"reference": "given"}, "3 of 3 references look like a list or None that Python printed: \"['Wien', 'x']\""),
+        ({"reference": "$answer"}, "all 3 references are equal: '$answer'"),
+        ({"reference": "void"}, "3 of 3 references are empty"),
+    ],
+)
+def test_what_may_be_meant_is_noted(own_task: Task, keys: dict[str, Any], note: str) -> None:
+    assert any(note in found for found in checked(own_task(ROWS, **GOOD | keys)))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_styles_are_checked_like_the_rest(own_task: Task, chat: bool) -> None:
+    path = own_task(ROWS, **GOOD, styles={"chat": {"doc_to_text": "{question}"}})
+    if chat:
+        with pytest.raises(UserError, match="single braces"):
+            checked(path, chat=True)
+    else:
+        assert checked(path) == []
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+def test_tasks_that_lm_eval_scores_are_looked_at_too(own_task: Task, key: str) -> None:
+    """lm-eval itself takes '{question}' and 'q.text' as constant texts."""
+    native = {"scorer": None, "metric_list": [{"metric": "exact_match"}], "prompt": None, "reference": None}
+    fields = {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    assert checked(own_task(ROWS, **native, **fields)) == []
+    for text in ("{question}", "q.text"):
+        with pytest.raises(UserError, match="braces"):
+            checked(own_task(ROWS, **native, **fields | {key: text}))
+    same = checked(own_task(ROWS, **native, **fields | {"doc_to_text": "Say it."}))
+    assert same == ["sums: all 3 prompts are equal: 'Say it.'"]
+
+
+@pytest.mark.parametrize("tests", ["test", "{{test}}", "assert f({{answers}}) == {{n}}", "check(f)"])
+def test_parts_of_programs_are_fields_or_templates(own_task: Task, tests: str) -> None:
+    """A field alone is filled in, as in `prompt`; a list stands as Python writes it."""
+    path = own_task(ROWS, prompt="question", reference=None, scorer="python", code={"tests": tests, "entry_point": "f"})
+    assert checked(path) == []
+    expected = {"assert f({{answers}}) == {{n}}": "assert f(['Wien', '?']) == 0", "check(f)": "check(f)"}
+    assert catalog.code_parts(catalog.load_task(path), ROWS[0])["tests"] == expected.get(tests, "assert f() == 0")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        {"tests": "{test}"}, {"tests": "assert f() == {n}"}, {"tests": "q.text"}, {"tests": "tset"},
+        {"tests": "test", "completes": "{question}"}, {"tests": "test", "entry_point": "{n}"},
+        {"tests": "test", "setup": "solution.head"},
+    ],
+)  # fmt: skip
+def test_parts_of_programs_that_would_stay_text_are_refused(own_task: Task, code: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"row 1, (template|field)"):
+        checked(own_task(ROWS, prompt="question", reference=None, scorer="python", code=code))
+
+
+def test_a_run_is_refused_or_carries_the_note(
+    own_task: Task, tiny_model: Path, tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    bad = invoke("--model", tiny_model, "--task-file", own_task(ROWS, **GOOD | {"prompt": "{q.text}"}))
+    assert bad.exit_code == 1 and "single braces" in bad.output and "Traceback" not in bad.output
+    path = own_task(ROWS, **GOOD | {"prompt": "Say something."}, max_new_tokens=2)
+    done = invoke("--model", tiny_model, "--task-file", path, "--output", tmp_path / "o")
+    assert done.exit_code == 0, done.output
+    assert any(
+        "all 3 prompts are equal" in note for note in json.loads((tmp_path / "o/results.json").read_text())["notes"]
+    )
+    told = invoke("doctor", "--oracle", "--task-file", path)
+    assert "all 3 prompts are equal" in told.output
+
+
+def test_a_function_that_fails_or_gives_nothing(own_task: Task) -> None:
+    path = own_task(ROWS, **GOOD | {"prompt": None})
+    (path.parent / "help.py").write_text(
+        "def fails(row):\n    return row['nothing']\n\ndef nothing(row):\n    return None\n"
+    )
+    text = path.read_text()
+    path.write_text(text + "doc_to_text: !function help.fails\n")
+    with pytest.raises(UserError, match=r"row 1, !function fails: expected a value for every row; got KeyError"):
+        checked(path)
+    path.write_text(text + "doc_to_text: !function help.nothing\n")
+    assert any("prints it: 'None'" in note for note in checked(path))
+
+
+# --- what a scorer needs ---
+
+IFEVAL = {
+    "prompt": "Write two sentences.", "instruction_id_list": ["length_constraints:number_sentences"],
+    "kwargs": [{"relation": "at least", "num_sentences": 2}], "key": 1,
+}  # fmt: skip
+
+
+def own_ifeval(own_task: Task, row: dict[str, Any] = IFEVAL) -> Path:
+    return own_task([row], prompt="prompt", reference=None, scorer="ifeval", max_new_tokens=4)
+
+
+def test_an_own_ifeval_task_takes_the_sentences_of_the_data_directory(
+    own_task: Task, tiny_model: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, with no NLTK data elsewhere, offline, and any use of the network an error."""
+    path = own_ifeval(own_task)
+    script = (
+        "import socket, sys\n"
+        "def refuse(*_, **__): raise SystemExit('the network was tried')\n"
+        "socket.create_connection = socket.socket.connect = refuse\n"
+        "from dskd_eval.cli import main\nmain(sys.argv[1:])\n"
+    )
+    environment = {name: text for name, text in os.environ.items() if name not in ("NLTK_DATA", "DSKD_DATA")}
+    environment |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, "--model", str(tiny_model), "--task-file", str(path)]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+
+    done = run("--data-dir", str(data_dir), "--output", str(tmp_path / "o"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["complete"]
+    without = run("--output", str(tmp_path / "n"))
+    assert without.returncode == 1 and "punkt_tab" in without.stderr and "HF_HUB_OFFLINE is set" in without.stderr
+    assert not (tmp_path / "n").exists()
+
+
+def test_needs_belong_to_the_scorer(own_task: Task) -> None:
+    assert catalog.load_task(own_ifeval(own_task)).needs == ("nltk_punkt",)
+    assert catalog.builtin_tasks()["ifeval"].needs == ("nltk_punkt",)
+    assert catalog.builtin_tasks()["gsm8k"].needs == ()
+    with pytest.raises(UserError, match=r"`needs`: expected known needs; got 'punkt'"):
+        catalog.load_task(own_task(needs="punkt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"instruction_id_list": ["length_constraints:sentences"]}, "KeyError"),
+        ({"kwargs": []}, "IndexError"),
+        ({"kwargs": [{"sentences": 2}]}, "TypeError"),
+        ({"kwargs": None}, "TypeError"),
+    ],
+)
+def test_instructions_that_cannot_be_checked_are_found_first(
+    own_task: Task, data_dir: Path, punkt: None, change: dict[str, Any], got: str
+) -> None:
+    with pytest.raises(UserError, match=rf"row 1, `scorer: ifeval`: expected instructions of IFEval.*got {got}"):
+        checked(own_ifeval(own_task, IFEVAL | change))
+
+
+@pytest.mark.parametrize(("name", "value"), [("HF_HUB_OFFLINE", "true"), ("HF_DATASETS_OFFLINE", "1")])
+def test_every_offline_switch_counts(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for other in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(other, raising=False)
+    assert data.offline() is None
+    monkeypatch.setenv(name, value)
+    assert data.offline() == name

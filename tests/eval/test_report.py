@@ -1,0 +1,174 @@
+"""report.md and report.html of one run and of several: whose facts they show, roles, and how numbers are rounded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dskd_eval import report, shown
+from dskd_eval.records import Run
+from test_compare import PLAN, values, write_run
+
+
+def change(folder: Path, **facts: Any) -> Path:
+    """The run with other facts in its results.json; a function is applied to what stands there."""
+    results = json.loads((folder / "results.json").read_text())
+    for key, value in facts.items():
+        results[key] = value(results[key]) if callable(value) else value
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+@pytest.fixture
+def unlike_runs(tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs that differ in everything that a report tells of a run."""
+    one = write_run(tmp_path / "one", {"m": values(0, 0.5), "left": values(1, 0.5)})
+    two = write_run(tmp_path / "two", {"m": values(2, 0.5)}, style="chat", shots=5)
+    versions = {"python": "3.12", "platform": "y", "packages": {"torch": "9.9"}}
+    change(one, settings={"seed": 1, "unsafe_code": False}, sandbox={"backend": "bubblewrap", "version": "0.8"})
+    change(one, notes=["m: empty answers: quiz 30/400", "left: empty answers: quiz 31/400", "a subset of 400"])
+    change(two, settings={"seed": 2, "unsafe_code": True}, sandbox=None, environment=versions)
+    change(two, notes=["m: answers that ran into their token limit: quiz 99/400"])
+    return one, two
+
+
+def test_a_joint_report_shows_the_facts_of_every_run(
+    unlike_runs: tuple[Path, Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    one, two = unlike_runs
+    done = invoke("report", f"{one}:m", two, "--output", tmp_path / "both")
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
+    for words in ("- one: Settings: seed 1.", "- two: Settings: seed 2, unsafe_code True.",
+                  "- one: Sandbox: bubblewrap (0.8).", "- two: Sandbox: not needed.",
+                  "- one: Python 3;", "- two: Python 3.12; torch 9.9."):  # fmt: skip
+        assert words in text, (words, text)
+    assert re.search(r"^\| quiz \| 1 \| base \| default \| 0 \|.*\| one/m \|$", text, re.MULTILINE)
+    assert re.search(r"^\| quiz \| 1 \| chat \| default \| 5 \|.*\| two/m \|$", text, re.MULTILINE)
+    data = page_data(tmp_path / "both" / "report.html")
+    assert [(run["label"], run["settings"]["seed"], run["sandbox"]) for run in data["runs"]] == [
+        ("one", 1, {"backend": "bubblewrap", "version": "0.8"}), ("two", 2, None),
+    ]  # fmt: skip
+    assert [(entry["task"]["style"], entry["models"]) for entry in data["measured"]] == [
+        ("base", ["one/m"]), ("chat", ["two/m"]),
+    ]  # fmt: skip
+
+
+def test_notes_of_a_joint_report_are_about_the_models_shown(
+    unlike_runs: tuple[Path, Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """Under the labels of the report; a note of one run names it; a model that was left out has none."""
+    one, two = unlike_runs
+    invoke("report", f"{one}:m", two, "--output", tmp_path / "both")
+    notes = page_data(tmp_path / "both" / "report.html")["notes"]
+    assert "one/m: empty answers: quiz 30/400" in notes
+    assert "two/m: answers that ran into their token limit: quiz 99/400" in notes
+    assert "one: a subset of 400" in notes
+    assert not any("left" in note or "31/400" in note for note in notes)
+    assert any(note.startswith("not compared: quiz: prompt style") for note in notes)
+
+
+def test_what_cannot_be_compared_leaves_no_empty_table(
+    unlike_runs: tuple[Path, Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    one, two = unlike_runs
+    invoke("report", f"{one}:m", two, "--output", tmp_path / "both")
+    text = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
+    assert "Nothing could be compared; the notes say why." in text
+    assert "| difference |" not in text and "## Against" not in text
+
+
+def test_one_model_of_a_run_brings_no_comparison_with_the_others(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "r", {"a": values(0, 0.5), "b": values(1, 0.5)})
+    change(run, comparisons={"baseline": "a", "pairs": [{"model": "b", "rows": []}], "gaps": []})
+    invoke("report", f"{run}:b", "--output", tmp_path / "o")
+    data = page_data(tmp_path / "o" / "report.html")
+    assert data["comparisons"] == {} and [model["label"] for model in data["models"]] == ["b"]
+
+
+def test_roles_bring_the_closed_gap_into_the_report(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    models = {"t": values(0, 0.9), "b": values(1, 0.3), "s": values(2, 0.6), "sft": values(3, 0.5)}
+    one = write_run(tmp_path / "one", {name: models[name] for name in ("t", "b")})
+    two = write_run(tmp_path / "two", {name: models[name] for name in ("s", "sft")})
+    roles = ["--teacher", "t", "--base", "b", "--student", "s", "--baseline", "sft"]
+    done = invoke("report", one, two, *roles, "--output", tmp_path / "both")
+    assert done.exit_code == 0, done.output
+    mean = {name: sum(column) / len(column) for name, column in models.items()}
+    closed = 100 * (mean["s"] - mean["b"]) / (mean["t"] - mean["b"])
+    text = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
+    assert "## Gap closed by s" in text and f"| {closed:.0f} |" in text
+    assert "## Against sft" in text and "### sft against b" in text
+    data = page_data(tmp_path / "both" / "report.html")
+    assert data["comparisons"]["gaps"][0]["rows"][0]["closed"] == pytest.approx(closed)
+    assert {model["label"]: model["role"] for model in data["models"]} == {
+        "t": "teacher", "b": "base", "s": "student", "sft": None,
+    }  # fmt: skip
+    alone = invoke("report", one, "--teacher", "t", "--base", "b")
+    assert alone.exit_code == 0 and page_data(one / "report.html")["comparisons"]["baseline"] == "b"
+    wrong = invoke("report", one, "--teacher", "x", "--base", "b")
+    assert wrong.exit_code == 1 and "expected  one of t, b" in wrong.output
+
+
+@pytest.mark.parametrize("output", ["found.json", "found.md", "folder"])
+def test_compare_writes_what_it_shows(tmp_path: Path, invoke: Callable[..., Any], output: str) -> None:
+    run = write_run(tmp_path / "r", {"a": values(0, 0.5), "b": values(1, 0.6)})
+    done = invoke("compare", run, "--output", tmp_path / output)
+    assert done.exit_code == 0 and "b against a" in done.output
+    place = tmp_path / output
+    files = sorted(place.iterdir()) if output == "folder" else [place]
+    assert [file.name for file in files] == (
+        ["comparison.json", "comparison.md"] if output == "folder" else [output]
+    )  # fmt: skip
+    said = json.loads(invoke("compare", run, "--json").output)
+    for file in files:
+        if file.suffix == ".json":
+            assert json.loads(file.read_text()) == said
+        else:
+            assert shown.signed(said["pairs"][0]["rows"][0]["difference"]) in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(6.25, "6.3"), (6.35, "6.3"), (0.25, "0.3"), (12.75, "12.8"), (-6.25, "-6.3"), (50.0, "50.0"), (0.05, "0.1")],
+)
+def test_ties_are_rounded_as_a_browser_rounds_them(value: float, text: str) -> None:
+    """Expected texts: (value).toFixed(1) of JavaScript. 6.35 is stored as 6.3499..., 0.05 as 0.05000...3."""
+    assert shown.fixed(value) == text
+
+
+def test_markdown_and_terminal_show_the_rounding_of_the_page(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    """1 of 16 right: 6.25. The page is rendered in test_browser."""
+    run = write_run(tmp_path / "r", {"a": [0.0] * 16, "b": [1.0] + [0.0] * 15})
+    report.write([Run(run)], run)
+    assert "| quiz | exact_match | 16 | 0.0 (0.0 to 100.0) | 6.3 (0.0 to 100.0) |" in (run / "report.md").read_text()
+    assert "+6.3" in invoke("compare", run).output
+
+
+def test_unknown_intervals_are_dashes(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    metric = {"low": None, "high": None, "interval": "none"}
+    run = write_run(tmp_path / "r", {"a": [0.5] * 4, "b": [0.5] * 4}, metric=metric)
+    report.write([Run(run)], run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "| 50.0 (–) | 50.0 (–) |" in text
+    invoke("report", f"{run}:a", f"{run}:b", "--output", tmp_path / "o")
+    assert "| ±0.0 | – | 1.000 | 1.000 | 0/4/0 | 4 |" in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
+    assert "–" in invoke("compare", run).output
+
+
+def test_plans_of_the_helper_are_those_of_a_run() -> None:
+    """The runs made by hand above have the keys of a real plan."""
+    from dskd_eval import catalog
+
+    plan = catalog.plan(catalog.builtin_tasks()["vicuna"], chat=False)
+    assert plan.record().keys() | {"data"} == PLAN.keys()
