@@ -4,7 +4,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -130,15 +130,9 @@ def same(a: Text, b: Text) -> Common | None:
         return None if found is None else _common(a, b, found)
     if a.text == b.text:
         return Common([Region(0, 0, len(a.text))], (frozenset(), frozenset()))
-    core = a.text.strip()
-    if core != b.text.strip():
+    if a.text.strip() != b.text.strip():
         return None
-    if not core:
-        return _white(a, b)
-    leads = [len(side.text) - len(side.text.lstrip()) for side in (a, b)]
-    left = _shared(a.text[: leads[0]][::-1], b.text[: leads[1]][::-1])
-    right = _shared(a.text[leads[0] + len(core) :], b.text[leads[1] + len(core) :])
-    return _common(a, b, [Region(leads[0] - left, leads[1] - left, left + len(core) + right)])
+    return _follow(a, b, [Region(0, 0, len(a.ink))]) if a.ink else _white(a, b)
 
 
 def same_ink(a: Text, b: Text) -> Common | None:
@@ -151,16 +145,20 @@ def same_ink(a: Text, b: Text) -> Common | None:
 
 
 def beginning(a: Text, b: Text) -> Common | None:
-    """What they share where one was cut short and the other, but for empty blocks of a template, begins with it."""
+    """What they share where one was cut short and the other, but for empty blocks of a template, begins with it.
+
+    None where it could begin at two places.
+    """
     if a.cuts or b.cuts or not (a.short or b.short):
         return None
-    for first, second in ((first, second) for first in _begins(a) for second in _begins(b)):
+    found: dict[int, Region] = {}
+    for first, second in product(_begins(a), _begins(b)):
         left = len(a.ink) - first, len(b.ink) - second
         size = min(left)
         ends_short = (a.short and left[0] == size) or (b.short and left[1] == size)
         if size and ends_short and a.ink[first : first + size] == b.ink[second : second + size]:
-            return _follow(a, b, [Region(first, second, size)])
-    return None
+            found.setdefault(first - second, Region(first, second, size))
+    return _follow(a, b, list(found.values())) if len(found) == 1 else None
 
 
 def contained(a: Text, b: Text) -> Common | None:
@@ -261,8 +259,7 @@ def _follow(a: Text, b: Text, stretches: list[Region]) -> Common:
         for k, stop in pairwise([0, *_parted(a, b, first, second, size), size]):
             run = _Run.before(a, b, first + k, second + k)
             if k and (even := run.without_dummies(dropped)) is not None:
-                for place, other in zip(*even, strict=True):
-                    found.add(place, other, 1)
+                found.add_each(*even)
                 lead = 0
             elif k:
                 lead = run.suffix
@@ -270,7 +267,11 @@ def _follow(a: Text, b: Text, stretches: list[Region]) -> Common:
             length = a.ink_at[first + stop - 1] + 1 - a.ink_at[first + k]
             found.add(a.ink_at[first + k] - lead, b.ink_at[second + k] - lead, length + lead, lead)
         outside = _Run.behind(a, b, first + size - 1, second + size - 1)
-        found.add(outside.first.start, outside.second.start, outside.prefix)
+        even = outside.without_dummies(dropped)
+        if even is None:
+            found.add(outside.first.start, outside.second.start, outside.prefix)
+        else:
+            found.add_each(*even)
     at_start = _common(a, b, found.regions).padding
     return Common(found.regions, (at_start[0] | dropped[0], at_start[1] | dropped[1]))
 
@@ -289,6 +290,10 @@ class _Regions:
             self.regions[-1] = last._replace(size=last.size + size)
         else:
             self.regions.append(Region(first, second, size, lead))
+
+    def add_each(self, first: list[int], second: list[int]) -> None:
+        for place, other in zip(first, second, strict=True):
+            self.add(place, other, 1)
 
     def widen(self, trail: int) -> None:
         """White space behind the last region that both texts have, the other one more of it."""
@@ -333,7 +338,8 @@ class _Run(NamedTuple):
         """The places on both sides of the same white space, without dummy spaces, which join ``dropped``."""
         mine = {at for at in self.first if at in self.a.dummies}
         yours = {at for at in self.second if at in self.b.dummies}
-        for ours, theirs in ((mine, set[int]()), (set[int](), yours), (mine, yours)):
+        none: set[int] = set()
+        for ours, theirs in ((none, none), (mine, none), (none, yours), (mine, yours)):
             kept = [at for at in self.first if at not in ours], [at for at in self.second if at not in theirs]
             if [self.a.text[at] for at in kept[0]] == [self.b.text[at] for at in kept[1]]:
                 dropped[0].update(ours)
