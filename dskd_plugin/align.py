@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dskd_plugin.core.spans import match_spans, match_starts
-from dskd_plugin.regions import Common, Text, beginning, contained, same, same_ink
+from dskd_plugin.regions import Common, Text, beginning, contained, first_difference, same, same_ink
 from dskd_plugin.tokens import Canonical, TokenTable, canonical
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
@@ -19,6 +19,7 @@ RULES = 6  # raise it where the same rows would align in another way, so that no
 Pairing = Literal["exact", "starts", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
 Ends = tuple[int | None, int | None]  # end-of-turn ids of student and teacher, see `end_of_turn`
+_AROUND = 40  # bytes that are shown on either side of a place
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
 
 
@@ -92,6 +93,36 @@ class Aligner:
             **({"chunks": flat} if self.chunks else {}),
             "unmatched_segments": found.unmatched_segments,
         }
+
+    def parted(
+        self,
+        student_ids: Sequence[int],
+        student_response: Sequence[bool],
+        teacher_ids: Sequence[int],
+        teacher_response: Sequence[bool],
+    ) -> str:
+        """The first two answers of different texts, from where they part; "" where no two differ."""
+        sides = (
+            (student_ids, student_response, self.student, self.student_end),
+            (teacher_ids, teacher_response, self.teacher, self.teacher_end),
+        )
+        ours, theirs = (
+            [_Segment(ids, run, table, end) for run in _runs(answers(ids, response, table, end))]
+            for ids, response, table, end in sides
+        )
+        if len(ours) != len(theirs):
+            numbers = f"{len(ours)} responses of the student, {len(theirs)} of the teacher"
+            firsts = [
+                _excerpt(side[0].read(side[0].readings[0], ()).text, 0) if side else "none" for side in (ours, theirs)
+            ]
+            return "{}; the first of them: student {}, teacher {}".format(numbers, *firsts)
+        for one, other in zip(ours, theirs, strict=True):
+            if _match(one, other) is None:
+                texts = one.read(one.readings[0], ()), other.read(other.readings[0], ())
+                at = first_difference(*texts)
+                shown = (_excerpt(text.text, place) for text, place in zip(texts, at, strict=True))
+                return "student {}, teacher {}".format(*shown)
+        return ""
 
 
 def align(
@@ -298,6 +329,13 @@ def answers(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end
 def _without(left_out: list[int], length: int) -> Sequence[int]:
     dropped = set(left_out)
     return [k for k in range(length) if k not in dropped] if dropped else range(length)
+
+
+def _excerpt(text: bytes, at: int) -> str:
+    """A text around a place, in quotes."""
+    start, stop = max(0, at - _AROUND), at + _AROUND
+    shown = text[start:stop].decode(errors="ignore")
+    return f"{'…' if start else ''}{shown!r}{'…' if stop < len(text) else ''}"
 
 
 def _runs(response: Sequence[bool]) -> Iterator[range]:
