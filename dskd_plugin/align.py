@@ -150,10 +150,12 @@ def align(
     Two tokens of the same bytes do not pair where a space comes before their word on one side alone, or on one in the
     token and on the other before it: the dummy prefix of a text. What one model says there of words without a space,
     the other says of words with one, which are other ids.
-    Texts may differ by white space at the ends, by what a template puts before or after one of them, by
-    truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
-    white space); then a token pairs only where its ends are known. Any other difference leaves the segment
-    without pairs.
+    Texts may differ by white space, wherever it is, by what a template puts before or after one of them, by
+    truncation of one, by dummy spaces (before a text, or after each added token), and by what the tokenizers do to
+    text (NFC, NFKC, lower-casing, white space); then a token pairs only where its ends are known. White space that
+    differs costs the tokens that it touches. Any other difference leaves the segment without pairs.
+    White space alone pairs only where both have the same of it; an answer that was cut short, only with the start of
+    the other, or, if it is long, with the one place where the other has it.
     pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
     pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
