@@ -74,14 +74,13 @@ class PairedStrategy:
         return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
 
     def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        # Strategies change the row they are given.
-        student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
+        student, refusals = self._columns_of("student", prompt)
+        teacher, teacher_refusals = self._columns_of("teacher", prompt)
         ids = student["input_ids"]
-        batched = self.supports_batched and (not ids or isinstance(ids[0], list))
-        teacher = self._teacher_columns(prompt, batched)
-        if not batched:
+        if not (self.supports_batched and (len(ids) == 0 or isinstance(ids[0], list | np.ndarray))):
             joined = self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])
-            return {**student, **joined, REFUSED: teacher[REFUSED], ONE_SIDED: self._one_sided(prompt)}
+            notes = {REFUSED: (refusals or teacher_refusals or [""])[0], ONE_SIDED: self._one_sided(prompt)}
+            return {**student, **joined, **notes}
         if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
             # The two sides are cut at different places.
             teacher_rows = [self._reread(row, first=k == 0) for k, row in enumerate(ids)]
@@ -91,27 +90,41 @@ class PairedStrategy:
             self._join(*row, *teacher_row)
             for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
         ]
-        said = [self._one_sided(row) for row in _rows_of(prompt)] if self.one_sided else [""] * len(rows)
-        notes = {REFUSED: (teacher[REFUSED] + [""] * len(rows))[: len(rows)], ONE_SIDED: said}
-        return {**student, **{column: [row[column] for row in rows] for column in self._join([], [], [], [])}, **notes}
+        none = [""] * len(rows)
+        said = [self._one_sided(row) for row in _rows_of(prompt)] if self.one_sided else none
+        refused = [mine or theirs for mine, theirs in zip(refusals or none, teacher_refusals or none, strict=False)]
+        columns = {column: [row[column] for row in rows] for column in self._join([], [], [], [])}
+        # A text that was cut into rows has one note for all of them.
+        return {**student, **columns, REFUSED: [*refused, *none][: len(rows)], ONE_SIDED: said}
 
-    def _teacher_columns(self, prompt: dict[str, Any], batched: bool) -> dict[str, Any]:
-        """The teacher's ids and labels, none of a row that its template cannot render, and what is said of that."""
+    def _columns_of(self, side: str, prompt: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A side's columns, empty for rows that its template cannot render, and a note for each row if there are such.
+
+        A strategy reads a batch of rows as a whole; where that fails, each row is read alone.
+        """
+        strategy = self.student if side == "student" else self.teacher
         try:
-            found = dict(self.teacher.tokenize_prompt(copy.deepcopy(prompt)))
-            return {**found, REFUSED: [""] * len(found.get("input_ids", ())) if batched else ""}
+            # Strategies change the row they are given.
+            return dict(strategy.tokenize_prompt(copy.deepcopy(prompt))), []
         except Exception as error:  # whatever a template raises, e.g. for a system message
-            if not batched:
-                note = dataset_report.refusal_note(error, prompt)
-                return {"input_ids": [], "labels": [], REFUSED: note}
-        parts = []
+            if side == "student" and self.one_sided is None:
+                raise  # no template's
+            if not self._is_batch(prompt):
+                return _no_columns(), [dataset_report.refusal_note(side, error, prompt)]
+        parts, notes = [], []
         for row in _rows_of(prompt):
             try:
-                part = self.teacher.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
-                parts.append({"input_ids": part["input_ids"][0], "labels": part["labels"][0], REFUSED: ""})
+                found = strategy.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
+                parts.append({column: values[0] for column, values in found.items()})
+                notes.append("")
             except Exception as error:
-                parts.append({"input_ids": [], "labels": [], REFUSED: dataset_report.refusal_note(error, row)})
-        return {column: [part[column] for part in parts] for column in ("input_ids", "labels", REFUSED)}
+                parts.append(_no_columns())
+                notes.append(dataset_report.refusal_note(side, error, row))
+        return {column: [part.get(column, _no_ids()) for part in parts] for column in _columns(parts)}, notes
+
+    def _is_batch(self, prompt: dict[str, Any]) -> bool:
+        asks = getattr(self.student, "is_prompt_batched", None)
+        return bool(asks(prompt) if asks else self.supports_batched)
 
     def _one_sided(self, row: dict[str, Any]) -> str:
         return "" if self.one_sided is None else dataset_report.one_sided_note(self.one_sided.find(row))
@@ -196,6 +209,14 @@ def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
     if response and ids[0] == tokenizer.bos_token_id:
         response[0] = False
     return response
+
+
+def _no_ids() -> Any:
+    return np.zeros(0, dtype=np.int64)  # knows that it holds integers, where all of the first rows are empty
+
+
+def _no_columns() -> dict[str, Any]:
+    return {column: _no_ids() for column in ("input_ids", "attention_mask", "labels")}
 
 
 def _rows_of(prompt: dict[str, Any]) -> list[dict[str, Any]]:

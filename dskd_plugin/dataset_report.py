@@ -12,44 +12,48 @@ from dskd_plugin.read_by import SIDES, Unread
 # Columns of rows on their way here; they are taken off before the rows are kept.
 UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_segments", "dskd_parted", "dskd_refused", "dskd_one_sided"
 NOTES = (UNMATCHED, PARTED, REFUSED, ONE_SIDED)
+_SETTING = {"student": "chat_template", "teacher": "dskd.teacher.chat_template"}
 _SHOWN = 200
 
 
-def refusal_note(error: Exception, prompt: dict[str, Any]) -> str:
-    """What is kept of a row that the teacher's template cannot render."""
+def refusal_note(side: str, error: Exception, prompt: dict[str, Any]) -> str:
+    """What is kept of a row that the template of a side, student or teacher, cannot render."""
     said = next((value for value in prompt.values() if isinstance(value, list) and value), None)
     messages = [one for one in said or () if isinstance(one, dict)]
     roles = [str(one.get("role", one.get("from", ""))) for one in messages]
     texts = [f"{role}: {one.get('content', one.get('value'))!r}" for role, one in zip(roles, messages, strict=True)]
     shown = shortened(", ".join(texts) if texts else str(prompt))
-    return json.dumps({"error": str(error) or repr(error), "row": shown, "roles": roles})
+    return json.dumps({"side": side, "error": str(error) or repr(error), "row": shown, "roles": roles})
 
 
 def refused(name: str, notes: list[str], rows: int) -> str | None:
-    """The message about rows that the teacher's template cannot render; notes: of all rows, "" for a good one."""
+    """The message about rows that a template cannot render; notes: of all rows, "" for a good one."""
     places = [k for k, note in enumerate(notes) if note]
     if not places:
         return None
     first = json.loads(notes[places[0]])
+    side = first["side"]
+    count = sum(json.loads(notes[k])["side"] == side for k in places)
     return (
-        f"{name}: expected rows that the teacher's chat template renders (dskd.teacher.chat_template), got "
-        f"{len(places)} of {rows} that it does not; the first, row {places[0] + 1}: {first['error']} "
-        f"[{first['row']}]. {_advice_for(first['error'], first['roles'])}"
+        f"{name}: expected rows that the {side}'s chat template renders ({_SETTING[side]}), got {count} of {rows} that "
+        f"it does not; the first, row {places[0] + 1}: {first['error']} [{first['row']}]. "
+        f"{_advice_for(first['error'], first['roles'])}, or name another template ({_SETTING[side]})."
     )
 
 
 def _advice_for(error: str, roles: list[str]) -> str:
-    other = "or name another template in dskd.teacher.chat_template"
-    if "system" in error.lower() or (roles[:1] == ["system"] and "role" not in error.lower()):
-        return f"Set drop_system_message: true in the dataset's entry, {other}."
     said = [role for role in roles if role != "system"]
     doubled = any(one == following for one, following in pairwise(said))
-    if "alternat" in error.lower() or doubled:
-        return f"Join neighbouring messages of one role, or leave such rows out, {other}."
     unusual = [role for role in dict.fromkeys(said) if role not in ("user", "assistant")]
+    if "system" in error.lower():
+        return "Set drop_system_message: true in the dataset's entry"
+    if "alternat" in error.lower() or doubled:
+        return "Join neighbouring messages of one role, or leave such rows out"
     if unusual:
-        return f"The row has messages of the role {unusual[0]!r}: change the row, {other}."
-    return f"Change or leave out such rows, {other}."
+        return f"The row has messages of the role {unusual[0]!r}: change them, or leave such rows out"
+    if roles[:1] == ["system"]:
+        return "Set drop_system_message: true in the dataset's entry"
+    return "Change or leave out such rows"
 
 
 def parted(notes: list[str], segments: int) -> str | None:

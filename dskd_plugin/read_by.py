@@ -61,8 +61,11 @@ class OneSided:
     @classmethod
     def of(cls, student: Any, teacher: Any) -> "OneSided | None":
         """None where the two sides do not read conversations through templates."""
-        templates = [getattr(getattr(side, "prompter", None), "chat_template", None) for side in (student, teacher)]
-        return cls(student, teacher) if all(templates) else None
+        through_templates = all(
+            hasattr(side, "get_conversation_thread") and getattr(side.prompter, "chat_template", None)
+            for side in (student, teacher)
+        )
+        return cls(student, teacher) if through_templates else None
 
     def find(self, row: dict[str, Any]) -> list[Unread]:
         """Texts of a row that one side alone reads, the first of each field."""

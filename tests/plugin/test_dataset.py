@@ -230,6 +230,21 @@ def test_rows_that_break_the_teachers_rule_of_turns_are_counted_and_shown(prepar
         prepare([good] * 1150 + [bad] + [good] * 50, block)
 
 
+def test_rows_that_the_students_template_refuses_are_told_in_the_same_way(prepare, recipe):
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    datasets = [{**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": strict}]
+    bad = conversation("red", "blue stone")
+    bad["messages"].insert(0, {"role": "system", "content": "lamp"})
+    message = (
+        r"the student's chat template renders \(chat_template\), got 2 of 3 .*row 2: no system .*drop_system_message"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare([conversation("red", "blue"), bad, bad], datasets=datasets)
+
+
 # -- text that one side alone reads ------------------------------------------------------------------------------------
 
 # A template that knows no roles but these, and no field of a message but its content.
