@@ -394,7 +394,7 @@ class _Segment:
         last = self.run.stop == self.length
         text_ids = self.ids[: self.end]
         ended = _Reading(self.end, short=self.end is None and last)
-        whole = [ended] if self.end is None else [ended, _Reading(None, short=last)]
+        whole = [ended] if self.end is None or not last else [ended, _Reading(None, short=True)]
         cut = not self.table.vague.isdisjoint(text_ids) or any(self.table.literal[i] is None for i in text_ids)
         return [*whole, ended._replace(cut=True)] if cut else whole
 

@@ -130,9 +130,17 @@ def same(a: Text, b: Text) -> Common | None:
         return None if found is None else _common(a, b, found)
     if a.text == b.text:
         return Common([Region(0, 0, len(a.text))], (frozenset(), frozenset()))
-    if a.text.strip() != b.text.strip():
+    core = a.text.strip()
+    if core != b.text.strip():
         return None
-    return _follow(a, b, [Region(0, 0, len(a.ink))]) if a.ink else _white(a, b)
+    if not core:
+        return _white(a, b)
+    if (a.dummies | b.dummies) - {0}:
+        return _follow(a, b, [Region(0, 0, len(a.ink))])
+    leads = [len(side.text) - len(side.text.lstrip()) for side in (a, b)]
+    left = _shared(a.text[: leads[0]][::-1], b.text[: leads[1]][::-1])
+    right = _shared(a.text[leads[0] + len(core) :], b.text[leads[1] + len(core) :])
+    return _common(a, b, [Region(leads[0] - left, leads[1] - left, left + len(core) + right)])
 
 
 def same_ink(a: Text, b: Text) -> Common | None:
