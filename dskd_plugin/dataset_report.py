@@ -62,8 +62,9 @@ def parted(notes: list[str], segments: int) -> str | None:
     if not places:
         return None
     return (
-        f"{segments} response segments in {len(places)} of {len(notes)} rows have no counterpart of the same text on "
-        f"the teacher's side and learn from the data alone; the first, row {places[0] + 1}: {notes[places[0]]}"
+        f"no counterpart of the same text on the teacher's side: {_number(segments, 'response segment')} in "
+        f"{len(places)} of {_number(len(notes), 'row')}; they learn from the data alone; the first, row "
+        f"{places[0] + 1}: {notes[places[0]]}"
     )
 
 
@@ -103,10 +104,10 @@ def one_sided(notes: list[str]) -> tuple[int, list[Unread], str] | None:
         return None
     parts = []
     for reader in SIDES:
-        fields = [f"{what} ({count} rows)" for (side, what), count in rows.most_common() if side == reader]
+        fields = [f"{what} ({_number(count, 'row')})" for (side, what), count in rows.most_common() if side == reader]
         if fields:
             parts.append(f"only the {reader} reads {', '.join(fields)}")
-    return *first, f"of {len(notes)} rows, {'; '.join(parts)}"
+    return *first, f"of {_number(len(notes), 'row')}, {'; '.join(parts)}"
 
 
 def one_sided_line(said: str, place: int, text: str, renderings: tuple[str, str]) -> str:
@@ -133,3 +134,7 @@ def shortened(text: str) -> str:
     if len(text) <= _SHOWN:
         return text
     return f"{text[: _SHOWN * 2 // 3]} … {text[-_SHOWN // 3 :]}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

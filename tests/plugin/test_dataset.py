@@ -301,9 +301,9 @@ def test_what_one_side_does_not_read_is_told_with_the_first_row(prepare, tiny, t
     assert "rows.jsonl: of 6 rows, only the student reads" in line and "only the teacher" not in line
     for field in (
         "content of developer messages (2 rows)",
-        "reasoning_content of assistant messages (1 rows)",
-        "tools (1 rows)",
-        "tool_calls of assistant messages (1 rows)",
+        "reasoning_content of assistant messages (1 row)",
+        "tools (1 row)",
+        "tool_calls of assistant messages (1 row)",
     ):
         assert field in line, line
     assert "row 2: 'Always answer with the word PLUM.'" in line
@@ -333,7 +333,7 @@ def test_reasoning_inside_the_content_that_one_template_drops(prepare, tiny, tmp
     )
     rows = [conversation("red", "<think>the river</think>blue stone"), conversation("red", "blue stone")]
     (line,) = said_of(prepare, tiny, tmp_path, caplog, rows, teacher=drops)
-    assert "only the student reads text after <think> in content of assistant messages (1 rows)" in line
+    assert "only the student reads text after <think> in content of assistant messages (1 row)" in line
     assert "row 1: 'the river'" in line
 
 
