@@ -362,6 +362,11 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     aligned = int(_lengths(dataset, "aligned_student").sum())
     chunked = _chunk_tokens(dataset) if "chunks" in dataset.column_names else None
     unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+    if rows and not len(dataset):
+        raise ValueError(
+            f"{name}: expected rows that fit the teacher ({limit} tokens), got none: all {rows} are longer. Raise "
+            "dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate."
+        )
     if responses == 0:
         raise ValueError(
             f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "

@@ -136,6 +136,12 @@ def test_long_rows(prepare, tiny, strategy, kept):
         check_pairs(row, student, teacher)
 
 
+def test_rows_that_are_all_too_long_for_the_teacher_are_told_so(prepare, tiny):
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": 8}}
+    with pytest.raises(ValueError, match=r"fit the teacher \(8 tokens\), got none: all 2 are longer.*sequence_len"):
+        prepare([conversation("red", "blue stone " * 3), conversation("red", "blue stone " * 5)], block)
+
+
 TYPES = {
     "alpaca": "alpaca",
     "custom": {
