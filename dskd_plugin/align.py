@@ -1,24 +1,25 @@
 """Response tokens of one conversation in two tokenizations, aligned by the bytes they cover."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dskd_plugin.core.spans import match_spans, match_starts
-from dskd_plugin.tokens import Canonical, TokenTable, canonical, units
+from dskd_plugin.regions import Common, Text, beginning, contained, first_difference, same, same_ink
+from dskd_plugin.tokens import Canonical, TokenTable, canonical
 
 _PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 5  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 6  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "starts", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
 Ends = tuple[int | None, int | None]  # end-of-turn ids of student and teacher, see `end_of_turn`
+_AROUND = 40  # bytes that are shown on either side of a place
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
 
 
@@ -93,6 +94,36 @@ class Aligner:
             "unmatched_segments": found.unmatched_segments,
         }
 
+    def parted(
+        self,
+        student_ids: Sequence[int],
+        student_response: Sequence[bool],
+        teacher_ids: Sequence[int],
+        teacher_response: Sequence[bool],
+    ) -> str:
+        """The first two answers of different texts, from where they part; "" where no two differ."""
+        sides = (
+            (student_ids, student_response, self.student, self.student_end),
+            (teacher_ids, teacher_response, self.teacher, self.teacher_end),
+        )
+        ours, theirs = (
+            [_Segment(ids, run, table, end) for run in _runs(answers(ids, response, table, end))]
+            for ids, response, table, end in sides
+        )
+        if len(ours) != len(theirs):
+            numbers = f"{len(ours)} responses of the student, {len(theirs)} of the teacher"
+            firsts = [
+                _excerpt(side[0].read(side[0].readings[0], ()).text, 0) if side else "none" for side in (ours, theirs)
+            ]
+            return "{}; the first of them: student {}, teacher {}".format(numbers, *firsts)
+        for one, other in zip(ours, theirs, strict=True):
+            if _match(one, other) is None:
+                texts = one.read(one.readings[0], ()), other.read(other.readings[0], ())
+                at = first_difference(*texts)
+                shown = (_excerpt(text.text, place) for text, place in zip(texts, at, strict=True))
+                return "student {}, teacher {}".format(*shown)
+        return ""
+
 
 def align(
     student_ids: Sequence[int],
@@ -119,10 +150,12 @@ def align(
     Two tokens of the same bytes do not pair where a space comes before their word on one side alone, or on one in the
     token and on the other before it: the dummy prefix of a text. What one model says there of words without a space,
     the other says of words with one, which are other ids.
-    Texts may differ by white space at the ends, by what a template puts before or after one of them, by
-    truncation of one, by the dummy prefix, and by what the tokenizers do to text (NFC, NFKC, lower-casing,
-    white space); then a token pairs only where its ends are known. Any other difference leaves the segment
-    without pairs.
+    Texts may differ by white space, wherever it is, by what a template puts before or after one of them, by
+    truncation of one, by dummy spaces (before a text, or after each added token), and by what the tokenizers do to
+    text (NFC, NFKC, lower-casing, white space); then a token pairs only where its ends are known. White space that
+    differs costs the tokens that it touches. Any other difference leaves the segment without pairs.
+    White space alone pairs only where both have the same of it; an answer that was cut short, only with the start of
+    the other, or, if it is long, with the one place where the other has it.
     pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
     pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
@@ -165,7 +198,7 @@ def align(
             match = match_spans if pairing == "exact" else match_starts
             matched = match(*common.offsets)
             found = [(one.run[i], other.run[j]) for i, j in matched if not _apart(one, other, common, i, j)]
-            found += _ends(one, other)
+            found += _ends(one, other, common.ends)
         unmatched -= 1
         if pairing == "all":
             student_N.extend(one.run)
@@ -279,7 +312,8 @@ def gaps(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id
         between = range(one.stop, other.start)
         if (
             len(between) <= _LONGEST_GAP
-            and ids[other.start] == end_id != ids[one.stop - 1]
+            and ids[other.start] == end_id
+            and (ids[one.stop - 1] != end_id or len(one) > 1)  # an answer may end with text that spells the end of turn
             and not any(ids[k] in table.special or (table.literal[ids[k]] or b"x").strip() for k in between)
         ):
             found.extend(between)
@@ -299,6 +333,13 @@ def _without(left_out: list[int], length: int) -> Sequence[int]:
     return [k for k in range(length) if k not in dropped] if dropped else range(length)
 
 
+def _excerpt(text: bytes, at: int) -> str:
+    """A text around a place, in quotes."""
+    start, stop = max(0, at - _AROUND), at + _AROUND
+    shown = text[start:stop].decode(errors="ignore")
+    return f"{'…' if start else ''}{shown!r}{'…' if stop < len(text) else ''}"
+
+
 def _runs(response: Sequence[bool]) -> Iterator[range]:
     start = None
     for position, inside in enumerate(response):
@@ -311,49 +352,6 @@ def _runs(response: Sequence[bool]) -> Iterator[range]:
         yield range(start, len(response))
 
 
-class _Text:
-    """Text of a segment as bytes, the span of each token, and the offsets where unknown text is missing."""
-
-    def __init__(self, text: bytes, starts: list[int], ends: list[int], cuts: list[int]) -> None:
-        self.text, self.starts, self.ends, self.cuts = text, starts, ends, cuts
-
-    def canonical(self, changes: Sequence[Canonical]) -> "_Text":
-        """The text as both tokenizers change it; tokens that end inside a changed unit lose their span."""
-        collapses = any(change.collapses_space for change in changes)
-        to = [-1] * (len(self.text) + 1)
-        parts: list[bytes] = []
-        removed: list[int] = []
-        size = at = 0
-        for start, stop in zip([0, *self.cuts], [*self.cuts, len(self.text)], strict=True):
-            spaced = False
-            for unit in units().findall(self.text[start:stop].decode(errors="surrogateescape")):
-                new = unit
-                for change in changes:
-                    new = change(new)
-                joins = collapses and new.isspace() and spaced
-                spaced = new.isspace()
-                old_bytes, new_bytes = (part.encode(errors="surrogateescape") for part in (unit, new))
-                if joins:
-                    at += len(old_bytes)
-                    continue
-                if new == unit:
-                    to[at : at + len(old_bytes)] = range(size, size + len(old_bytes))
-                else:
-                    to[at] = size
-                    if not new_bytes:
-                        removed.append(at)
-                parts.append(new_bytes)
-                size += len(new_bytes)
-                at += len(old_bytes)
-        to[at] = size
-        starts, ends = [], []
-        for start, end in zip(self.starts, self.ends, strict=True):
-            known = to[start] >= 0 and to[end] >= 0 and bisect_left(removed, start) == bisect_left(removed, end)
-            starts.append(to[start] if known else 0)
-            ends.append(to[end] if known else 0)
-        return _Text(b"".join(parts), starts, ends, [to[cut] for cut in self.cuts])
-
-
 class _Segment:
     """One run of response tokens: its text and its end-of-turn token."""
 
@@ -364,11 +362,10 @@ class _Segment:
                 f"response token ids: expected ids below {table.vocab_size}, got {min(self.ids)} to "
                 f"{max(self.ids)}. Tokenize with the tokenizer of this table."
             )
-        self.run, self.table = run, table
+        self.run, self.table, self.length = run, table, len(ids)
         self.before = (table.literal[ids[run.start - 1]] if run.start else None) or b""
         self.end = self._find_end(end_id)
-        self.truncated = self.end is None and run.stop == len(ids)
-        self.known: dict[tuple[object, ...], _Text] = {}
+        self.known: dict[tuple[object, ...], Text] = {}
 
     def _find_end(self, end_id: int | None) -> int | None:
         table, last = self.table, None
@@ -392,42 +389,55 @@ class _Segment:
         return inside, inside or before[-1:] == b" "
 
     @cached_property
-    def variants(self) -> list[tuple[bool, bool]]:
-        """Readings, likeliest first: (drop a space after added tokens, unknown text is missing)."""
+    def readings(self) -> list["_Reading"]:
+        """Likeliest first. A row that is cut right after text that spells the end of turn has no end."""
+        last = self.run.stop == self.length
         text_ids = self.ids[: self.end]
-        tight = self.table.prefix_after_added and not self.table.added.isdisjoint(text_ids)
+        ended = _Reading(self.end, short=self.end is None and last)
+        whole = [ended] if self.end is None or not last else [ended, _Reading(None, short=True)]
         cut = not self.table.vague.isdisjoint(text_ids) or any(self.table.literal[i] is None for i in text_ids)
-        return [(a, b) for b in ((False, True) if cut else (False,)) for a in ((False, True) if tight else (False,))]
+        return [*whole, ended._replace(cut=True)] if cut else whole
 
-    def read(self, tight: bool, cut: bool, changes: tuple[Canonical, ...]) -> _Text:
-        key = (tight, cut, changes)
+    def read(self, reading: "_Reading", changes: tuple[Canonical, ...]) -> Text:
+        key = (reading, changes)
         if key not in self.known:
             if changes:
-                self.known[key] = self.read(tight, cut, ()).canonical(changes)
+                self.known[key] = self.read(reading, ()).canonical(changes)
             else:
-                self.known[key] = self._spell(tight, cut)
+                self.known[key] = self._spell(reading)
         return self.known[key]
 
-    def _spell(self, tight: bool, cut: bool) -> _Text:
+    def _spell(self, reading: "_Reading") -> Text:
         table = self.table
         parts: list[bytes] = []
-        starts, ends, cuts = [], [], []
+        starts, ends, cuts, dummies = [], [], [], []
         size = 0
-        after_added = False
-        for token_id in self.ids[: self.end]:
+        prefixed = table.dummy_prefix
+        for token_id in self.ids[: reading.end]:
             text = table.literal[token_id]
-            if cut and (text is None or token_id in table.vague):
+            if reading.cut and (text is None or token_id in table.vague):
                 cuts.append(size)
                 text = b""
             text = text or b""
-            if tight and after_added and text[:1] == b" ":
-                text = text[1:]
-            after_added = token_id in table.added
+            if prefixed and text[:1] == b" ":
+                dummies.append(size)
+            prefixed = table.prefix_after_added and token_id in table.added
             parts.append(text)
             starts.append(size)
             size += len(text)
             ends.append(size)
-        return _Text(b"".join(parts), starts, ends, cuts)
+        return Text(b"".join(parts), starts, ends, cuts, dummies, reading.short)
+
+
+class _Reading(NamedTuple):
+    """How a segment is read: which token ends it, None where its text goes on to its last token.
+
+    short: the text is cut at its end. cut: unknown text is missing.
+    """
+
+    end: int | None
+    short: bool
+    cut: bool = False
 
 
 def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segment, _Segment]]:
@@ -451,66 +461,69 @@ def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segme
     return chain
 
 
-def _ends(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
-    return [] if one.end is None or other.end is None else [(one.run[one.end], other.run[other.end])]
+def _ends(one: _Segment, other: _Segment, ends: Ends) -> list[tuple[int, int]]:
+    return [] if ends[0] is None or ends[1] is None else [(one.run[ends[0]], other.run[ends[1]])]
 
 
 def _warped(one: _Segment, other: _Segment) -> list[tuple[int, int]]:
     texts = [[side.literal(k) for k in range(len(side.ids[: side.end]))] for side in (one, other)]
-    return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other)
-
-
-def _match(one: _Segment, other: _Segment, whole: bool = False) -> "Spans | None":
-    """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
-    changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
-    for locate in (_same,) if whole else (_same, _contained):
-        for steps in ((), changes) if changes else ((),):
-            for mine in one.variants:
-                for yours in other.variants:
-                    a, b = one.read(*mine, steps), other.read(*yours, steps)
-                    regions = locate(a, b, one.truncated, other.truncated)
-                    if regions is not None:
-                        return _spans_in(a, b, regions)
-    return None
-
-
-def _spans_in(a: _Text, b: _Text, regions: "Regions") -> "Spans":
-    """Where the tokens lie in the text of a, within the regions (start in a, start in b, size) that both have."""
-    starts, ends, padded = [], [], []
-    for side, text in enumerate((a, b)):
-        places = [(region[side], region[side] + region[2], region[0] - region[side]) for region in regions]
-        first = places[0][0] if places else 0
-        # A single space before the text is a dummy prefix or the template's: its token starts at the text.
-        glue = first == 1 and text.text[:1] == b" "
-        at = 0
-        moved: list[tuple[int, int]] = []
-        padded.append(-1)
-        for index, (start, end) in enumerate(zip(text.starts, text.ends, strict=True)):
-            if glue and start == 0 < end:
-                start = 1
-                padded[side] = index
-            while at < len(places) and places[at][1] < end:
-                at += 1
-            inside = at < len(places) and places[at][0] <= start < end
-            moved.append((start + places[at][2], end + places[at][2]) if inside else (0, 0))
-        starts.append([start for start, _ in moved])
-        ends.append([end for _, end in moved])
-    return Spans((starts[0], ends[0], starts[1], ends[1]), (padded[0], padded[1]))
-
-
-Regions = list[tuple[int, int, int]]
+    return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other, (one.end, other.end))
 
 
 class Spans(NamedTuple):
     """Where the tokens of two segments lie in one text.
 
     offsets: starts and ends of the student's tokens, then of the teacher's; a token of uncertain place has an empty
-    span. padded: on each side the index of the token that spells a space before the text beside what it covers, -1
-    for none.
+    span. padded: on each side the indices of tokens that spell a space before the text beside what they cover.
+    ends: indices of the two ends of turn, None where there is none.
     """
 
     offsets: tuple[list[int], list[int], list[int], list[int]]
-    padded: tuple[int, int]
+    padded: tuple[frozenset[int], frozenset[int]]
+    ends: Ends
+
+
+_SAME = (same, same_ink)  # likeliest first
+
+
+def _match(one: _Segment, other: _Segment, whole: bool = False) -> Spans | None:
+    """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
+    changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
+    for locate in _SAME if whole else (*_SAME, beginning, contained):
+        for steps in ((), changes) if changes else ((),):
+            for mine, yours in product(one.readings, other.readings):
+                doubtful = locate is contained or mine.cut or yours.cut
+                if doubtful and (mine.end, yours.end) != (one.end, other.end):
+                    continue
+                a, b = one.read(mine, steps), other.read(yours, steps)
+                common = locate(a, b)
+                if common is not None:
+                    ours, theirs = _spans_in(a, common, 0), _spans_in(b, common, 1)
+                    return Spans((*ours[0], *theirs[0]), (ours[1], theirs[1]), (mine.end, yours.end))
+    return None
+
+
+def _spans_in(text: Text, common: Common, side: int) -> tuple[tuple[list[int], list[int]], frozenset[int]]:
+    """Where the tokens lie in the first text, and which of them are padded. side: of ``text``, 0 for the first."""
+    regions, padding = common.regions, common.padding[side]
+    starts, ends, padded = [], [], set()
+    at = 0
+    for index, (start, end) in enumerate(zip(text.starts, text.ends, strict=True)):
+        if start in padding and start < end:
+            start += 1
+            padded.add(index)
+        while at < len(regions) and regions[at][side] + regions[at].size < end:
+            at += 1
+        moved = 0, 0
+        if at < len(regions):
+            region = regions[at]
+            place = region[side]
+            certain = end > place + region.lead and start < place + region.size - region.trail
+            if place <= start < end and certain:
+                moved = start + region.first - place, end + region.first - place
+        starts.append(moved[0])
+        ends.append(moved[1])
+    return (starts, ends), frozenset(padded)
 
 
 def _apart(one: _Segment, other: _Segment, spans: Spans, i: int, j: int) -> bool:
@@ -518,7 +531,7 @@ def _apart(one: _Segment, other: _Segment, spans: Spans, i: int, j: int) -> bool
 
     A padded token spells one space more than it covers: of white space alone, only that tells the two apart.
     """
-    return one.spaces(i) != other.spaces(j) or (i == spans.padded[0]) != (j == spans.padded[1])
+    return one.spaces(i) != other.spaces(j) or (i in spans.padded[0]) != (j in spans.padded[1])
 
 
 def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
@@ -549,132 +562,10 @@ def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
             apart = _apart(one, other, spans, i, first)
             if apart or stops != [i + 1, first + 1]:
                 lead, other_lead = (
-                    int(apart and k > 0 and places[k - 1] == (0, 0) and segment.literal(k - 1) == b" ")
-                    for segment, places, k in ((one, ours, i), (other, theirs, first))
+                    int(apart and k - 1 in padded and places[k - 1] == (0, 0))
+                    for places, padded, k in ((ours, spans.padded[0], i), (theirs, spans.padded[1], first))
                 )
                 yield i - lead, stops[0], first - other_lead, stops[1]
             i = stops[0]
             continue
         i += 1
-
-
-def _same(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
-    """Regions of two texts that differ only by white space at the ends and by unknown text."""
-    if a.cuts or b.cuts:
-        return _around_cuts(a, b)
-    if a.text == b.text:
-        return [(0, 0, len(a.text))]
-    core = a.text.strip()
-    if core != b.text.strip():
-        return None
-    if not core:
-        short, long = sorted((a.text, b.text), key=len)
-        if long != b" " + short:
-            return []
-        return [(len(a.text) - len(short), len(b.text) - len(short), len(short))]
-    a_lead, b_lead = (len(side.text) - len(side.text.lstrip()) for side in (a, b))
-    left = _common(a.text[:a_lead][::-1], b.text[:b_lead][::-1])
-    right = _common(a.text[a_lead + len(core) :], b.text[b_lead + len(core) :])
-    return [(a_lead - left, b_lead - left, left + len(core) + right)]
-
-
-def _common(a: bytes, b: bytes) -> int:
-    size = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        size += 1
-    return size
-
-
-def _contained(a: _Text, b: _Text, a_cut: bool, b_cut: bool) -> Regions | None:
-    """Region of the text that lies within the other: at its start if cut short, else the last place."""
-    if a.cuts or b.cuts:
-        return None
-    if len(a.text.strip()) > len(b.text.strip()):
-        found = _contained(b, a, b_cut, a_cut)
-        return found and [(a_start, b_start, size) for b_start, a_start, size in found]
-    lead = len(a.text) - len(a.text.lstrip())
-    core = a.text[lead:] if a_cut else a.text.strip()
-    if not core:
-        return None
-    at = len(b.text) - len(b.text.lstrip())
-    if a_cut and b.text.startswith(core, at):
-        return [(lead, at, len(core))]
-    at = b.text.rfind(core)
-    if at < 0 or _within_word(b.text, at) or (not a_cut and _within_word(b.text, at + len(core))):
-        return None
-    last = not a_cut and b.text.rstrip().endswith(core)
-    if not last and b.text.find(core) != at:
-        return None
-    left = _common(a.text[:lead][::-1], b.text[:at][::-1])
-    right = _common(a.text[lead + len(core) :], b.text[at + len(core) :])
-    return [(lead - left, at - left, left + len(core) + right)]
-
-
-def _within_word(text: bytes, at: int) -> bool:
-    around = text[max(0, at - 1) : at + 1]
-    return 0 < at < len(text) and all(byte >= 0x80 or chr(byte).isalnum() for byte in around)
-
-
-def _around_cuts(a: _Text, b: _Text) -> Regions | None:
-    """Regions whose place is certain although one text lacks, at its cuts, bytes of unknown number."""
-    if a.cuts and b.cuts:
-        return _ends_only(a, b)
-    if b.cuts:
-        found = _around_cuts(b, a)
-        return found and [(a_start, b_start, size) for b_start, a_start, size in found]
-    bounds = [0, *a.cuts, len(a.text)]
-    pieces = [(start, a.text[start:end]) for start, end in pairwise(bounds)]
-    head, tail = pieces[0][1], pieces[-1][1]
-    low, high = 0, len(b.text)
-    regions: Regions = []
-    if head.strip():
-        low = len(b.text) - len(b.text.lstrip())
-        lead = len(head) - len(head.lstrip())
-        if not b.text.startswith(head[lead:], low):
-            return None
-        regions.append((lead, low, len(head) - lead))
-        low += len(head) - lead
-    if tail.strip():
-        size = len(tail.rstrip())
-        high = len(b.text.rstrip()) - size
-        if high < low or b.text[high : high + size] != tail[:size]:
-            return None
-        regions.append((pieces[-1][0], high, size))
-    middle = pieces[1:-1]
-    earliest, latest, at = [], [], low
-    for _, piece in middle:
-        at = b.text.find(piece, at + 1, high)
-        if at < 0:
-            return None
-        earliest.append(at)
-        at += len(piece)
-    if at >= high:
-        return None
-    at = high
-    for _, piece in reversed(middle):
-        at = b.text.rfind(piece, low, at - 1)
-        latest.append(at)
-    for (start, piece), first, last in zip(middle, earliest, reversed(latest), strict=True):
-        if first == last:
-            regions.append((start, first, len(piece)))
-    return sorted(regions)
-
-
-def _ends_only(a: _Text, b: _Text) -> Regions | None:
-    """Where both texts lack bytes, only what is before the first or after the last cut is certain."""
-    regions: Regions = []
-    heads = [side.text[: side.cuts[0]] for side in (a, b)]
-    leads = [len(head) - len(head.lstrip()) for head in heads]
-    size = min(len(head) - lead for head, lead in zip(heads, leads, strict=True))
-    if heads[0][leads[0] : leads[0] + size] != heads[1][leads[1] : leads[1] + size]:
-        return None
-    regions.append((leads[0], leads[1], size))
-    tails = [side.text[side.cuts[-1] :].rstrip() for side in (a, b)]
-    size = min(map(len, tails))
-    stops = [side.cuts[-1] + len(tail) for side, tail in zip((a, b), tails, strict=True)]
-    if size and tails[0][-size:] != tails[1][-size:]:
-        return None
-    regions.append((stops[0] - size, stops[1] - size, size))
-    return regions

@@ -1,6 +1,6 @@
 """Ordinary Axolotl datasets, read twice: once by the student, once by the teacher, with the same masking rules.
 
-Axolotl builds a tokenizing strategy for each dataset entry. Two of its module functions are replaced so that the
+Axolotl builds a tokenizing strategy for each dataset entry. Three of its module functions are replaced so that the
 strategy is first built for the teacher, only to be kept, and then for the student, whose tokenization of each row is
 joined with the teacher's and the aligned pairs. Everything around it (loading, parallel map, caching, filtering,
 packing) stays Axolotl's.
@@ -18,17 +18,18 @@ from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrat
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
 
-from dskd_plugin import advice
+from dskd_plugin import advice, dataset_report
 from dskd_plugin.align import Ends, answers, end_of_turn
 from dskd_plugin.args import Settings
+from dskd_plugin.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair, aligner, make_pair
+from dskd_plugin.read_by import OneSided
 from dskd_plugin.tokens import TokenTable, overlap
 from dskd_plugin.turn_end_warning import names_the_side, template_end
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
-UNMATCHED = "unmatched_segments"
 
 
 @dataclass
@@ -60,6 +61,7 @@ class PairedStrategy:
         self.student_len, self.teacher_len = student_len, teacher_len
         self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)
         self.filter_rows = getattr(student, "filter_rows", None)
+        self.one_sided = OneSided.of(student, teacher)
 
     @property
     def supports_batched(self) -> bool:
@@ -69,17 +71,17 @@ class PairedStrategy:
         """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
         if not self.cuts_texts:
             return self._tokenize(prompt)
-        texts = (dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True))
-        parts = [self._tokenize({name: [value] for name, value in text.items()}) for text in texts]
+        parts = [self._tokenize({name: [value] for name, value in text.items()}) for text in _rows_of(prompt)]
         return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
 
     def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        # Strategies change the row they are given.
-        student = dict(self.student.tokenize_prompt(copy.deepcopy(prompt)))
-        teacher = self._teacher_columns(copy.deepcopy(prompt))
+        student, refusals = self._columns_of("student", prompt)
+        teacher, teacher_refusals = self._columns_of("teacher", prompt)
         ids = student["input_ids"]
-        if not (self.supports_batched and (not ids or isinstance(ids[0], list))):
-            return {**student, **self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])}
+        if not (self.supports_batched and (len(ids) == 0 or isinstance(ids[0], list | np.ndarray))):
+            joined = self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])
+            notes = {REFUSED: (refusals or teacher_refusals or [""])[0], ONE_SIDED: self._one_sided(prompt)}
+            return {**student, **joined, **notes}
         if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
             # The two sides are cut at different places.
             teacher_rows = [self._reread(row, first=k == 0) for k, row in enumerate(ids)]
@@ -89,16 +91,44 @@ class PairedStrategy:
             self._join(*row, *teacher_row)
             for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
         ]
-        return {**student, **{column: [row[column] for row in rows] for column in self._join([], [], [], [])}}
+        none = [""] * len(rows)
+        said = [self._one_sided(row) for row in _rows_of(prompt)] if self.one_sided else none
+        refused = [mine or theirs for mine, theirs in zip(refusals or none, teacher_refusals or none, strict=False)]
+        columns = {column: [row[column] for row in rows] for column in self._join([], [], [], [])}
+        # A text that was cut into rows has one note for all of them.
+        return {**student, **columns, REFUSED: [*refused, *none][: len(rows)], ONE_SIDED: said}
 
-    def _teacher_columns(self, prompt: Any) -> dict[str, Any]:
+    def _columns_of(self, side: str, prompt: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A side's columns, empty for rows that its template cannot render, and a note for each row if there are such.
+
+        A strategy reads a batch of rows as a whole; where that fails, each row is read alone.
+        """
+        strategy = self.student if side == "student" else self.teacher
         try:
-            return dict(self.teacher.tokenize_prompt(prompt))
+            # Strategies change the row they are given.
+            return dict(strategy.tokenize_prompt(copy.deepcopy(prompt))), []
         except Exception as error:  # whatever a template raises, e.g. for a system message
-            raise ValueError(
-                f"dskd.teacher.chat_template: expected a template that renders every row, got {error!r} from the "
-                "teacher's. Name another template, or change the rows, e.g. with drop_system_message: true."
-            ) from error
+            if side == "student" and self.one_sided is None:
+                raise  # no template's
+            if not self._is_batch(prompt):
+                return _no_columns(), [dataset_report.refusal_note(side, error, prompt)]
+        parts, notes = [], []
+        for row in _rows_of(prompt):
+            try:
+                found = strategy.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
+                parts.append({column: values[0] for column, values in found.items()})
+                notes.append("")
+            except Exception as error:
+                parts.append(_no_columns())
+                notes.append(dataset_report.refusal_note(side, error, row))
+        return {column: [part.get(column, _no_ids()) for part in parts] for column in _columns(parts)}, notes
+
+    def _is_batch(self, prompt: dict[str, Any]) -> bool:
+        asks = getattr(self.student, "is_prompt_batched", None)
+        return bool(asks(prompt) if asks else self.supports_batched)
+
+    def _one_sided(self, row: dict[str, Any]) -> str:
+        return "" if self.one_sided is None else dataset_report.one_sided_note(self.one_sided.find(row))
 
     def _reread(self, student_ids: list[int], *, first: bool) -> tuple[list[int], list[int]]:
         """The teacher's tokens, as many as it reads, of the text of a student row; all of them are trained on.
@@ -121,12 +151,14 @@ class PairedStrategy:
     def _join(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
     ) -> dict[str, Any]:
-        found = self.aligner.columns(
+        sides = (
             ids,
             _responses(ids, labels, self.student.tokenizer),
             teacher_ids,
             _responses(teacher_ids, teacher_labels, self.teacher.tokenizer),
         )
+        found = self.aligner.columns(*sides)
+        found[PARTED] = self.aligner.parted(*sides) if found[UNMATCHED] else ""
         if self.with_prompts:
             ours = answers(ids, _trained(labels), self.pair.student, self.aligner.student_end)
             theirs = answers(teacher_ids, _trained(teacher_labels), self.pair.teacher, self.aligner.teacher_end)
@@ -180,6 +212,19 @@ def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
     return response
 
 
+def _no_ids() -> Any:
+    return np.zeros(0, dtype=np.int64)  # knows that it holds integers, where all of the first rows are empty
+
+
+def _no_columns() -> dict[str, Any]:
+    return {column: _no_ids() for column in ("input_ids", "attention_mask", "labels")}
+
+
+def _rows_of(prompt: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a batch."""
+    return [dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True)]
+
+
 def _columns(parts: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(column for part in parts for column in part))
 
@@ -196,10 +241,12 @@ def install(reader: TeacherReader | None) -> None:
     """Let Axolotl's datasets carry the teacher's side; None switches it off again."""
     global _reader
     _reader = reader
+    _unpaired.clear()
     from axolotl.utils.data import sft, wrappers
 
     if not hasattr(sft.get_dataset_wrapper, "reads_twice"):
         sft.get_dataset_wrapper = _read_twice(sft.get_dataset_wrapper)
+        sft.merge_datasets = _with_any_pair(sft.merge_datasets)
         wrappers.wrap_dataset_for_tokenized_prompt = _exchange_strategy(wrappers.wrap_dataset_for_tokenized_prompt)
 
 
@@ -239,7 +286,7 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
         with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
-        return _checked(name, dataset, cfg, _reader), prompter
+        return _checked(name, dataset, cfg, _reader, pair, tokenizer), prompter
 
     get_dataset_wrapper.reads_twice = True  # type: ignore[attr-defined]
     return get_dataset_wrapper
@@ -287,10 +334,16 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     return config, reader.tokenizer, teacher_cfg
 
 
-def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
+def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pair, tokenizer: Any) -> Any:
     """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
     limit = reader.sequence_len
     rows = len(dataset)
+    if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
+        raise ValueError(refusal)
+    _tell_one_sided(name, dataset, tokenizer, reader.tokenizer)
+    notes = list(dataset[PARTED]) if rows else []
+    if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
+        LOG.warning("dskd: %s: %s.", name, line)
     over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
     strategy = (cfg.excess_length_strategy or "drop").lower()
     if over_long and strategy == "raise":
@@ -310,6 +363,11 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
     aligned = int(_lengths(dataset, "aligned_student").sum())
     chunked = _chunk_tokens(dataset) if "chunks" in dataset.column_names else None
     unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+    if rows and not len(dataset):
+        raise ValueError(
+            f"{name}: expected rows that fit the teacher ({limit} tokens), got none: all {rows} are longer. Raise "
+            "dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate."
+        )
     if responses == 0:
         raise ValueError(
             f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
@@ -323,18 +381,41 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader) -> Any:
         *(over_long, strategy if over_long else "none", unmatched),
     )
     if not aligned and not chunked and method_of(reader.settings).needs_teacher:
-        raise ValueError(
-            f"{name}: expected response tokens that student and teacher share, got none aligned of {responses}. "
-            "Check that both chat templates render the answers and that train_on_eos and roles_to_train fit both. A "
-            "first word does not pair where one tokenizer alone puts a space before it; dskd.chunk_ratio takes it in."
-        )
+        _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
     if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
         raise ValueError(
             f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
             "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
             "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
         )
-    return dataset.remove_columns(UNMATCHED)
+    return dataset.remove_columns(list(NOTES))
+
+
+def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: Any) -> None:
+    found = dataset_report.one_sided(list(dataset[ONE_SIDED]) if len(dataset) else [])
+    if found is None:
+        return
+    place, texts, said = found
+    row = dataset[place]
+    renderings = tokenizer.decode(row["input_ids"]), teacher_tokenizer.decode(row["teacher_input_ids"])
+    LOG.warning("dskd: %s: %s.", name, dataset_report.one_sided_line(said, place, texts[0].text, renderings))
+
+
+_unpaired: list[str] = []  # what is said of the entries without a pair, until all entries of a split are read
+
+
+def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Entries without a pair teach by cross-entropy beside others; where no entry has one, nothing is distilled."""
+
+    def merge_datasets(datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
+        said, _unpaired[:] = _unpaired[:], []
+        if _reader is not None and said and len(said) == len(datasets):
+            raise ValueError("\n".join(said))
+        for line in said:
+            LOG.warning("dskd: %s The rows of this entry teach by cross-entropy alone.", line)
+        return original(datasets, *args, **kwargs)
+
+    return merge_datasets
 
 
 def _chunk_tokens(dataset: Any) -> int:

@@ -136,6 +136,12 @@ def test_long_rows(prepare, tiny, strategy, kept):
         check_pairs(row, student, teacher)
 
 
+def test_rows_that_are_all_too_long_for_the_teacher_are_told_so(prepare, tiny):
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": 8}}
+    with pytest.raises(ValueError, match=r"fit the teacher \(8 tokens\), got none: all 2 are longer.*sequence_len"):
+        prepare([conversation("red", "blue stone " * 3), conversation("red", "blue stone " * 5)], block)
+
+
 TYPES = {
     "alpaca": "alpaca",
     "custom": {
@@ -206,9 +212,216 @@ def test_template_that_cannot_render_a_row_is_named(prepare, tiny, tmp_path):
     row = conversation("red", "blue stone")
     found, _, teacher = prepare([row], block)
     assert teacher.decode(found[0]["teacher_input_ids"]) == "[user]red</s>[assistant]blue stone</s>"
-    row["messages"].insert(0, {"role": "system", "content": "lamp"})
-    with pytest.raises(ValueError, match=r"dskd\.teacher\.chat_template: expected a template that renders"):
-        prepare([row], block, dataset_prepared_path=str(tmp_path / "again"))
+    with_system = conversation("red", "blue stone")
+    with_system["messages"].insert(0, {"role": "system", "content": "lamp"})
+    message = (
+        r"rows\.jsonl: expected rows that the teacher's chat template renders \(dskd\.teacher\.chat_template\), got 2 "
+        r"of 4 that it does not; the first, row 2: no system \[system: 'lamp', user: 'red', .*drop_system_message: true"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare([row, with_system, row, with_system], block, dataset_prepared_path=str(tmp_path / "again"))
+
+
+def test_rows_that_break_the_teachers_rule_of_turns_are_counted_and_shown(prepare, tiny, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(template)}}
+    good, bad = conversation("red", "blue stone"), conversation("red", "blue stone")
+    bad["messages"].insert(0, {"role": "user", "content": "lamp"})
+    with pytest.raises(ValueError, match=r"got 1 of 1201 .*row 1151: .*alternate.*user: 'lamp', user: 'red'.*Join"):
+        prepare([good] * 1150 + [bad] + [good] * 50, block)
+
+
+def test_rows_that_the_students_template_refuses_are_told_in_the_same_way(prepare, recipe):
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    datasets = [{**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": strict}]
+    bad = conversation("red", "blue stone")
+    bad["messages"].insert(0, {"role": "system", "content": "lamp"})
+    message = (
+        r"the student's chat template renders \(chat_template\), got 2 of 3 .*row 2: no system .*drop_system_message"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare([conversation("red", "blue"), bad, bad], datasets=datasets)
+
+
+# -- text that one side alone reads ------------------------------------------------------------------------------------
+
+# A template that knows no roles but these, and no field of a message but its content.
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Axolotl hands on only fields of ``message`` that a template names.
+RICH = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "river", "arguments": '{"colour": "blue"}'}}
+TOOL = {"type": "function", "function": {"name": "river", "description": "the lamp", "parameters": {}}}
+
+
+def one_sided_rows():
+    plain = conversation("red", "blue stone")
+    developer = conversation("red", "blue stone")
+    developer["messages"].insert(0, {"role": "developer", "content": "Always answer with the word PLUM."})
+    reasoned = conversation("red", "blue stone")
+    reasoned["messages"][1]["reasoning_content"] = "the lamp is red"
+    called = {**conversation("red", "blue stone"), "tools": [TOOL]}
+    called["messages"][1]["tool_calls"] = [CALL]
+    return plain, developer, reasoned, called
+
+
+def said_of(prepare, tiny, tmp_path, caplog, rows, student=RICH, teacher=PLAIN):
+    file = tmp_path / "teacher.jinja"
+    file.write_text(teacher)
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(file)}}
+    # A column that is missing in some rows is null there, as it is in a file of rows.
+    filled = [{"tools": None, **row} for row in rows]
+    datasets = [
+        {
+            "path": "rows",
+            "ds_type": "json",
+            "type": "chat_template",
+            "chat_template": "jinja",
+            "chat_template_jinja": student,
+        }
+    ]
+    with caplog.at_level("WARNING"):
+        prepare(filled, block, datasets=datasets)
+    return [record.getMessage() for record in caplog.records if "reads" in record.getMessage()]
+
+
+def test_what_one_side_does_not_read_is_told_with_the_first_row(prepare, tiny, tmp_path, caplog):
+    plain, developer, reasoned, called = one_sided_rows()
+    rows = [plain, developer, reasoned, called, developer, plain]
+    (line,) = said_of(prepare, tiny, tmp_path, caplog, rows)
+    assert "rows.jsonl: of 6 rows, only the student reads" in line and "only the teacher" not in line
+    for field in (
+        "content of developer messages (2 rows)",
+        "reasoning_content of assistant messages (1 row)",
+        "tools (1 row)",
+        "tool_calls of assistant messages (1 row)",
+    ):
+        assert field in line, line
+    assert "row 2: 'Always answer with the word PLUM.'" in line
+    assert "<|im_start|>developer" in line and "'[INST] red [/INST] blue stone</s>'" in line
+
+
+def test_what_the_student_alone_does_not_read_is_told_as_well(prepare, tiny, tmp_path, caplog):
+    rows = list(one_sided_rows())
+    (line,) = said_of(
+        prepare, tiny, tmp_path, caplog, rows, student=PLAIN.replace("[INST]", "<|im_start|>"), teacher=RICH
+    )
+    assert "only the teacher reads" in line and "only the student" not in line
+
+
+def test_nothing_is_told_where_both_sides_read_the_same(prepare, tiny, tmp_path, caplog):
+    rows = list(one_sided_rows())
+    assert (
+        said_of(prepare, tiny, tmp_path, caplog, rows, student=RICH, teacher=RICH.replace("<|im_end|>", "</s>")) == []
+    )
+    assert said_of(prepare, tiny, tmp_path / "..", caplog, rows[:1]) == []
+
+
+def test_reasoning_inside_the_content_that_one_template_drops(prepare, tiny, tmp_path, caplog):
+    drops = (
+        "{% for m in messages %}[{{ m.role }}]{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    rows = [conversation("red", "<think>the river</think>blue stone"), conversation("red", "blue stone")]
+    (line,) = said_of(prepare, tiny, tmp_path, caplog, rows, teacher=drops)
+    assert "only the student reads text after <think> in content of assistant messages (1 row)" in line
+    assert "row 1: 'the river'" in line
+
+
+# -- answers that part -------------------------------------------------------------------------------------------------
+
+# As Qwen3's: the thought of the last answer on lines of its own.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+THOUGHT = conversation("red", "<think>Simple addition</think>3 + 3 equals 6.")
+
+
+@pytest.mark.parametrize("which", ["sibling", "teacher"])
+def test_white_space_that_a_template_changes_costs_only_what_it_touches(prepare, tiny, tmp_path, which):
+    file = tmp_path / "thinking.jinja"
+    end = "<|im_end|>" if which == "sibling" else "</s>"
+    file.write_text(THINKING.replace("<|im_end|>", end))
+    block = {"teacher": {"model": tiny[which], "dtype": "float32", "chat_template": str(file)}}
+    (row,), student, _ = prepare([THOUGHT], block)
+    trained = [k for k, label in enumerate(row["labels"]) if label != -100]
+    paired = [student.decode([row["input_ids"][k]]) for k in row["aligned_student"]]
+    assert len(row["aligned_student"]) > 0.6 * len(trained) and paired[-1] == "<|im_end|>"
+    assert "6" in paired[-3] or "6" in paired[-2]
+
+
+OTHER = "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('stone', 'river') }}</s>{% endfor %}"
+
+
+def test_a_dataset_whose_answers_part_is_refused_with_the_first_place(prepare, tiny, tmp_path):
+    file = tmp_path / "other.jinja"
+    file.write_text(OTHER)
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(file)}}
+    message = r"rows\.jsonl: .*none aligned of .*row 1 part here: student 'blue stone\.', teacher 'blue river\.'"
+    with pytest.raises(ValueError, match=message) as error:
+        prepare([conversation("red", "blue stone."), conversation("lamp", "the stone")], block)
+    assert "chunk_ratio" not in str(error.value)
+
+
+def test_answers_without_a_counterpart_are_counted_with_the_first(prepare, tiny, tmp_path, caplog):
+    file = tmp_path / "other.jinja"
+    file.write_text(OTHER)
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(file)}}
+    rows = [conversation("red", "the lamp"), conversation("lamp", "seven of the stones"), conversation("a", "stone")]
+    with caplog.at_level("WARNING"):
+        prepare(rows, block)
+    (line,) = [record.getMessage() for record in caplog.records if "no counterpart" in record.getMessage()]
+    assert "2 response segments in 2 of 3 rows" in line
+    assert "the first, row 2: student 'seven of the stones', teacher 'seven of the rivers'" in line
+
+
+def test_an_entry_without_pairs_beside_others_teaches_by_cross_entropy(prepare, tiny, tmp_path, caplog):
+    file = tmp_path / "other.jinja"
+    file.write_text(OTHER)
+    entries = []
+    for name, answer in (("good", "blue lamp"), ("bad", "blue stone.")):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text(json.dumps(conversation("red", answer)) + "\n")
+        entries.append({"path": str(data), "ds_type": "json", "type": "chat_template"})
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(file)}}
+    with caplog.at_level("WARNING"):
+        rows, *_ = prepare(None, block, datasets=entries)
+    assert sorted(bool(row["aligned_student"]) for row in rows) == [False, True]
+    assert all(any(label != -100 for label in row["labels"]) for row in rows)
+    (line,) = [record.getMessage() for record in caplog.records if "cross-entropy alone" in record.getMessage()]
+    assert "bad.jsonl" in line and "student 'blue stone.'" in line
+    with pytest.raises(ValueError, match=r"good.jsonl: .*none aligned") as error:
+        data.with_name("good.jsonl").write_text(json.dumps(conversation("red", "the stone")) + "\n")
+        prepare(None, block, datasets=entries, dataset_prepared_path=str(tmp_path / "again"))
+    assert "bad.jsonl" in str(error.value)
+
+
+def test_advice_is_nothing_that_would_be_refused(prepare, tiny, recipe, tmp_path):
+    """One tokenizer has no chunks, so that the chunk term is no way out."""
+    file = tmp_path / "spaced.jinja"
+    file.write_text("{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
+    datasets = [{**recipe["datasets"][0], "train_on_eos": "none"}]
+    block = {"teacher": {"model": tiny["sibling"], "dtype": "float32", "chat_template": str(file)}}
+    with pytest.raises(ValueError, match="none aligned of") as error:
+        prepare([conversation("twelve", "the")], block, datasets=datasets)
+    assert "chunk_ratio" not in str(error.value) and "white space around the answers" in str(error.value)
 
 
 def test_tokenized_datasets_are_refused(prepare, recipe):

@@ -207,7 +207,7 @@ def gemma_like() -> Any:
     return tokenizer
 
 
-def llama_legacy() -> Any:
+def llama_legacy(marks: bool = True) -> Any:
     """Prepend and Replace normalisers, no pre-tokenizer: the older form of Llama 2, with Phi-3's turns."""
     from tokenizers import AddedToken
 
@@ -215,7 +215,8 @@ def llama_legacy() -> Any:
     tokenizer = _spec(mistral(), normalizer=normalizer, pre_tokenizer=None)
     turns = [AddedToken(text, rstrip=True, special=True) for text in ("<|assistant|>", "<|end|>")]
     tokenizer.add_special_tokens({"additional_special_tokens": turns})
-    tokenizer.add_tokens(["<think>", "</think>"])
+    if marks:
+        tokenizer.add_tokens(["<think>", "</think>"])
     return tokenizer
 
 
@@ -380,16 +381,44 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+# Tokenizers that know the marks of a thought as added tokens, with every rule for the space before a text.
+def tagged(tokenizer: Any) -> Any:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    return tokenizer
+
+
+TAGGED: dict[str, Callable[[], Any]] = {
+    "mistral-always": lambda: tagged(mistral(legacy=True)),
+    "mistral-first": lambda: tagged(mistral(legacy=False)),
+    "mistral-never": lambda: tagged(mistral(add_prefix_space=False)),
+    "mistral-untagged": mistral,
+    "prepend": lambda: tagged(llama_legacy(marks=False)),
+    "unigram-always": lambda: tagged(unigram_fast()),
+    "unigram-first": lambda: tagged(unigram_fast(prepend="first")),
+    "unigram-never": lambda: tagged(unigram_fast(prepend="never")),
+    "unigram-slow": lambda: tagged(unigram_slow(remove_extra_whitespaces=False)),
+    "byte-level": lambda: tagged(byte_level()),
+    "byte-level-untagged": byte_level,
+    "byte-level-prefix": lambda: tagged(byte_level(add_prefix_space=True)),
+    "deepseek": lambda: tagged(deepseek()),
+    "qwen-fast": qwen_fast,
+}
+
+
 class Entry:
     """A tokenizer of the zoo with its table."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tokenizer: Any = None) -> None:
         from dskd_plugin.tokens import token_table
 
-        build, self.spelling, changes = ZOO[name]
+        build, self.spelling, changes = ZOO[name] if tokenizer is None else (None, "", "")
         self.name, self.changes = name, changes.split()
-        self.tokenizer = build()
+        self.tokenizer = build() if build else tokenizer
         self.table = token_table(self.tokenizer)
+        if not build:
+            self.spelling = "byte-level" if self.table.kind == "byte-level" else "pieces"
 
     def __repr__(self) -> str:
         return self.name
@@ -398,6 +427,11 @@ class Entry:
 @functools.cache
 def load(name: str) -> Entry:
     return Entry(name)
+
+
+@functools.cache
+def load_tagged(name: str) -> "Entry":
+    return Entry(name, TAGGED[name]())
 
 
 # What tests spell by: texts that are hard to tokenize, and the bytes of tokens read without a table.

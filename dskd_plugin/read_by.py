@@ -1,0 +1,175 @@
+"""Which text of a conversation one side alone reads: each template is rendered once for every shape of a row.
+
+In the shape of a row each text is replaced by a mark, so that it shows in a rendering whether a template reads it, and
+rows of one shape need one rendering. Tags stay, since templates look for them.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+SIDES = ("student", "teacher")
+_TAG = re.compile(r"(<[^<>\s]+>)")
+# Fields that say what a message is; a template compares them with words of its own.
+_KINDS = {"role", "from", "type"}
+_MOST_SHAPES = 2048
+_SHOWN = 80
+
+
+class Unread(NamedTuple):
+    """A text that one side alone reads. reader: whose template shows it; what: the field; text: its beginning."""
+
+    reader: str
+    what: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text of a row. path: of its field, without the numbers of list entries, and the role of its message."""
+
+    path: tuple[str, ...]
+    role: str
+    tag: str
+    text: str
+
+    @property
+    def field(self) -> str:
+        """The field of the row or of its messages that it belongs to."""
+        return self._named(1)
+
+    @property
+    def part(self) -> str:
+        """That field and what is inside it, at most three names."""
+        return self._named(3)
+
+    def _named(self, depth: int) -> str:
+        name = ".".join(self.path[:depth])
+        inside = f"text after {self.tag} in " if self.tag else ""
+        return f"{inside}{name} of {self.role} messages" if self.role else f"{inside}{name}"
+
+
+class OneSided:
+    """What the templates of two strategies read of rows, each side's strategy of the kind `chat_template`."""
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        self.strategies = (student, teacher)
+        self.known: dict[str, tuple[frozenset[int], frozenset[int]] | None] = {}
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any) -> "OneSided | None":
+        """None where the two sides do not read conversations through templates."""
+        through_templates = all(
+            hasattr(side, "get_conversation_thread") and getattr(side.prompter, "chat_template", None)
+            for side in (student, teacher)
+        )
+        return cls(student, teacher) if through_templates else None
+
+    def find(self, row: dict[str, Any]) -> list[Unread]:
+        """Texts of a row that one side alone reads, the first of each field."""
+        shape, texts = self._shape(row)
+        key = json.dumps(shape, sort_keys=True, default=str)
+        if key not in self.known:
+            if len(self.known) >= _MOST_SHAPES:
+                self.known.clear()
+            self.known[key] = self._read(shape, len(texts))
+        read = self.known[key]
+        if read is None or read[0] == read[1]:
+            return []
+        found: dict[tuple[str, str], Unread] = {}
+        for side, (mine, other) in enumerate((read, read[::-1])):
+            for number in sorted(mine - other):
+                text = texts[number]
+                siblings = {k for k, one in enumerate(texts) if one.field == text.field}
+                what = text.part if siblings & other else text.field
+                found.setdefault((SIDES[side], what), Unread(SIDES[side], what, text.text[:_SHOWN]))
+        return list(found.values())
+
+    def _shape(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[_Text]]:
+        prompter = self.strategies[0].prompter
+        messages, tools = prompter.field_messages, prompter.field_tools
+        fields = {name: row[name] for name in (messages, tools, prompter.field_system) if row.get(name) is not None}
+        role_field = prompter.message_property_mappings.get("role", "role")
+        texts: list[_Text] = []
+        shape: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name != messages:
+                shape[name] = _marked(value, (name,), "", texts)
+                continue
+            said = json.loads(value) if isinstance(value, str) else value
+            shape[name] = [
+                {
+                    key: part if key == role_field else _marked(part, (key,), str(message.get(role_field)), texts)
+                    for key, part in message.items()
+                    if part is not None
+                }
+                for message in said
+            ]
+        return shape, texts
+
+    def _read(self, shape: dict[str, Any], count: int) -> tuple[frozenset[int], frozenset[int]] | None:
+        """Which marks each side shows; None where a template does not take marks."""
+        try:
+            shown = [_rendered(strategy, json.loads(json.dumps(shape))) for strategy in self.strategies]
+        except Exception:  # whatever a template raises; rows that it cannot render are told of elsewhere
+            return None
+        student, teacher = (frozenset(k for k in range(count) if _mark(k) in text) for text in shown)
+        return student, teacher
+
+
+def _mark(number: int) -> str:
+    return f"q{number:07d}z"  # nine letters and digits: some templates ask that of the id of a call
+
+
+def _rendered(strategy: Any, row: dict[str, Any]) -> str:
+    prompter = strategy.prompter
+    options = {"chat_template": prompter.chat_template, **(getattr(prompter, "chat_template_kwargs", None) or {})}
+    if tools := strategy._get_tools(row):
+        options["tools"] = tools
+    turns = strategy.get_conversation_thread(row)
+    return str(strategy.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+
+def _marked(value: Any, path: tuple[str, ...], role: str, texts: list[_Text]) -> Any:
+    """The value with marks in place of its texts, which join ``texts``."""
+    if isinstance(value, dict):
+        marked = {}
+        for key, part in value.items():
+            if part is not None:
+                marked[key] = part if key in _KINDS else _marked(part, (*path, str(key)), role, texts)
+        return marked
+    if isinstance(value, list | tuple):
+        return [_marked(part, path, role, texts) for part in value]
+    if not isinstance(value, str):
+        return value
+    inner = _json(value)
+    if inner is not None:
+        return json.dumps(_marked(inner, path, role, texts))
+    return "".join(_pieces(value, path, role, texts))
+
+
+def _pieces(value: str, path: tuple[str, ...], role: str, texts: list[_Text]) -> Iterator[str]:
+    tag = ""
+    for piece in _TAG.split(value):
+        core = piece.strip()
+        if _TAG.fullmatch(piece):
+            tag = "" if piece.startswith("</") else piece
+            yield piece
+        elif core:
+            before, behind = piece.split(core, 1)
+            yield f"{before}{_mark(len(texts))}{behind}"
+            texts.append(_Text(path, role, tag, core))
+        else:
+            yield piece
+
+
+def _json(text: str) -> Any:
+    """The object or list that a text spells, as the arguments of a call often come; else None."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
