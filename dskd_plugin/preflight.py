@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.folders import check_adapter, check_files, check_pair, check_teacher, looks_local
+from dskd_plugin.folders import check_student, looks_local
+from dskd_plugin.resolve import parts_of
+from dskd_plugin.teacher_files import check_pair, check_teacher
 
 NAMES = ("dskd", "dskd_plugin")
 COMMANDS = ("train", "preprocess", "evaluate")
@@ -210,14 +212,13 @@ def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     check_recipe(recipe, settings)
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
-    check_files("dskd.teacher.model", settings.teacher.model, cached=cached)
-    if settings.teacher.adapter is not None:
-        check_adapter(settings.teacher.adapter)
-    if recipe.get("base_model"):
-        check_files("base_model", str(recipe["base_model"]), cached=cached)
+    parts = parts_of(settings.teacher)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
-    check_teacher(settings.teacher, any(str(entry.get("type")).startswith("chat_template") for entry in entries))
+    needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
+    check_teacher(settings.teacher, parts, needs_template=needs_template, cached=cached)
+    if recipe.get("base_model"):
+        check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
-        check_pair(str(recipe.get("base_model")), settings)
+        check_pair(str(recipe.get("base_model")), settings, parts)
     check_datasets(recipe)
     check_checkpoint(recipe)

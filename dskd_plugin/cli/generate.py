@@ -215,15 +215,16 @@ def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: 
     from dskd_plugin import __version__
 
     teacher = source.settings.teacher
+    parts = source.parts
     config = AutoConfig.from_pretrained(
-        teacher.model, revision=teacher.revision, trust_remote_code=source.trust_remote_code
+        parts.weights, revision=parts.revision, trust_remote_code=source.trust_remote_code
     )
     return {
         "teacher": {
             **teacher.model_dump(include={"model", "revision", "adapter", "dtype", "quantization"}),
             "commit": getattr(config, "_commit_hash", None),
-            "files": _folder_digest(teacher.model),
-            "adapter_files": _folder_digest(teacher.adapter or ""),
+            "files": _folder_digest(parts.weights),
+            "adapter_files": _folder_digest(str(parts.adapter or "")),
             "chat_template": hashlib.sha256(
                 json.dumps([source.template, source.template_options], sort_keys=True).encode()
             ).hexdigest(),
