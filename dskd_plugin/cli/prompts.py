@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dskd_plugin.args import Settings
+from dskd_plugin.reasoning import AssistantForm, Turn, assistant_form
 
 # Settings of the training run that mean nothing here and may not suit this machine.
 _TRAINING_ONLY = {
@@ -62,7 +63,7 @@ class Source:
     vocab_size: int
     positions: int | None
     ends: list[int] = field(default_factory=list)
-    answer_prefix: str = ""
+    form: AssistantForm = field(default_factory=AssistantForm)
 
     @property
     def trust_remote_code(self) -> bool:
@@ -119,19 +120,24 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         positions=positions_of(reader.config),
     )
     source.ends = answer_ends(reader, template)
-    source.answer_prefix = _answer_prefix(source)
+    source.form = _form(source)
     return source
 
 
-def _answer_prefix(source: Source) -> str:
-    """What the template writes between its generation prompt and an answer, such as the space after ``[/INST]``."""
-    turns = [{"role": "user", "content": "Question?"}]
-    options = {"chat_template": source.template, "tokenize": False, **source.template_options}
-    render = source.tokenizer.apply_chat_template
-    prompt = render(turns, add_generation_prompt=True, **options)
-    whole = render([*turns, {"role": "assistant", "content": "Answer."}], **options)
-    before, found, _ = whole.removeprefix(prompt).partition("Answer.")
-    return before if found and whole.startswith(prompt) else ""
+def _form(source: Source) -> AssistantForm:
+    """How the teacher begins a turn: what its generation prompt opens, and the markers of its reasoning."""
+
+    def render(turns: list[Turn], generation: bool) -> str:
+        text: str = source.tokenizer.apply_chat_template(
+            turns,
+            chat_template=source.template,
+            add_generation_prompt=generation,
+            tokenize=False,
+            **source.template_options,
+        )
+        return text
+
+    return assistant_form(render, source.template, source.tokenizer.get_added_vocab())
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:
