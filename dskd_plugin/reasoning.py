@@ -6,9 +6,10 @@ read off the chat template where it shows them; the known ones hold besides.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import Match, SequenceMatcher
+from typing import Any
 
 Turn = dict[str, str]
 Render = Callable[[list[Turn], bool], str]  # turns and whether to add a generation prompt -> text
@@ -87,6 +88,29 @@ class AssistantForm:
         return after.removeprefix(self.lead.strip())
 
 
+def form_of(tokenizer: Any, template: str, options: Mapping[str, Any]) -> AssistantForm:
+    """`assistant_form` of a tokenizer's chat template. options: variables of the template."""
+
+    def render(turns: list[Turn], generation: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=generation, tokenize=False, **options
+        )
+        return text
+
+    return assistant_form(render, template, tokenizer.get_added_vocab())
+
+
+def markers_of(templates: Iterable[tuple[Any, str | None, Mapping[str, Any]]]) -> tuple[Markers, ...]:
+    """The markers that these tokenizers, templates and variables show, then the known ones."""
+    shown = [
+        pair
+        for tokenizer, template, options in templates
+        if template is not None
+        for pair in form_of(tokenizer, template, options).own
+    ]
+    return tuple(dict.fromkeys([*shown, *KNOWN]))
+
+
 def assistant_form(render: Render, template: str, vocabulary: Iterable[str] = ()) -> AssistantForm:
     """What a chat template and the added tokens of its vocabulary show; nothing where the template does not show it.
 
@@ -95,10 +119,10 @@ def assistant_form(render: Render, template: str, vocabulary: Iterable[str] = ()
     """
     asked = [{"role": "user", "content": _QUESTION}]
     answered = [*asked, {"role": "assistant", "content": _ANSWER}]
-    prompt = render(asked, True)
+    prompt = _rendered(render, asked, True)
     earlier, last = _before_answer(render, [*answered, *asked]), _before_answer(render, answered)
     plain = earlier if earlier is not None else last
-    if plain is None:
+    if plain is None or prompt is None:
         return AssistantForm()
     opened, lead = _opened(prompt, plain)
     shown = [*_from_field(render, asked, prompt, plain)]
@@ -112,11 +136,15 @@ def assistant_form(render: Render, template: str, vocabulary: Iterable[str] = ()
 
 def _before_answer(render: Render, turns: list[Turn]) -> str | None:
     """The text up to the probe's answer; None where the template does not render it."""
+    before, found, _ = (_rendered(render, turns, False) or "").partition(_ANSWER)
+    return before if found else None
+
+
+def _rendered(render: Render, turns: list[Turn], generation: bool) -> str | None:
     try:
-        before, found, _ = render(turns, False).partition(_ANSWER)
+        return render(turns, generation)
     except Exception:  # whatever a template raises: what it does not render shows nothing
         return None
-    return before if found else None
 
 
 def _opened(prompt: str, plain: str) -> Markers:

@@ -14,11 +14,12 @@ from transformers import TrainerCallback
 from dskd_plugin import advice, model_card, partial, state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
-from dskd_plugin.dataset import TeacherReader, turn_ends
+from dskd_plugin.dataset import TeacherReader, student_template, turn_ends
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.methods import DualSpace, distillation_loss
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.reasoning import markers_of
 from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.student import DistillationLoss, MicroBatch, attach, micro_batch
 from dskd_plugin.teacher import Teacher
@@ -158,6 +159,13 @@ class DSKDTrainer(AxolotlTrainer):
         settings, reader = self.reader.settings, self.reader
         if settings.on_policy is None:
             return None
+        templates = [(reader.tokenizer, reader.template, reader.template_options)]
+        options = self.cfg.get("chat_template_kwargs") or {}
+        templates += [
+            (tokenizer, student_template(self.cfg, entry, tokenizer), options)
+            for entry in self.cfg.datasets
+            if str(entry.get("type")).startswith("chat_template")
+        ]
         return Rollout(
             settings.on_policy,
             tokenizer,
@@ -166,6 +174,7 @@ class DSKDTrainer(AxolotlTrainer):
             seed=self.args.seed,
             teacher_len=reader.sequence_len,
             student_len=self.cfg.sequence_len,
+            markers=markers_of(templates),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:

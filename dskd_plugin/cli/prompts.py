@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dskd_plugin.args import Settings
-from dskd_plugin.reasoning import AssistantForm, Turn, assistant_form
+from dskd_plugin.reasoning import AssistantForm, form_of
 
 # Settings of the training run that mean nothing here and may not suit this machine.
 _TRAINING_ONLY = {
@@ -120,24 +120,8 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         positions=positions_of(reader.config),
     )
     source.ends = answer_ends(reader, template)
-    source.form = _form(source)
+    source.form = form_of(source.tokenizer, template, source.template_options)
     return source
-
-
-def _form(source: Source) -> AssistantForm:
-    """How the teacher begins a turn: what its generation prompt opens, and the markers of its reasoning."""
-
-    def render(turns: list[Turn], generation: bool) -> str:
-        text: str = source.tokenizer.apply_chat_template(
-            turns,
-            chat_template=source.template,
-            add_generation_prompt=generation,
-            tokenize=False,
-            **source.template_options,
-        )
-        return text
-
-    return assistant_form(render, source.template, source.tokenizer.get_added_vocab())
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:
