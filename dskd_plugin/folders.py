@@ -122,6 +122,22 @@ def network_advice(name: str, model: str) -> str:
     )
 
 
+def check_optimizer(checkpoint: Path) -> None:
+    """Raise ``ValueError`` for a checkpoint from which transformers would go on with a fresh optimizer, unsaid."""
+    # Every engine writes these for a run that goes on; DeepSpeed has optimizer and schedule in a folder of its own.
+    needed = {"optimizer*": "the optimizer", "scheduler.pt": "the schedule", "rng_state*.pth": "the random numbers"}
+    if any(checkpoint.glob("global_step*")):
+        del needed["optimizer*"], needed["scheduler.pt"]
+    missing = {pattern: state for pattern, state in needed.items() if not any(checkpoint.glob(pattern))}
+    if missing:
+        by = "it was written with save_only_model: true" if len(missing) == len(needed) else "its files were removed"
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {checkpoint} without that "
+            f"of {' and '.join(missing.values())} ({', '.join(missing)}): {by}. Resume from another checkpoint, or "
+            "start a new run with base_model: <that folder>."
+        )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing or holds something else."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.folders import check_student, looks_local
+from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.resolve import parts_of
 from dskd_plugin.teacher_files import check_pair, check_teacher
 
@@ -112,13 +112,15 @@ def check_datasets(recipe: Any) -> None:
 
 
 def check_checkpoint(recipe: Any) -> None:
-    """Raise ``ValueError`` for a checkpoint folder that is not there."""
+    """Raise ``ValueError`` for a checkpoint folder that is not there, or without the state of the optimizer."""
     checkpoint = recipe.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(
             f"resume_from_checkpoint: expected the folder of a checkpoint, got {checkpoint!r}, which does not exist. "
             "Check the path, or leave it out."
         )
+    if isinstance(checkpoint, str):
+        check_optimizer(Path(checkpoint))
 
 
 def check_listed(recipe: Any) -> None:

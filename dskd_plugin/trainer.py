@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, model_card, partial, state
 from dskd_plugin.collator import COLUMNS, ON_POLICY
@@ -340,7 +342,9 @@ class DSKDTrainer(AxolotlTrainer):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
             state.check(resume_from_checkpoint, self._pair_state)
         elif (
             not resume_from_checkpoint
@@ -380,6 +384,13 @@ class DSKDTrainer(AxolotlTrainer):
             # DeepSpeed restores parameters itself.
             state.load(resume_from_checkpoint, self._loss, weights=not self.is_deepspeed_enabled)
         return prepared
+
+    def _load_best_model(self) -> None:
+        """At the end, with ``load_best_model_at_end``: the projectors are those of the student's checkpoint."""
+        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        if (best / state.STATE).is_file():  # else the host has not found the student's weights either, and says so
+            state.load(best, self._loss, weights=not self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
         # First, because trainer_state.json, written last, marks a checkpoint as finished.
