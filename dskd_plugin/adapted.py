@@ -1,4 +1,4 @@
-"""An adapter and the weights below it: the vocabulary that it was trained with, and whether the two fit.
+"""Weights and an adapter on them: the vocabulary that it was trained with, and whether the parts fit, by their shapes.
 
 Training with added tokens resizes the embeddings, and PEFT then saves them with the adapter; the base has to be
 resized alike before the adapter is put on it.
@@ -53,6 +53,10 @@ def shapes_in(adapter: Path) -> dict[str, list[int]]:
     if not file.is_file():
         tensors = torch.load(adapter / "adapter_model.bin", map_location="meta", weights_only=True)
         return {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return _shapes(file)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -65,15 +69,14 @@ def check_fit(name: str, config: Any, adapter: Path, trust_remote_code: bool) ->
     name: setting of the recipe; config: of the base. Returns the rows of the embeddings once the adapter is on it.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
 
     shapes = shapes_in(adapter)
     settings = PeftConfig.from_pretrained(str(adapter))
     if hasattr(settings, "init_lora_weights"):
         settings.init_lora_weights = True  # the others start from the base's weights, which are not there
     try:
+        base = _skeleton(config, trust_remote_code)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             prepare(base, adapter)
             rows = int(base.get_input_embeddings().weight.shape[0])
             model = get_peft_model(base, settings, low_cpu_mem_usage=True)
@@ -86,18 +89,46 @@ def check_fit(name: str, config: Any, adapter: Path, trust_remote_code: bool) ->
         LOG.debug("dskd: %s: not checked against its base: %r", adapter, error)
         return int(config.get_text_config().vocab_size)
     wrong = next(_differences(expected, shapes), None)
+    if wrong is None and not expected.keys() & shapes.keys():
+        wrong = f"no tensor of a name that the base has, such as {next(iter(shapes), 'none at all')}"
     if wrong is not None:
         raise ValueError(_misfit(name, config, adapter, wrong))
     return rows
 
 
+def check_weights(name: str, config: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Raise ``ValueError`` for a folder whose weights are not those of its config.json.
+
+    Tensors that transformers renames when it loads them, and quantized ones, are left to the loading.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    try:
+        expected = {key: list(value.shape) for key, value in _skeleton(config, trust_remote_code).state_dict().items()}
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        LOG.debug("dskd: %s: not checked against its configuration: %r", folder, error)
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        wrong = next(_differences(expected, _shapes(file)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name}: expected weights as {folder / 'config.json'} describes them, got {wrong} in {file.name}. "
+                "Weights and configuration are of two models: save them together."
+            )
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def _differences(expected: dict[str, list[int]], found: dict[str, list[int]]) -> Iterator[str]:
-    common = [key for key in found if key in expected]
-    for key in common:
-        if found[key] != expected[key]:
-            yield f"{key} of shape {found[key]} in place of {expected[key]}"
-    if not common:
-        yield f"no tensor of a name that the base has, such as {next(iter(found), 'none at all')}"
+    for key, shape in found.items():
+        if shape != expected.get(key, shape):
+            yield f"{key} of shape {shape} in place of {expected[key]}"
 
 
 def _misfit(name: str, config: Any, adapter: Path, got: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
+from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.resolve import parts_of
 from dskd_plugin.teacher_files import check_pair, check_teacher
@@ -157,7 +158,7 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
     given = _overridden(words)
     try:
         _check(recipe, given)
-    except ValueError as error:
+    except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
 

@@ -154,9 +154,12 @@ def read_teacher(settings: Settings, cfg: Any) -> TeacherReader:
     config = check_config(teacher, parts, trust_remote_code)
     limit = teacher_sequence_len(teacher, cfg.get("sequence_len") or 512, positions_of(config))
     rows = config.get_text_config().vocab_size
-    if parts.adapter is not None:
-        name = "dskd.teacher.model" if teacher.adapter is None else "dskd.teacher.adapter"
-        rows = adapted.check_fit(name, config, parts.adapter, trust_remote_code)
+    with _outside_engines():
+        if Path(parts.weights).is_dir():
+            adapted.check_weights("dskd.teacher.model", config, Path(parts.weights), trust_remote_code)
+        if parts.adapter is not None:
+            name = "dskd.teacher.model" if teacher.adapter is None else "dskd.teacher.adapter"
+            rows = adapted.check_fit(name, config, parts.adapter, trust_remote_code)
     tokenizer = load_tokenizer(parts, trust_remote_code)
     entries = [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]
     needed = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
@@ -253,14 +256,18 @@ def _load(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     parts = parts_of(settings, fetched_adapter)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         parts.weights,
         revision=parts.revision,
         dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **options,
     )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"no weights for {len(missing)} of its tensors, such as {missing[0]}, which would be random")
     if parts.adapter is not None:
         from peft import PeftModel
 

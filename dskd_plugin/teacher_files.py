@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.folders import check_files, check_whole, holds_vocabulary, read_json
 from dskd_plugin.resolve import Parts
 from dskd_plugin.templates import DEFAULT, Found, names, templates_in
@@ -20,6 +21,7 @@ def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: 
 
     settings: `args.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
     """
+    check_packages(settings)
     check_files("dskd.teacher.model", parts.weights, cached=cached)
     folder = Path(parts.weights)
     if folder.is_dir():
@@ -35,6 +37,19 @@ def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: 
     _check_choice(settings.chat_template, found, known=known)
     if needs_template and known and settings.chat_template == "tokenizer_default":
         check_default(settings.model, found)
+
+
+def check_packages(settings: Any) -> None:
+    """Raise ``DSKDSetupError`` where a package that the teacher's settings need is not installed."""
+    needed = {
+        "peft": ("dskd.teacher.adapter", settings.adapter, settings.adapter is not None),
+        "bitsandbytes": ("dskd.teacher.quantization", settings.quantization, settings.quantization != "none"),
+    }
+    for package, (name, value, wanted) in needed.items():
+        if wanted and find_spec(package) is None:
+            raise DSKDSetupError(
+                f"{name}: expected the package {package} for {value!r}, got none. Install it: pip install {package}."
+            )
 
 
 def own_templates(parts: Parts) -> Found:

@@ -514,7 +514,15 @@ def tokenizer_of_another_model(base, tmp, build):
     return {"model": str(folder)}
 
 
+def configuration_of_another_model(base, tmp, build):
+    folder = shutil.copytree(base, tmp / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
+    return {"model": str(folder)}
+
+
 MISFITS = {
+    "other configuration": (configuration_of_another_model, ["dskd.teacher.model: expected weights as", "of shape"]),
     "other width": (other_base, ["dskd.teacher.adapter: expected an adapter of", "of shape"]),
     "other family": (other_family, ["dskd.teacher.adapter: expected an adapter of", "c_attn"]),
     "virtual tokens": (prompt_tuning, ["dskd.teacher.adapter", "PROMPT_TUNING"]),
@@ -536,6 +544,20 @@ def test_parts_that_do_not_fit_are_refused_before_rows_are_read(case, tiny, tmp_
         read_teacher(parse_settings({"teacher": teacher}), {"datasets": [{"type": "chat_template"}]})
     for word in words:
         assert word in str(error.value), error.value
+
+
+def test_weights_with_a_part_missing_are_no_teacher(tiny, tmp_path):
+    """transformers would fill it with random numbers and warn."""
+    from safetensors.torch import load_file, save_file
+
+    from dskd_plugin.errors import DSKDSetupError
+
+    folder = shutil.copytree(tiny["teacher"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DSKDSetupError, match=r"no weights for 1 of its tensors, such as model.layers.1.mlp.up_proj"):
+        of_the_plugin(Case({"model": str(folder)}, str(folder), str(folder), ""))
 
 
 def test_a_hub_id_may_be_an_adapter(tiny, tmp_path, monkeypatch):
