@@ -1,6 +1,6 @@
 """Response tokens of one conversation in two tokenizations, aligned by the bytes they cover."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
@@ -12,7 +12,7 @@ from dskd_plugin.core.spans import match_spans, match_starts
 from dskd_plugin.regions import Common, Text, beginning, contained, first_difference, same, same_ink
 from dskd_plugin.tokens import Canonical, TokenTable, canonical
 
-_PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
+PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
 RULES = 6  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
@@ -258,24 +258,26 @@ def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
     return [b for _, b in best]
 
 
-def end_of_turn(tokenizer: Any, chat_template: str | None, table: TokenTable) -> int | None:
+def end_of_turn(
+    tokenizer: Any, chat_template: str | None, table: TokenTable, options: Mapping[str, Any] | None = None
+) -> int | None:
     """Id of the token that ends an assistant turn: the first special, else added, token after its text.
 
-    A short conversation is rendered with chat_template. Without one, or where no such token follows, it is
-    the end-of-sequence token.
+    A short conversation is rendered with chat_template, given options as its variables. Without a template, or where
+    no such token follows, it is the end-of-sequence token.
     """
     eos = getattr(tokenizer, "eos_token_id", None)
     if chat_template is None:
         return eos
     try:
-        text = tokenizer.apply_chat_template(_PROBE, chat_template=chat_template, tokenize=False)
+        text = tokenizer.apply_chat_template(PROBE, chat_template=chat_template, tokenize=False, **(options or {}))
     except Exception as error:
         raise ValueError(
             f"chat template: expected one that renders a user and an assistant message, got {error!r}. "
             "Choose another chat template."
         ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = _PROBE[1]["content"].encode()
+    answer = PROBE[1]["content"].encode()
     spelled = [table.literal[i] or b"" for i in ids]
     whole = b"".join(spelled)
     if answer not in whole.lower() and answer.lower() not in whole.lower():

@@ -31,7 +31,11 @@ class TeacherSettings(_Block):
     )
     attn_implementation: str | None = Field(None, description="attention kernel of the teacher; null: as the student")
     chat_template: str = Field(
-        "tokenizer_default", description="tokenizer_default, the name of an Axolotl template, or a jinja file"
+        "tokenizer_default",
+        description="tokenizer_default, the name of one of the teacher's own templates or of Axolotl's, a jinja file",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="variables of the teacher's template, such as enable_thinking; null: the recipe's own"
     )
     sequence_len: int | None = Field(None, ge=8, description="longest teacher row in tokens; null: twice the student's")
 

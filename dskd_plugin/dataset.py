@@ -25,22 +25,13 @@ from dskd_plugin.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATC
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.read_by import OneSided
+from dskd_plugin.teacher import TeacherReader
+from dskd_plugin.templates import names, one_template
 from dskd_plugin.tokens import TokenTable, overlap
 from dskd_plugin.turn_end_warning import names_the_side, template_end
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
-
-
-@dataclass
-class TeacherReader:
-    """How the teacher reads a conversation."""
-
-    settings: Settings
-    tokenizer: Any
-    template: str | None
-    table: TokenTable
-    sequence_len: int
 
 
 class PairedStrategy:
@@ -193,15 +184,45 @@ def turn_ends(cfg: Any, tokenizer: Any, table: TokenTable, reader: TeacherReader
     found = []
     for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
         chat = str(entry.get("type")).startswith("chat_template")
-        ours = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer) if chat else None
+        ours = student_template(cfg, entry, tokenizer) if chat else None
         theirs = reader.template if chat else None
-        found.append((end_of_turn(tokenizer, ours, table), end_of_turn(reader.tokenizer, theirs, reader.table)))
+        options = cfg.get("chat_template_kwargs")
+        student_end = end_of_turn(tokenizer, ours, table, options)
+        found.append((student_end, end_of_turn(reader.tokenizer, theirs, reader.table, reader.template_options)))
     return list(dict.fromkeys(found))
 
 
+def student_template(cfg: Any, entry: Any, tokenizer: Any) -> str:
+    """The chat template in which the student reads a dataset entry, as one text.
+
+    ``ValueError`` where its tokenizer has several under names and none that holds for every conversation.
+    """
+    found = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
+    template = one_template(found)
+    if template is None:
+        raise ValueError(
+            f"chat_template: expected a student with a chat template named 'default', got one with "
+            f"{', '.join(names(found))}. Write the one to use into a jinja file: chat_template: jinja, "
+            "chat_template_jinja: <file>."
+        )
+    return template
+
+
+def _with_one_template(entry: Any, cfg: Any, tokenizer: Any) -> Any:
+    """A dataset entry whose template is one text, also where the student's tokenizer has several under names."""
+    chat = str(entry.get("type")).startswith("chat_template")
+    if not chat or not isinstance(getattr(tokenizer, "chat_template", None), dict):
+        return entry
+    entry = copy.deepcopy(entry)
+    template = student_template(cfg, entry, tokenizer)
+    entry["chat_template"], entry["chat_template_jinja"] = "jinja", template
+    return entry
+
+
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:
-    template = getattr(getattr(strategy, "prompter", None), "chat_template", None)
-    return end_of_turn(strategy.tokenizer, template or None, table)
+    prompter = getattr(strategy, "prompter", None)
+    template = getattr(prompter, "chat_template", None)
+    return end_of_turn(strategy.tokenizer, template or None, table, getattr(prompter, "chat_template_kwargs", None))
 
 
 def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
@@ -282,6 +303,7 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
             student_len=cfg.sequence_len,
             teacher_len=_reader.sequence_len,
         )
+        dataset_config = _with_one_template(dataset_config, cfg, tokenizer)
         turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
         with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
@@ -328,7 +350,8 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     # One above the limit, so that a row cut by its strategy is still seen to be too long.
     teacher_cfg["sequence_len"] = reader.sequence_len + 1
     teacher_cfg["eot_tokens"] = None
-    turn_end = end_of_turn(reader.tokenizer, reader.template, reader.table)
+    teacher_cfg["chat_template_kwargs"] = dict(reader.template_options)
+    turn_end = end_of_turn(reader.tokenizer, reader.template, reader.table, reader.template_options)
     if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
         teacher_cfg["eot_tokens"] = [reader.tokenizer.convert_ids_to_tokens(turn_end)]
     return config, reader.tokenizer, teacher_cfg

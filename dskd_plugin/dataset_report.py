@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from dskd_plugin.args import Settings
+from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
 from dskd_plugin.read_by import SIDES, Unread
 
@@ -78,7 +79,9 @@ def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: 
             "the answers (dskd.teacher.chat_template) and that train_on_eos and roles_to_train fit both."
         )
     said = f"{said} The texts are the same, but no token of one side is a token of the other at the same place."
-    if pair.identity or settings.chunk_ratio > 0 or settings.method in ("kd", "sft") or settings.alignment == "cma":
+    method = method_of(settings)
+    has_no_chunks = "chunk_ratio" in method.ignores or method.pairing(settings) == "all"
+    if pair.identity or settings.chunk_ratio > 0 or has_no_chunks:
         return f"{said} Name a template that puts the same white space around the answers (dskd.teacher.chat_template)."
     return (
         f"{said} A first word does not pair where one tokenizer alone puts a space before it; dskd.chunk_ratio: 1 "

@@ -5,19 +5,30 @@ The messages about a teacher are those of `teacher` and `pair`, which see hub mo
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin.methods import method_of
-
-# Architectures that read text and cannot write it.
-ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-TOKENIZER_FILES = ("token*", "*.model", "vocab*", "*tekken*")
+# What a tokenizer is read from; tokenizer_config.json alone is none.
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*tekken*", "*.tiktoken")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def looks_local(model: str) -> bool:
     return "://" not in model and (Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no whole weights; Axolotl puts a config.json beside it."""
+    return (folder / "adapter_config.json").is_file() and not _any(folder, WEIGHTS)
+
+
+def holds_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer can be read from a folder."""
+    return _any(folder, VOCABULARIES)
+
+
+def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def check_files(name: str, model: str, *, cached: bool = True) -> None:
@@ -36,6 +47,35 @@ def check_files(name: str, model: str, *, cached: bool = True) -> None:
             f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
         )
     check_weights(folder)
+
+
+def check_student(model: str, *, cached: bool = True) -> None:
+    """`check_files` of the student, which Axolotl loads as whole weights."""
+    if is_adapter(Path(model).expanduser()):
+        raise ValueError(
+            f"base_model: expected a model with weights of its own, got the adapter {model!r}. Write base_model: <its "
+            f"base> and lora_model_dir: {model}, or merge it first (axolotl merge-lora)."
+        )
+    check_files("base_model", model, cached=cached)
+
+
+def check_whole(name: str, folder: Path) -> None:
+    """Raise ``ValueError`` for a model folder without weights, or without some of those that its index lists."""
+    indices = sorted(folder.glob("*.index.json"))
+    for index in indices:
+        listed = set((read_json(index).get("weight_map") or {}).values())
+        missing = sorted(file for file in listed if not (folder / file).is_file())
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{index}: expected the {len(listed)} weight files that it lists, got no {missing[0]}{more}. "
+                "Copy or download the missing files."
+            )
+    if not indices and not _any(folder, WEIGHTS):
+        raise ValueError(
+            f"{name}: expected a folder with weights (model.safetensors), got {str(folder)!r} without any. "
+            "Give the folder of a saved model."
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -82,94 +122,24 @@ def network_advice(name: str, model: str) -> str:
     )
 
 
-def check_adapter(adapter: str) -> None:
-    """Raise ``ValueError`` for a folder that is no whole PEFT adapter."""
-    if (Path(adapter) / "adapter_config.json").is_file():
-        check_weights(Path(adapter))
-    elif Path(adapter).exists() or looks_local(adapter):
+def check_optimizer(checkpoint: Path) -> None:
+    """Raise ``ValueError`` for a checkpoint from which transformers would go on with a fresh optimizer, unsaid."""
+    # Every engine writes these for a run that goes on; DeepSpeed has optimizer and schedule in a folder of its own.
+    needed = {"optimizer*": "the optimizer", "scheduler.pt": "the schedule", "rng_state*.pth": "the random numbers"}
+    if any(checkpoint.glob("global_step*")):
+        del needed["optimizer*"], needed["scheduler.pt"]
+    missing = {pattern: state for pattern, state in needed.items() if not any(checkpoint.glob(pattern))}
+    if missing:
+        by = "it was written with save_only_model: true" if len(missing) == len(needed) else "its files were removed"
         raise ValueError(
-            f"dskd.teacher.adapter: expected a hub id or a PEFT folder with an adapter_config.json, got {adapter!r}. "
-            "Check the path."
+            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {checkpoint} without that "
+            f"of {' and '.join(missing.values())} ({', '.join(missing)}): {by}. Resume from another checkpoint, or "
+            "start a new run with base_model: <that folder>."
         )
 
 
-def check_teacher(settings: Any, needs_template: bool) -> None:
-    """Raise ``ValueError`` for a teacher whose files show that it cannot teach."""
-    _check_template_name(settings.chat_template)
-    folder = Path(settings.model).expanduser()
-    if not folder.is_dir():
-        return
-    config = _json(folder / "config.json")
-    architectures = config.get("architectures") or []
-    encoder = bool(architectures) and all(str(name).endswith(ENCODERS) for name in architectures)
-    if config.get("is_encoder_decoder") or (encoder and not config.get("is_decoder")):
-        raise ValueError(
-            f"dskd.teacher.model: expected a decoder-only causal language model, got {settings.model!r} of type "
-            f"{config.get('model_type')!r} ({', '.join(architectures) or 'no architecture named'}). "
-            "Choose a generative teacher."
-        )
-    positions = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
-        "max_position_embeddings"
-    )
-    if positions and settings.sequence_len and settings.sequence_len > positions:
-        raise ValueError(
-            f"dskd.teacher.sequence_len: expected at most the {positions} positions of the teacher, got "
-            f"{settings.sequence_len}. Lower it, or leave it out."
-        )
-    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
-        raise ValueError(
-            f"dskd.teacher.model: expected a tokenizer beside the model, got {settings.model!r} without one. "
-            "Save the teacher's tokenizer in its folder."
-        )
-    if needs_template and settings.chat_template == "tokenizer_default" and not _has_template(folder):
-        raise ValueError(
-            f"dskd.teacher.chat_template: expected a teacher with a chat template, got {settings.model!r} without "
-            "one (a base model?). Name a template or a jinja file: dskd.teacher.chat_template: <name|file>."
-        )
-
-
-def check_pair(student: str, settings: Any) -> None:
-    """Raise ``ValueError`` where the settings need one tokenizer and the vocabularies are plainly two."""
-    asked = {f"dskd.method: expected {settings.method!r}": method_of(settings).needs_one_tokenizer}
-    asked["dskd.alignment: expected 'identity'"] = settings.alignment == "identity"
-    if not any(asked.values()):
-        return
-    sides = [_vocabulary(Path(model).expanduser()) for model in (student, settings.teacher.model)]
-    if not all(sides):
-        return
-    same = len(sides[0].items() & sides[1].items())
-    # One tokenizer may have been given some more tokens on one side.
-    if 2 * same < min(len(side) for side in sides):
-        expected = next(words for words, wanted in asked.items() if wanted)
-        raise ValueError(
-            f"{expected} only for one tokenizer, got a student with {len(sides[0])} tokens and a teacher with "
-            f"{len(sides[1])}, {same} of them under the same id. Use 'method: overlap_kd' or 'dskd', 'alignment: auto'."
-        )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    vocabulary = (_json(folder / "tokenizer.json").get("model") or {}).get("vocab")
-    return vocabulary if isinstance(vocabulary, dict) else {}
-
-
-def _has_template(folder: Path) -> bool:
-    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    written = any((folder / file).exists() for file in files)
-    return written or bool(_json(folder / "tokenizer_config.json").get("chat_template"))
-
-
-def _check_template_name(choice: str) -> None:
-    axolotl = find_spec("axolotl")
-    places = [] if axolotl is None else list(axolotl.submodule_search_locations or ())
-    names = {file.stem for place in places for file in Path(place).glob("utils/chat_templates/templates/*.jinja")}
-    if names and not (choice in names or choice.startswith("tokenizer_default") or Path(choice).is_file()):
-        raise ValueError(
-            f"dskd.teacher.chat_template: expected 'tokenizer_default', the name of an Axolotl template or an existing "
-            f"jinja file, got {choice!r}. Check the spelling or the path."
-        )
-
-
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
 from dskd_plugin.align import RULES
-from dskd_plugin.folders import check_files, check_teacher
+from dskd_plugin.folders import check_student
 from dskd_plugin.methods import method_of
 from dskd_plugin.preflight import check_key, check_recipe
 
@@ -44,32 +44,17 @@ class DSKDPlugin(BasePlugin):
 
     def _read(self, cfg: Any) -> Any:
         from dskd_plugin.args import parse_settings
-        from dskd_plugin.dataset import TeacherReader
-        from dskd_plugin.pair import make_pair, read_table
-        from dskd_plugin.teacher import (
-            check_config,
-            check_reachable,
-            load_tokenizer,
-            resolve_template,
-            teacher_sequence_len,
-        )
+        from dskd_plugin.pair import make_pair
+        from dskd_plugin.teacher import check_reachable, read_teacher
 
         settings = parse_settings(cfg["dskd"].to_dict() if hasattr(cfg["dskd"], "to_dict") else cfg["dskd"])
         check_recipe(cfg, settings)
         without_gpu_kernels(cfg)
         trust_remote_code = bool(cfg.get("trust_remote_code"))
-        positions = check_config(settings.teacher, trust_remote_code)
-        limit = teacher_sequence_len(settings.teacher, cfg.get("sequence_len") or 512, positions)
-        check_files("base_model", cfg["base_model"])
+        check_student(cfg["base_model"])
         if not Path(cfg["base_model"]).exists():
             check_reachable("base_model", cfg["base_model"], cfg.get("revision_of_model"), trust_remote_code)
-        check_teacher(settings.teacher, needs_template=False)
-        tokenizer = load_tokenizer(settings.teacher, trust_remote_code)
-        types = [str(entry.get("type")) for entry in [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]]
-        template = resolve_template(
-            settings.teacher, tokenizer, any(kind.startswith("chat_template") for kind in types)
-        )
-        table = read_table("tokenizer of dskd.teacher.model", tokenizer)
+        reader = read_teacher(settings, cfg)
         changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
         one_tokenizer = settings.alignment == "identity" or method_of(settings).needs_one_tokenizer
         if (one_tokenizer or settings.chunk_ratio > 0) and not changed:
@@ -80,22 +65,25 @@ class DSKDPlugin(BasePlugin):
                 revision=cfg.get("revision_of_model") or "main",
                 trust_remote_code=trust_remote_code,
             )
-            make_pair(student, table, settings)
-        return TeacherReader(settings, tokenizer, template, table, limit)
+            make_pair(student, reader.table, settings)
+        return reader
 
     def _prepared_path(self, cfg: Any) -> str:
         """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
         settings = self.reader.settings
         key = {
             "version": [__version__, RULES],
-            "teacher": [settings.teacher.model, settings.teacher.revision, self.reader.sequence_len],
+            "teacher": [
+                *(settings.teacher.model, settings.teacher.revision, settings.teacher.adapter),
+                self.reader.sequence_len,
+            ],
             # Not the method: methods that pair rows alike share them.
             "pairing": method_of(settings).pairing(settings),
             "alignment": settings.alignment,
             "chunks": settings.chunk_ratio > 0,
             "prompts": settings.on_policy is not None,
             "tokenizer": self.reader.table.digest,
-            "template": self.reader.template,
+            "template": [self.reader.template, self.reader.template_options],
             "student_tokenizer": _tokenizer_files(cfg.get("tokenizer_config") or cfg["base_model"]),
             "student_sequence_len": cfg.get("sequence_len"),
             "excess_length_strategy": cfg.get("excess_length_strategy"),

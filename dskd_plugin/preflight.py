@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.folders import check_adapter, check_files, check_pair, check_teacher, looks_local
+from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.folders import check_optimizer, check_student, looks_local
+from dskd_plugin.resolve import parts_of
+from dskd_plugin.teacher_files import check_pair, check_teacher
 
 NAMES = ("dskd", "dskd_plugin")
 COMMANDS = ("train", "preprocess", "evaluate")
@@ -110,13 +113,15 @@ def check_datasets(recipe: Any) -> None:
 
 
 def check_checkpoint(recipe: Any) -> None:
-    """Raise ``ValueError`` for a checkpoint folder that is not there."""
+    """Raise ``ValueError`` for a checkpoint folder that is not there, or without the state of the optimizer."""
     checkpoint = recipe.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(
             f"resume_from_checkpoint: expected the folder of a checkpoint, got {checkpoint!r}, which does not exist. "
             "Check the path, or leave it out."
         )
+    if isinstance(checkpoint, str):
+        check_optimizer(Path(checkpoint))
 
 
 def check_listed(recipe: Any) -> None:
@@ -153,7 +158,7 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
     given = _overridden(words)
     try:
         _check(recipe, given)
-    except ValueError as error:
+    except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
 
@@ -210,14 +215,13 @@ def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     check_recipe(recipe, settings)
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
-    check_files("dskd.teacher.model", settings.teacher.model, cached=cached)
-    if settings.teacher.adapter is not None:
-        check_adapter(settings.teacher.adapter)
-    if recipe.get("base_model"):
-        check_files("base_model", str(recipe["base_model"]), cached=cached)
+    parts = parts_of(settings.teacher)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
-    check_teacher(settings.teacher, any(str(entry.get("type")).startswith("chat_template") for entry in entries))
+    needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
+    check_teacher(settings.teacher, parts, needs_template=needs_template, cached=cached)
+    if recipe.get("base_model"):
+        check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
-        check_pair(str(recipe.get("base_model")), settings)
+        check_pair(str(recipe.get("base_model")), settings, parts)
     check_datasets(recipe)
     check_checkpoint(recipe)

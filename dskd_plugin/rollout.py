@@ -8,8 +8,8 @@ import contextlib
 import copy
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from dskd_plugin.align import Aligner, answers
 from dskd_plugin.args import OnPolicySettings
 from dskd_plugin.models import causal_lm
+from dskd_plugin.reasoning import KNOWN, Markers
 from dskd_plugin.tokens import TokenTable, encode
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
 # Tokens of prompts and answers, padding included, whose keys and values are kept at a time.
 CACHE_TOKENS = 2**15
+_LONGEST_OPENING = 48  # tokens at the end of a prompt among which an opening marker is looked for
 COUNTS = ("answers", "tokens", "seconds", "empty", "cut", "unaligned", "skipped")
 
 Sample = dict[str, Any]
@@ -36,6 +38,7 @@ class Prompt:
     """What stands before the last response of a conversation, in both tokenizations.
 
     student_lead, teacher_lead: white space that one template puts before the answer and the other does not.
+    Reasoning that one template opens in the prompt is open on both sides, or on neither, see `Rollout._level`.
     """
 
     student_ids: list[int]
@@ -58,6 +61,7 @@ class Rollout:
     aligner: the rules, tables and end-of-turn ids of the run's ordinary rows.
     teacher_len: longest teacher row in tokens; what is beyond it is cut off.
     student_len: longest student row; an answer is cut where its row reaches it. None: no limit.
+    markers: of reasoning, in answers and at the end of prompts; they are text, also as special tokens of their own.
     counts: since the last `reset_counts`: answers; their student tokens, ends included; seconds of generation; empty
         (no token before the end); cut (no end of turn: at the limit, or before a control token); unaligned (no row
         paired with the teacher's, not returned); skipped (samples without a prompt, or whose prompt leaves no room).
@@ -73,6 +77,7 @@ class Rollout:
         seed: int,
         teacher_len: int,
         student_len: int | None = None,
+        markers: Sequence[Markers] = KNOWN,
     ) -> None:
         self.settings, self.aligner, self.seed = settings, aligner, seed
         self.teacher_len, self.student_len = teacher_len, student_len
@@ -80,8 +85,10 @@ class Rollout:
         self.stops = list(dict.fromkeys(token for token in (aligner.student_end, eos) if token is not None))
         pad = getattr(student_tokenizer, "pad_token_id", None)
         self._pad = pad if pad is not None else self.stops[0] if self.stops else 0
-        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher)
-        self._controls = _controls(aligner)
+        texts = frozenset(text.encode() for pair in markers for text in pair)
+        self._openings = sorted({opening.encode() for opening, _ in markers}, key=len, reverse=True)
+        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher, texts)
+        self._controls = _controls(aligner, texts)
         self._batches: bool | None = None
         self.reset_counts()
 
@@ -166,12 +173,31 @@ class Rollout:
         shared = 0
         while shared < min(map(len, leads)) and leads[0][-1 - shared] == leads[1][-1 - shared]:
             shared += 1
-        return Prompt(
-            student_ids[:start],
-            teacher_ids[:teacher_start],
-            leads[0][: len(leads[0]) - shared],
-            leads[1][: len(leads[1]) - shared],
+        return self._level(
+            Prompt(
+                student_ids[:start],
+                teacher_ids[:teacher_start],
+                leads[0][: len(leads[0]) - shared],
+                leads[1][: len(leads[1]) - shared],
+            )
         )
+
+    def _level(self, prompt: Prompt) -> Prompt:
+        """The prompt with reasoning open on the teacher's side where it is on the student's, which says what follows.
+
+        The two templates may differ in whether they open it, and gold answers with reasoning show up to where.
+        """
+        ours = _open_from(prompt.student_ids, self.aligner.student, self._openings)
+        theirs = _open_from(prompt.teacher_ids, self.aligner.teacher, self._openings)
+        if (ours is None) == (theirs is None):
+            return prompt
+        if ours is None:
+            return replace(prompt, teacher_ids=prompt.teacher_ids[:theirs])
+        opened = prompt.student_ids[ours:]
+        if self._reader is not None:
+            text = prompt.teacher_lead.decode() + _spell(opened, self.aligner.student).decode(errors="ignore")
+            opened, _ = self._reader.ids(text, prompt.teacher_ids)
+        return replace(prompt, teacher_ids=prompt.teacher_ids + opened, teacher_lead=b"")
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
@@ -281,10 +307,13 @@ class Rollout:
 class _PlainReader:
     """Tokens of a text as a tokenizer makes them after a prompt, never a control token that the text spells."""
 
-    def __init__(self, tokenizer: Any, table: TokenTable) -> None:
+    def __init__(self, tokenizer: Any, table: TokenTable, markers: frozenset[bytes] = frozenset()) -> None:
         # A copy: reading special tokens as plain text is a state of the tokenizer.
         self._tokenizer, self._table = copy.deepcopy(tokenizer), table
-        self._controls = table.special - {table.unknown}
+        named = {token: table.literal[token] or b"" for token in table.special}
+        self._markers = {text.decode() for text in named.values() if text in markers}
+        self._others = {text.decode(errors="replace") for text in named.values() if text not in markers}
+        self._controls = {token for token, text in named.items() if text not in markers} - {table.unknown}
 
     def ids(self, text: str, prompt_ids: list[int]) -> tuple[list[int], bool]:
         """Tokens of the text, cut before a control token if one comes up, and whether they cover all of it."""
@@ -319,25 +348,43 @@ class _PlainReader:
             yield ids[len(before) :]
 
     def _encode(self, text: str) -> list[int]:
+        marked = any(marker in text for marker in self._markers)
+        # With markers, its special tokens are read as such, unless another one would be as well.
+        split = not marked or any(other in text for other in self._others if other)
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split))
         except (TypeError, ValueError):  # other backends have no such option
             return encode(self._tokenizer, text)
 
 
-def _controls(aligner: Aligner) -> frozenset[int]:
+def _controls(aligner: Aligner, markers: frozenset[bytes]) -> frozenset[int]:
     """Student tokens that end the text of an answer: special ones, those without a text, and added ones that are
-    neither white space nor content markers which the teacher has as well."""
+    neither white space nor content markers which the teacher has as well. Markers of reasoning end no text."""
     student, teacher = aligner.student, aligner.teacher
     shared = {teacher.literal[token] for token in teacher.added - teacher.special}
-    markers = {
+    foreign = {
         token
         for token in student.added
         if (text := student.literal[token]) is None or (text.strip() and text not in shared)
     }
     blank = {token for token, text in enumerate(student.literal) if text is None}
     unknown = set() if student.unknown is None else {student.unknown}
-    return frozenset(student.special | markers | blank | unknown)
+    reasoning = {token for token in student.added | student.special if student.literal[token] in markers}
+    return frozenset((student.special | foreign | blank | unknown) - reasoning)
+
+
+def _open_from(ids: list[int], table: TokenTable, openings: list[bytes]) -> int | None:
+    """Where a prompt opens reasoning that nothing follows; None where it opens none, or not at the start of a token."""
+    tail = ids[-_LONGEST_OPENING:]
+    text, starts = b"", []
+    for token in tail:
+        starts.append(len(text))
+        text += table.literal[token] or b""
+    for opening in openings:
+        if text.rstrip().endswith(opening):
+            begin = len(text.rstrip()) - len(opening)
+            return len(ids) - len(tail) + starts.index(begin) if begin in starts else None
+    return None
 
 
 def _spell(ids: list[int], table: TokenTable) -> bytes:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dskd_plugin import __version__
+from dskd_plugin.folders import check_optimizer
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
 
@@ -64,11 +65,7 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     source = Path(folder)
     for file in (STATE, "trainer_state.json"):
         _expect(source, file)
-    if not any(source.glob("rng_state*.pth")):  # written with the optimizer's state, under every engine
-        raise ValueError(
-            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {source} without it: it "
-            "was written with save_only_model: true. Start a new run, with base_model: <that folder>."
-        )
+    check_optimizer(source)
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
     if found.get("projectors", True):
         _expect(source, WEIGHTS)

@@ -6,6 +6,7 @@ Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher wi
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ from axolotl.utils.logging import get_logger
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dskd_plugin.args import TeacherSettings
+from dskd_plugin import adapted
+from dskd_plugin.align import PROBE, end_of_turn
+from dskd_plugin.args import Settings, TeacherSettings
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.folders import check_adapter, check_files, network_advice
+from dskd_plugin.folders import network_advice
 from dskd_plugin.models import check_head, decoder, output_head, read_head
+from dskd_plugin.pair import read_table
+from dskd_plugin.resolve import Parts, fetched_adapter, parts_of
+from dskd_plugin.teacher_files import check_default, check_teacher, unknown_choice
+from dskd_plugin.templates import names, one_template, templates_in
+from dskd_plugin.tokens import TokenTable
 
 LOG = get_logger("axolotl.dskd")
+# Added tokens that no answer goes beyond, whatever a model's files list.
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 def check_reachable(name: str, model: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -37,18 +47,14 @@ def check_reachable(name: str, model: str, revision: str | None, trust_remote_co
         ) from error
 
 
-def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | None:
-    """Raise ``ValueError`` unless the teacher is a decoder-only language model that can be found.
-
-    Returns the number of positions that it knows, None without a limit.
-    """
+def check_config(settings: TeacherSettings, parts: Parts, trust_remote_code: bool) -> Any:
+    """The teacher's configuration; ``ValueError`` unless it is a decoder-only language model that can be found."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    check_files("dskd.teacher.model", settings.model)
-    config = check_reachable("dskd.teacher.model", settings.model, settings.revision, trust_remote_code)
+    config = check_reachable("dskd.teacher.model", parts.weights, parts.revision, trust_remote_code)
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or (
         config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -60,8 +66,11 @@ def check_config(settings: TeacherSettings, trust_remote_code: bool) -> int | No
             f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
             "Choose a generative teacher."
         )
-    if settings.adapter is not None:
-        check_adapter(settings.adapter)
+    return config
+
+
+def positions_of(config: Any) -> int | None:
+    """The number of positions that a model knows, None without a limit."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
 
@@ -78,41 +87,134 @@ def teacher_sequence_len(settings: TeacherSettings, student_sequence_len: int, p
     return settings.sequence_len
 
 
-def load_tokenizer(settings: TeacherSettings, trust_remote_code: bool) -> Any:
+def load_tokenizer(parts: Parts, trust_remote_code: bool) -> Any:
+    """The teacher's tokenizer, with the chat template of its adapter, else of its own, else of the weights."""
+    tokenizer = _tokenizer(parts.tokenizer, parts.tokenizer_revision, trust_remote_code)
+    if parts.adapter is not None and parts.tokenizer == parts.weights:
+        tokenizer.chat_template = templates_in(parts.adapter) or tokenizer.chat_template
+    elif parts.adapter is not None and not tokenizer.chat_template:
+        with contextlib.suppress(ValueError):  # the weights need no tokenizer of their own
+            tokenizer.chat_template = _tokenizer(parts.weights, parts.revision, trust_remote_code).chat_template
+    return tokenizer
+
+
+def _tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"dskd.teacher.model: expected a tokenizer beside the model, got {settings.model!r}: {error}. "
+            f"dskd.teacher.model: expected a tokenizer beside the model, got {model!r}: {error}. "
             "Save the teacher's tokenizer in its folder."
         ) from error
 
 
 def resolve_template(settings: TeacherSettings, tokenizer: Any, needed: bool) -> str | None:
     """The teacher's chat template as text; None when it has none and the datasets do not ask for one."""
-    choice = settings.chat_template
+    choice, found = settings.chat_template, tokenizer.chat_template
     if choice == "tokenizer_default":
-        if tokenizer.chat_template is None and needed:
-            raise ValueError(
-                f"dskd.teacher.chat_template: expected a teacher with a chat template, got {settings.model!r} without "
-                "one (a base model?). Name a template or a jinja file: dskd.teacher.chat_template: <name|file>."
-            )
-        return tokenizer.chat_template
+        if needed:
+            check_default(settings.model, found or None)
+        return one_template(found)
     if Path(choice).is_file():
         return Path(choice).read_text(encoding="utf-8")
+    if choice in names(found):
+        return str(found[choice])
     from axolotl.utils.chat_templates import get_chat_template
 
     try:
-        return get_chat_template(choice, tokenizer=tokenizer)
+        return one_template(get_chat_template(choice, tokenizer=tokenizer))
     except ValueError:
+        raise ValueError(unknown_choice(choice, found)) from None
+
+
+@dataclass
+class TeacherReader:
+    """How the teacher reads a conversation, and of which parts it is made.
+
+    config: of its weights; template_options: variables of the chat template; sequence_len: longest row in tokens.
+    """
+
+    settings: Settings
+    parts: Parts
+    config: Any
+    tokenizer: Any
+    template: str | None
+    template_options: dict[str, Any]
+    table: TokenTable
+    sequence_len: int
+
+
+def read_teacher(settings: Settings, cfg: Any) -> TeacherReader:
+    """Find all parts of the teacher of a recipe, without its weights; ``ValueError`` for what is wrong with them."""
+    teacher, trust_remote_code = settings.teacher, bool(cfg.get("trust_remote_code"))
+    parts = parts_of(teacher, fetched_adapter)
+    check_teacher(teacher, parts, needs_template=False)
+    config = check_config(teacher, parts, trust_remote_code)
+    limit = teacher_sequence_len(teacher, cfg.get("sequence_len") or 512, positions_of(config))
+    rows = config.get_text_config().vocab_size
+    with _outside_engines():
+        if Path(parts.weights).is_dir():
+            adapted.check_weights("dskd.teacher.model", config, Path(parts.weights), trust_remote_code)
+        if parts.adapter is not None:
+            name = "dskd.teacher.model" if teacher.adapter is None else "dskd.teacher.adapter"
+            rows = adapted.check_fit(name, config, parts.adapter, trust_remote_code)
+    tokenizer = load_tokenizer(parts, trust_remote_code)
+    entries = [*(cfg.get("datasets") or ()), *(cfg.get("test_datasets") or ())]
+    needed = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
+    template = resolve_template(teacher, tokenizer, needed)
+    options = teacher.chat_template_kwargs
+    options = dict(cfg.get("chat_template_kwargs") or {}) if options is None else options
+    table = read_table("tokenizer of dskd.teacher.model", tokenizer)
+    if template is not None and needed:
+        check_markup(tokenizer, template, options, rows)
+    return TeacherReader(settings, parts, config, tokenizer, template, options, table, limit)
+
+
+def check_markup(tokenizer: Any, template: str, options: dict[str, Any], rows: int) -> None:
+    """Raise ``ValueError`` where a template does not render, or writes tokens that the model has no embedding for."""
+    try:
+        text = tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False, **options)
+    except Exception as error:
         raise ValueError(
-            f"dskd.teacher.chat_template: expected 'tokenizer_default', the name of an Axolotl template or an existing "
-            f"jinja file, got {choice!r}. Check the spelling or the path."
-        ) from None
+            f"dskd.teacher.chat_template: expected one that renders a user and an assistant message, got {error!r}. "
+            "Choose another template, or set what it needs in dskd.teacher.chat_template_kwargs."
+        ) from error
+    beyond = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token >= rows]
+    if beyond:
+        raise ValueError(
+            f"dskd.teacher.model: expected embeddings for all tokens of the chat template, got {rows} rows and the "
+            f"token {tokenizer.convert_ids_to_tokens(beyond[0])!r} of id {beyond[0]}. Give the model that was "
+            "trained with this tokenizer, or the tokenizer of this model."
+        )
+
+
+def answer_ends(reader: TeacherReader, template: str) -> list[int]:
+    """Ids that end an answer of the teacher: of the tokenizer, of the template's turns and of the model's own list.
+
+    A token that ends a document counts wherever the tokenizer has it.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer, config = reader.tokenizer, reader.config.get_text_config()
+    model, revision = reader.parts.ends
+    try:
+        listed = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:
+        listed = None
+    listed = config.eos_token_id if listed is None else listed
+    more = listed if isinstance(listed, list) else [listed]
+    turn_end = end_of_turn(tokenizer, template, reader.table, reader.template_options)
+    added = tokenizer.get_added_vocab()
+    documents = [added.get(token) for token in DOCUMENT_ENDS]
+    ends = sorted({int(i) for i in (tokenizer.eos_token_id, turn_end, *more, *documents) if i is not None})
+    if not ends:
+        raise ValueError(
+            f"dskd.teacher.model: expected a tokenizer with an end-of-sequence token, got {reader.parts.tokenizer!r} "
+            "without one: its answers would never end. Set eos_token in its tokenizer_config.json."
+        )
+    return ends
 
 
 @contextlib.contextmanager
@@ -153,18 +255,24 @@ def _load(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model,
-        revision=settings.revision,
+    parts = parts_of(settings, fetched_adapter)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        parts.weights,
+        revision=parts.revision,
         dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **options,
     )
-    if settings.adapter is not None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"no weights for {len(missing)} of its tensors, such as {missing[0]}, which would be random")
+    if parts.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+        adapted.prepare(model, parts.adapter)
+        model = PeftModel.from_pretrained(model, str(parts.adapter)).merge_and_unload()
     return model
 
 

@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, model_card, partial, state
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import MicroBatch, micro_batch
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
-from dskd_plugin.dataset import TeacherReader, turn_ends
+from dskd_plugin.dataset import TeacherReader, student_template, turn_ends
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.methods import method_of
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.reasoning import markers_of
 from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.student import attach
 from dskd_plugin.teacher import Teacher
@@ -162,6 +165,13 @@ class DSKDTrainer(AxolotlTrainer):
         settings, reader = self.reader.settings, self.reader
         if settings.on_policy is None:
             return None
+        templates = [(reader.tokenizer, reader.template, reader.template_options)]
+        options = self.cfg.get("chat_template_kwargs") or {}
+        templates += [
+            (tokenizer, student_template(self.cfg, entry, tokenizer), options)
+            for entry in self.cfg.datasets
+            if str(entry.get("type")).startswith("chat_template")
+        ]
         return Rollout(
             settings.on_policy,
             tokenizer,
@@ -170,6 +180,7 @@ class DSKDTrainer(AxolotlTrainer):
             seed=self.args.seed,
             teacher_len=reader.sequence_len,
             student_len=self.cfg.sequence_len,
+            markers=markers_of(templates),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -335,7 +346,9 @@ class DSKDTrainer(AxolotlTrainer):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
             state.check(resume_from_checkpoint, self._pair_state)
         elif (
             not resume_from_checkpoint
@@ -375,6 +388,13 @@ class DSKDTrainer(AxolotlTrainer):
             # DeepSpeed restores parameters itself.
             state.load(resume_from_checkpoint, self._loss, weights=not self.is_deepspeed_enabled)
         return prepared
+
+    def _load_best_model(self) -> None:
+        """At the end, with ``load_best_model_at_end``: the projectors are those of the student's checkpoint."""
+        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        if (best / state.STATE).is_file():  # else the host has not found the student's weights either, and says so
+            state.load(best, self._loss, weights=not self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
         # First, because trainer_state.json, written last, marks a checkpoint as finished.

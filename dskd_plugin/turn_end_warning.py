@@ -55,10 +55,11 @@ def template_end(dataset_config: Any, tokenizer: Any, cfg: Any, table: Any) -> s
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
     from dskd_plugin.align import end_of_turn
+    from dskd_plugin.templates import one_template
 
     try:
-        template = get_chat_template_from_config(cfg, dataset_config, tokenizer)
+        template = one_template(get_chat_template_from_config(cfg, dataset_config, tokenizer))
     except ValueError:
         return None
-    end = end_of_turn(tokenizer, template, table)
+    end = end_of_turn(tokenizer, template, table, cfg.get("chat_template_kwargs"))
     return None if end is None else str(tokenizer.convert_ids_to_tokens(end))

@@ -32,7 +32,8 @@ Told = Callable[[int, int], None]  # tokens and ended answers since the last cal
 
 @dataclass(frozen=True)
 class Answer:
-    """row: number of the prompt; tokens: generated, the end included; finished: ended before the limit."""
+    """row: number of the prompt; text: as generated, with its special tokens; tokens: the end included; finished: ended
+    before the limit."""
 
     row: int
     text: str
@@ -134,11 +135,9 @@ def _quiet(tokens: int, ended: int) -> None:
 class Writer:
     """The teacher as a writer of answers, free of the sampling defaults that its folder may carry."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, vocab_size: int, ends: list[int], prefix: str, sampling: Sampling
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, vocab_size: int, ends: list[int], sampling: Sampling) -> None:
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
-        self.ends, self.prefix, self.sampling = ends, prefix, sampling
+        self.ends, self.sampling = ends, sampling
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         # Families that keep no such cache (Mamba) answer the whole batch in one go.
         self.narrows = "past_key_values" in inspect.signature(model.forward).parameters
@@ -207,10 +206,11 @@ class Writer:
 
     def _read(self, row: int, ids: list[int]) -> Answer:
         end = next((k for k, token in enumerate(ids) if token in self.ends), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Special tokens inside an answer part its texts: without them, reasoning and answer would run together.
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Answer(
             row=row,
-            text=text.removeprefix(self.prefix).rstrip(),
+            text=text,
             tokens=len(ids) if end is None else end + 1,
             finished=end is not None,
         )

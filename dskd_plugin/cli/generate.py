@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
+from dskd_plugin.cli.messages import FIELD, Written, as_message, check_reasoning
 from dskd_plugin.errors import DSKDSetupError
 
 if TYPE_CHECKING:
-    from dskd_plugin.cli.answers import Answer, Partial, Sampling
+    from dskd_plugin.cli.answers import Partial, Sampling
     from dskd_plugin.cli.prompts import Source
 
 # Settings of a recipe's chat_template entries that say how the student reads a conversation.
@@ -59,6 +60,13 @@ _STUDENT_KEYS = ("chat_template", "chat_template_jinja", "roles_to_train", "trai
     show_default=True,
     help="Answers cut at --max-new-tokens: keep them or leave them out.",
 )
+@click.option(
+    "--reasoning",
+    type=click.Choice(["keep", "drop", "field"]),
+    default="keep",
+    show_default=True,
+    help="What the teacher writes before its final answer: in the text, left out, or in a field of the message.",
+)
 @click.option("--skip-long", is_flag=True, help="Leave out prompts that leave no room for an answer.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result or an unfinished one with other settings.")
 def generate(
@@ -77,6 +85,7 @@ def generate(
     limit: int | None,
     device: str,
     keep_unfinished: bool,
+    reasoning: str,
     skip_long: bool,
     overwrite: bool,
 ) -> None:
@@ -104,6 +113,7 @@ def generate(
     from dskd_plugin.cli.answers import Partial, Sampling, batches
 
     source = load_recipe(recipe, written)
+    check_reasoning(source.form, reasoning)
     target = _device(device)
     every = read_prompts(source, limit if ask == "all" else None)
     rows = _asked(every, ask, limit)
@@ -123,9 +133,11 @@ def generate(
             err=True,
         )
         sys.exit(1)
-    counts = _write_dataset(out, made_with, partial, kept, keep_unfinished, recipe)
+    answers = [as_message(answer, source.form, reasoning) for answer in partial.answers]
+    made_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
+    counts = _write_dataset(out, made_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
     partial.remove()
-    _report(counts, speed, out, max_new_tokens, keep_unfinished, skipped=len(rows) - len(kept))
+    _report(*(counts, speed, out, max_new_tokens, keep_unfinished), reasoning=reasoning, skipped=len(rows) - len(kept))
     entry = _entry(out, counts, written)
     template = _template_setting(written, source)
     if write_recipe is None:
@@ -215,19 +227,21 @@ def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: 
     from dskd_plugin import __version__
 
     teacher = source.settings.teacher
+    parts = source.parts
     config = AutoConfig.from_pretrained(
-        teacher.model, revision=teacher.revision, trust_remote_code=source.trust_remote_code
+        parts.weights, revision=parts.revision, trust_remote_code=source.trust_remote_code
     )
     return {
         "teacher": {
             **teacher.model_dump(include={"model", "revision", "adapter", "dtype", "quantization"}),
             "commit": getattr(config, "_commit_hash", None),
-            "files": _folder_digest(teacher.model),
-            "adapter_files": _folder_digest(teacher.adapter or ""),
+            "files": _folder_digest(parts.weights),
+            "adapter_files": _folder_digest(str(parts.adapter or "")),
             "chat_template": hashlib.sha256(
                 json.dumps([source.template, source.template_options], sort_keys=True).encode()
             ).hexdigest(),
             "ends": source.ends,
+            "answers": "with special tokens",
         },
         "settings": {**asdict(sampling), "batch_size": batch_size, "device": device.split(":")[0]},
         "data": {"rows": len(rows), "sha256": _rows_digest(rows)},
@@ -278,7 +292,6 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
         source.tokenizer,
         vocab_size=source.vocab_size,
         ends=source.ends,
-        prefix=source.answer_prefix,
         sampling=sampling,
     )
     with Progress(len(rows), partial.answers, sampling.max_new_tokens) as progress:
@@ -295,30 +308,32 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
 
 
 def _write_dataset(
-    out: Path, made_with: dict[str, Any], partial: "Partial", rows: Any, keep_unfinished: bool, recipe: Path
+    out: Path, made_with: dict[str, Any], answers: list[Written], tokens: int, rows: Any, recipe: Path
 ) -> dict[str, Any]:
     """Dataset and manifest from the complete answers; returns the counts."""
     from dskd_plugin.cli.answers import write_whole
 
-    answers = sorted(partial.answers, key=lambda answer: answer.row)
-    used = [answer for answer in answers if answer.text and (answer.finished or keep_unfinished)]
+    answers = sorted(answers, key=lambda answer: answer.row)
+    used = [answer for answer in answers if not answer.is_empty and (answer.whole or made_with["keep_unfinished"])]
     counts = {
         "prompts": len(answers),
         "written": len(used),
-        "empty": sum(not answer.text for answer in answers),
-        "unfinished": sum(bool(answer.text) and not answer.finished for answer in answers),
-        "tokens": sum(answer.tokens for answer in answers),
+        "empty": sum(answer.is_empty and (answer.whole or not answer.reasoned) for answer in answers),
+        "unfinished": sum(not answer.ended and (answer.reasoned or not answer.is_empty) for answer in answers),
+        "reasoned": sum(answer.reasoned for answer in answers),
+        "reasoning_without_answer": sum(answer.ended and not answer.whole for answer in answers),
+        "tokens": tokens,
     }
     if not used:
         raise ValueError(
-            f"{out}: expected some whole answer, got {counts['unfinished']} cut at the limit and {counts['empty']} "
-            "empty ones. Raise --max-new-tokens, keep cut answers with --keep-unfinished, or choose another teacher."
+            f"{out}: expected some whole answer, got {counts['unfinished']} cut at the limit, {counts['empty']} "
+            f"empty ones and {counts['reasoning_without_answer']} of reasoning alone. Raise --max-new-tokens, keep cut "
+            "answers with --keep-unfinished, or choose another teacher."
         )
     earlier = any(message["role"] == "assistant" for text in rows["messages"] for message in json.loads(text))
     manifest = {
         **made_with,
         "recipe": {"file": recipe.name, "sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()},
-        "keep_unfinished": keep_unfinished,
         "counts": counts,
     }
     write_whole(_manifest(out), iter([json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"]))
@@ -330,13 +345,14 @@ def _manifest(out: Path) -> Path:
     return out.with_name(f"{out.stem}.manifest.json")
 
 
-def _lines(answers: "list[Answer]", rows: Any, earlier: bool) -> Iterator[str]:
+def _lines(answers: list[Written], rows: Any, earlier: bool) -> Iterator[str]:
     """One conversation per line; every message of the file has the same keys, as Arrow wants it."""
-    keys = list(dict.fromkeys(key for text in rows["messages"] for turn in json.loads(text) for key in turn))
+    keys = dict.fromkeys(key for text in rows["messages"] for turn in json.loads(text) for key in turn)
+    keys |= dict.fromkeys(key for answer in answers for key in answer.message)
     tools = any(rows["tools"])
     for answer in answers:
         row = rows[answer.row]
-        turns = [*json.loads(row["messages"]), {"role": "assistant", "content": answer.text}]
+        turns = [*json.loads(row["messages"]), answer.message]
         messages = [{key: _plain(key, turn.get(key)) for key in keys} for turn in turns]
         if earlier:
             for message in messages:
@@ -358,7 +374,14 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _report(
-    counts: dict[str, Any], speed: float | None, out: Path, max_new_tokens: int, keep_unfinished: bool, *, skipped: int
+    counts: dict[str, Any],
+    speed: float | None,
+    out: Path,
+    max_new_tokens: int,
+    keep_unfinished: bool,
+    *,
+    reasoning: str,
+    skipped: int,
 ) -> None:
     click.echo(
         f"{counts['written']} of {counts['prompts']} answers written, {counts['tokens']} tokens"
@@ -367,6 +390,12 @@ def _report(
     if counts["unfinished"]:
         fate = "kept" if keep_unfinished else "left out; raise --max-new-tokens or use --keep-unfinished"
         click.echo(f"{counts['unfinished']} answers cut at {max_new_tokens} tokens ({fate})")
+    if counts["reasoned"]:
+        fates = {"keep": "in the text", "drop": "left out", "field": f"in the field {FIELD}"}
+        click.echo(f"{counts['reasoned']} answers reason first (--reasoning {reasoning}: {fates[reasoning]})")
+    if counts["reasoning_without_answer"]:
+        fate = "kept" if keep_unfinished and reasoning == "keep" else "left out"
+        click.echo(f"{counts['reasoning_without_answer']} answers end within their reasoning ({fate})")
     if counts["empty"]:
         click.echo(f"{counts['empty']} empty answers (left out)")
     if skipped:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dskd_plugin.args import Settings
+from dskd_plugin.reasoning import AssistantForm, form_of
 
 # Settings of the training run that mean nothing here and may not suit this machine.
 _TRAINING_ONLY = {
@@ -56,12 +57,13 @@ class Source:
     cfg: Any
     settings: Settings
     tokenizer: Any
+    parts: Any
     template: str
     template_options: dict[str, Any]
     vocab_size: int
     positions: int | None
     ends: list[int] = field(default_factory=list)
-    answer_prefix: str = ""
+    form: AssistantForm = field(default_factory=AssistantForm)
 
     @property
     def trust_remote_code(self) -> bool:
@@ -82,9 +84,8 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         ) from error
 
     from dskd_plugin import dataset
-    from dskd_plugin.align import end_of_turn
     from dskd_plugin.plugin import DSKDPlugin
-    from dskd_plugin.teacher import check_config, resolve_template
+    from dskd_plugin.teacher import answer_ends, positions_of, resolve_template
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
     with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
@@ -104,52 +105,23 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         tee.close_debug_log()
     dataset.install(None)
     (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
-    settings, tokenizer, table = plugin.reader.settings, plugin.reader.tokenizer, plugin.reader.table
-    trust_remote_code = bool(cfg.get("trust_remote_code"))
-    template = resolve_template(settings.teacher, tokenizer, needed=True)
+    reader = plugin.reader
+    # Entries of other types than chat_template are answered in the teacher's template as well.
+    template = resolve_template(reader.settings.teacher, reader.tokenizer, needed=True)
     assert template is not None
     source = Source(
         cfg=cfg,
-        settings=settings,
-        tokenizer=tokenizer,
+        settings=reader.settings,
+        tokenizer=reader.tokenizer,
+        parts=reader.parts,
         template=template,
-        template_options=dict(cfg.get("chat_template_kwargs") or {}),
-        vocab_size=table.vocab_size,
-        positions=check_config(settings.teacher, trust_remote_code),
+        template_options=reader.template_options,
+        vocab_size=reader.table.vocab_size,
+        positions=positions_of(reader.config),
     )
-    source.ends = _ends(source, end_of_turn(tokenizer, template, table))
-    source.answer_prefix = _answer_prefix(source)
+    source.ends = answer_ends(reader, template)
+    source.form = form_of(source.tokenizer, template, source.template_options)
     return source
-
-
-def _ends(source: Source, turn_end: int | None) -> list[int]:
-    """Ids that end an answer: of the tokenizer, of the template's turns and of the model's own list."""
-    from transformers import GenerationConfig
-
-    teacher = source.settings.teacher
-    try:
-        listed = GenerationConfig.from_pretrained(teacher.model, revision=teacher.revision).eos_token_id
-    except OSError:
-        listed = None
-    more = listed if isinstance(listed, list) else [listed]
-    ends = sorted({int(i) for i in (source.tokenizer.eos_token_id, turn_end, *more) if i is not None})
-    if not ends:
-        raise ValueError(
-            f"dskd.teacher.model: expected a tokenizer with an end-of-sequence token, got {teacher.model!r} without "
-            "one: its answers would never end. Set eos_token in its tokenizer_config.json."
-        )
-    return ends
-
-
-def _answer_prefix(source: Source) -> str:
-    """What the template writes between its generation prompt and an answer, such as the space after ``[/INST]``."""
-    turns = [{"role": "user", "content": "Question?"}]
-    options = {"chat_template": source.template, "tokenize": False, **source.template_options}
-    render = source.tokenizer.apply_chat_template
-    prompt = render(turns, add_generation_prompt=True, **options)
-    whole = render([*turns, {"role": "assistant", "content": "Answer."}], **options)
-    before, found, _ = whole.removeprefix(prompt).partition("Answer.")
-    return before if found and whole.startswith(prompt) else ""
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:

@@ -436,7 +436,7 @@ def _dry_run(prepared: Any) -> None:
 
     for folder in prepared.folders:
         tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
-        lm = EvalLM(_TokenizerOnly(folder.name, tokenizer))
+        lm = EvalLM(_TokenizerOnly(folder.name, tokenizer, dict(folder.ref.template_options)))
         _OUT.rule(f"[bold]{escape(folder.name)}[/]")
         for plan in prepared.plans[folder.name]:
             rows = prepared.data[plan.spec.name]
@@ -475,8 +475,8 @@ class _TokenizerOnly:
     default_batch_size = 1
     max_length = 1 << 30
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
-        self.name, self.tokenizer = name, tokenizer
+    def __init__(self, name: str, tokenizer: Any, template_options: Mapping[str, Any]) -> None:
+        self.name, self.tokenizer, self.template_options = name, tokenizer, template_options
         self.identity: Mapping[str, Any] = {"fingerprint": ""}
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
@@ -487,7 +487,7 @@ class _TokenizerOnly:
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from dskd_eval.hf import render_chat
 
-        return render_chat(self.tokenizer, messages, add_generation_prompt)
+        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 
     def template(self) -> str | None:
         found: str | None = self.tokenizer.chat_template

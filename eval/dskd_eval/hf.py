@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -13,21 +14,15 @@ from typing import Any
 import torch
 import transformers
 
-from dskd_eval import cpu_attention
+from dskd_eval import cpu_attention, templates
 from dskd_eval.errors import UserError
 from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.models import ModelFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_TURN_ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-)
+# Ends of turn of models that show none: with a template, such a token may stand inside an answer.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 def choose_device(name: str) -> torch.device:
@@ -72,19 +67,33 @@ def choose_dtype(name: str, device: torch.device, config: Mapping[str, Any]) -> 
 
 
 def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any:
-    """The tokenizer of a model; `chat_template` (text) replaces its own template."""
+    """The tokenizer of a model; `chat_template` (text) replaces the template that the model or its recipe names.
+
+    The template is one text. It stays a table of several only where none of them is the default.
+    """
+    tokenizer = _tokenizer(folder.tokenizer)
+    if folder.adapter is not None and folder.tokenizer == folder.weights:
+        tokenizer.chat_template = templates.in_folder(folder.adapter) or tokenizer.chat_template
+    elif folder.adapter is not None and not tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # the weights need no tokenizer of their own
+            tokenizer.chat_template = _tokenizer(folder.weights).chat_template
+    if chat_template is None:
+        found = templates.chosen(folder.ref.chat_template, tokenizer.chat_template, f"chat template of {folder.name}")
+        chat_template = templates.one(found) or found  # type: ignore[assignment]
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise UserError(
-            f"model {folder.tokenizer}",
+            f"model {folder}",
             expected="a tokenizer that transformers can load",
             got=_first_line(error),
             fix="Save the tokenizer into the folder.",
         ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
@@ -109,15 +118,43 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     return ids
 
 
-def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, the generation config's, and known turn ends it has as
-    tokens.
+def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, those of generation_config.json, the end of turn of the chat template.
+
+    A token that ends a document counts wherever the tokenizer has it; a known end of turn where no template shows one.
     """
+    try:
+        listed = transformers.GenerationConfig.from_pretrained(folder.ends, local_files_only=True).eos_token_id
+    except OSError:
+        listed = None
+    settings = folder.config.get("text_config") or folder.config
+    listed = settings.get("eos_token_id") if listed is None else listed
     ids: set[int] = set()
-    for value in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
+    for value in (tokenizer.eos_token_id, listed, _turn_end(tokenizer, dict(folder.ref.template_options))):
         ids |= {value} if isinstance(value, int) else set(value or ())
     added = tokenizer.get_added_vocab()
-    return sorted(ids | {added[token] for token in _TURN_ENDS if token in added})
+    known = _DOCUMENT_ENDS if has_chat_template(tokenizer) else _DOCUMENT_ENDS + _TURN_ENDS
+    return sorted(ids | {added[token] for token in known if token in added})
+
+
+def _turn_end(tokenizer: Any, options: dict[str, Any]) -> int | None:
+    """The first special, else added, token that the chat template writes after an answer."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    answer = "Quebec"
+    turns = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception:  # whatever a template raises: told where a prompt is rendered
+        return None
+    _, found, after = text.rpartition(answer)
+    if not found:
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    added = set(tokenizer.get_added_vocab().values())
+    following = [*(token for token in ids if token in special), *(token for token in ids if token in added)]
+    return int(following[0]) if following else None
 
 
 class HFBackend:
@@ -140,10 +177,10 @@ class HFBackend:
         self.dtype = choose_dtype(dtype, self.device, folder.config)
         self.tokenizer = load_tokenizer(folder, chat_template)
         self.model = _load(folder, self.dtype).to(self.device).eval()
-        saved = self.model.generation_config
+        self.template_options = dict(folder.ref.template_options)
         if self.device.type == "cpu":
             cpu_attention.use_for(self.model)
-        self.end_tokens = end_tokens(self.tokenizer, saved)
+        self.end_tokens = end_tokens(folder, self.tokenizer)
         # A checkpoint's own sampling settings (repetition penalty, top-k) must not change a benchmark in
         # silence.
         self.model.generation_config = _settings()
@@ -170,7 +207,7 @@ class HFBackend:
         return found
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt)
+        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         try:
@@ -359,8 +396,13 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """A conversation as text. Templates without a system role get the system text in the first user turn."""
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool, options: Mapping[str, Any]
+) -> str:
+    """A conversation as text. Templates without a system role get the system text in the first user turn.
+
+    options: variables of the template.
+    """
     import jinja2
 
     def apply(turns: list[dict[str, str]]) -> str:
@@ -369,6 +411,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_p
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **options,
         )
         return text
 
@@ -413,9 +456,7 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
     try:
         import peft
 
-        rows = _vocabulary_of(folder.adapter)
-        if rows not in (None, model.get_input_embeddings().weight.shape[0]):
-            model.resize_token_embeddings(rows, mean_resizing=False)
+        _prepare(model, _shapes(folder.adapter))
         adapted: Any = peft.PeftModel.from_pretrained(model, str(folder.adapter))
         return adapted if adapted.active_peft_config.is_prompt_learning else adapted.merge_and_unload()
     except Exception as error:
@@ -427,20 +468,45 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _vocabulary_of(adapter: Path) -> int | None:
-    """Rows of the embeddings that an adapter was saved with, because its training added tokens; else None."""
-    from safetensors import safe_open
+def _prepare(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give the embeddings of a base as many rows as an adapter was trained with, and let it change them apart."""
+    rows = _vocabulary_rows(model, shapes)
+    if rows not in (None, model.get_input_embeddings().weight.shape[0]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [_name(model, inputs), _name(model, outputs)]
+    changed = any(f".{name}.lora_" in f".{key}" for key in shapes for name in names)
+    if changed and outputs is not None and outputs.weight is inputs.weight:
+        # Merged into one tensor, the change of the embeddings would be that of the head as well.
+        outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
+
+def _vocabulary_rows(model: Any, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Rows of the embeddings that an adapter was trained with, because its training added tokens; else None."""
+    inputs, outputs = _name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())
+    for name, shape in shapes.items():
+        for module, along in ((inputs, {"lora_embedding_A": 1}), (outputs, {"lora_B.weight": 0})):
+            axes = {"weight": 0, "base_layer.weight": 0, **along}
+            found = [axes[end] for end in axes if module and f".{name}".endswith(f".{module}.{end}")]
+            if found and len(shape) == 2:
+                return int(shape[found[0]])
+    return None
+
+
+def _name(model: Any, wanted: Any) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _shapes(adapter: Path) -> dict[str, list[int]]:
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
-        return None
+        tensors = torch.load(adapter / "adapter_model.bin", map_location="cpu", weights_only=True)
+        return {name: list(tensor.shape) for name, tensor in tensors.items()}
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
-        shapes = [
-            file.get_slice(key).get_shape()
-            for key in file.keys()  # noqa: SIM118
-            if "lora" not in key and ("embed_tokens" in key or "wte" in key or "lm_head" in key or "embed_in" in key)
-        ]
-    return next((shape[0] for shape in shapes if len(shape) == 2), None)
+        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,36 @@ _SETTINGS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _VOCABULARIES = ("*.model", "*.tiktoken")
+# What a tokenizer is read from; tokenizer_config.json alone is none.
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*tekken*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as the user named it. role: teacher, base, student or sft when a recipe says so."""
+    """A model as the user named it. role: teacher, base, student or sft when a recipe says so.
+
+    chat_template: tokenizer_default, the name of one of the tokenizer's own or of Axolotl's templates, or a file;
+    template_options: variables of the template, as pairs.
+    """
 
     name: str
     source: str
     role: str | None = None
     revision: str | None = None
     adapter: str | None = None
+    chat_template: str = "tokenizer_default"
+    template_options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk. `weights` and `tokenizer` are folders; `adapter` is a PEFT folder or None."""
+    """A model on disk. `weights` and `tokenizer` are folders; `adapter` is a PEFT folder or None.
+
+    What an adapter brings along of its own (tokenizer, chat template, ends of turn, embeddings) is the model's.
+    """
 
     ref: ModelRef
     weights: Path
@@ -56,6 +68,12 @@ class ModelFolder:
     @property
     def name(self) -> str:
         return self.ref.name
+
+    @property
+    def ends(self) -> Path:
+        """The folder whose generation_config.json lists the ends of an answer."""
+        own = self.adapter is not None and (self.adapter / "generation_config.json").is_file()
+        return self.adapter if own and self.adapter is not None else self.weights
 
     def record(self) -> dict[str, Any]:
         return {
@@ -100,7 +118,7 @@ def distinct(refs: list[ModelRef]) -> list[ModelRef]:
         while name in taken:
             name, number = f"{ref.name}-{number}", number + 1
         taken.add(name)
-        renamed.append(ModelRef(name, ref.source, ref.role, ref.revision, ref.adapter))
+        renamed.append(replace(ref, name=name))
     return renamed
 
 
@@ -112,9 +130,17 @@ def locate(ref: ModelRef) -> ModelFolder:
     folder = _folder(ref.source, ref.revision)
     adapter: Path | None = None
     weights = folder
+    is_adapter = (folder / "adapter_config.json").is_file() and not _any(folder, _WEIGHTS)
+    if ref.adapter and is_adapter:
+        raise UserError(
+            f"model {ref.source}",
+            expected=f"whole weights below the adapter {ref.adapter}",
+            got="an adapter",
+            fix="Merge the two adapters into one model first, or leave one of them out.",
+        )
     if ref.adapter:
         adapter = _folder(ref.adapter, None)
-    elif (folder / "adapter_config.json").is_file() and not _any(folder, _WEIGHTS):
+    elif is_adapter:
         adapter = folder
     if adapter is not None:
         if not _any(adapter, _ADAPTER_WEIGHTS):
@@ -125,10 +151,10 @@ def locate(ref: ModelRef) -> ModelFolder:
                 fix="Give the folder that PEFT saved.",
             )
         if adapter == folder:
-            weights = _folder(str(_base_of(adapter)), None)
+            weights = _base_of(adapter)
     config = _config(weights)
     _check_weights(weights)
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    has_tokenizer = adapter is not None and _any(adapter, _TOKENIZERS)
     tokenizer = adapter if has_tokenizer and adapter is not None else weights
     files = [*_fingerprinted(weights), *(_fingerprinted(adapter) if adapter else [])]
     return ModelFolder(ref, weights, tokenizer, adapter, config, _fingerprint(files))
@@ -189,7 +215,8 @@ def _download(source: str, revision: str | None) -> Path:
     return Path(found).resolve()
 
 
-def _base_of(adapter: Path) -> str:
+def _base_of(adapter: Path) -> Path:
+    """The base that an adapter names: beside the adapter, from the working directory, or a hub id with its revision."""
     settings = _json(adapter / "adapter_config.json", f"adapter {adapter}")
     base = settings.get("base_model_name_or_path")
     if not base:
@@ -200,7 +227,17 @@ def _base_of(adapter: Path) -> str:
             fix="Name the base model there.",
         )
     beside = adapter / str(base)
-    return str(beside) if beside.is_dir() else str(base)
+    if beside.is_dir():
+        return beside.resolve()
+    try:
+        return _folder(str(base), settings.get("revision"))
+    except UserError as error:
+        raise UserError(
+            f"adapter {adapter}",
+            expected="a base that is there, in base_model_name_or_path of adapter_config.json",
+            got=f"{base}: {error.got}",
+            fix="Write the folder of the base model there.",
+        ) from error
 
 
 def _json(path: Path, where: str) -> dict[str, Any]:
@@ -255,7 +292,8 @@ def _fingerprinted(folder: Path) -> list[Path]:
     weights: list[Path] = []
     for pattern in (*_VOCABULARIES, *_WEIGHTS, *_ADAPTER_WEIGHTS):
         weights += sorted(folder.glob(pattern))
-    return [folder / name for name in _SETTINGS if (folder / name).is_file()] + weights
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return [folder / name for name in _SETTINGS if (folder / name).is_file()] + templates + weights
 
 
 def _fingerprint(files: list[Path]) -> str:

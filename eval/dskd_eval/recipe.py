@@ -37,6 +37,7 @@ def models_of(path: Path) -> list[ModelRef]:
             )
         source = _place(teacher["model"], path)
         adapter = teacher.get("adapter")
+        own = teacher.get("chat_template_kwargs")
         refs.append(
             ModelRef(
                 f"teacher {default_name(source)}",
@@ -44,12 +45,17 @@ def models_of(path: Path) -> list[ModelRef]:
                 "teacher",
                 teacher.get("revision"),
                 _place(adapter, path) if adapter else None,
+                _template(teacher.get("chat_template"), path),
+                _pairs(recipe.get("chat_template_kwargs") if own is None else own, where),
             )
         )
     source = _place(base, path)
-    refs.append(ModelRef(f"base {default_name(source)}", source, "base", recipe.get("revision_of_model")))
+    options = _pairs(recipe.get("chat_template_kwargs"), where)
+    revision = recipe.get("revision_of_model")
+    refs.append(ModelRef(f"base {default_name(source)}", source, "base", revision, template_options=options))
     if (sft := _sft_output(path)) is not None and sft != _output(recipe, path):
-        refs.append(ModelRef(f"sft {default_name(str(sft))}", str(sft), "sft"))
+        its = _pairs(_read(path.parent / "sft.yaml").get("chat_template_kwargs"), "recipe sft.yaml")
+        refs.append(ModelRef(f"sft {default_name(str(sft))}", str(sft), "sft", template_options=its))
     output = _output(recipe, path)
     if output is None or not _holds_model(output):
         raise UserError(
@@ -58,8 +64,27 @@ def models_of(path: Path) -> list[ModelRef]:
             got=f"no model in {output}" if output else "no output_dir",
             fix=f"Train first: axolotl train {path}.",
         )
-    refs.append(ModelRef(f"student {default_name(str(output))}", str(output), "student"))
+    name = f"student {default_name(str(output))}"
+    refs.append(ModelRef(name, str(output), "student", template_options=options))
     return refs
+
+
+def _template(choice: Any, path: Path) -> str:
+    """A chat template as the recipe names it; a file is looked up in the working directory, then beside the recipe."""
+    files = [file for file in (Path(str(choice)), path.parent / str(choice)) if file.is_file()]
+    return str(files[0].resolve()) if choice and files else str(choice or "tokenizer_default")
+
+
+def _pairs(options: Any, where: str) -> tuple[tuple[str, Any], ...]:
+    """The variables of a chat template."""
+    if not isinstance(options or {}, dict):
+        raise UserError(
+            f"{where}, chat_template_kwargs",
+            expected="a mapping of the template's variables",
+            got=repr(options),
+            fix="Write it as {enable_thinking: false}.",
+        )
+    return tuple((options or {}).items())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def prepare(
     execute False (dry run) needs no sandbox.
     """
     from dskd_eval import hf
+    from dskd_eval import templates as chat_templates
 
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
@@ -139,6 +140,8 @@ def prepare(
             )
         if settings.chat_template == "off":
             chat = False
+        if chat:
+            chat_templates.check_default(f"model {folder.name}", tokenizer.chat_template)
         templates[folder.name] = tokenizer.chat_template if chat else None
         plans[folder.name] = [
             catalog.plan(

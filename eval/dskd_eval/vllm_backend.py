@@ -45,11 +45,8 @@ class VLLMBackend:
         self.name = folder.name
         self.tokenizer = load_tokenizer(folder, chat_template)
         config = transformers.AutoConfig.from_pretrained(folder.weights, local_files_only=True)
-        try:
-            generation_config = transformers.GenerationConfig.from_pretrained(folder.weights, local_files_only=True)
-        except OSError:
-            generation_config = None
-        self.end_tokens = end_tokens(self.tokenizer, generation_config)
+        self.end_tokens = end_tokens(folder, self.tokenizer)
+        self.template_options = dict(folder.ref.template_options)
         self.max_length = context_length(config, self.tokenizer)
         options: dict[str, Any] = {}
         if folder.adapter is not None:
@@ -96,7 +93,7 @@ class VLLMBackend:
         return found
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt)
+        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         sampling = self._vllm.SamplingParams(

@@ -96,6 +96,7 @@ def test_packed_with_evaluation(train):
         micro_batch_size=2,
         val_set_size=0.25,
         eval_steps=2,
+        load_best_model_at_end=True,
     )
     evaluations = [entry for entry in run.log if "eval_loss" in entry]
     assert len(evaluations) >= 2
@@ -103,6 +104,14 @@ def test_packed_with_evaluation(train):
         assert entry["eval_loss"] == pytest.approx(0.5 * entry["eval_dskd/ce"] + 0.5 * entry["eval_dskd/kd"], abs=1e-5)
     assert evaluations[-1]["eval_dskd/ce"] < evaluations[0]["eval_dskd/ce"]
     assert "\n  a validation prompt: " in run.output
+    from safetensors.torch import load_file
+
+    # Model and projectors of one checkpoint, that of the least validation loss, which is not the last.
+    assert evaluations[-1]["eval_loss"] > evaluations[-2]["eval_loss"]
+    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+        found, best, last = (load_file(run.out / folder / file) for folder in ("", "checkpoint-2", "checkpoint-4"))
+        assert all((found[key] == best[key]).all() for key in best), file
+        assert not all((found[key] == last[key]).all() for key in last), file
 
 
 def test_packed_equals_padded(train):

@@ -75,3 +75,64 @@ def test_bad_recipes(pair: Path, old: str, new: str, problem: str) -> None:
     pair.write_text(pair.read_text().replace(old, new))
     with pytest.raises(UserError, match=problem):
         recipe.models_of(pair)
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if think %}(thinking)\n{% endif %}{% endif %}"
+)
+
+
+def prompts(path: Path, own_task: Callable[..., Path], invoke: Callable[..., Any], *more: object) -> dict[str, str]:
+    """What each model of a recipe is shown, by its name, from a dry run."""
+    done = invoke("--recipe", path, "--task-file", own_task(), "--limit", 1, "--dry-run", *more)
+    assert done.exit_code == 0, done.output
+    assert "Traceback" not in done.output
+    models = [ref.name for ref in recipe.models_of(path)]
+    parts = [done.output.split(f" {name} ", 1)[1] for name in models]
+    return {name: part.split("─ reference", 1)[0] for name, part in zip(models, parts, strict=True)}
+
+
+@pytest.mark.parametrize("choice", ["alpaca", "own.jinja", "tokenizer_default"])
+def test_the_teacher_reads_in_the_template_of_the_recipe(
+    choice: str, pair: Path, own_task: Callable[..., Path], invoke: Callable[..., Any]
+) -> None:
+    pytest.importorskip("axolotl")
+    (pair.parent / "own.jinja").write_text("{% for m in messages %}<<{{ m.content }}>>{% endfor %}")
+    pair.write_text(pair.read_text().replace("revision: v1", f"chat_template: {choice}"))
+    shown = prompts(pair, own_task, invoke)
+    expected = {"alpaca": "### Instruction:", "own.jinja": "<<", "tokenizer_default": "<|im_start|>user"}[choice]
+    assert expected in shown["teacher teacher"]
+    assert all("<|im_start|>user" in text for name, text in shown.items() if name != "teacher teacher")
+
+
+@pytest.mark.parametrize("teachers", [None, {}, {"think": True}, {"think": False}])
+@pytest.mark.parametrize("recipes", [None, {"think": True}])
+def test_template_variables_of_the_teacher_and_of_the_recipe(
+    recipes: Any, teachers: Any, pair: Path, own_task: Callable[..., Path], invoke: Callable[..., Any]
+) -> None:
+    """The recipe's hold for all of its models; the teacher's own, where there are any, for the teacher instead."""
+    for folder in ("base", "teacher", "out/dskd", "out/sft"):
+        (pair.parent / folder / "chat_template.jinja").write_text(THINKS)
+    more = "" if teachers is None else f", chat_template_kwargs: {json.dumps(teachers)}"
+    text = pair.read_text().replace(", revision: v1", more)
+    pair.write_text(text + ("" if recipes is None else f"chat_template_kwargs: {json.dumps(recipes)}\n"))
+    shown = prompts(pair, own_task, invoke)
+    thinking = {name for name, prompt in shown.items() if "(thinking)" in prompt}
+    expected = {"base base", "student dskd"} if recipes else set()
+    expected |= {"teacher teacher"} if (recipes if teachers is None else teachers.get("think")) else set()
+    assert thinking == expected
+
+
+def test_a_dry_run_without_a_default_template_ends_with_a_message(
+    pair: Path, own_task: Callable[..., Path], invoke: Callable[..., Any]
+) -> None:
+    file = pair.parent / "teacher" / "tokenizer_config.json"
+    (pair.parent / "teacher" / "chat_template.jinja").unlink()
+    listed = [{"name": name, "template": THINKS} for name in ("rag", "tool_use")]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": listed}))
+    done = invoke("--recipe", pair, "--task-file", own_task(), "--limit", 1, "--dry-run")
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert "expected a chat template named 'default' got several, named rag, tool_use" in " ".join(done.output.split())
+    done = invoke("--recipe", pair, "--task-file", own_task(), "--limit", 1, "--dry-run", "--chat-template", "off")
+    assert done.exit_code == 0, done.output

@@ -102,6 +102,7 @@ def test_defaults():
             "quantization": "none",
             "attn_implementation": None,
             "chat_template": "tokenizer_default",
+            "chat_template_kwargs": None,
             "sequence_len": None,
         },
         "method": "dskd",

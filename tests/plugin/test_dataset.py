@@ -677,3 +677,51 @@ def test_prompt_by_hand(kept, labels, teacher, prompt):
     from dskd_plugin.dataset import _prompt
 
     assert _prompt(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last and think %}"
+    "(thinking)\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("teachers", [None, {}, {"think": True}])
+@pytest.mark.parametrize("recipes", [None, {"think": True}])
+def test_template_variables_of_the_teacher_alone(recipes, teachers, prepare, tiny, tmp_path):
+    """The recipe's hold for both sides; the teacher's own, where there are any, for the teacher instead."""
+    (tmp_path / "thinks.jinja").write_text(THINKS)
+    teacher = {"model": tiny["teacher"], "chat_template": str(tmp_path / "thinks.jinja")}
+    if teachers is not None:
+        teacher["chat_template_kwargs"] = teachers
+    changes = {"chat_template": "jinja", "chat_template_jinja": str(tmp_path / "thinks.jinja")}
+    if recipes is not None:
+        changes["chat_template_kwargs"] = recipes
+    (row,), ours, theirs = prepare([conversation("red", "blue stone")], {"teacher": teacher}, **changes)
+    assert ("(thinking)" in ours.decode(row["input_ids"])) == bool(recipes)
+    expected = recipes if teachers is None else teachers
+    assert ("(thinking)" in theirs.decode(row["teacher_input_ids"])) == bool(expected)
+
+
+def test_both_sides_may_have_several_templates_under_names(prepare, tiny, tmp_path):
+    """Rows with tools are read in the template for tools, as transformers has it."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    named = {"default": plain, "tool_use": "{{ tools | length }} tool\n" + plain}
+    folders = {}
+    for side in ("student", "teacher"):
+        folders[side] = str(shutil.copytree(tiny[side], tmp_path / side))
+        tokenizer = AutoTokenizer.from_pretrained(folders[side])
+        tokenizer.chat_template = named
+        tokenizer.save_pretrained(folders[side])
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
+    rows = [conversation("red", "blue stone"), {**conversation("green", "blue stone"), "tools": json.dumps([tool])}]
+    rows[0]["tools"] = None
+    block = {"teacher": {"model": folders["teacher"], "dtype": "float32"}}
+    found, ours, theirs = prepare(rows, block, base_model=folders["student"])
+    texts = {(ours.decode(row["input_ids"]), theirs.decode(row["teacher_input_ids"])) for row in found}
+    for side in (0, 1):
+        assert sorted(text[side].count("1 tool\n") for text in texts) == [0, 1]
+    assert all(row["aligned_student"] for row in found)

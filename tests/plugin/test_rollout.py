@@ -817,3 +817,87 @@ def test_packed_bins_keep_to_the_budget():
     bins = pack(rows, 10)
     assert [[len(row["input_ids"]) for row in one] for one in bins] == [[5, 4, 1], [9], [30], [6]]
     assert pack([], 10) == []
+
+
+# -- reasoning -----------------------------------------------------------------------------------------------------
+
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+# As Qwen3 or DeepSeek: the last answer is rendered within a block that the template opens.
+BLOCK = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    "{% if not m.content.startswith('<think>') %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+THOUGHT = "<think>\nblue stone.\n</think>\n\nThe river."
+
+
+def reasoning_sides(build, student, teacher):
+    """student, teacher: how each has the markers: text, added or special."""
+    made = []
+    for kind, tokenizer, template in (
+        (student, build.byte_level_tokenizer(400, 1), ROLES),
+        (teacher, build.sentencepiece_tokenizer(450, 2), BLOCK),
+    ):
+        if kind != "text":
+            tokenizer.add_tokens(["<think>", "</think>"], special_tokens=kind == "special")
+        made.append(Side(tokenizer, template))
+    return made
+
+
+def as_ids(side, text):
+    return side.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("teacher_has", ["text", "added", "special"])
+@pytest.mark.parametrize("student_has", ["text", "added", "special"])
+def test_reasoning_that_the_student_says_is_read_as_in_a_dataset(student_has, teacher_has, build):
+    """Markers are text on a side that has no token for them, and that side's token where it has one."""
+    student, teacher = reasoning_sides(build, student_has, teacher_has)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": THOUGHT}]
+    (row,), gold, one = say([*as_ids(student, THOUGHT), student.end], student, teacher, messages)
+    assert row["input_ids"] == gold["input_ids"][: len(row["input_ids"])]
+    assert row["teacher_input_ids"] == gold["teacher_input_ids"]
+    assert one.counts["cut"] == 0 and one.counts["unaligned"] == 0
+    said = b"".join(student.table.literal[row["input_ids"][k]] for k in row["aligned_student"])
+    assert b"river" in said
+
+
+@pytest.mark.parametrize("has", ["text", "special"])
+def test_reasoning_that_the_students_prompt_opens_is_open_for_the_teacher(has, build):
+    """The gold answers' block is opened by the student's template; the sampled answer closes it."""
+    student, teacher = reasoning_sides(build, has, has)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": THOUGHT}]
+    gold = gold_row(student, teacher, messages, rules := aligner_of(student, teacher))
+    # As Axolotl marks it where the template itself writes what opens the block.
+    block = as_ids(student, "<think>\n")
+    start = len(prompt_of(gold))
+    prompt_end = start + len(block)
+    gold["labels"][start:prompt_end] = [IGNORE] * len(block)
+    assert gold["input_ids"][start:prompt_end] == block
+    plain_answer = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "stone"}]
+    gold["teacher_input_ids"], response = teacher.row(plain_answer)
+    gold["teacher_prompt"] = last_run(response)[0]
+    script = [*as_ids(student, "red lamp.\n</think>\n\nThere."), student.end]
+    model = scripted(student.table.vocab_size, script, prompt_end)
+    (row,) = rollout_of(student, teacher, rules, max_new_tokens=len(script)).answer(model, [gold], step=0, rank=0)
+    read = text_of(teacher, row["teacher_input_ids"][gold["teacher_prompt"] :]).decode()
+    assert read == "<think>\nred lamp.\n</think>\n\nThere.</s>"
+    # The opening itself is no part of what the student said: it pairs with nothing.
+    first = min(row["aligned_teacher"])
+    assert b"<think>" not in b"".join(teacher.table.literal[t] for t in row["teacher_input_ids"][first:])
+
+
+@pytest.mark.parametrize("has", ["text", "special"])
+def test_a_block_that_only_the_teachers_prompt_opens_is_not_open(has, build):
+    student, teacher = reasoning_sides(build, has, has)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": THOUGHT}]
+    gold = gold_row(student, teacher, messages, rules := aligner_of(student, teacher))
+    header = gold["teacher_prompt"]
+    # As Axolotl marks it where the template itself writes what opens the block.
+    gold["teacher_prompt"] += len(as_ids(teacher, "<think>\n"))
+    assert text_of(teacher, gold["teacher_input_ids"][header : gold["teacher_prompt"]]) == b"<think>\n"
+    for said in (THOUGHT, "The river."):
+        script = [*as_ids(student, said), student.end]
+        model = scripted(student.table.vocab_size, script, len(prompt_of(gold)))
+        (row,) = rollout_of(student, teacher, rules, max_new_tokens=len(script)).answer(model, [gold], step=0, rank=0)
+        assert text_of(teacher, row["teacher_input_ids"][header:]).decode() == f"{said}</s>"

@@ -22,6 +22,9 @@ PAIR = {
 }
 
 
+FILES = ["rng_state.pth", "optimizer.pt", "scheduler.pt"]
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """``checkpoint(**changes)``: one of a run with these settings; None takes a key out of its file."""
@@ -30,7 +33,8 @@ def checkpoint(tmp_path):
         state.save(tmp_path, {"t2s.linear.weight": torch.ones(2, 3)} if weights else {}, {**PAIR, **changes})
         if whole:
             (tmp_path / "trainer_state.json").write_text("{}")
-        (tmp_path / "rng_state.pth").touch()
+        for file in FILES:
+            (tmp_path / file).touch()
         return tmp_path
 
     return make
@@ -100,6 +104,39 @@ def test_half_a_checkpoint_is_refused(checkpoint, file):
 
 def test_weights_alone_are_refused(checkpoint):
     folder = checkpoint()
-    (folder / "rng_state.pth").unlink()
+    for file in FILES:
+        (folder / file).unlink()
     with pytest.raises(ValueError, match="save_only_model: true"):
         state.check(folder, PAIR)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_part_of_the_optimizers_state_that_was_removed_is_missed(file, checkpoint):
+    """transformers skips optimizer and schedule where one of the two is gone, without a word."""
+    from dskd_plugin import preflight
+
+    folder = checkpoint()
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match=r"expected a checkpoint with the optimizer's state, got .*were removed"):
+        state.check(folder, PAIR)
+    with pytest.raises(ValueError, match="expected a checkpoint with the optimizer's state"):
+        preflight.check_checkpoint({"resume_from_checkpoint": str(folder)})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["rng_state_0.pth", "rng_state_1.pth", "global_step4/mp_rank_00_model_states.pt"],
+        ["rng_state_0.pth", "optimizer.bin", "scheduler.pt"],
+        ["rng_state_0.pth", "optimizer_0/__0_0.distcp", "scheduler.pt"],
+    ],
+    ids=["DeepSpeed", "FSDP, whole", "FSDP, sharded"],
+)
+def test_the_state_of_every_engine_is_known(files, checkpoint):
+    folder = checkpoint()
+    for file in FILES:
+        (folder / file).unlink()
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+    state.check(folder, PAIR)

@@ -1,0 +1,50 @@
+"""A generated answer as a message of the dataset, with its reasoning or without."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dskd_plugin.reasoning import AssistantForm
+
+if TYPE_CHECKING:
+    from dskd_plugin.cli.answers import Answer
+
+FIELD = "reasoning_content"  # as Axolotl and most chat templates name it
+
+
+@dataclass(frozen=True)
+class Written:
+    """row: number of the prompt; whole: ended before the limit and, where it reasons, has a final answer.
+
+    ended: before the limit; reasoned: has reasoning.
+    """
+
+    row: int
+    message: dict[str, Any]
+    whole: bool
+    ended: bool
+    reasoned: bool
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.message["content"]
+
+
+def as_message(answer: "Answer", form: AssistantForm, reasoning: str) -> Written:
+    """reasoning: keep it in the text, drop it, or put it into a field of the message."""
+    found = form.split(answer.text)
+    reasons = bool(found.reasoning) or not found.closed
+    content = found.whole.lstrip() if reasons and reasoning == "keep" else found.answer
+    message = {"role": "assistant", "content": content}
+    if reasoning == "field" and reasons:
+        message[FIELD] = found.reasoning
+    return Written(answer.row, message, answer.finished and found.closed, answer.finished, reasons)
+
+
+def check_reasoning(form: AssistantForm, reasoning: str) -> None:
+    """Raise ``ValueError`` where reasoning is to be told from the answer and nothing shows where it ends."""
+    if reasoning != "keep" and not form.is_marked:
+        raise ValueError(
+            f"--reasoning {reasoning}: expected a chat template that shows how reasoning ends, got one whose "
+            f"generation prompt opens it with {form.opened!r}. Use --reasoning keep, or another "
+            "dskd.teacher.chat_template."
+        )
