@@ -14,18 +14,18 @@ from dskd_plugin.args import Settings
 from dskd_plugin.core.objective import RATES, TERMS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "recipes" / "README.md"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes" / "README.md"]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+METHOD = PAGES["method"]
 
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def table(text: str, section: str) -> list[list[str]]:
-    """The cells of the first table of a section."""
-    body = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+def table(text: str, section: str | None = None) -> list[list[str]]:
+    """The cells of the first table of a section, or of the page."""
+    body = text if section is None else text.split(f"\n## {section}\n")[1].split("\n## ")[0]
     lines = [line for line in body.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
@@ -51,11 +51,11 @@ def schema(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, lis
 
 
 SCHEMA = schema()
-ROWS = {row[0].strip("`"): row for row in table(README, "Settings")}
+ROWS = {row[0].strip("`"): row for row in table(PAGES["settings"], "Settings")}
 
 
 def test_the_table_lists_every_setting_and_no_other():
-    assert len(ROWS) == len(table(README, "Settings"))
+    assert len(ROWS) == len(table(PAGES["settings"], "Settings"))
     assert set(ROWS) == set(SCHEMA)
     assert len(SCHEMA) > 15
 
@@ -87,19 +87,21 @@ def test_default_and_bounds_of_a_setting_are_those_of_the_schema(setting):
 
 
 def test_every_logged_name_is_explained():
-    explained = {row[0] for row in table(README, "What is logged")}
+    explained = {row[0] for row in table(PAGES["metrics"], "What is logged")}
     tree = ast.parse((ROOT / "dskd_plugin" / "rollout.py").read_text(encoding="utf-8"))
     (counts,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "COUNTS")
     sampled = [f"rollout_{name}" for name in ast.literal_eval(counts)]
     assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, "kd", "align_ratio", *sampled)}
 
 
-def test_examples_of_the_readme_are_valid_recipes():
+def test_examples_of_the_documents_are_valid_recipes():
     from dskd_plugin.args import parse_settings
 
-    written = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.S)]
-    assert len(written) >= 2
-    for recipe in written:
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    written = [yaml.safe_load(found) for text in texts for found in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    recipes = [recipe for recipe in written if isinstance(recipe, dict) and "teacher" in (recipe.get("dskd") or {})]
+    assert len(recipes) >= 3
+    for recipe in recipes:
         assert parse_settings(recipe["dskd"]).teacher.model
 
 
@@ -122,7 +124,7 @@ def test_every_refused_key_is_among_the_limits():
     (refused,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "UNSUPPORTED")
     keys = {key.value for key in refused.keys}
     assert len(keys) >= 10
-    assert keys <= set(re.findall(r"`(\w+)`", README.split("## Limits")[1].split("\n## ")[0]))
+    assert keys <= set(re.findall(r"`(\w+)`", PAGES["limits"]))
 
 
 # -- method.md -----------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def messages() -> list[str]:
 MESSAGES = messages()
 
 
-@pytest.mark.parametrize("row", table(README, "Troubleshooting"), ids=lambda row: row[0][:50])
+@pytest.mark.parametrize("row", table(PAGES["troubleshooting"]), ids=lambda row: row[0][:50])
 def test_every_message_of_the_troubleshooting_table_exists(row):
     message = row[0].strip("` ")
     parts = [part.strip() for part in message.split("…") if part.strip()]
