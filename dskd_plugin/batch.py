@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.objective import Sums
-from dskd_plugin.teacher import Teacher
+from dskd_plugin.states import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class MicroBatch:
         return self.attention
 
 
-def micro_batch(own: dict[str, Tensor], teacher: Teacher | None) -> MicroBatch:
+def micro_batch(own: dict[str, Tensor], teacher: HiddenStates | None) -> MicroBatch:
     """The rows of a batch with the teacher's hidden states. own: the keys that the collator added, on one device."""
     pairs, chunked = own["dskd_teacher_rows"], own.get("dskd_chunk_teacher_rows")
     hidden = torch.zeros(0, 0, device=pairs.device)

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.reasoning import markers_of
 from dskd_plugin.rollout import COUNTS, Rollout, pack
+from dskd_plugin.states import HiddenStates
 from dskd_plugin.student import attach
 from dskd_plugin.teacher import Teacher
 from dskd_plugin.watch import Watch
 
 LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
+
+# Called with each new trainer, before its first step: whoever studies a run may watch its loss
+# (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
+on_create: list[Callable[["DSKDTrainer"], None]] = []
 OWN_PREFIXES = ("dskd_", "teacher_")
 
 
@@ -66,6 +71,8 @@ class DSKDTrainer(AxolotlTrainer):
 
     reader: TeacherReader
     cfg: Any
+    teacher: HiddenStates | None
+    distillation: DistillationLoss
     reports_token_perplexity = False
 
     @classmethod
@@ -78,29 +85,31 @@ class DSKDTrainer(AxolotlTrainer):
         settings = self.reader.settings
         pair = make_pair(tokenizer, self.reader.table, settings)
         method = method_of(settings)
-        self._teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
-        self._loss = self._distillation_loss(model, tokenizer, pair, training_args)
-        attach(model, self._loss)
+        self.teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
+        self.distillation = self._distillation_loss(model, tokenizer, pair, training_args)
+        attach(model, self.distillation)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True
-        self._loss.step = lambda: self.state.global_step
+        self.distillation.step = lambda: self.state.global_step
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        self._loss.matmul_dtype = self._autocast
+        self.distillation.matmul_dtype = self._autocast
         # Logits of one position only: the loss makes its own, of chosen rows.
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
         self._rollout = self._make_rollout(tokenizer, pair)
-        self._logged = active_names(self._loss.objective) | ({"t2s_inside"} if settings.exact else set())
+        self._logged = active_names(self.distillation.objective) | ({"t2s_inside"} if settings.exact else set())
         self.add_callback(_AfterStep(self))
-        in_student_space = self._loss.objective.in_student_space
+        in_student_space = self.distillation.objective.in_student_space
         self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
         # Attention has no pairs to count.
         self._logged |= set() if method.pairing(settings) == "all" else {"align_ratio"}
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
+        for created in on_create:
+            created(self)
 
     def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
         teacher = Teacher(
@@ -116,7 +125,7 @@ class DSKDTrainer(AxolotlTrainer):
         return teacher
 
     def _distillation_loss(self, model: nn.Module, tokenizer: Any, pair: Pair, args: Any) -> DistillationLoss:
-        settings, teacher = self.reader.settings, self._teacher
+        settings, teacher = self.reader.settings, self.teacher
         head = output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)
         self._pair_state = {
@@ -186,7 +195,7 @@ class DSKDTrainer(AxolotlTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The host's optimizer, with the projectors moved into a parameter group of their own learning rate."""
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        own = list(self._loss.parameters())
+        own = list(self.distillation.parameters())
         if own and not any(group.get("dskd") for group in optimizer.param_groups):
             ids = {id(parameter) for parameter in own}
             (home,) = (
@@ -207,7 +216,7 @@ class DSKDTrainer(AxolotlTrainer):
         """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""
         inputs.pop("dskd_samples", None)
         own = {key: inputs.pop(key).to(self.args.device) for key in list(inputs) if key.startswith(OWN_PREFIXES)}
-        return micro_batch(own, self._teacher)
+        return micro_batch(own, self.teacher)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -271,12 +280,12 @@ class DSKDTrainer(AxolotlTrainer):
         if self._masks_by_position and "position_ids" in inputs:
             # With a mask, transformers does not look for packing in the position ids, and neighbours leak.
             inputs.pop("attention_mask", None)
-        self._loss.reduce_counts = self._over_ranks if training else lambda counts: counts
-        self._loss.micro_batch = paired
+        self.distillation.reduce_counts = self._over_ranks if training else lambda counts: counts
+        self.distillation.micro_batch = paired
         try:
             outputs = model(**inputs, **self._forward_options)
         finally:
-            self._loss.micro_batch = None
+            self.distillation.micro_batch = None
         loss = outputs["loss"]
         self._totals["train" if training else "eval"] += torch.stack(
             [torch.stack([value.double() for value in paired.sums[name]]) for name in SUMS]
@@ -289,7 +298,7 @@ class DSKDTrainer(AxolotlTrainer):
 
     def after_step(self) -> None:
         """Let the loss draw its conclusions from the step, on all ranks alike."""
-        self._loss.after_step(self._over_ranks)
+        self.distillation.after_step(self._over_ranks)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
@@ -311,7 +320,7 @@ class DSKDTrainer(AxolotlTrainer):
                 for name, (total, count) in zip((*SUMS, "align_ratio"), totals, strict=True)
                 if name in self._logged
             }
-            objective = self._loss.objective
+            objective = self.distillation.objective
             shares = objective.shares()
             if kind == "eval":
                 logs["eval_loss"] = sum(share * means[term] for term, share in shares.items())
@@ -352,11 +361,11 @@ class DSKDTrainer(AxolotlTrainer):
             state.check(resume_from_checkpoint, self._pair_state)
         elif (
             not resume_from_checkpoint
-            and isinstance(self._loss, DualSpaceLoss)
+            and isinstance(self.distillation, DualSpaceLoss)
             and self.reader.settings.projector.init == "fitted"
         ):
             quiet = not self.is_world_process_zero()
-            fit_projector(self._loss, self._teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
+            fit_projector(self.distillation, self.teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
         start = time.monotonic()
         with partial.unfinished(self, self.cfg.axolotl_config_path):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -386,7 +395,7 @@ class DSKDTrainer(AxolotlTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             # DeepSpeed restores parameters itself.
-            state.load(resume_from_checkpoint, self._loss, weights=not self.is_deepspeed_enabled)
+            state.load(resume_from_checkpoint, self.distillation, weights=not self.is_deepspeed_enabled)
         return prepared
 
     def _load_best_model(self) -> None:
@@ -394,7 +403,7 @@ class DSKDTrainer(AxolotlTrainer):
         super()._load_best_model()
         best = Path(self.state.best_model_checkpoint)
         if (best / state.STATE).is_file():  # else the host has not found the student's weights either, and says so
-            state.load(best, self._loss, weights=not self.is_deepspeed_enabled)
+            state.load(best, self.distillation, weights=not self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
         # First, because trainer_state.json, written last, marks a checkpoint as finished.
@@ -402,6 +411,6 @@ class DSKDTrainer(AxolotlTrainer):
         super()._save_checkpoint(model, trial, **kwargs)
 
     def _save_projectors(self, folder: str) -> None:
-        weights = state.projector_state(self._loss)
+        weights = state.projector_state(self.distillation)
         if self.args.should_save:
             state.save(folder, weights, self._pair_state)

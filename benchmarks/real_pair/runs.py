@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.real_pair import data, measures, states
+from benchmarks.real_pair import data, measures
 from benchmarks.real_pair.table import BASE, BATCH, SETTINGS, Run, accepted, block, resolved, same_behaviour
-from benchmarks.study import launch
+from benchmarks.study import launch, states
 from benchmarks.study.data import Row, read
 from benchmarks.study.runs import environment, read_json, write_json
 from quickstart.stages import digest
@@ -144,7 +144,9 @@ def work(run: Run, place: Place) -> None:
 
 
 def train(run: Run, place: Place) -> None:
-    """`axolotl train` in this process; leaves `model/` and `train.json` in the run's folder."""
+    """`axolotl train` in this process, which ends after it; leaves `model/` and `train.json` in the run's folder."""
+    from dskd_plugin.trainer import on_create
+
     folder, out = place.folder(run), place.out
     shutil.rmtree(folder / "model", ignore_errors=True)
     dskd = accepted(block(run.setting, run.data))
@@ -154,7 +156,7 @@ def train(run: Run, place: Place) -> None:
     # Axolotl names its prepared rows after their path, not their content.
     made["dataset_prepared_path"] = f"prepared/{digest(file)}-{run.pair}"
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
-    states.install(out / "states")
+    on_create.append(states.in_folder(out / "states"))
     started, processor = time.monotonic(), time.process_time()
     launch.axolotl(["train", f"runs/{run.name}/recipe.yaml", "--launcher", "python"], out)
     seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - processor}

@@ -5,42 +5,53 @@ differentiated by the student's last hidden states of the response rows. The tra
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dskd_plugin.batch import MicroBatch
+from dskd_plugin.core.objective import TERMS
+from dskd_plugin.losses.base import DistillationLoss
+
+if TYPE_CHECKING:
+    from dskd_plugin.trainer import DSKDTrainer
 
 
-def install(file: Path, *, every: int) -> None:
-    """Append one JSON line per probed step to `file`: norm of every term's gradient and its cosine with that of CE."""
-    import torch
+def watch(file: Path, *, every: int) -> Callable[["DSKDTrainer"], None]:
+    """For `trainer.on_create`: append one line to `file` per probed step, with each term's gradient norm and cosine.
 
-    from dskd_plugin.core.objective import TERMS
-    from dskd_plugin.losses.base import DistillationLoss
+    The cosine is that with the gradient of ce.
+    """
 
-    forward = DistillationLoss.forward
-
-    def probed(self: Any, hidden_BSd: Any, logits_BSV: Any) -> Any:
-        batch, step = self.micro_batch, self.step()
-        loss = forward(self, hidden_BSd, logits_BSV)
-        if self.training and step % every == 0:
-            found: dict[str, Any] = {"step": step}
-            gradients = {}
-            for i, term in enumerate(TERMS):
-                if float(batch.divisors_T[i]) == 0:
-                    continue
-                alone = torch.zeros_like(batch.divisors_T)
-                alone[i] = batch.divisors_T[i]
-                student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R].detach().requires_grad_()
-                rows = replace(self._rows(batch), student_RD=student_Rd)
-                part, _ = self._loss(rows, replace(batch, divisors_T=alone), self.student_head(), self.objective)
-                (gradients[term],) = torch.autograd.grad(part, student_Rd)
-            for term, gradient in gradients.items():
-                found[f"norm/{term}"] = float(gradient.norm())
-                if term != "ce" and float(gradient.norm()) > 0:
-                    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), gradients["ce"].flatten(), dim=0)
-                    found[f"cosine/{term}"] = float(cosine)
+    def observe(loss: DistillationLoss, batch: MicroBatch, hidden_BSd: Tensor) -> None:
+        if loss.training and loss.step() % every == 0:
             with file.open("a", encoding="utf-8") as sink:
-                sink.write(json.dumps(found) + "\n")
-        return loss
+                sink.write(json.dumps({"step": loss.step(), **_measured(loss, batch, hidden_BSd)}) + "\n")
 
-    DistillationLoss.forward = probed  # type: ignore[method-assign]
+    return lambda trainer: trainer.distillation.observers.append(observe)
+
+
+def _measured(loss: DistillationLoss, batch: MicroBatch, hidden_BSd: Tensor) -> dict[str, float]:
+    gradients = {}
+    for i, term in enumerate(TERMS):
+        assert batch.divisors_T is not None
+        if float(batch.divisors_T[i]) == 0:
+            continue
+        alone = torch.zeros_like(batch.divisors_T)
+        alone[i] = batch.divisors_T[i]
+        student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R].detach().requires_grad_()
+        rows = replace(loss.rows_of(batch), student_RD=student_Rd)
+        with torch.enable_grad():
+            part, _ = loss.loss_of(rows, replace(batch, divisors_T=alone), loss.student_head(), loss.objective)
+            (gradients[term],) = torch.autograd.grad(part, student_Rd)
+    found = {}
+    for term, gradient in gradients.items():
+        found[f"norm/{term}"] = float(gradient.norm())
+        if term != "ce" and float(gradient.norm()) > 0:
+            cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), gradients["ce"].flatten(), dim=0)
+            found[f"cosine/{term}"] = float(cosine)
+    return found

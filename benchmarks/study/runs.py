@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.study import cache, evaluate, gradients, launch
+from benchmarks.study import evaluate, gradients, launch, states
 from benchmarks.study.table import METHODS, Size, block
 from quickstart.stages import digest
 
@@ -102,6 +102,8 @@ def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
     """
     import torch
 
+    from dskd_plugin.trainer import on_create
+
     folder = run.folder(out)
     if (folder / "train.json").is_file():
         return
@@ -112,14 +114,17 @@ def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
     made["dataset_prepared_path"] = f"prepared/{digest(out / made['datasets'][0]['path'])}"
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     gpu = torch.cuda.is_available()
-    save = None if gpu else cache.install(out / f"teacher-{run.task}-states.pt")
+    kept = None if gpu else states.File(out / f"teacher-{run.task}-states.pt")
+    # This process trains once and ends, so nothing is taken back.
+    if kept:
+        on_create.append(states.keep(lambda teacher: kept))
     if probes:
-        gradients.install(folder / "gradients.jsonl", every=max(1, size.steps // probes))
+        on_create.append(gradients.watch(folder / "gradients.jsonl", every=max(1, size.steps // probes)))
     started, processor = time.monotonic(), time.process_time()
     launch.axolotl(["train", f"runs/{run.name}/recipe.yaml", "--launcher", "python"], out)
     seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - processor}
-    if save:
-        save()
+    if kept:
+        kept.save()
     memory = {"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {}
     (checkpoint,) = (folder / "model").glob("checkpoint-*")
     log = read_json(checkpoint / "trainer_state.json")["log_history"]

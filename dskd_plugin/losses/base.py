@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}
 class DistillationLoss(nn.Module):
     """Child of the student that owns the projectors, if the method has some, and computes the loss of a micro-batch.
 
-    Methods fill in :meth:`_label` and :meth:`_loss`.
+    Methods fill in :meth:`_label` and :meth:`loss_of`.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class DistillationLoss(nn.Module):
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step: Callable[[], int] = lambda: 0
         self._head_checked = False
+        # Called after the loss of each micro-batch with this module, the micro-batch and the student's hidden states.
+        self.observers: list[Callable[[DistillationLoss, MicroBatch, Tensor], None]] = []
 
     def _read_with(self, *modules: nn.Module) -> None:
         """ZeRO-3 gathers a module's own parameters only; name the others that its forward reads."""
@@ -74,7 +76,7 @@ class DistillationLoss(nn.Module):
     def _label(self, batch: MicroBatch, student_head: Head) -> None:
         """Fill in what decides which rows of a micro-batch count."""
 
-    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         """The loss of the rows and the sums of its terms."""
         raise NotImplementedError
 
@@ -106,12 +108,13 @@ class DistillationLoss(nn.Module):
                 of_Q = batch.chunks.teacher_of_Q
                 number = int(of_Q.max()) + 1 if len(of_Q) else 0
                 batch.teacher_C = chunk_sums(log_probs_Q, of_Q, number)
-        totals = torch.stack([counts(self._rows(batch), self.objective) for batch in window]).sum(0)
+        totals = torch.stack([counts(self.rows_of(batch), self.objective) for batch in window]).sum(0)
         totals = self.reduce_counts(totals)
         for batch in window:
             batch.divisors_T = totals
 
-    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        """The rows that the loss takes; student_Rd: the student's states at them, None where only counts matter."""
         chunks = None
         if batch.chunks is not None:
             assert batch.teacher_C is not None
@@ -140,5 +143,7 @@ class DistillationLoss(nn.Module):
         student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R]
         warming_up = self.training and self.step() < self.warmup_steps
         objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
-        loss, batch.sums = self._loss(self._rows(batch, student_Rd), batch, student_head, objective)
+        loss, batch.sums = self.loss_of(self.rows_of(batch, student_Rd), batch, student_head, objective)
+        for observe in self.observers:
+            observe(self, batch, hidden_BSd)
         return loss

@@ -94,16 +94,16 @@ class CrossAttentionLoss(Projecting):
             assert projected_Nd is not None
             batch.agree_N = self.backend.agreement(projected_Nd, student_head, batch.label_N, None)
 
-    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         attending = batch.attending
         return replace(
-            super()._rows(batch, student_Rd),
+            super().rows_of(batch, student_Rd),
             teacher_NE=None,
             teacher_argmax_N=None,
             s2t_M=partnered(attending.sample_M, attending.sample_N),
         )
 
-    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         attention = self._attend(batch)
         s2t_MD = None
         if objective.in_teacher_space:

@@ -18,7 +18,7 @@ class Direct(DistillationLoss):
         self._compare = compare
         self._read_with(self._student[1])
 
-    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         return self.backend.direct_loss(
             rows,
             student_head=student_head,

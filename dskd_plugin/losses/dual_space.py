@@ -165,11 +165,11 @@ class DualSpaceLoss(Projecting):
             event_V = None if exact is None else exact.student_V
             batch.agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)
 
-    def _rows(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
-        rows = super()._rows(batch, student_Rd)
+    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
+        rows = super().rows_of(batch, student_Rd)
         return rows if self._keep_unmapped or batch.label_N is None else replace(rows, s2t_N=batch.label_N >= 0)
 
-    def _loss(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         self._refresh_s2t(student_head)
         return self.backend.paired_loss(
             rows,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.real_pair import data, easy, measures, records, report, runs, states, table
+from benchmarks.real_pair import data, easy, measures, records, report, runs, table
 from benchmarks.real_pair.__main__ import chosen, parse
 from benchmarks.real_pair.table import BASE, Run
 from dskd_plugin.args import parse_settings
@@ -195,6 +195,7 @@ class _Settings:
 
 
 def test_kept_states_are_the_teachers_and_the_decoder_is_asked_once(tiny, tmp_path, monkeypatch):
+    from benchmarks.study.states import Folder, Kept
     from dskd_plugin.teacher import Teacher
 
     options = {"vocab_size": 460, "device": torch.device("cpu"), "attn_implementation": "sdpa"}
@@ -203,15 +204,14 @@ def test_kept_states_are_the_teachers_and_the_decoder_is_asked_once(tiny, tmp_pa
     ids, bins = torch.arange(17) % 400 + 3, torch.tensor([3])
     rows = torch.tensor([0, 4, 7, 16])
     expected = teacher.rows(ids, lengths, bins, rows)
-    monkeypatch.setattr(Teacher, "rows", Teacher.rows)
-    states.install(tmp_path / "states")
-    fresh = teacher.rows(ids, lengths, bins, rows)
+    kept = Kept(teacher, Folder(tmp_path / "states", "the model"))
+    fresh = kept.rows(ids, lengths, bins, rows)
     torch.testing.assert_close(fresh, expected)
     calls = []
     monkeypatch.setattr(teacher, "decoder", lambda **inputs: calls.append(inputs))
-    assert torch.equal(teacher.rows(ids, lengths, bins, rows), fresh)
+    assert torch.equal(kept.rows(ids, lengths, bins, rows), fresh)
     # Another batch of known samples in another order.
-    again = teacher.rows(torch.cat([ids[14:], ids[:5]]), torch.tensor([3, 5]), torch.tensor([2]), torch.tensor([2, 3]))
+    again = kept.rows(torch.cat([ids[14:], ids[:5]]), torch.tensor([3, 5]), torch.tensor([2]), torch.tensor([2, 3]))
     assert torch.equal(again, torch.stack([fresh[3], fresh[0]])) and not calls
     assert len(list((tmp_path / "states").iterdir())) == 3
 

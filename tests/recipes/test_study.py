@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
 from benchmarks.study.__main__ import parse
@@ -548,31 +549,32 @@ def test_stopping_ends_the_jobs_that_run(tmp_path):
 # -- the teacher's states --------------------------------------------------------------------------------------------
 
 
-def test_kept_states_are_the_teachers_own_and_new_rows_are_computed(tmp_path, monkeypatch):
-    import torch
+class Source:
+    """Its hidden state at a token is the token and its place; it remembers which lengths it was asked for."""
 
-    from benchmarks.study import cache
-    from dskd_plugin.teacher import Teacher
+    packed = False
 
-    calls = []
+    def __init__(self):
+        self.calls = []
 
-    def compute(self, ids_T, lengths):
-        calls.append(lengths.tolist())
+    def rows(self, ids_T, lengths, bins, rows_N):
+        self.calls.append(lengths.tolist())
         place = torch.cat([torch.arange(int(length)) for length in lengths])
-        return torch.stack([ids_T, place], dim=1).float()
+        return torch.stack([ids_T, place], dim=1).float()[rows_N]
 
-    monkeypatch.setattr(Teacher, "_padded_hidden", compute)
-    file = tmp_path / "states.pt"
+
+def test_kept_states_are_the_teachers_own_and_new_rows_are_computed(tmp_path):
+    from benchmarks.study import states
+
+    bins, rows_N = torch.tensor([2]), torch.tensor([1, 4])
     batch = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([2, 3])
-    expected = compute(None, *batch)
-    calls.clear()
-    save = cache.install(file)
-    assert torch.equal(Teacher._padded_hidden(None, *batch), expected) and calls == [[2, 3]]
     again = torch.tensor([7, 8, 9, 5, 6, 1]), torch.tensor([3, 2, 1])
-    assert torch.equal(Teacher._padded_hidden(None, *again), compute(None, *again))
-    assert calls == [[2, 3], [1], [3, 2, 1]]
-    save()
-    monkeypatch.setattr(Teacher, "_padded_hidden", compute)
-    cache.install(file)
-    calls.clear()
-    assert torch.equal(Teacher._padded_hidden(None, *batch), expected) and calls == []
+    file, source = states.File(tmp_path / "states.pt"), Source()
+    kept = states.Kept(source, file)
+    assert torch.equal(kept.rows(*batch, bins, rows_N), Source().rows(*batch, bins, rows_N))
+    assert torch.equal(kept.rows(*again, bins, rows_N), Source().rows(*again, bins, rows_N))
+    assert source.calls == [[2, 3], [1]]
+    file.save()
+    fresh = Source()
+    kept = states.Kept(fresh, states.File(tmp_path / "states.pt"))
+    assert torch.equal(kept.rows(*batch, bins, rows_N), Source().rows(*batch, bins, rows_N)) and not fresh.calls
