@@ -1,7 +1,8 @@
 """The frozen teacher's hidden states, kept between epochs and runs: it reads the same rows every time.
 
 Kept per sample and in the teacher's own precision, for benchmarks. A sample that was not seen before, such as an
-answer of the student, is computed as always. Packed rows are never kept: their states are those of the packed forward pass.
+answer of the student, is computed as always. Packed rows are never kept: their states are those of the packed forward
+pass.
 """
 
 import hashlib

@@ -179,3 +179,32 @@ def test_plugin_without_a_block_is_plain_axolotl(recipe, run_axolotl):
     assert listed.curve("loss", "grad_norm") == expected
     assert "no `dskd:` block" in listed.output and "no `dskd:` block" not in plain.output
     assert not (listed.out / "dskd_state.json").exists()
+
+
+def test_an_entry_without_pairs_trains_by_cross_entropy_beside_others(train, recipe, tmp_path):
+    """The teacher's template writes other words than the data in the second entry; steps of it alone have no pair."""
+    template = tmp_path / "other.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('stone', 'river') }}</s>{% endfor %}"
+    )
+    entries = []
+    for name, answer in (("good", "blue lamp"), ("bad", "blue stone.")):
+        file = tmp_path / f"{name}.jsonl"
+        messages = [{"role": "user", "content": "red"}, {"role": "assistant", "content": answer}]
+        file.write_text(f"{json.dumps({'messages': messages})}\n" * 4)
+        entries.append({"path": str(file), "ds_type": "json", "type": "chat_template"})
+    teacher = {**recipe["dskd"]["teacher"], "chat_template": str(template)}
+    run = train(
+        datasets=entries,
+        dskd={"teacher": teacher},
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=8,
+        save_steps=8,
+        dataset_num_proc=2,
+    )
+    assert re.search(r"bad\.jsonl: .*none aligned of .*student 'blue stone\.'.*cross-entropy alone", run.output)
+    steps = [entry for entry in run.log if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) and entry["dskd/ce"] > 0 for entry in steps)
+    shares = [entry["dskd/align_ratio"] for entry in steps]
+    assert shares.count(0.0) == 4 and sum(share > 0 for share in shares) == 4
