@@ -199,6 +199,8 @@ def test_what_is_written_of_an_answer_that_reasons(name, mode, generated):
     assert message["content"] == (dialect.content if mode == "keep" else dialect.answer)
     assert message.get("reasoning_content", "") == (dialect.reasoning if mode == "field" else "")
     assert ("1 answers reason first" in output) == bool(dialect.reasoning)
+    unread = "The student's chat template does not read reasoning_content"
+    assert (unread in output) == (mode == "field" and bool(dialect.reasoning))
     counts = json.loads(Path("made.manifest.json").read_text())["counts"]
     assert counts["reasoned"] == bool(dialect.reasoning) and counts["written"] == 1
 
