@@ -258,6 +258,15 @@ CASES = {
         "",
         "Write </think> there.",
     ),
+    "words that may close": (
+        "{% for m in messages %}{{ m.role }}: {% if m.thinking %}Notes: {{ m.thinking }} Result: {% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        "The Result: 4",
+        "The Result: 4",
+        "",
+        "The Result: 4",
+    ),
+    "an answer of tags": (PLAIN, "<analysis>a</analysis>", "<analysis>a</analysis>", "", "<analysis>a</analysis>"),
     "indented answer": (PLAIN, "    return 4\n", "    return 4", "", "    return 4"),
     "an empty reasoning": (OPENS, "</think>\n\n4", "<think>\n</think>\n\n4", "", "4"),
     "straight to the final channel": (CHANNELS, "<|channel|>final<|message|>4", "4", "", "4"),
