@@ -20,8 +20,6 @@ KNOWN: tuple[Markers, ...] = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
-    ("<reason>", "</reason>"),
-    ("<analysis>", "</analysis>"),
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
@@ -54,7 +52,7 @@ class AssistantForm:
 
     opened: what the generation prompt writes after the role header; it belongs to the assistant's text.
     lead: what the template writes between the generation prompt and an answer without reasoning.
-    own: markers that the template or the vocabulary knows; a closing one of them counts without its opening one.
+    own: markers that the template or the vocabulary knows; a closing tag of them counts without its opening one.
     """
 
     opened: str = ""
@@ -73,7 +71,8 @@ class AssistantForm:
                 return Split(whole, before.strip(), self._answer(after))
         for opening, closing in self.own:
             before, found, after = whole.rpartition(closing)
-            if found and opening not in whole:
+            # Plain words that close, such as "Result:", may stand in any answer; tags do not.
+            if found and closing[0] in "<[◁" and opening not in whole:
                 return Split(f"{opening}\n{whole.lstrip()}", before.strip(), self._answer(after))
         return Split(whole, "", whole)
 

@@ -41,7 +41,8 @@ Fetch = Callable[[str, str, str | None], Path | None]
 class Parts:
     """Where the parts of a model lie: folders of this machine, or hub ids.
 
-    weights, revision: whole weights with their config.json; adapter: a PEFT folder to merge into them.
+    weights, revision: whole weights with their config.json; named_by: the setting, or the file, that names them.
+    adapter: a PEFT folder to merge into them.
     tokenizer, tokenizer_revision: the adapter's folder where it holds a vocabulary, else as the weights.
     """
 
@@ -50,6 +51,7 @@ class Parts:
     adapter: Path | None
     tokenizer: str
     tokenizer_revision: str | None
+    named_by: str = "dskd.teacher.model"
 
     @property
     def ends(self) -> tuple[str, str | None]:
@@ -76,14 +78,16 @@ def parts_of(settings: Any, fetch: Fetch | None = None) -> Parts:
         )
     if own is not None:
         weights, revision = _base_of(own)
+        named_by = f"base_model_name_or_path in {own / ADAPTER_CONFIG}"
     else:
         weights, revision = _here(settings.model), settings.revision
+        named_by = "dskd.teacher.model"
     adapter = own or given
     if adapter is not None:
         _check_adapter("dskd.teacher.adapter" if own is None else "dskd.teacher.model", adapter)
     if adapter is not None and holds_vocabulary(adapter):
-        return Parts(weights, revision, adapter, str(adapter), None)
-    return Parts(weights, revision, adapter, weights, revision)
+        return Parts(weights, revision, adapter, str(adapter), None, named_by)
+    return Parts(weights, revision, adapter, weights, revision, named_by)
 
 
 def fetched_adapter(name: str, model: str, revision: str | None) -> Path | None:

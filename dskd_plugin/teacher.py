@@ -54,7 +54,7 @@ def check_config(settings: TeacherSettings, parts: Parts, trust_remote_code: boo
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    config = check_reachable("dskd.teacher.model", parts.weights, parts.revision, trust_remote_code)
+    config = check_reachable(parts.named_by, parts.weights, parts.revision, trust_remote_code)
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or (
         config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -156,7 +156,7 @@ def read_teacher(settings: Settings, cfg: Any) -> TeacherReader:
     rows = config.get_text_config().vocab_size
     with _outside_engines():
         if Path(parts.weights).is_dir():
-            adapted.check_weights("dskd.teacher.model", config, Path(parts.weights), trust_remote_code)
+            adapted.check_weights(parts.named_by, config, Path(parts.weights), trust_remote_code)
         if parts.adapter is not None:
             name = "dskd.teacher.model" if teacher.adapter is None else "dskd.teacher.adapter"
             rows = adapted.check_fit(name, config, parts.adapter, trust_remote_code)

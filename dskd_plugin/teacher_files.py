@@ -23,10 +23,10 @@ def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: 
     settings: `args.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
     """
     check_packages(settings)
-    check_files("dskd.teacher.model", parts.weights, cached=cached)
+    check_files(parts.named_by, parts.weights, cached=cached)
     folder = Path(parts.weights)
     if folder.is_dir():
-        check_whole("dskd.teacher.model", folder)
+        check_whole(parts.named_by, folder)
         _check_kind(settings, read_json(folder / "config.json"))
         if parts.tokenizer == parts.weights and not holds_vocabulary(folder):
             raise ValueError(

@@ -140,6 +140,8 @@ def generate(
     _report(*(counts, speed, out, max_new_tokens, keep_unfinished), reasoning=reasoning, skipped=len(rows) - len(kept))
     entry = _entry(out, counts, written)
     template = _template_setting(written, source)
+    if reasoning == "field" and counts["reasoned"] and not _student_reads_field(written, source):
+        click.echo(f"The student's chat template does not read {FIELD}: it will not see the reasoning.")
     if write_recipe is None:
         click.echo("In the recipe, beside or in place of its datasets:\n")
         click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
@@ -450,12 +452,26 @@ def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[s
     click.echo(f"The recipe trains on: {sources}\nNext: axolotl train {path}")
 
 
+def _student_reads_field(recipe: dict[str, Any], source: "Source") -> bool:
+    """Whether the template in which the student will read the rows has a place for their reasoning."""
+    from dskd_plugin.dataset import student_template
+
+    entry = (_chats(recipe) or [{}])[0]
+    try:
+        return FIELD in student_template(source.cfg, entry, _student_tokenizer(source))
+    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
+        return True
+
+
 def _student_has_template(source: "Source") -> bool:
+    try:
+        return _student_tokenizer(source).chat_template is not None
+    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
+        return True
+
+
+def _student_tokenizer(source: "Source") -> Any:
     from transformers import AutoTokenizer
 
     name = source.cfg.get("tokenizer_config") or source.cfg["base_model"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
-        return True
-    return tokenizer.chat_template is not None
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=source.trust_remote_code)

@@ -199,6 +199,8 @@ def test_what_is_written_of_an_answer_that_reasons(name, mode, generated):
     assert message["content"] == (dialect.content if mode == "keep" else dialect.answer)
     assert message.get("reasoning_content", "") == (dialect.reasoning if mode == "field" else "")
     assert ("1 answers reason first" in output) == bool(dialect.reasoning)
+    unread = "The student's chat template does not read reasoning_content"
+    assert (unread in output) == (mode == "field" and bool(dialect.reasoning))
     counts = json.loads(Path("made.manifest.json").read_text())["counts"]
     assert counts["reasoned"] == bool(dialect.reasoning) and counts["written"] == 1
 
@@ -256,6 +258,15 @@ CASES = {
         "",
         "Write </think> there.",
     ),
+    "words that may close": (
+        "{% for m in messages %}{{ m.role }}: {% if m.thinking %}Notes: {{ m.thinking }} Result: {% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        "The Result: 4",
+        "The Result: 4",
+        "",
+        "The Result: 4",
+    ),
+    "an answer of tags": (PLAIN, "<analysis>a</analysis>", "<analysis>a</analysis>", "", "<analysis>a</analysis>"),
     "indented answer": (PLAIN, "    return 4\n", "    return 4", "", "    return 4"),
     "an empty reasoning": (OPENS, "</think>\n\n4", "<think>\n</think>\n\n4", "", "4"),
     "straight to the final channel": (CHANNELS, "<|channel|>final<|message|>4", "4", "", "4"),

@@ -386,6 +386,13 @@ def base_that_is_gone(base, tmp):
     return {"model": str(tmp / "lora")}
 
 
+def base_of_another_machine(base, tmp):
+    """A relative folder that is not here reads like a hub id."""
+    lora(base, tmp / "lora")
+    name_base(tmp / "lora", "outputs/base")
+    return {"model": str(tmp / "lora")}
+
+
 def base_without_a_name(base, tmp):
     lora(base, tmp / "lora")
     name_base(tmp / "lora", None)
@@ -430,6 +437,7 @@ def unknown_template(base, tmp):
 
 REFUSED = {
     "base that is gone": (base_that_is_gone, ["/no/such/base", "adapter_config.json"]),
+    "base of another machine": (base_of_another_machine, ["outputs/base", "adapter_config.json"]),
     "base without a name": (base_without_a_name, ["base_model_name_or_path", "adapter_config.json"]),
     "two adapters": (two_adapters, ["Merge the two adapters"]),
     "adapter without weights": (
@@ -544,6 +552,26 @@ def test_parts_that_do_not_fit_are_refused_before_rows_are_read(case, tiny, tmp_
         read_teacher(parse_settings({"teacher": teacher}), {"datasets": [{"type": "chat_template"}]})
     for word in words:
         assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("package", "more"), [("peft", {"adapter": "lora"}), ("bitsandbytes", {"quantization": "4bit"})]
+)
+def test_a_package_that_is_not_installed_is_missed_at_once(package, more, tiny, tmp_path, monkeypatch):
+    from importlib.util import find_spec
+
+    from dskd_plugin import preflight, teacher_files
+
+    lora(tiny["teacher"], tmp_path / "lora")
+    monkeypatch.setattr(teacher_files, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "base_model": tiny["student"],
+        "plugins": ["dskd"],
+        "dskd": {"teacher": {"model": tiny["teacher"], **more}},
+    }
+    with pytest.raises(RuntimeError, match=f"expected the package {package} for .*Install it: pip install {package}"):
+        preflight._check(recipe, {})
 
 
 def test_weights_with_a_part_missing_are_no_teacher(tiny, tmp_path):
