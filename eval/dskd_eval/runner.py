@@ -24,6 +24,7 @@ from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import LoadedData, Row, content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import EvalLM, GenerationInfo, message_hash
+from dskd_eval.programs import program_of
 from dskd_eval.sandbox import Sandbox
 
 
@@ -519,11 +520,11 @@ def _quiet() -> Iterator[None]:
 
 def _extracted(plan: Plan, row: Row, reference: str) -> str:
     """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
-    accepted = catalog.references(plan.config.get("doc_to_target"), row)
-    answer = scorers.Answer(row, reference, accepted, plan.style)
     if plan.spec.executes_code:
         parts = catalog.code_parts(plan.spec, row)
-        return f"{scorers.program_of(answer, parts)}\n{parts['tests']}".strip()
+        return f"{program_of(reference, parts).text}\n{parts['tests']}".strip()
+    accepted = catalog.references(plan.config.get("doc_to_target"), row)
+    answer = scorers.Answer(row, reference, accepted, plan.style)
     return str(scorers.make_scorer(plan.spec)([answer])[0].details.get("extracted") or "")
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from dskd_eval import catalog
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
+from dskd_eval.programs import program_of
 
 Value = float | tuple[float, float]
 
@@ -320,61 +321,14 @@ def score_ifeval(answer: Answer) -> Scored:
 
 # --- programs -------------------------------------------------------------------------------------
 
-_FENCE = re.compile(r"```([^\n`]*)\n?(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = {"", "python", "python3", "py", "python2", "pycon"}
-
-
-def code_blocks(text: str) -> list[str]:
-    """Contents of fenced blocks; an unclosed last fence counts, a first line that is no language is code."""
-    blocks = []
-    for info, body in _FENCE.findall(text):
-        first = info.strip()
-        blocks.append(body if first.lower() in _LANGUAGES or _is_label(first) else f"{info}\n{body}")
-    return blocks
-
-
-def _is_label(first: str) -> bool:
-    return re.fullmatch(r"[A-Za-z+#-]+(\s+[\w.=\"-]+)*", first) is not None and not first.startswith(
-        ("def ", "import ", "from ", "class ", "return ")
-    )
-
-
-def extract_code(text: str, entry_point: str = "") -> str:
-    """The program of a chat reply: the first fenced block that defines the entry point (any function when
-    none is named), else the first block, else the whole text.
-    """
-    blocks = code_blocks(text)
-    wanted = rf"\bdef\s+{re.escape(entry_point)}\s*\(" if entry_point else r"\b(def|lambda)\b"
-    defining = [block for block in blocks if re.search(wanted, block)]
-    return (defining or blocks or [text])[0]
-
-
-def program_of(answer: Answer, parts: Mapping[str, str]) -> str:
-    """The program to test, without its tests.
-
-    A completion is appended to the prompt. A chat reply is extracted; what precedes the entry point in the
-    prompt (imports, helper functions) is kept in front of it, and a reply with only a body completes the
-    prompt.
-    """
-    completes, entry_point = parts["completes"], parts["entry_point"]
-    if answer.style == "base" and "```" not in answer.text:
-        code = completes + answer.text
-    else:
-        code = extract_code(answer.text, entry_point)
-        if completes:
-            defines = re.search(rf"\bdef\s+{re.escape(entry_point)}\s*\(", code) is not None
-            head = re.split(rf"(?m)^(?=(?:async )?def\s+{re.escape(entry_point)}\s*\()", completes)[0]
-            code = f"{head}\n{code}" if defines else completes + code
-    return parts["setup"] + code
-
 
 def score_python(
     answers: Sequence[Answer], *, spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]]
 ) -> list[Scored]:
     """Run every program with its tests in the sandbox; 1 when the tests ran to their end."""
     parts = [catalog.code_parts(spec, answer.row) for answer in answers]
-    programs = [program_of(answer, part) for answer, part in zip(answers, parts, strict=True)]
-    outcomes = run_programs([(program, part["tests"]) for program, part in zip(programs, parts, strict=True)])
+    programs = [program_of(answer.text, part) for answer, part in zip(answers, parts, strict=True)]
+    outcomes = run_programs([(program.text, part["tests"]) for program, part in zip(programs, parts, strict=True)])
     return [
         Scored(
             {
@@ -382,7 +336,12 @@ def score_python(
                 "timeout": float(outcome.status in ("timeout", "output limit")),
                 "syntax_error": float(outcome.status == "syntax error"),
             },
-            {"program": program, "status": outcome.status, "error": outcome.error},
+            {
+                "program": program.text,
+                "status": outcome.status,
+                "error": outcome.error,
+                "dropped": list(program.dropped),
+            },
         )
         for program, outcome in zip(programs, outcomes, strict=True)
     ]

@@ -126,35 +126,6 @@ def test_boxed_balances_braces() -> None:
     assert scorers.boxed(r"\boxed{open") is None
 
 
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("```python\ndef f():\n    return 1\n```", "def f():\n    return 1\n"),
-        ("```\ndef f(): return 1\n```", "def f(): return 1\n"),
-        ("```def f():\n    return 1\n```", "def f():\n    return 1\n"),
-        ("```import math\ndef f(): return 1\n```", "import math\ndef f(): return 1\n"),
-        ("Sure!\n```py\ndef f(): return 1", "def f(): return 1"),
-        ("```python\nx\n```\nand\n```python\ndef f(): return 1\n```", "def f(): return 1\n"),
-        ("def f(): return 1", "def f(): return 1"),
-    ],
-)
-def test_extract_code(text: str, code: str) -> None:
-    assert scorers.extract_code(text, "f") == code
-
-
-@pytest.mark.parametrize(
-    ("style", "text", "expected"),
-    [
-        ("base", "    return a\n", "import math\ndef f(a):\n    return a\n"),
-        ("chat", "```python\ndef f(a):\n    return a\n```", "import math\n\ndef f(a):\n    return a\n"),
-        ("chat", "```python\n    return a\n```", "import math\ndef f(a):\n    return a\n"),
-    ],
-)
-def test_program_of_keeps_what_precedes_the_function(style: str, text: str, expected: str) -> None:
-    parts = {"setup": "", "completes": "import math\ndef f(a):\n", "entry_point": "f", "tests": ""}
-    assert scorers.program_of(answer(text, style=style), parts) == expected
-
-
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 5), (4, 4, 2), (6, 1, 6)])
 def test_pass_at_k_counts_draws(samples: int, passed: int, k: int) -> None:
     draws = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
