@@ -13,8 +13,9 @@ import transformers
 
 from dskd_eval import cpu_attention
 from dskd_eval.errors import UserError
-from dskd_eval.lm import Generation, GenerationSettings, Prompt
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, cut_at_stop
 from dskd_eval.models import ModelFolder
+from dskd_eval.reasoning import Pair
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TURN_ENDS = (
@@ -107,6 +108,21 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     return ids
 
 
+def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = ()) -> str:
+    """The text of an answer without special tokens, but for those that are or make up reasoning markers."""
+    special = {place: str(token) for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = {
+        place: text for place, text in special.items() if any(text in marker for pair in markers for marker in pair)
+    }
+    texts, begin = [], 0
+    for end in [*(place for place, token in enumerate(tokens) if token in kept), len(tokens)]:
+        part = list(tokens[begin:end])
+        texts.append(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        texts += [kept[tokens[end]]] if end < len(tokens) else []
+        begin = end + 1
+    return "".join(texts)
+
+
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's, the generation config's, and known turn ends it has as
     tokens.
@@ -115,7 +131,9 @@ def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     for value in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
         ids |= {value} if isinstance(value, int) else set(value or ())
     added = tokenizer.get_added_vocab()
-    return sorted(ids | {added[token] for token in _TURN_ENDS if token in added})
+    # Where a turn has channels, <|end|> ends the reasoning alone.
+    ends = [token for token in _TURN_ENDS if not (token == "<|end|>" and "<|channel|>" in added)]
+    return sorted(ids | {added[token] for token in ends if token in added})
 
 
 class HFBackend:
@@ -203,25 +221,26 @@ class HFBackend:
         )
         criteria = transformers.StoppingCriteriaList()
         if settings.stop:
-            criteria.append(_StopStrings(self.tokenizer, settings.stop, width, len(prompts)))
+            criteria.append(_StopStrings(self.tokenizer, settings, prompts, width))
         output = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             generation_config=config,
             stopping_criteria=criteria,
         )
-        return [self._finished(row, settings) for row in output[:, width:].tolist()]
+        answers = output[:, width:].tolist()
+        return [self._finished(row, settings, prompt) for row, prompt in zip(answers, prompts, strict=True)]
 
-    def _finished(self, tokens: list[int], settings: GenerationSettings) -> Generation:
+    def _finished(self, tokens: list[int], settings: GenerationSettings, prompt: Prompt) -> Generation:
         ends = [place for place, token in enumerate(tokens) if token in self.end_tokens]
         finish = "stop" if ends else "length"
         tokens = tokens[: ends[0]] if ends else tokens
         while tokens and not ends and tokens[-1] == self._pad:
             tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
-        if found:
-            text, finish = text[: min(found)], "stop"
+        text = decode(self.tokenizer, tokens, settings.reasoning)
+        before = cut_at_stop(text, settings, prompt.opened)
+        if before is not None:
+            text, finish = before, "stop"
         if not ends and len(tokens) < settings.max_new_tokens:
             finish = "stop"
         return Generation(text, len(tokens), finish)
@@ -242,12 +261,12 @@ class HFBackend:
 
 
 class _StopStrings(transformers.StoppingCriteria):
-    """Ends a row once a stop string appears in its new text."""
+    """Ends a row once a stop string appears in its new text, outside reasoning."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], width: int, rows: int) -> None:
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        self.tail = max(len(text) for text in stop) + 4
-        self.done = [False] * rows
+    def __init__(self, tokenizer: Any, settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> None:
+        self.tokenizer, self.settings, self.prompts, self.width = tokenizer, settings, prompts, width
+        self.tail = max(len(text) for text in settings.stop) + 4
+        self.done = [False] * len(prompts)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         start = max(self.width, input_ids.shape[1] - self.tail)
@@ -256,7 +275,11 @@ class _StopStrings(transformers.StoppingCriteria):
             input_ids[waiting, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         for row, text in zip(waiting, texts, strict=True):
-            self.done[row] = any(stop in text for stop in self.stop)
+            found = any(stop in text for stop in self.settings.stop)
+            if found and self.settings.reasoning:
+                whole = decode(self.tokenizer, input_ids[row, self.width :].tolist(), self.settings.reasoning)
+                found = cut_at_stop(whole, self.settings, self.prompts[row].opened) is not None
+            self.done[row] = found
         return torch.tensor(self.done, device=input_ids.device)
 
 

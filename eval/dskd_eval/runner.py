@@ -477,7 +477,7 @@ def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]
 
 def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts that tell how far a score may be trusted: cut prompts, shortened, unfinished and empty
-    answers.
+    answers, reasoning before them.
     """
     answers = [text for sample in samples for text in sample["answers"]]
     if not infos:
@@ -493,6 +493,9 @@ def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list
         "prompts_cut": sum(1 for info in traced if info.cut_tokens),
         "prompt_tokens_cut": sum(info.cut_tokens for info in traced),
         "longest_prompt": max(info.prompt_tokens for info in traced),
+        "with_reasoning": sum(1 for info in traced if info.trace in ("closed", "unclosed")),
+        "unfinished_reasoning": sum(1 for info in traced if info.trace == "unclosed"),
+        "unread_reasoning": sum(1 for info in traced if info.trace == "unread"),
         "mean_new_tokens": round(sum(info.new_tokens for info in traced) / len(traced), 2),
     }
 
