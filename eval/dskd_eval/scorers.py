@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from dskd_eval import catalog
+from dskd_eval import catalog, mathematics
 from dskd_eval.data import Row
+from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
 from dskd_eval.programs import program_of
 
@@ -176,19 +176,6 @@ def score_contains(answer: Answer) -> Scored:
 # --- numbers and mathematics ----------------------------------------------------------------------
 
 _NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
-# Between three digits and three: LaTeX's spaces and protected commas, the spaces and apostrophes of typography.
-_LATEX_GROUP = r"\{?,\}?\\!|\{\\?[,:; ]\}|\\[,:;> ]|\{?~\}?|\\thinspace\s?"
-_GROUP = rf"(?:{_LATEX_GROUP}|[\u00a0\u2002-\u200a\u202f'\u2019\u066c])"
-_GROUPED = re.compile(rf"(?:(?<![\d.])\d{{1,3}}|(?<=\d)\.\d{{3}})(?:{_GROUP}\d{{3}})+(?!\d)")
-# Hyphens, the figure and the en dash, the minus sign and its small and wide forms; LaTeX's minus without space.
-_MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]|\\{-\\}")
-_CURRENCY = re.compile(r"\\\$|[€£¥₹]")
-
-
-def _plain_numbers(text: str) -> str:
-    """The text with its numbers as a program writes them: '-' for a minus, nothing between groups of digits."""
-    text = _CURRENCY.sub("$", _MINUS.sub("-", text))
-    return _GROUPED.sub(lambda found: re.sub(_GROUP, "", found[0]), text)
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -200,13 +187,13 @@ def _decimal(text: str) -> Decimal | None:
 
 def last_number(text: str) -> Decimal | None:
     r"""The last number of a text; '1,200' and '1{,}200' are one number, '5-3' ends with 3."""
-    found = re.findall(_NUMBER, _plain_numbers(text))
+    found = re.findall(_NUMBER, plain_numbers(text))
     return _decimal(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Decimal | None:
     """The number after the first '####' (the format of GSM8K's own solutions)."""
-    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", _plain_numbers(text))
+    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", plain_numbers(text))
     return _decimal(found.group(1).replace(" ", "")) if found else None
 
 
@@ -226,43 +213,12 @@ def score_number(answer: Answer) -> Scored:
     )
 
 
-def boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(text: str) -> Any:
-    from math_verify import parse
-
-    # math_verify's own timeouts are signals, which only the main thread may set.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    return parse(text, parsing_timeout=limit)
-
-
-def same_mathematics(text: str, reference: str) -> bool:
-    """Whether the final answer of a text equals a reference (LaTeX or plain) by math-verify."""
-    from math_verify import verify
-
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    return bool(verify(_parsed(f"${reference}$"), _parsed(text), timeout_seconds=limit))
-
-
 def score_math(answer: Answer) -> Scored:
-    inside = boxed(answer.text)
+    inside = mathematics.boxed(answer.text)
     exact = inside is not None and any(
         "".join(inside.split()) == "".join(reference.split()) for reference in answer.references
     )
-    verified = any(same_mathematics(answer.text, reference) for reference in answer.references)
+    verified = any(mathematics.same(answer.text, reference) for reference in answer.references)
     return Scored(
         {"math_verify": float(verified), "exact_match": float(exact), "boxed": float(inside is not None)},
         {"extracted": inside},

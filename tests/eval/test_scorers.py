@@ -7,7 +7,7 @@ import math
 from decimal import Decimal
 
 import pytest
-from dskd_eval import scorers
+from dskd_eval import mathematics, scorers
 from dskd_eval.scorers import Answer
 
 
@@ -122,8 +122,8 @@ def test_mathematics(text: str, reference: str, same: bool) -> None:
 
 
 def test_boxed_balances_braces() -> None:
-    assert scorers.boxed(r"\boxed{1} then \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
-    assert scorers.boxed(r"\boxed{open") is None
+    assert mathematics.boxed(r"\boxed{1} then \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert mathematics.boxed(r"\boxed{open") is None
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 5), (4, 4, 2), (6, 1, 6)])
