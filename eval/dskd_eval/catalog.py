@@ -23,7 +23,7 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 SUITES = ("instruct", "math", "code")
 STYLES = ("base", "chat")
 SCORER_METRICS: dict[str, tuple[str, ...]] = {
-    "rouge_l": ("rouge_l", "exact_match", "response_words"),
+    "rouge_l": ("rouge_l", "exact_match", "response_words", "rouge_l_unicode"),
     "exact_match": ("exact_match",),
     "contains": ("contains", "exact_match"),
     "number": ("flexible", "strict"),

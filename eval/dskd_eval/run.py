@@ -485,6 +485,8 @@ def _warnings(scores: list[dict[str, Any]]) -> list[str]:
             add("answers that ran into their token limit", facts["unfinished"])
         if count and facts.get("empty", 0) > count / 20:
             add("empty answers", facts["empty"])
+        if count and facts.get("references_unseen", 0) > count / 20 and task["primary_metric"] == "rouge_l":
+            add("references with letters that rouge_l does not see (rouge_l_unicode does)", facts["references_unseen"])
         if facts.get("unfinished_reasoning"):
             add("answers whose reasoning did not end count as empty (--max-new-tokens)", facts["unfinished_reasoning"])
         if facts.get("unread_reasoning"):

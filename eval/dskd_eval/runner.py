@@ -173,7 +173,7 @@ def reference_answer(plan: Plan, row: Row) -> str:
 def check_needs(spec: TaskSpec, directory: Path | None) -> None:
     """Packages and files that scoring needs, checked before anything is generated. Raises UserError."""
     modules = {
-        "rouge_l": ("rouge_score",),
+        "rouge_l": ("rouge_score", "nltk"),
         "math": ("math_verify",),
         "ifeval": ("langdetect", "immutabledict", "nltk"),
     }.get(str(spec.scorer), ())
@@ -496,6 +496,7 @@ def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list
         "with_reasoning": sum(1 for info in traced if info.trace in ("closed", "unclosed")),
         "unfinished_reasoning": sum(1 for info in traced if info.trace == "unclosed"),
         "unread_reasoning": sum(1 for info in traced if info.trace == "unread"),
+        "references_unseen": sum("unseen_by_rouge_l" in detail for sample in samples for detail in sample["details"]),
         "mean_new_tokens": round(sum(info.new_tokens for info in traced) / len(traced), 2),
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from dskd_eval import catalog, mathematics
+from dskd_eval import catalog, mathematics, rouge
 from dskd_eval.data import Row
 from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
@@ -35,6 +35,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "rouge_l": Metric("Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference"),
+    "rouge_l_unicode": Metric("Rouge-L, any script", "as Rouge-L, over the words or characters of any script"),
     "exact_match": Metric("exact match", "answer equals a reference, ignoring case and outer space"),
     "contains": Metric("contains", "a reference occurs in the answer, ignoring case"),
     "response_words": Metric("words", "mean number of words of an answer", "words"),
@@ -133,43 +134,24 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 # --- text -----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """Rouge-L F-measure in [0, 1] (Lin 2004) with rouge_score's tokenizer and Porter stemmer.
-
-    That tokenizer drops all but ASCII letters and digits; a reference without any (a symbol, an emoji) is matched
-    as a whole.
-    """
-    if not re.search("[a-zA-Z0-9]", reference):
-        return float(_plain(text) == _plain(reference))
-    return float(_rouge().score(reference, text)["rougeL"].fmeasure)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
 def score_rouge(answer: Answer) -> Scored:
-    best = max(rouge_l(answer.text, reference) for reference in answer.references)
-    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    ascii_ = max(rouge.rouge_l(answer.text, reference) for reference in answer.references)
+    any_script = max(rouge.rouge_l_unicode(answer.text, reference) for reference in answer.references)
+    exact = any(rouge.plain(answer.text) == rouge.plain(reference) for reference in answer.references)
     words = float(len(answer.text.split()))
-    return Scored({"rouge_l": best, "exact_match": float(exact), "response_words": words})
+    metrics: dict[str, Value] = {"rouge_l": ascii_, "exact_match": float(exact), "response_words": words}
+    notes = [note for reference in answer.references if (note := rouge.unseen(reference))]
+    return Scored(metrics | {"rouge_l_unicode": any_script}, {"unseen_by_rouge_l": notes[0]} if notes else {})
 
 
 def score_exact(answer: Answer) -> Scored:
-    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    exact = any(rouge.plain(answer.text) == rouge.plain(reference) for reference in answer.references)
     return Scored({"exact_match": float(exact)})
 
 
 def score_contains(answer: Answer) -> Scored:
-    text = _plain(answer.text)
-    inside = any(_plain(reference) in text for reference in answer.references if reference.strip())
+    text = rouge.plain(answer.text)
+    inside = any(rouge.plain(reference) in text for reference in answer.references if reference.strip())
     return Scored({"contains": float(inside), **score_exact(answer).metrics})
 
 

@@ -15,34 +15,6 @@ def answer(text: str, *references: str, style: str = "base", **row: object) -> A
     return Answer(dict(row), text, list(references), style)
 
 
-def lcs_f(text: list[str], reference: list[str]) -> float:
-    """Rouge-L F by the textbook table, on words that need no stemming."""
-    table = [[0] * (len(reference) + 1) for _ in range(len(text) + 1)]
-    for i, j in itertools.product(range(len(text)), range(len(reference))):
-        same = text[i] == reference[j]
-        table[i + 1][j + 1] = table[i][j] + 1 if same else max(table[i][j + 1], table[i + 1][j])
-    common = table[-1][-1]
-    return 0.0 if common == 0 else 2 * common / (len(text) + len(reference))
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [("the cat sat", "the cat sat"), ("a red dog", "a dog red big"), ("x y", "p q"), ("b a c d", "a b d c")],
-)
-def test_rouge_l_equals_table(text: str, reference: str) -> None:
-    assert scorers.rouge_l(text, reference) == pytest.approx(lcs_f(text.split(), reference.split()))
-
-
-@pytest.mark.parametrize(("text", "score"), [("- 😌😊 ", 1.0), ("😌", 0.0), ("", 0.0), ("calm", 0.0)])
-def test_rouge_l_of_a_reference_without_words(text: str, score: float) -> None:
-    assert scorers.rouge_l(text, "- 😌😊") == score
-
-
-def test_rouge_l_takes_the_best_reference_and_stems() -> None:
-    found = scorers.score_rouge(answer("running dogs", "cat", "run dog")).metrics
-    assert found == {"rouge_l": pytest.approx(1.0), "exact_match": 0.0, "response_words": 2.0}
-
-
 @pytest.mark.parametrize(
     ("text", "number"),
     [
