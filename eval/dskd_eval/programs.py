@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import codeop
 import functools
 import itertools
 import re
@@ -16,7 +17,7 @@ import symtable
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markdown_it import MarkdownIt
@@ -32,6 +33,7 @@ _CONSOLE = frozenset(
 )
 _FUTURE = re.compile(r"(?m)^from __future__ import .*\n?")
 _MOST_CUTS = 500
+_MOST_ATTEMPTS = 5_000
 
 
 @dataclass(frozen=True)
@@ -247,15 +249,27 @@ def _pieces(text: str) -> list[_Block]:
     """Runs of lines that parse, between lines of prose."""
     lines = text.split("\n")
     blocks, place = [], 0
+    attempts = iter(range(_MOST_ATTEMPTS))
     while place < len(lines):
         indent = len(lines[place]) - len(lines[place].lstrip())
         code = ""
-        if lines[place].strip():
-            code = parsing_prefix("\n".join(_dedented(lines[place:], indent)))
+        if _may_begin(lines[place].strip()):
+            code = parsing_prefix("\n".join(_dedented(lines[place:], indent)), attempts)
         if code.strip():
             blocks.append(_block(code))
         place += max(1, code.count("\n"))
     return blocks
+
+
+def _may_begin(line: str) -> bool:
+    """Whether a line is Python, or the beginning of it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            codeop.compile_command(line, "<answer>", "exec")
+    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):
+        return False
+    return bool(line)
 
 
 def _dedented(lines: Sequence[str], indent: int) -> list[str]:
@@ -312,11 +326,14 @@ def _indented_like(completes: str, body: str) -> str:
 # --- parsing --------------------------------------------------------------------------------------
 
 
-def parsing_prefix(code: str) -> str:
-    """The longest run of whole lines from the start that Python compiles; '' where there is none."""
+def parsing_prefix(code: str, attempts: Iterator[int] | None = None) -> str:
+    """The longest run of whole lines from the start that Python compiles; '' where there is none.
+
+    attempts: ends when several calls together have tried often enough.
+    """
     lines = _lines(code)
     count = len(lines)
-    for _ in range(_MOST_CUTS):
+    for _ in itertools.islice(itertools.count() if attempts is None else attempts, _MOST_CUTS):
         prefix = "".join(lines[:count])
         try:
             with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,13 @@ def test_an_answer_of_humaneval_94_that_the_limit_cut(box: Sandbox, data_dir: Pa
     program = programs.program_of(text, parts)
     assert box.run(program.text, parts["tests"]).passed
     assert "an end of 1 lines that does not parse" in program.dropped[0]
+
+
+@pytest.mark.parametrize("text", ["(\n" * 2000, "it is (a) so\n" * 6000, "    a = [\n" * 1500, "`a " * 7000])
+def test_strange_answers_end_soon(text: str) -> None:
+    begun = time.monotonic()
+    programs.program_of(text, PARTS | {"tests": TESTS, "completes": PROMPT})
+    assert time.monotonic() - begun < 30
 
 
 def test_long_answers_take_no_long_time() -> None:

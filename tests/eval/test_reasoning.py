@@ -225,3 +225,21 @@ def test_a_limit_needs_a_task_that_generates(
     done = invoke("--model", tiny_model, "--task-file", path, "--max-new-tokens", 9, "--dry-run")
     assert done.exit_code == 1
     assert "--max-new-tokens" in done.output and "a task that generates text" in done.output
+
+
+def test_channels_of_special_tokens(tmp_path: Path) -> None:
+    """Markers of several tokens; the token that ends a channel does not end the answer."""
+    from conftest_models import make_tokenizer
+    from dskd_eval import hf
+
+    tokenizer = make_tokenizer(tmp_path)
+    extra = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": extra, "eos_token": "<|return|>"})
+    said = "<|channel|>analysis<|message|>Is it 3?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    pairs = reasoning.choose("auto", ["... <|channel|>analysis<|message|> ... <|channel|>final<|message|>"])
+    text = hf.decode(tokenizer, tokenizer(said)["input_ids"], pairs)
+    assert reasoning.separate(text, pairs).answer == "4"
+    assert hf.decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
+    ends = hf.end_tokens(tokenizer, None)
+    assert tokenizer.convert_tokens_to_ids("<|end|>") not in ends
+    assert tokenizer.convert_tokens_to_ids("<|return|>") in ends
