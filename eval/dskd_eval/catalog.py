@@ -25,7 +25,7 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 SUITES = ("instruct", "math", "code")
 STYLES = ("base", "chat")
 SCORER_METRICS: dict[str, tuple[str, ...]] = {
-    "rouge_l": ("rouge_l", "exact_match", "response_words"),
+    "rouge_l": ("rouge_l", "exact_match", "response_words", "rouge_l_unicode"),
     "exact_match": ("exact_match",),
     "contains": ("contains", "exact_match"),
     "number": ("flexible", "strict"),
@@ -544,11 +544,13 @@ def plan(
     samples: int = 1,
     temperature: float | None = None,
     seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> Plan:
     """Settle a task for one model.
 
     chat: whether the chat template is used. protocol: 'default', or a published one; a task without it runs
     its default. samples: answers per prompt of tasks that execute code (pass@k); above 1 they are sampled.
+    max_new_tokens: the limit of an answer in place of the task's.
     """
     published = spec.protocols.get(protocol) if protocol != "default" else None
     style = "chat" if chat else "base"
@@ -561,6 +563,8 @@ def plan(
     merged |= dict(spec.styles.get(style, {}).get("generation_kwargs") or {})
     generation = {"until": [], "max_gen_toks": 256, "do_sample": False} | merged
     generation |= dict(overrides.get("generation_kwargs") or {})
+    if max_new_tokens is not None:
+        generation["max_gen_toks"] = max_new_tokens
     seeds: tuple[int, ...] = (seed,)
     if published is not None:
         seeds = tuple(published.get("seeds") or seeds)

@@ -132,6 +132,14 @@ def _split(values: Sequence[str]) -> list[str]:
     metavar="auto|on|off|FILE",
     help="auto: the tokenizer's template where it has one. FILE: a Jinja template for all models.",
 )
+@click.option(
+    "--reasoning",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|START,END",
+    help="Markers of reasoning before an answer, which is not scored. auto: those that the chat template knows.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Limit of an answer. [default: the task's]")
 @click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), help="[default: 8 on a CPU, 32 on a GPU]")
 @click.option(
@@ -179,7 +187,7 @@ def _evaluate(options: dict[str, Any]) -> None:
         **{
             key: options[key]
             for key in ("limit", "seed", "batch_size", "dtype", "device", "backend", "protocol",
-                        "num_fewshot", "samples", "temperature", "unsafe_code")
+                        "num_fewshot", "samples", "temperature", "unsafe_code", "reasoning", "max_new_tokens")
         },
     )  # fmt: skip
     output = options["output"] or _default_output(refs)
@@ -348,6 +356,8 @@ _FACTS = {
     "unfinished": "at the token limit",
     "clamped": "with a lowered limit",
     "prompts_cut": "prompts cut",
+    "with_reasoning": "with reasoning",
+    "unfinished_reasoning": "with unfinished reasoning",
 }
 
 
@@ -438,6 +448,8 @@ def _dry_run(prepared: Any) -> None:
         tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
         lm = EvalLM(_TokenizerOnly(folder.name, tokenizer, dict(folder.ref.template_options)))
         _OUT.rule(f"[bold]{escape(folder.name)}[/]")
+        for start, end in prepared.markers[folder.name]:
+            _OUT.print(escape(f"reasoning from {start} to {end} is not scored"), soft_wrap=True)
         for plan in prepared.plans[folder.name]:
             rows = prepared.data[plan.spec.name]
             total = len(rows.test.rows) if rows.test else 0

@@ -16,8 +16,9 @@ import transformers
 
 from dskd_eval import cpu_attention, templates
 from dskd_eval.errors import UserError
-from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
+from dskd_eval.reasoning import Pair
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Ends of turn of models that show none: with a template, such a token may stand inside an answer.
@@ -116,6 +117,21 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     if not ids and tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id]
     return ids
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = ()) -> str:
+    """The text of an answer without special tokens, but for those that are or make up reasoning markers."""
+    special = {place: str(token) for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = {
+        place: text for place, text in special.items() if any(text in marker for pair in markers for marker in pair)
+    }
+    texts, begin = [], 0
+    for end in [*(place for place, token in enumerate(tokens) if token in kept), len(tokens)]:
+        part = list(tokens[begin:end])
+        texts.append(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        texts += [kept[tokens[end]]] if end < len(tokens) else []
+        begin = end + 1
+    return "".join(texts)
 
 
 def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
@@ -233,14 +249,15 @@ class HFBackend:
         waiting = list(range(len(prompts)))
         while waiting:
             enough = max(1, len(waiting) // _LEAVE_TOGETHER) if narrows else len(waiting)
-            watch = _Leaving(self.tokenizer, settings.stop, self.end_tokens, width, len(waiting), enough, self.told)
-            draw = _processors(settings, [prompts[row] for row in waiting], width)
+            asked = [prompts[row] for row in waiting]
+            watch = _Leaving(self.tokenizer, settings, asked, self.end_tokens, width, enough, self.told)
+            draw = _processors(settings, asked, width)
             ids, cache = self._write(ids, mask, width + settings.max_new_tokens, cache, watch, draw)
             cut = ids.shape[1] - width >= settings.max_new_tokens
             gone = [done or cut for done in watch.done]
             for row, tokens, leaves in zip(waiting, ids[:, width:].tolist(), gone, strict=True):
                 if leaves:
-                    found[row] = self._finished(tokens, settings)
+                    found[row] = self._finished(tokens, settings, prompts[row])
             self.told(0, sum(gone) - sum(watch.done))
             waiting = [row for row, leaves in zip(waiting, gone, strict=True) if not leaves]
             stay: Any = torch.tensor(
@@ -286,16 +303,16 @@ class HFBackend:
         )
         return made.sequences, made.get("past_key_values")
 
-    def _finished(self, tokens: list[int], settings: GenerationSettings) -> Generation:
+    def _finished(self, tokens: list[int], settings: GenerationSettings, prompt: Prompt) -> Generation:
         ends = [place for place, token in enumerate(tokens) if token in self.end_tokens]
         finish = "stop" if ends else "length"
         tokens = tokens[: ends[0]] if ends else tokens
         while tokens and not ends and tokens[-1] == self._pad:
             tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
-        if found:
-            text, finish = text[: min(found)], "stop"
+        text = decode(self.tokenizer, tokens, settings.reasoning)
+        before = cut_at_stop(text, settings, prompt.opened)
+        if before is not None:
+            text, finish = before, "stop"
         if not ends and len(tokens) < settings.max_new_tokens:
             finish = "stop"
         return Generation(text, len(tokens), finish)
@@ -321,23 +338,31 @@ _LEAVE_TOGETHER = 8
 
 
 class _Leaving(transformers.StoppingCriteria):
-    """Ends a row at an end token or once a stop string appears in its new text; ends them all when enough have ended,
-    so that those can leave.
+    """Ends a row at an end token or once a stop string appears in its new text, outside reasoning; ends them all when
+    enough have ended, so that those can leave.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: tuple[str, ...], ends: Sequence[int], width: int, rows: int, enough: int, told: Told
+        self,
+        tokenizer: Any,
+        settings: GenerationSettings,
+        prompts: Sequence[Prompt],
+        ends: Sequence[int],
+        width: int,
+        enough: int,
+        told: Told,
     ) -> None:
-        self.tokenizer, self.stop, self.width, self.enough, self.told = tokenizer, stop, width, enough, told
-        self.tail = max((len(text) for text in stop), default=0) + 4
+        self.tokenizer, self.settings, self.prompts = tokenizer, settings, prompts
+        self.width, self.enough, self.told = width, enough, told
+        self.tail = max((len(text) for text in settings.stop), default=0) + 4
         self.ends = set(ends)
-        self.done = [False] * rows
+        self.done = [False] * len(prompts)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         waiting = [row for row, done in enumerate(self.done) if not done]
         for row, last in zip(waiting, input_ids[waiting, -1].tolist(), strict=True):
             self.done[row] = last in self.ends
-        if self.stop:
+        if self.settings.stop:
             self._find_stops(input_ids)
         ended = sum(self.done)
         self.told(len(waiting), ended - (len(self.done) - len(waiting)))
@@ -350,7 +375,11 @@ class _Leaving(transformers.StoppingCriteria):
             input_ids[waiting, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         for row, text in zip(waiting, texts, strict=True):
-            self.done[row] = any(stop in text for stop in self.stop)
+            found = any(stop in text for stop in self.settings.stop)
+            if found and self.settings.reasoning:
+                whole = decode(self.tokenizer, input_ids[row, self.width :].tolist(), self.settings.reasoning)
+                found = cut_at_stop(whole, self.settings, self.prompts[row].opened) is not None
+            self.done[row] = found
 
 
 class _Draw(transformers.LogitsProcessor):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from lm_eval.api.model import LM
 
+from dskd_eval import reasoning
 from dskd_eval.data import Row, content_hash
 from dskd_eval.errors import UserError
 
@@ -41,6 +42,7 @@ class GenerationSettings:
     """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off.
 
     A sampled answer depends on the seed and its prompt, not on what else is in the batch.
+    reasoning: pairs of markers; stop strings count only outside the traces between them.
     """
 
     max_new_tokens: int
@@ -49,29 +51,46 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    reasoning: tuple[reasoning.Pair, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `row` is the document it was made from."""
+    """One prompt; `row` is the document it was made from, `opened` the reasoning trace that it has begun."""
 
     text: str
     tokens: list[int]
     row: Row
+    opened: reasoning.Pair | None = None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. finish: 'stop' (end token or stop string) or 'length' (ran into max_new_tokens)."""
+    """What a model wrote, reasoning included. finish: 'stop' (end token or stop string) or 'length' (ran into
+    max_new_tokens).
+    """
 
     text: str
     new_tokens: int
     finish: str
 
 
+def cut_at_stop(text: str, settings: GenerationSettings, opened: reasoning.Pair | None = None) -> str | None:
+    """The text before the first stop string outside reasoning; None without one."""
+    begin = reasoning.answer_start(text, settings.reasoning, opened) if settings.reasoning else 0
+    if begin is None:
+        return None
+    found = [place for stop in settings.stop if (place := text.find(stop, begin)) >= 0]
+    return text[: min(found)] if found else None
+
+
 @dataclass(frozen=True)
 class GenerationInfo:
-    """How one answer came about; cut_tokens is what the prompt lost to fit the context."""
+    """How one answer came about; cut_tokens is what the prompt lost to fit the context.
+
+    reasoning: the trace before the answer. trace: 'none', 'closed', 'unclosed', or 'unread' where an answer begins
+    with a known marker and no markers were asked for.
+    """
 
     prompt_tokens: int
     cut_tokens: int
@@ -79,6 +98,8 @@ class GenerationInfo:
     new_tokens: int
     finish: str
     clamped: bool
+    reasoning: str = ""
+    trace: str = "none"
 
 
 class Backend(Protocol):
@@ -170,8 +191,16 @@ class EvalLM(LM):  # type: ignore[misc]
     written: tokens generated so far for the task, for progress.
     """
 
-    def __init__(self, backend: Backend, *, batch_size: int | None = None, store: GenerationStore | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        batch_size: int | None = None,
+        store: GenerationStore | None = None,
+        markers: Sequence[reasoning.Pair] = (),
+    ):
         super().__init__()
+        self.markers = tuple(markers)
         self.backend = backend
         self.chunk = batch_size or backend.default_batch_size
         self.store = store
@@ -205,7 +234,8 @@ class EvalLM(LM):  # type: ignore[misc]
         for batch in batches:
             self.backend.told = self._listener(done, len(works))
             for work, generation in zip(batch, self._answer(batch), strict=True):
-                answers[work.place] = generation.text
+                separated = reasoning.separate(generation.text, self.markers, work.prompt.opened)
+                answers[work.place] = separated.answer
                 request = requests[work.place]
                 self.trace.infos[(request.doc_id, work.repeat)] = GenerationInfo(
                     prompt_tokens=len(work.prompt.tokens) + work.cut_tokens,
@@ -214,6 +244,8 @@ class EvalLM(LM):  # type: ignore[misc]
                     new_tokens=generation.new_tokens,
                     finish=generation.finish,
                     clamped=work.clamped,
+                    reasoning=separated.reasoning,
+                    trace=separated.state,
                 )
             done += len(batch)
             self.on_progress(done, len(works))
@@ -258,18 +290,24 @@ class EvalLM(LM):  # type: ignore[misc]
                 top_p=float(kwargs.get("top_p", 1.0)) if sampled else 1.0,
                 top_k=int(kwargs.get("top_k", 0)) if sampled else 0,
                 seed=self.seeds[repeat % len(self.seeds)],
+                reasoning=self.markers,
             )
-            works.append(_Work(place, Prompt(text, tokens, request.doc), repeat, settings, cut, new < wanted))
+            opened = reasoning.opened_by(text, self.trace.messages.get(text), self.markers)
+            prompt = Prompt(text, tokens, request.doc, opened)
+            works.append(_Work(place, prompt, repeat, settings, cut, new < wanted))
         return works
 
     def _answer(self, batch: list[_Work]) -> list[Generation]:
         settings = batch[0].settings
         prompts = [work.prompt for work in batch]
+        shaping = asdict(settings) | {"seed": settings.seed if settings.temperature > 0 else None}
+        if not settings.reasoning:
+            del shaping["reasoning"]
         key = content_hash_long(
             {
                 "model": dict(self.backend.identity),
                 "backend": self.backend.kind,
-                "settings": asdict(settings) | {"seed": settings.seed if settings.temperature > 0 else None},
+                "settings": shaping,
                 "prompts": [prompt.tokens for prompt in prompts],
             }
         )

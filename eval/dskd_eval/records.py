@@ -25,7 +25,8 @@ from dskd_eval.errors import UserError
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("dskd", "lm_eval", "transformers", "torch", "peft", "datasets", "tokenizers", "rouge_score",
-             "math-verify", "antlr4-python3-runtime", "langdetect", "nltk", "numpy", "vllm")  # fmt: skip
+             "math-verify", "markdown-it-py", "antlr4-python3-runtime", "langdetect", "nltk", "numpy",
+             "vllm")  # fmt: skip
 MEGABYTE = 1 << 20
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from dskd_eval import catalog, comparison, models, records, report, runner, sandbox, scorers, stats
+from dskd_eval import catalog, comparison, models, reasoning, records, report, runner, sandbox, scorers, stats
 from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
@@ -28,7 +28,7 @@ PROTOCOLS = ("default", "paper")
 @dataclass(frozen=True)
 class Settings:
     """Everything of the command line that shapes a score. chat_template: auto, on, off or the text of a
-    template.
+    template. reasoning: auto, off or START,END.
     """
 
     limit: int | None = None
@@ -42,6 +42,8 @@ class Settings:
     samples: int = 1
     temperature: float | None = None
     chat_template: str = "auto"
+    reasoning: str = "auto"
+    max_new_tokens: int | None = None
     unsafe_code: bool = False
 
 
@@ -67,6 +69,7 @@ class Prepared:
     sandbox: sandbox.Sandbox | None
     templates: dict[str, str | None]
     notes: list[str] = field(default_factory=list)
+    markers: dict[str, tuple[reasoning.Pair, ...]] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """What --resume compares."""
@@ -105,6 +108,7 @@ def prepare(
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
     notes = _check_settings(settings, specs)
+    reasoning.choose(settings.reasoning, ())
     if settings.backend == "vllm":
         from dskd_eval import vllm_backend
 
@@ -127,9 +131,12 @@ def prepare(
     folders = [models.locate(ref) for ref in models.distinct(refs)]
     plans: dict[str, list[Plan]] = {}
     templates: dict[str, str | None] = {}
+    markers: dict[str, tuple[reasoning.Pair, ...]] = {}
     for folder in folders:
         given = None if settings.chat_template in ("auto", "on", "off") else settings.chat_template
         tokenizer = hf.load_tokenizer(folder, given)
+        known = [tokenizer.chat_template, hf.load_tokenizer(folder).chat_template if given else None]
+        markers[folder.name] = reasoning.choose(settings.reasoning, [str(text) for text in known if text])
         chat = hf.has_chat_template(tokenizer)
         if settings.chat_template == "on" and not chat:
             raise UserError(
@@ -152,6 +159,7 @@ def prepare(
                 samples=settings.samples,
                 temperature=settings.temperature,
                 seed=settings.seed,
+                max_new_tokens=settings.max_new_tokens,
             )
             for spec in specs
         ]
@@ -161,7 +169,7 @@ def prepare(
             notes += [note for note in seen if note not in notes]
             runner.check_references(plan, data[plan.spec.name])
     notes += comparison.template_notes({name: template is not None for name, template in templates.items()})
-    return Prepared(settings, folders, plans, data, box, templates, notes)
+    return Prepared(settings, folders, plans, data, box, templates, notes, markers)
 
 
 def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
@@ -195,6 +203,17 @@ def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
             )
         if fixed:
             notes.append(f"--num-fewshot has no effect on {', '.join(fixed)}")
+    if settings.max_new_tokens is not None:
+        ranked = [spec.name for spec in specs if spec.config.get("output_type", "generate_until") != "generate_until"]
+        if len(ranked) == len(specs):
+            raise UserError(
+                "--max-new-tokens",
+                expected="a task that generates text",
+                got=", ".join(ranked) + ", which rank choices",
+                fix="Leave it out.",
+            )
+        if ranked:
+            notes.append(f"--max-new-tokens has no effect on {', '.join(ranked)}")
     if settings.protocol != "default":
         without = [spec.name for spec in specs if settings.protocol not in spec.protocols]
         if len(without) == len(specs):
@@ -281,6 +300,7 @@ class _Progress:
                         load(model, self.prepared.settings),
                         batch_size=self.prepared.settings.batch_size,
                         store=store,
+                        markers=self.prepared.markers[model.name],
                     )
                     self._note_model(model, lm)
                 self._run_task(model, plan, lm)
@@ -397,6 +417,7 @@ class _Progress:
         facts = model.record() | {
             "chat_template": template is not None,
             "chat_template_hash": content_hash(template) if template else None,
+            "reasoning_markers": [list(pair) for pair in self.prepared.markers[model.name]],
         }
         path = self.folder.part(model.name, "model")
         if path.is_file():
@@ -470,4 +491,13 @@ def _warnings(scores: list[dict[str, Any]]) -> list[str]:
             add("answers that ran into their token limit", facts["unfinished"])
         if count and facts.get("empty", 0) > count / 20:
             add("empty answers", facts["empty"])
+        if count and facts.get("references_unseen", 0) > count / 20 and task["primary_metric"] == "rouge_l":
+            add("references with letters that rouge_l does not see (rouge_l_unicode does)", facts["references_unseen"])
+        if facts.get("unfinished_reasoning"):
+            add("answers whose reasoning did not end count as empty (--max-new-tokens)", facts["unfinished_reasoning"])
+        if facts.get("unread_reasoning"):
+            add(
+                "answers begin with reasoning that is scored with them (--reasoning START,END)",
+                facts["unread_reasoning"],
+            )
     return notes + [f"{model}: {text}: {', '.join(tasks)}" for (model, text), tasks in kinds.items()]

@@ -25,6 +25,7 @@ from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import LoadedData, Row, content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import EvalLM, GenerationInfo, message_hash
+from dskd_eval.programs import program_of
 from dskd_eval.sandbox import Sandbox
 
 
@@ -177,7 +178,7 @@ def reference_answer(plan: Plan, row: Row) -> str:
 def check_needs(spec: TaskSpec, directory: Path | None) -> None:
     """Packages and files that scoring needs, checked before anything is generated. Raises UserError."""
     modules = {
-        "rouge_l": ("rouge_score",),
+        "rouge_l": ("rouge_score", "nltk"),
         "math": ("math_verify",),
         "ifeval": ("langdetect", "immutabledict", "nltk"),
     }.get(str(spec.scorer), ())
@@ -654,7 +655,7 @@ def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]
 
 def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts that tell how far a score may be trusted: cut prompts, shortened, unfinished and empty
-    answers.
+    answers, reasoning before them.
     """
     answers = [text for sample in samples for text in sample["answers"]]
     if not infos:
@@ -670,6 +671,10 @@ def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list
         "prompts_cut": sum(1 for info in traced if info.cut_tokens),
         "prompt_tokens_cut": sum(info.cut_tokens for info in traced),
         "longest_prompt": max(info.prompt_tokens for info in traced),
+        "with_reasoning": sum(1 for info in traced if info.trace in ("closed", "unclosed")),
+        "unfinished_reasoning": sum(1 for info in traced if info.trace == "unclosed"),
+        "unread_reasoning": sum(1 for info in traced if info.trace == "unread"),
+        "references_unseen": sum("unseen_by_rouge_l" in detail for sample in samples for detail in sample["details"]),
         "mean_new_tokens": round(sum(info.new_tokens for info in traced) / len(traced), 2),
     }
 
@@ -697,11 +702,11 @@ def _quiet() -> Iterator[None]:
 
 def _extracted(plan: Plan, row: Row, reference: str) -> str:
     """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
-    accepted = catalog.references(plan.config.get("doc_to_target"), row)
-    answer = scorers.Answer(row, reference, accepted, plan.style)
     if plan.spec.executes_code:
         parts = catalog.code_parts(plan.spec, row)
-        return f"{scorers.program_of(answer, parts)}\n{parts['tests']}".strip()
+        return f"{program_of(reference, parts).text}\n{parts['tests']}".strip()
+    accepted = catalog.references(plan.config.get("doc_to_target"), row)
+    answer = scorers.Answer(row, reference, accepted, plan.style)
     return str(scorers.make_scorer(plan.spec)([answer])[0].details.get("extracted") or "")
 
 

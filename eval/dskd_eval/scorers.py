@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from dskd_eval import catalog
+from dskd_eval import catalog, mathematics, rouge
 from dskd_eval.data import Row
+from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
+from dskd_eval.programs import program_of
 
 Value = float | tuple[float, float]
 
@@ -39,6 +40,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "rouge_l": Metric(
         "Rouge-L", "F-measure of the longest common subsequence, Porter stemmer, best reference", graded=True
+    ),
+    "rouge_l_unicode": Metric(
+        "Rouge-L, any script", "as Rouge-L, over the words or characters of any script", graded=True
     ),
     "exact_match": Metric("exact match", "answer equals a reference, ignoring case and outer space"),
     "contains": Metric("contains", "a reference occurs in the answer, ignoring case"),
@@ -143,62 +147,30 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 # --- text -----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """Rouge-L F-measure in [0, 1] (Lin 2004) with rouge_score's tokenizer and Porter stemmer.
-
-    That tokenizer drops all but ASCII letters and digits; a reference without any (a symbol, an emoji) is matched
-    as a whole.
-    """
-    if not re.search("[a-zA-Z0-9]", reference):
-        return float(_plain(text) == _plain(reference))
-    return float(_rouge().score(reference, text)["rougeL"].fmeasure)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
 def score_rouge(answer: Answer) -> Scored:
-    best = max(rouge_l(answer.text, reference) for reference in answer.references)
-    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    ascii_ = max(rouge.rouge_l(answer.text, reference) for reference in answer.references)
+    any_script = max(rouge.rouge_l_unicode(answer.text, reference) for reference in answer.references)
+    exact = any(rouge.plain(answer.text) == rouge.plain(reference) for reference in answer.references)
     words = float(len(answer.text.split()))
-    return Scored({"rouge_l": best, "exact_match": float(exact), "response_words": words})
+    metrics: dict[str, Value] = {"rouge_l": ascii_, "exact_match": float(exact), "response_words": words}
+    notes = [note for reference in answer.references if (note := rouge.unseen(reference))]
+    return Scored(metrics | {"rouge_l_unicode": any_script}, {"unseen_by_rouge_l": notes[0]} if notes else {})
 
 
 def score_exact(answer: Answer) -> Scored:
-    exact = any(_plain(answer.text) == _plain(reference) for reference in answer.references)
+    exact = any(rouge.plain(answer.text) == rouge.plain(reference) for reference in answer.references)
     return Scored({"exact_match": float(exact)})
 
 
 def score_contains(answer: Answer) -> Scored:
-    text = _plain(answer.text)
-    inside = any(_plain(reference) in text for reference in answer.references if reference.strip())
+    text = rouge.plain(answer.text)
+    inside = any(rouge.plain(reference) in text for reference in answer.references if reference.strip())
     return Scored({"contains": float(inside), **score_exact(answer).metrics})
 
 
 # --- numbers and mathematics ----------------------------------------------------------------------
 
 _NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
-# Between three digits and three: LaTeX's spaces and protected commas, the spaces and apostrophes of typography.
-_LATEX_GROUP = r"\{?,\}?\\!|\{\\?[,:; ]\}|\\[,:;> ]|\{?~\}?|\\thinspace\s?"
-_GROUP = rf"(?:{_LATEX_GROUP}|[\u00a0\u2002-\u200a\u202f'\u2019\u066c])"
-_GROUPED = re.compile(rf"(?:(?<![\d.])\d{{1,3}}|(?<=\d)\.\d{{3}})(?:{_GROUP}\d{{3}})+(?!\d)")
-# Hyphens, the figure and the en dash, the minus sign and its small and wide forms; LaTeX's minus without space.
-_MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]|\\{-\\}")
-_CURRENCY = re.compile(r"\\\$|[€£¥₹]")
-
-
-def _plain_numbers(text: str) -> str:
-    """The text with its numbers as a program writes them: '-' for a minus, nothing between groups of digits."""
-    text = _CURRENCY.sub("$", _MINUS.sub("-", text))
-    return _GROUPED.sub(lambda found: re.sub(_GROUP, "", found[0]), text)
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -210,13 +182,13 @@ def _decimal(text: str) -> Decimal | None:
 
 def last_number(text: str) -> Decimal | None:
     r"""The last number of a text; '1,200' and '1{,}200' are one number, '5-3' ends with 3."""
-    found = re.findall(_NUMBER, _plain_numbers(text))
+    found = re.findall(_NUMBER, plain_numbers(text))
     return _decimal(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Decimal | None:
     """The number after the first '####' (the format of GSM8K's own solutions)."""
-    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", _plain_numbers(text))
+    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", plain_numbers(text))
     return _decimal(found.group(1).replace(" ", "")) if found else None
 
 
@@ -236,43 +208,12 @@ def score_number(answer: Answer) -> Scored:
     )
 
 
-def boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(text: str) -> Any:
-    from math_verify import parse
-
-    # math_verify's own timeouts are signals, which only the main thread may set.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    return parse(text, parsing_timeout=limit)
-
-
-def same_mathematics(text: str, reference: str) -> bool:
-    """Whether the final answer of a text equals a reference (LaTeX or plain) by math-verify."""
-    from math_verify import verify
-
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    return bool(verify(_parsed(f"${reference}$"), _parsed(text), timeout_seconds=limit))
-
-
 def score_math(answer: Answer) -> Scored:
-    inside = boxed(answer.text)
+    inside = mathematics.boxed(answer.text)
     exact = inside is not None and any(
         "".join(inside.split()) == "".join(reference.split()) for reference in answer.references
     )
-    verified = any(same_mathematics(answer.text, reference) for reference in answer.references)
+    verified = any(mathematics.same(answer.text, reference) for reference in answer.references)
     return Scored(
         {"math_verify": float(verified), "exact_match": float(exact), "boxed": float(inside is not None)},
         {"extracted": inside},
@@ -331,61 +272,14 @@ def score_ifeval(answer: Answer) -> Scored:
 
 # --- programs -------------------------------------------------------------------------------------
 
-_FENCE = re.compile(r"```([^\n`]*)\n?(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = {"", "python", "python3", "py", "python2", "pycon"}
-
-
-def code_blocks(text: str) -> list[str]:
-    """Contents of fenced blocks; an unclosed last fence counts, a first line that is no language is code."""
-    blocks = []
-    for info, body in _FENCE.findall(text):
-        first = info.strip()
-        blocks.append(body if first.lower() in _LANGUAGES or _is_label(first) else f"{info}\n{body}")
-    return blocks
-
-
-def _is_label(first: str) -> bool:
-    return re.fullmatch(r"[A-Za-z+#-]+(\s+[\w.=\"-]+)*", first) is not None and not first.startswith(
-        ("def ", "import ", "from ", "class ", "return ")
-    )
-
-
-def extract_code(text: str, entry_point: str = "") -> str:
-    """The program of a chat reply: the first fenced block that defines the entry point (any function when
-    none is named), else the first block, else the whole text.
-    """
-    blocks = code_blocks(text)
-    wanted = rf"\bdef\s+{re.escape(entry_point)}\s*\(" if entry_point else r"\b(def|lambda)\b"
-    defining = [block for block in blocks if re.search(wanted, block)]
-    return (defining or blocks or [text])[0]
-
-
-def program_of(answer: Answer, parts: Mapping[str, str]) -> str:
-    """The program to test, without its tests.
-
-    A completion is appended to the prompt. A chat reply is extracted; what precedes the entry point in the
-    prompt (imports, helper functions) is kept in front of it, and a reply with only a body completes the
-    prompt.
-    """
-    completes, entry_point = parts["completes"], parts["entry_point"]
-    if answer.style == "base" and "```" not in answer.text:
-        code = completes + answer.text
-    else:
-        code = extract_code(answer.text, entry_point)
-        if completes:
-            defines = re.search(rf"\bdef\s+{re.escape(entry_point)}\s*\(", code) is not None
-            head = re.split(rf"(?m)^(?=(?:async )?def\s+{re.escape(entry_point)}\s*\()", completes)[0]
-            code = f"{head}\n{code}" if defines else completes + code
-    return parts["setup"] + code
-
 
 def score_python(
     answers: Sequence[Answer], *, spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]]
 ) -> list[Scored]:
     """Run every program with its tests in the sandbox; 1 when the tests ran to their end."""
     parts = [catalog.code_parts(spec, answer.row) for answer in answers]
-    programs = [program_of(answer, part) for answer, part in zip(answers, parts, strict=True)]
-    outcomes = run_programs([(program, part["tests"]) for program, part in zip(programs, parts, strict=True)])
+    programs = [program_of(answer.text, part) for answer, part in zip(answers, parts, strict=True)]
+    outcomes = run_programs([(program.text, part["tests"]) for program, part in zip(programs, parts, strict=True)])
     return [
         Scored(
             {
@@ -393,7 +287,12 @@ def score_python(
                 "timeout": float(outcome.status in ("timeout", "output limit")),
                 "syntax_error": float(outcome.status == "syntax error"),
             },
-            {"program": program, "status": outcome.status, "error": outcome.error},
+            {
+                "program": program.text,
+                "status": outcome.status,
+                "error": outcome.error,
+                "dropped": list(program.dropped),
+            },
         )
         for program, outcome in zip(programs, outcomes, strict=True)
     ]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dskd_eval.errors import UserError
-from dskd_eval.hf import context_length, encode, end_tokens, has_chat_template, load_tokenizer, render_chat
-from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
+from dskd_eval.hf import context_length, decode, encode, end_tokens, has_chat_template, load_tokenizer, render_chat
+from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
 
 
@@ -98,7 +98,8 @@ class VLLMBackend:
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         sampling = self._vllm.SamplingParams(
             max_tokens=settings.max_new_tokens,
-            stop=list(settings.stop) or None,
+            # vLLM would also stop within a reasoning trace.
+            stop=None if settings.reasoning else list(settings.stop) or None,
             stop_token_ids=self.end_tokens or None,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -112,10 +113,15 @@ class VLLMBackend:
             lora_request=self._lora,
         )
         finished = [output.outputs[0] for output in outputs]
-        return [
-            Generation(item.text, len(item.token_ids), "length" if item.finish_reason == "length" else "stop")
-            for item in finished
-        ]
+        return [self._finished(item, settings, prompt) for item, prompt in zip(finished, prompts, strict=True)]
+
+    def _finished(self, item: Any, settings: GenerationSettings, prompt: Prompt) -> Generation:
+        finish = "length" if item.finish_reason == "length" else "stop"
+        text = decode(self.tokenizer, item.token_ids, settings.reasoning) if settings.reasoning else item.text
+        before = cut_at_stop(text, settings, prompt.opened)
+        if before is not None:
+            text, finish = before, "stop"
+        return Generation(text, len(item.token_ids), finish)
 
     def likelihood_model(self, batch_size: int) -> Any:
         raise UserError(

@@ -44,3 +44,36 @@ def make_model(folder: Path, *, seed: int = 0, context: int = 4096, chat: bool =
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def make_reciter(folder: Path, text: str, question: str, template: str, special: tuple[str, ...] = ()) -> Path:
+    """A GPT-2 that says `text` after one question: its positions alone choose the next token.
+
+    special: texts that the tokenizer has as special tokens.
+    """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = make_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *special]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begin = len(tokenizer(prompt)["input_ids"]) - 1
+    script = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    size = begin + len(script)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=1024, n_embd=size, n_layer=1, n_head=1, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    for name, weight in model.named_parameters():
+        if "ln_" not in name:
+            torch.nn.init.zeros_(weight)
+    with torch.no_grad():
+        model.transformer.wpe.weight[:size] = torch.eye(size)
+        for place, token in enumerate(script):
+            model.lm_head.weight[token, begin + place] = 1.0
+    model.save_pretrained(folder)
+    return folder

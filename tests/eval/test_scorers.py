@@ -7,40 +7,12 @@ import math
 from decimal import Decimal
 
 import pytest
-from dskd_eval import scorers
+from dskd_eval import mathematics, scorers
 from dskd_eval.scorers import Answer
 
 
 def answer(text: str, *references: str, style: str = "base", **row: object) -> Answer:
     return Answer(dict(row), text, list(references), style)
-
-
-def lcs_f(text: list[str], reference: list[str]) -> float:
-    """Rouge-L F by the textbook table, on words that need no stemming."""
-    table = [[0] * (len(reference) + 1) for _ in range(len(text) + 1)]
-    for i, j in itertools.product(range(len(text)), range(len(reference))):
-        same = text[i] == reference[j]
-        table[i + 1][j + 1] = table[i][j] + 1 if same else max(table[i][j + 1], table[i + 1][j])
-    common = table[-1][-1]
-    return 0.0 if common == 0 else 2 * common / (len(text) + len(reference))
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [("the cat sat", "the cat sat"), ("a red dog", "a dog red big"), ("x y", "p q"), ("b a c d", "a b d c")],
-)
-def test_rouge_l_equals_table(text: str, reference: str) -> None:
-    assert scorers.rouge_l(text, reference) == pytest.approx(lcs_f(text.split(), reference.split()))
-
-
-@pytest.mark.parametrize(("text", "score"), [("- 😌😊 ", 1.0), ("😌", 0.0), ("", 0.0), ("calm", 0.0)])
-def test_rouge_l_of_a_reference_without_words(text: str, score: float) -> None:
-    assert scorers.rouge_l(text, "- 😌😊") == score
-
-
-def test_rouge_l_takes_the_best_reference_and_stems() -> None:
-    found = scorers.score_rouge(answer("running dogs", "cat", "run dog")).metrics
-    assert found == {"rouge_l": pytest.approx(1.0), "exact_match": 0.0, "response_words": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -122,37 +94,8 @@ def test_mathematics(text: str, reference: str, same: bool) -> None:
 
 
 def test_boxed_balances_braces() -> None:
-    assert scorers.boxed(r"\boxed{1} then \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
-    assert scorers.boxed(r"\boxed{open") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("```python\ndef f():\n    return 1\n```", "def f():\n    return 1\n"),
-        ("```\ndef f(): return 1\n```", "def f(): return 1\n"),
-        ("```def f():\n    return 1\n```", "def f():\n    return 1\n"),
-        ("```import math\ndef f(): return 1\n```", "import math\ndef f(): return 1\n"),
-        ("Sure!\n```py\ndef f(): return 1", "def f(): return 1"),
-        ("```python\nx\n```\nand\n```python\ndef f(): return 1\n```", "def f(): return 1\n"),
-        ("def f(): return 1", "def f(): return 1"),
-    ],
-)
-def test_extract_code(text: str, code: str) -> None:
-    assert scorers.extract_code(text, "f") == code
-
-
-@pytest.mark.parametrize(
-    ("style", "text", "expected"),
-    [
-        ("base", "    return a\n", "import math\ndef f(a):\n    return a\n"),
-        ("chat", "```python\ndef f(a):\n    return a\n```", "import math\n\ndef f(a):\n    return a\n"),
-        ("chat", "```python\n    return a\n```", "import math\ndef f(a):\n    return a\n"),
-    ],
-)
-def test_program_of_keeps_what_precedes_the_function(style: str, text: str, expected: str) -> None:
-    parts = {"setup": "", "completes": "import math\ndef f(a):\n", "entry_point": "f", "tests": ""}
-    assert scorers.program_of(answer(text, style=style), parts) == expected
+    assert mathematics.boxed(r"\boxed{1} then \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert mathematics.boxed(r"\boxed{open") is None
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 5), (4, 4, 2), (6, 1, 6)])

@@ -53,6 +53,23 @@ def test_prompts_settings_and_answers_are_passed_on(backend: Any, tiny_model: Pa
     assert backend.engine.options["max_model_len"] == backend.max_length == 4096
 
 
+def test_stop_strings_within_reasoning_do_not_end_an_answer(backend: Any) -> None:
+    text = "<think>x\ny</think>4\n5"
+    tokens = backend.encode(text, special_tokens=False)
+    item = SimpleNamespace(text=text, token_ids=tokens, finish_reason="length")
+    asked: list[Any] = []
+
+    def generate(prompts: Any, sampling: Any, **_: Any) -> list[Any]:
+        asked.append(sampling["stop"])
+        return [SimpleNamespace(outputs=[item])]
+
+    backend.engine.generate = generate
+    settings = GenerationSettings(40, stop=("\n",), reasoning=(("<think>", "</think>"),))
+    found = backend.generate([Prompt("q", [1], {})], settings)[0]
+    assert (found.text, found.finish) == ("<think>x\ny</think>4", "stop")
+    assert asked == [None]
+
+
 def test_identity_differs_from_other_backends(backend: Any, tiny_model: Path) -> None:
     from dskd_eval.hf import HFBackend
 

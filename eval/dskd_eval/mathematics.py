@@ -1,0 +1,197 @@
+r"""Whether the final answer of a text is the same mathematical object as a reference, by math-verify.
+
+What math-verify does not tell apart or does not read is written for it in the form that it reads, or compared here:
+the last of several boxes, numbers with a base, ratios, plain mixed numbers, scientific notation, chains of `>`,
+inequalities for intervals, and groups of digits.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+from dskd_eval.digits import plain_groups
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\{")
+# What may stand between boxes that are one answer together.
+_BETWEEN = re.compile(r"[\s$,;]*(?:\\(?:text|mathrm)\{\s*(?:and|or)\s*\}|and|or)?[\s$,;]*")
+_SPACE = r"(?:\s|~|\\[ ,;:])"
+_MIXED = re.compile(rf"(-?\d+){_SPACE}+(\d+)\s*/\s*(\d+)")
+_SCIENTIFIC = re.compile(
+    r"(?<![\w.\\])(-?(?:\d+(?:\.\d+)?|\.\d+))"
+    r"(?:\s*(?:\\(?:mathrm|text)\{)?[eE]\}?\s*([+-]?\d+)|\s*[x×]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?)(?![\w.]*\d)"
+)
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s?:\s?\d+(?:\.\d+)?)+")
+_GREATER = re.compile(r"(\\geq?(?:slant)?(?![a-zA-Z])|\\gt(?![a-zA-Z])|>=|≥|⩾|>)")
+_BASE = re.compile(r"([0-9A-Za-z]+)_(?:\{?(\d+)\}?|\{?\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\}?)")
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+          "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...} (or \fbox) with balanced braces; None without one, or when it is cut."""
+    boxes = list(_boxes(text))
+    starts = [found.start() for found in _BOX.finditer(text)]
+    if not boxes or starts[-1] >= boxes[-1][1]:
+        return None
+    return _inside(text, boxes[-1])
+
+
+def same(text: str, reference: str) -> bool:
+    """Whether the final answer of a text equals a reference (LaTeX or plain)."""
+    answer, parsed = _final(text)
+    expected = _readable(reference)
+    decided = _same_in_base(answer, expected)
+    if decided is None:
+        decided = _same_ratio(answer, expected)
+    return _verified(parsed, expected) if decided is None else decided
+
+
+# --- the final answer -----------------------------------------------------------------------------
+
+
+def _final(text: str) -> tuple[str, Any]:
+    """The final answer as it is written, and as math-verify reads it: the last box, or what math-verify finds."""
+    boxes = _last_boxes(text)
+    if boxes:
+        contents = [_readable(_inside(text, box)) for box in boxes]
+        return contents[-1] if len(contents) == 1 else "", _parsed(" , ".join(f"\\boxed{{{c}}}" for c in contents))
+    parsed = _parsed(text)
+    written = str(parsed[-1]) if parsed else ""
+    longer = _longer(text, written)
+    if longer:
+        return longer, _parsed(f"${longer}$")
+    return _readable(written), parsed
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of the outermost boxes whose braces are balanced."""
+    place = 0
+    while found := _BOX.search(text, place):
+        depth, place = 1, found.end()
+        while depth and place < len(text):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            place += 1
+        if depth:
+            return
+        yield found.start(), place
+
+
+def _inside(text: str, box: tuple[int, int]) -> str:
+    content = text[text.index("{", box[0]) + 1 : box[1] - 1]
+    within = list(_boxes(content))
+    return _inside(content, within[-1]) if within and within[-1] == (0, len(content)) else content
+
+
+def _last_boxes(text: str) -> list[tuple[int, int]]:
+    """The last box, with those before it that are listed with it: `\\boxed{1} and \\boxed{2}`."""
+    boxes = list(_boxes(text))
+    first = len(boxes) - 1
+    while first > 0 and _BETWEEN.fullmatch(text[boxes[first - 1][1] : boxes[first][0]]):
+        first -= 1
+    return boxes[first:] if boxes else []
+
+
+def _longer(text: str, written: str) -> str:
+    """A ratio, mixed or scientific number of plain text of which math-verify read only the first number; else ''."""
+    number = written.strip().rstrip(".")
+    found = [match[0] for pattern in (_RATIO, _MIXED, _SCIENTIFIC) for match in pattern.finditer(text)]
+    longer = [item for item in found if number and item.startswith(number.split(" ")[0]) and item != written]
+    if not longer:
+        return ""
+    for item in found:
+        text = text.replace(item, "")
+    alone = re.search(rf"(?<![\w.,]){re.escape(number.split(' ')[0])}(?!\d)", text)
+    return "" if alone else _readable(longer[-1])
+
+
+# --- what math-verify reads -----------------------------------------------------------------------
+
+
+def _readable(latex: str) -> str:
+    """The same object in a form that math-verify reads whole."""
+    text = plain_groups(latex).replace("\\colon", ":").replace("\\text{:}", ":").replace("{:}", ":")
+    text = re.sub(rf"\s*{_MIXED.pattern}\s*", r"\1\\frac{\2}{\3}", text) if _MIXED.fullmatch(text.strip()) else text
+    text = _SCIENTIFIC.sub(lambda found: f"{found[1]}\\times 10^{{{found[2] or found[3]}}}".replace("{+", "{"), text)
+    return _ascending(text)
+
+
+def _ascending(text: str) -> str:
+    """A chain of `>` as the chain of `<` from its other end."""
+    parts = _GREATER.split(text)
+    single = not re.search(r"[,;]|<|\\le|≤|\\text|\b(?:and|or)\b", text)
+    if len(parts) < 5 or not single:
+        return text
+    signs = {">": "<", "\\gt": "<"}
+    turned = [signs.get(part, " \\le ") if place % 2 else part for place, part in enumerate(parts)]
+    return "".join(reversed(turned))
+
+
+def _limit() -> int | None:
+    # math_verify's own timeouts are signals, which only the main thread may set.
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Any:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=_limit())
+
+
+def _verified(parsed: Any, expected: str) -> bool:
+    from math_verify import verify
+    from sympy import Interval, Union
+
+    gold = _parsed(f"${expected}$")
+    # An inequality is as good an answer as the interval that it describes.
+    interval = bool(gold) and isinstance(gold[0], (Interval, Union))
+    return bool(verify(gold, parsed, allow_set_relation_comp=interval, timeout_seconds=_limit()))
+
+
+# --- compared here --------------------------------------------------------------------------------
+
+
+def _based(text: str) -> int | None:
+    """The value of a number with a base, `101_2`; None for anything else."""
+    found = _BASE.fullmatch(text.strip().strip("$").replace(" ", ""))
+    if found is None or not re.search(r"\d", found[1]):
+        return None
+    base = int(found[2]) if found[2] else _BASES.get(found[3], 0)
+    try:
+        return int(found[1], base) if base >= 2 else None
+    except ValueError:
+        return None
+
+
+def _same_in_base(answer: str, expected: str) -> bool | None:
+    """By value, where the answer has a base and the reference has one or is a whole number; else None."""
+    value, gold = _based(answer), _based(expected)
+    if value is None:
+        return None
+    if gold is None:
+        plain = expected.strip()
+        return True if plain.isdecimal() and int(plain) == value else None
+    return value == gold
+
+
+def _ratio(text: str) -> list[Fraction] | None:
+    stripped = text.strip().strip("$")
+    return [Fraction(part.strip()) for part in stripped.split(":")] if _RATIO.fullmatch(stripped) else None
+
+
+def _same_ratio(answer: str, expected: str) -> bool | None:
+    """By proportion; None where math-verify's quotient is the same, that is for a ratio of two and a number."""
+    first, second = _ratio(answer), _ratio(expected)
+    if first is None or second is None:
+        several = [parts for parts in (first, second) if parts is not None and (len(parts) > 2 or 0 in parts)]
+        return False if several else None
+    if len(first) != len(second):
+        return False
+    if 0 in first or 0 in second:
+        return first == second
+    return all(one * second[0] == two * first[0] for one, two in zip(first, second, strict=True))
