@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +241,7 @@ def test_channels_of_special_tokens(tmp_path: Path) -> None:
     text = hf.decode(tokenizer, tokenizer(said)["input_ids"], pairs)
     assert reasoning.separate(text, pairs).answer == "4"
     assert hf.decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
-    ends = hf.end_tokens(tokenizer, None)
+    folder = SimpleNamespace(ends=str(tmp_path), config={}, ref=SimpleNamespace(template_options={}))
+    ends = hf.end_tokens(folder, tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|end|>") not in ends
     assert tokenizer.convert_tokens_to_ids("<|return|>") in ends
