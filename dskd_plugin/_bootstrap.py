@@ -5,28 +5,34 @@ imported, then wraps one function in each; and before the first of Axolotl's com
 looked at, so that a mistake in it is told at once. Without Axolotl it never does anything.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+
+TYPE_CHECKING = False  # typing itself would be loaded by every interpreter
+if TYPE_CHECKING:
+    from typing import Any
 
 NAME, TARGET = "dskd", "dskd_plugin.DSKDPlugin"
 
 
-def _wrap_load_plugin(module):
+def _wrap_load_plugin(module: Any) -> None:
     from dskd_plugin import last_words
 
     last_words.follow()
     original = module.load_plugin
 
-    def load_plugin(plugin_name, *args, **kwargs):
+    def load_plugin(plugin_name: str, *args: Any, **kwargs: Any) -> Any:
         return original(TARGET if plugin_name == NAME else plugin_name, *args, **kwargs)
 
     module.load_plugin = load_plugin
 
 
-def _wrap_validate_config(module):
+def _wrap_validate_config(module: Any) -> None:
     original = module.validate_config
 
-    def validate_config(cfg, *args, **kwargs):
+    def validate_config(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         from dskd_plugin.preflight import check_listed
 
         check_listed(cfg)
@@ -45,7 +51,7 @@ WRAPPERS = {
 COMMANDS = {f"axolotl.cli.{name}" for name in ("main", "train", "preprocess", "evaluate")}
 
 
-def _look_at_recipe(command):
+def _look_at_recipe(command: str) -> None:
     try:
         from dskd_plugin import preflight
 
@@ -60,13 +66,13 @@ def _look_at_recipe(command):
 class _Finder:
     """Finds nothing of its own; wraps the loader of each awaited module once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.waiting = dict(WRAPPERS)
         self.commands = COMMANDS
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname in self.commands:
-            self.commands = ()
+            self.commands = set()
             _look_at_recipe(fullname)
             return None
         wrap = self.waiting.pop(fullname, None)
@@ -78,15 +84,15 @@ class _Finder:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: Any) -> None:
                 execute(module)
                 wrap(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def install():
+def install() -> None:
     """Start waiting for Axolotl. Idempotent."""
     if not any(type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

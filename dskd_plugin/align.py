@@ -309,7 +309,8 @@ def gaps(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id
 
     Axolotl marks such an answer and its end as two responses, as in Llama 2's `' ' + content + ' ' + eos_token`.
     """
-    runs, found = list(_runs(response)), []
+    runs = list(_runs(response))
+    found: list[int] = []
     for one, other in pairwise(runs):
         between = range(one.stop, other.start)
         if (

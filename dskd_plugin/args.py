@@ -6,7 +6,7 @@ what to do.
 """
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -107,7 +107,7 @@ class OnPolicySettings(_Block):
 
 class Settings(_Block):
     teacher: TeacherSettings
-    method: str = Field("dskd", description="distillation method", json_schema_extra={"enum": method_names()})
+    method: str = Field("dskd", description="distillation method", json_schema_extra={"enum": [*method_names()]})
     alignment: Literal["auto", "identity", "eta", "cma"] = Field(
         "auto",
         description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
@@ -211,7 +211,7 @@ _KINDS = {
         AdaptiveKL,
         TotalVariation,
     )
-    for kind in (model.model_fields["kind"].annotation.__args__)
+    for kind in get_args(model.model_fields["kind"].annotation)
 }
 
 

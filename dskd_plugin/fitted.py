@@ -11,20 +11,21 @@ from tqdm import tqdm
 
 from dskd_plugin.core.fitting import Fit
 from dskd_plugin.losses.dual_space import DualSpaceLoss
-from dskd_plugin.teacher import Teacher
+from dskd_plugin.states import HiddenStates
 
 LOG = get_logger("axolotl.dskd")
 LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
 
 
-def fit_projector(loss: DualSpaceLoss, teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> Fit:
+def fit_projector(loss: DualSpaceLoss, teacher: HiddenStates, dataset: Any, *, seed: int, quiet: bool) -> Fit:
     """Fit the projector of ``loss`` on teacher states of the dataset's aligned rows and say what it was worth.
 
     The same on every rank: each reads the same rows in the same order. quiet: no bar and no line in the log.
     ``ValueError`` for a dataset with too few aligned rows.
     """
     started = time.monotonic()
-    unseen, learned = _read(teacher, dataset, seed=seed, quiet=quiet)
+    device = loss.teacher_head.weight_VD.device
+    unseen, learned = _read(teacher, dataset, device, seed=seed, quiet=quiet)
     with tqdm(desc="Fitting the projector", unit="batch", disable=quiet) as bar:
 
         def show(done: int, total: int) -> None:
@@ -45,13 +46,15 @@ def fit_projector(loss: DualSpaceLoss, teacher: Teacher, dataset: Any, *, seed: 
     return fit
 
 
-def _read(teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> tuple[Tensor, Tensor]:
+def _read(
+    teacher: HiddenStates, dataset: Any, device: torch.device, *, seed: int, quiet: bool
+) -> tuple[Tensor, Tensor]:
     """Teacher states for measuring and for learning, of different samples in an order of the seed's."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     parts: list[Tensor] = []
     wanted, got = UNSEEN_ROWS + LEARNED_ROWS, 0
     with tqdm(total=wanted, desc="Reading teacher states", unit="row", disable=quiet) as bar:
-        for states_ND in _states(teacher, dataset, order):
+        for states_ND in _states(teacher, dataset, order, device):
             parts.append(states_ND)
             got += len(states_ND)
             bar.update(min(len(states_ND), wanted - bar.n))
@@ -74,11 +77,11 @@ def _read(teacher: Teacher, dataset: Any, *, seed: int, quiet: bool) -> tuple[Te
     return torch.cat(unseen), torch.cat(parts)[:LEARNED_ROWS]
 
 
-def _states(teacher: Teacher, dataset: Any, order: list[int]) -> Iterator[Tensor]:
+def _states(teacher: HiddenStates, dataset: Any, order: list[int], device: torch.device) -> Iterator[Tensor]:
     """The teacher's states at the aligned rows of each sample."""
     for index in order:
         sample = dataset[index]
-        ids = torch.as_tensor(sample["teacher_input_ids"], device=teacher.model.device)
+        ids = torch.as_tensor(sample["teacher_input_ids"], device=device)
         targets = [position for position in sample["aligned_teacher"] if 0 < position < len(ids)]
         if targets:
             rows_N = torch.tensor(targets, device=ids.device) - 1

@@ -5,6 +5,8 @@ launcher, with a traceback about an exit code. So the processes below hand their
 that the user started, and that one writes them when it ends. Standard library only: the start-up hook imports it.
 """
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import json
@@ -14,6 +16,11 @@ import sys
 import tempfile
 
 from dskd_plugin.errors import own_message
+
+TYPE_CHECKING = False  # the start-up hook loads no typing
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 # "<process id of the command>:<file that takes its last words>"
 RUN = "DSKD_RUN"
@@ -71,7 +78,7 @@ def _is_command() -> bool:
     return _owner() in ("", str(os.getpid()))
 
 
-def _hand_down(number, frame):
+def _hand_down(number: int, frame: Any) -> None:
     """The training decides how to stop; a launcher that died first would leave it alone, or talk over it."""
     import psutil
 
@@ -89,8 +96,8 @@ def _words() -> list[tuple[str, str]]:
     return sorted(unique, key=lambda word: (ERROR, STOP, ADVICE).index(word[0]))
 
 
-def _hook(previous):
-    def excepthook(kind, error, trace):
+def _hook(previous: Callable[..., Any]) -> Callable[..., Any]:
+    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
         text = own_message(error)
         if text is not None:
             say(ERROR, text)

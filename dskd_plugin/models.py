@@ -16,7 +16,8 @@ from dskd_plugin.errors import DSKDSetupError
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -28,7 +29,7 @@ def decoder(model: nn.Module) -> nn.Module:
     return found
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: nn.Module) -> Any:
     """The output embedding module (tied or not)."""
     head = causal_lm(model).get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
@@ -39,7 +40,7 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def read_head(model: nn.Module, head: nn.Module, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
+def read_head(model: nn.Module, head: Any, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
     """The output head as plain tensors: weight [V, D], bias, logit scale and soft-cap.
 
     Gradients flow through the result to whatever parameters the head is made of (LoRA factors included).

@@ -30,7 +30,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
-class Interruption(TrainerCallback):  # type: ignore[misc]
+class Interruption(TrainerCallback):
     """Lets the step end and saves a checkpoint at the first signal; gives way at once to a second one."""
 
     def __init__(self, *, at_once: bool) -> None:

@@ -93,7 +93,7 @@ def parts_of(settings: Any, fetch: Fetch | None = None) -> Parts:
 def fetched_adapter(name: str, model: str, revision: str | None) -> Path | None:
     """The adapter of a hub id, in the cache; None where the id holds whole weights or cannot be reached."""
     from huggingface_hub import snapshot_download
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     def has(file: str) -> bool:
         found = cached_file(

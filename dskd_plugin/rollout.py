@@ -491,7 +491,7 @@ def _generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> It
             stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
             with torch.get_device_module(device).device(device.index):
                 torch.get_device_module(device).manual_seed(seed)
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if autocast is not None:
             stack.enter_context(torch.autocast(device.type, dtype=autocast))
         try:
@@ -503,7 +503,7 @@ def _generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> It
             for module in training:
                 module.training = True
             for module, config in zip(own, configs, strict=True):
-                module.generation_config = config  # type: ignore[assignment]
+                module.generation_config = config
 
 
 def pack(rows: list[Sample], budget: int) -> list[list[Sample]]:

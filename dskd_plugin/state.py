@@ -115,5 +115,6 @@ def load(folder: str | os.PathLike[str], loss: DistillationLoss, *, weights: boo
         if hasattr(parameter, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
 
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            placed: Any = parameter
+            value = distribute_tensor(value, placed.device_mesh, placed.placements)
         parameter.copy_(value)

@@ -200,7 +200,7 @@ def answer_ends(reader: TeacherReader, template: str) -> list[int]:
     tokenizer, config = reader.tokenizer, reader.config.get_text_config()
     model, revision = reader.parts.ends
     try:
-        listed = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        listed = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:
         listed = None
     listed = config.eos_token_id if listed is None else listed
@@ -223,7 +223,7 @@ def _outside_engines() -> Iterator[None]:
     import transformers.integrations.deepspeed as integration
     import transformers.modeling_utils as modeling
 
-    hidden = [(integration, "_hf_deepspeed_config_weak_ref", None)]
+    hidden: list[tuple[Any, str, Any]] = [(integration, "_hf_deepspeed_config_weak_ref", None)]
     hidden += [
         (module, "is_deepspeed_zero3_enabled", lambda: False)
         for module in (integration, modeling)
@@ -256,7 +256,7 @@ def _load(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     parts = parts_of(settings, fetched_adapter)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         parts.weights,
         revision=parts.revision,
         dtype=dtype,
@@ -265,6 +265,7 @@ def _load(
         output_loading_info=True,
         **options,
     )
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"no weights for {len(missing)} of its tensors, such as {missing[0]}, which would be random")

@@ -1,6 +1,7 @@
 """The bytes of every token of a tokenizer, read from its vocabulary and never by decoding single tokens."""
 
 import base64
+import builtins
 import functools
 import hashlib
 import json
@@ -41,8 +42,8 @@ class TokenTable:
     Tables are equal, and hash, by `digest` over all of that.
     """
 
-    bytes: list[bytes | None]
-    literal: list[bytes | None]
+    bytes: list[builtins.bytes | None]
+    literal: list[builtins.bytes | None]
     special: frozenset[int]
     added: frozenset[int]
     kind: str

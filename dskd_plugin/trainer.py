@@ -18,7 +18,7 @@ from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import MicroBatch, micro_batch
 from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
-from dskd_plugin.dataset import TeacherReader, student_template, turn_ends
+from dskd_plugin.dataset import student_template, turn_ends
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
@@ -29,7 +29,7 @@ from dskd_plugin.reasoning import markers_of
 from dskd_plugin.rollout import COUNTS, Rollout, pack
 from dskd_plugin.states import HiddenStates
 from dskd_plugin.student import attach
-from dskd_plugin.teacher import Teacher
+from dskd_plugin.teacher import Teacher, TeacherReader
 from dskd_plugin.watch import Watch
 
 LOG = get_logger("axolotl.dskd")
@@ -72,6 +72,7 @@ class DSKDTrainer(AxolotlTrainer):
     reader: TeacherReader
     cfg: Any
     teacher: HiddenStates | None
+    _rollout: Any
     distillation: DistillationLoss
     reports_token_perplexity = False
 
@@ -85,8 +86,9 @@ class DSKDTrainer(AxolotlTrainer):
         settings = self.reader.settings
         pair = make_pair(tokenizer, self.reader.table, settings)
         method = method_of(settings)
-        self.teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
-        self.distillation = self._distillation_loss(model, tokenizer, pair, training_args)
+        teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
+        self.teacher = teacher
+        self.distillation = self._distillation_loss(model, tokenizer, pair, teacher, training_args)
         attach(model, self.distillation)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
@@ -124,9 +126,10 @@ class DSKDTrainer(AxolotlTrainer):
             LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
         return teacher
 
-    def _distillation_loss(self, model: nn.Module, tokenizer: Any, pair: Pair, args: Any) -> DistillationLoss:
-        settings, teacher = self.reader.settings, self.teacher
-        head = output_head(model).weight
+    def _distillation_loss(
+        self, model: nn.Module, tokenizer: Any, pair: Pair, teacher: Teacher | None, args: Any
+    ) -> DistillationLoss:
+        settings, head = self.reader.settings, output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)
         self._pair_state = {
             "teacher": settings.teacher.model,
@@ -365,6 +368,7 @@ class DSKDTrainer(AxolotlTrainer):
             and self.reader.settings.projector.init == "fitted"
         ):
             quiet = not self.is_world_process_zero()
+            assert self.teacher is not None
             fit_projector(self.distillation, self.teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
         start = time.monotonic()
         with partial.unfinished(self, self.cfg.axolotl_config_path):

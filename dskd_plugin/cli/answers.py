@@ -165,7 +165,7 @@ class Writer:
                 if gone:
                     answers[row] = self._read(row, ids)
             unfinished = [row for row in unfinished if row not in answers]
-            stay = (~gone_B).nonzero()[:, 0]
+            stay: Any = (~gone_B).nonzero()[:, 0]
             if isinstance(cache, Cache):
                 cache.reorder_cache(stay)
             else:  # a cache of the model's own kind: read all once more, then without a stop

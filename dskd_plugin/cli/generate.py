@@ -97,8 +97,8 @@ def generate(
     unused = [name for name, value in given.items() if value is not None and temperature == 0]
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --temperature above 0 beside it, got 0. Set it.")
-    given = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None}
-    unused = [name for name, value in given.items() if value is not None and write_recipe is None]
+    of_recipe = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None}
+    unused = [name for name, value in of_recipe.items() if value is not None and write_recipe is None]
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --write-recipe FILE beside it, got none. Set it.")
 

@@ -146,7 +146,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     cfg = copy.deepcopy(source.cfg)
     cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
     cfg["tokenizer_use_mistral_common"] = None
-    parts = []
+    parts: list[Any] = []
     named = ((k, one) for k, listed in enumerate(cfg.datasets) for one in datasets_with_name_generator([listed]))
     for number, entry in named:
         name = f"datasets: {entry['path']}"
@@ -166,7 +166,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
         if not reader.understands:
             raise _unreadable(name, entry)
         if limit is not None:
-            rows = rows.select(range(min(len(rows), limit - sum(map(len, parts)))))
+            rows = rows.select(range(min(len(rows), limit - sum(len(part) for part in parts))))
         if strategy.filter_rows:
             rows = rows.filter(strategy.filter_rows)
         parts.append(

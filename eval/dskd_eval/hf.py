@@ -149,7 +149,7 @@ def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
     for value in (tokenizer.eos_token_id, listed, _turn_end(tokenizer, dict(folder.ref.template_options))):
         ids |= {value} if isinstance(value, int) else set(value or ())
     added = tokenizer.get_added_vocab()
-    known = _DOCUMENT_ENDS if has_chat_template(tokenizer) else _DOCUMENT_ENDS + _TURN_ENDS
+    known: tuple[str, ...] = _DOCUMENT_ENDS if has_chat_template(tokenizer) else _DOCUMENT_ENDS + _TURN_ENDS
     # Where a turn has channels, <|end|> ends the reasoning alone.
     known = tuple(token for token in known if not (token == "<|end|>" and "<|channel|>" in added))
     return sorted(ids | {added[token] for token in known if token in added})
