@@ -14,7 +14,7 @@ from dskd_plugin.tokens import Canonical, TokenTable, canonical
 
 PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 6  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 7  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "starts", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
@@ -447,6 +447,21 @@ def _partners(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segme
     """The k-th with the k-th; of unequal numbers, the longest chain of segments with the same text."""
     if len(ours) == len(theirs):
         return list(zip(ours, theirs, strict=True))
+    # Most of them are the same from either end; the table, which grows with the product, is for those between.
+    before = 0
+    while before < min(len(ours), len(theirs)) and _match(ours[before], theirs[before], whole=True) is not None:
+        before += 1
+    behind = 0
+    left = min(len(ours), len(theirs)) - before
+    while behind < left and _match(ours[-1 - behind], theirs[-1 - behind], whole=True) is not None:
+        behind += 1
+    middle = _chain(ours[before : len(ours) - behind], theirs[before : len(theirs) - behind])
+    tails = (ours[len(ours) - behind :], theirs[len(theirs) - behind :])
+    return [*zip(ours[:before], theirs[:before], strict=True), *middle, *zip(*tails, strict=True)]
+
+
+def _chain(ours: list[_Segment], theirs: list[_Segment]) -> list[tuple[_Segment, _Segment]]:
+    """The longest chain of segments with the same text."""
     longest = [[0] * (len(theirs) + 1) for _ in range(len(ours) + 1)]
     same = [[_match(one, other, whole=True) is not None for other in theirs] for one in ours]
     for i in range(len(ours) - 1, -1, -1):

@@ -142,6 +142,8 @@ def _marked(value: Any, path: tuple[str, ...], role: str, texts: list[_Text]) ->
         return marked
     if isinstance(value, list | tuple):
         return [_marked(part, path, role, texts) for part in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         return value
     inner = _json(value)

@@ -62,18 +62,22 @@ class AssistantForm:
     def split(self, said: str) -> Split:
         """The text after the generation prompt, as reasoning and answer."""
         whole = (self.opened + said.removeprefix(self.lead)).rstrip()
-        for opening, closing in (*self.own, *KNOWN):
-            if whole.lstrip().startswith(opening):
-                body = whole.lstrip().removeprefix(opening)
-                before, found, after = body.rpartition(closing)
-                if not found:
-                    return Split(whole, body.strip(), "", closed=False)
+        begun = [pair for pair in (*self.own, *KNOWN) if whole.lstrip().startswith(pair[0])]
+        for opening, closing in begun:
+            before, found, after = whole.lstrip().removeprefix(opening).rpartition(closing)
+            if found:
                 return Split(whole, before.strip(), self._answer(after))
+        if begun:
+            return Split(whole, whole.lstrip().removeprefix(begun[0][0]).strip(), "", closed=False)
         for opening, closing in self.own:
             before, found, after = whole.rpartition(closing)
             # Plain words that close, such as "Result:", may stand in any answer; tags do not.
-            if found and closing[0] in "<[◁" and opening not in whole:
+            if not found or closing[0] not in "<[◁":
+                continue
+            if opening not in before:
                 return Split(f"{opening}\n{whole.lstrip()}", before.strip(), self._answer(after))
+            lead, _, thought = before.partition(opening)  # words before the reasoning belong to no answer
+            return Split(whole, f"{lead.strip()}\n{thought.strip()}".strip(), self._answer(after))
         return Split(whole, "", whole)
 
     @property
@@ -129,7 +133,8 @@ def assistant_form(render: Render, template: str, vocabulary: Iterable[str] = ()
         shown.append((opened.strip(), last[len(prompt) :].strip()))
     tokens = set(vocabulary)
     known = (*KNOWN, *((tag, end) for tag in _TAG.findall(opened) for end in _ends_of(tag)))
-    shown += [pair for pair in known if pair[1] in template or pair[1] in tokens]
+    # What the prompt opens is closed by its opposite, whether or not the template shows that.
+    shown += [pair for pair in known if pair[1] in template or pair[1] in tokens or pair[0] == opened.strip()]
     return AssistantForm(opened if opened.strip() else "", lead, tuple(dict.fromkeys(shown)))
 
 

@@ -11,7 +11,10 @@ import numpy as np
 
 from dskd_plugin.tokens import Canonical, units
 
-WHITE = b" \t\n\r\x0b\f"  # what bytes.strip strips
+# What str.strip strips, and with it the templates' `trim`, in UTF-8.
+_WHITE = re.compile(
+    rb"[ \t\n\r\x0b\f\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+)
 _SURE = 24  # so many bytes of a text that was cut short are found at one place of the other text only by being there
 _EMPTY_BLOCKS = re.compile(rb"(?:<([^<>\s/]+)></\1>)*")  # what templates put before an answer, without white space
 
@@ -97,13 +100,15 @@ class Text:
     @cached_property
     def ink(self) -> bytes:
         """The text without its white space."""
-        return self.text.translate(None, WHITE)
+        return _WHITE.sub(b"", self.text)
 
     @cached_property
     def ink_at(self) -> list[int]:
         """Where each byte of ``ink`` stands in the text."""
-        white = np.isin(np.frombuffer(self.text, np.uint8), np.frombuffer(WHITE, np.uint8))
-        return np.flatnonzero(~white).tolist()
+        ink = np.ones(len(self.text), bool)
+        for found in _WHITE.finditer(self.text):
+            ink[found.start() : found.end()] = False
+        return np.flatnonzero(ink).tolist()
 
     @cached_property
     def inked(self) -> "Text":
@@ -231,8 +236,13 @@ def _splits_word(text: bytes, *places: int) -> bool:
 
 
 def _within_word(text: bytes, at: int) -> bool:
-    around = text[max(0, at - 1) : at + 1]
-    return 0 < at < len(text) and all(byte >= 0x80 or chr(byte).isalnum() for byte in around)
+    if not 0 < at < len(text):
+        return False
+    if text[at] & 0xC0 == 0x80:  # inside a character
+        return True
+    left = text[max(0, at - 4) : at].decode("utf-8", "ignore")[-1:]
+    right = text[at : at + 4].decode("utf-8", "ignore")[:1]
+    return left.isalnum() and right.isalnum()
 
 
 def _shared(a: bytes, b: bytes) -> int:

@@ -155,6 +155,12 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
             f"got {base!r}. {advice}"
         )
     beside = adapter / str(base)
+    for folder in (beside, Path(base).expanduser()):
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"dskd.teacher.model: expected an adapter of whole weights, got {str(adapter)!r}, whose base "
+                f"{str(folder)!r} is an adapter itself. Merge that one into its base and name the result as the base."
+            )
     if beside.is_dir():
         return str(beside), None
     if Path(base).expanduser().exists():

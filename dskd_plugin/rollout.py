@@ -21,7 +21,7 @@ from dskd_plugin.align import Aligner, answers
 from dskd_plugin.args import OnPolicySettings
 from dskd_plugin.models import causal_lm
 from dskd_plugin.reasoning import KNOWN, Markers
-from dskd_plugin.tokens import TokenTable, encode
+from dskd_plugin.tokens import TokenTable, encode, spell
 
 LOG = get_logger("axolotl.dskd")
 IGNORE = -100
@@ -195,7 +195,7 @@ class Rollout:
             return replace(prompt, teacher_ids=prompt.teacher_ids[:theirs])
         opened = prompt.student_ids[ours:]
         if self._reader is not None:
-            text = prompt.teacher_lead.decode() + _spell(opened, self.aligner.student).decode(errors="ignore")
+            text = prompt.teacher_lead.decode() + spell(opened, self.aligner.student).decode(errors="ignore")
             opened, _ = self._reader.ids(text, prompt.teacher_ids)
         return replace(prompt, teacher_ids=prompt.teacher_ids + opened, teacher_lead=b"")
 
@@ -279,7 +279,7 @@ class Rollout:
         if self._reader is None:
             ids, whole = answer.ids, True
         else:
-            spelled = _spell(answer.ids, self.aligner.student).removeprefix(prompt.student_lead)
+            spelled = spell(answer.ids, self.aligner.student).removeprefix(prompt.student_lead)
             text, whole = _decoded(spelled)
             ids, plain = self._reader.ids((prompt.teacher_lead if text else b"").decode() + text, prompt.teacher_ids)
             end = self.aligner.teacher_end
@@ -385,16 +385,6 @@ def _open_from(ids: list[int], table: TokenTable, openings: list[bytes]) -> int 
             begin = len(text.rstrip()) - len(opening)
             return len(ids) - len(tail) + starts.index(begin) if begin in starts else None
     return None
-
-
-def _spell(ids: list[int], table: TokenTable) -> bytes:
-    """Bytes of the text; the dummy space that some tokenizers put after an added token is none of it."""
-    parts, after_added = [], False
-    for token in ids:
-        text = table.literal[token] or b""
-        parts.append(text[1:] if after_added and table.prefix_after_added and text[:1] == b" " else text)
-        after_added = token in table.added
-    return b"".join(parts)
 
 
 def _decoded(text: bytes) -> tuple[str, bool]:

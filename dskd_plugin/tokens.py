@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -551,3 +551,13 @@ def _check_spelling(tokenizer: Any, table: TokenTable) -> None:
     got, wanted = ("".join(change(unit) for unit in units().findall(text)).strip() for text in (spelled, _PROBE))
     if got != wanted:
         raise _refusal(tokenizer, f"its tokens spell {got!r} for {wanted!r}", table.kind)
+
+
+def spell(ids: Sequence[int], table: TokenTable) -> bytes:
+    """Bytes of the text; the dummy space that some tokenizers put after an added token is none of it."""
+    parts, after_added = [], False
+    for token in ids:
+        text = table.literal[token] or b""
+        parts.append(text[1:] if after_added and table.prefix_after_added and text[:1] == b" " else text)
+        after_added = token in table.added
+    return b"".join(parts)

@@ -27,6 +27,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dskd_plugin.tokens import spell, token_table
+
 Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 
 
@@ -137,7 +139,7 @@ class Writer:
 
     def __init__(self, model: Any, tokenizer: Any, *, vocab_size: int, ends: list[int], sampling: Sampling) -> None:
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
-        self.ends, self.sampling = ends, sampling
+        self.ends, self.sampling, self.table = ends, sampling, token_table(tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         # Families that keep no such cache (Mamba) answer the whole batch in one go.
         self.narrows = "past_key_values" in inspect.signature(model.forward).parameters
@@ -207,7 +209,9 @@ class Writer:
     def _read(self, row: int, ids: list[int]) -> Answer:
         end = next((k for k, token in enumerate(ids) if token in self.ends), None)
         # Special tokens inside an answer part its texts: without them, reasoning and answer would run together.
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # Spelled from the tokens' bytes: some tokenizers decode a line break as `<0x0A>`, or add spaces of their own.
+        text = spell(ids[:end], self.table).decode("utf-8", "replace")
+        text = text.removeprefix(" ") if self.table.dummy_prefix else text
         return Answer(
             row=row,
             text=text,

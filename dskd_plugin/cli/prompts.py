@@ -231,7 +231,7 @@ class _Reader:
 
         try:
             turns, tools, answered = self._conversation(remove_none_values(row))
-            asked = [k for k, turn in enumerate(turns) if turn["role"] in ("user", "tool")]
+            asked = [k for k, turn in enumerate(turns) if turn["role"] not in ("assistant", "system", "developer")]
             turns = turns[: asked[-1] + 1] if asked else []
             ids = [] if not turns else self._render(turns, tools)
         except Exception as error:
@@ -263,20 +263,28 @@ class _Reader:
         """The turns, the tools, and whether an answer follows the last question."""
         if hasattr(self.strategy, "get_conversation_thread"):
             prompter = self.strategy.prompter
+            if not self.strategy._get_messages(row):
+                return [], None, False
             self._keep_every_field(row)
             markup = {"training", "training_detail", "reasoning_training_detail"}
             markup |= {prompter.message_field_training, prompter.message_field_training_detail}
             turns = self.strategy.get_conversation_thread(row)
             plain = [{key: value for key, value in turn.items() if key not in markup} for turn in turns]
-            return plain, self.strategy._get_tools(row), bool(plain) and plain[-1]["role"] == "assistant"
+            return plain, self.strategy._get_tools(row), bool(plain) and _is_answer(plain[-1])
         fields = self.strategy.parse_instruction_fields({"output": "", "response": "", **row})
         instruction, given, answer, *system = fields
         turns = [{"role": "system", "content": system[0]}] if system and system[0] else []
         turns.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
-        return turns, None, bool(answer)
+        return turns, None, bool(str(answer or "").strip())
 
     def _keep_every_field(self, row: dict[str, Any]) -> None:
         """Axolotl hands on only what the teacher's template reads; the student's may read more."""
         prompter = self.strategy.prompter
         for message in self.strategy._get_messages(row):
             prompter._chat_template_msg_variables = prompter.chat_template_msg_variables | set(message)
+
+
+def _is_answer(turn: dict[str, Any]) -> bool:
+    """Whether a message answers: the empty message of an assistant is a place for an answer."""
+    said = bool(str(turn.get("content") or "").strip() or turn.get("tool_calls"))
+    return turn["role"] == "assistant" and said

@@ -4,6 +4,7 @@ The oracle knows the two texts before they were tokenized, spells tokens without
 """
 
 import os
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -240,6 +241,48 @@ def test_white_space_that_a_template_changes_costs_the_tokens_that_it_touches(te
     spelled = [a for a, _ in pairs]
     assert not unmatched
     assert {b" addition", b"3", b" +", b" equals", b"6", b".", b"<|im_end|>"} <= set(spelled)
+
+
+@pytest.mark.parametrize(
+    ("said", "other_text", "same"),
+    [
+        ("The answer is 4\u00a0", "The answer is 4", b" answer"),
+        ("答えは四です\u3000", "答えは四です", None),
+        ("Line one\x85", "Line one", b" one"),
+        ("the lamp\u00a0stone", "the lamp stone", b" lamp"),
+        ("The answer is four.", "◁think▷◁/think▷The answer is four.", b" answer"),
+        ("Das ist klar", "Das ist klar…", b" ist"),
+    ],
+)
+@pytest.mark.parametrize("teacher", ["smollm2", "mistral"])
+def test_other_white_space_and_other_letters_cost_no_whole_answer(said, other_text, same, teacher):
+    """Templates trim what str.strip strips, which is more than ASCII has."""
+    one, other = load("qwen-fast"), load(teacher)
+    ids, other_ids = encode(one.tokenizer, said), encode(other.tokenizer, other_text)
+    pairs, unmatched = paired(one, other, closed(one, ids), closed(other, other_ids), pairing="starts")
+    assert not unmatched and len(pairs) >= 2  # the end of turn is one of them
+    assert same is None or same in [a for a, _ in pairs]
+
+
+def test_unequal_numbers_of_turns_are_matched_in_about_linear_time():
+    one, other = load("qwen-fast"), load("smollm2")
+    texts = [f"turn {k} is here" for k in range(300)]
+
+    def side(entry, kept):
+        ids, response = [], []
+        for text in kept:
+            part = closed(entry, encode(entry.tokenizer, text))
+            asked = encode(entry.tokenizer, "next")
+            ids += asked + part
+            response += [False] * len(asked) + [True] * len(part)
+        return ids, response
+
+    started = time.process_time()
+    found = columns(
+        one, other, side(one, texts), side(other, texts[:150] + texts[151:]), ends=(one.table.eos, other.table.eos)
+    )
+    assert len(found) > 299 * 4
+    assert time.process_time() - started < 1.5
 
 
 def test_a_short_answer_that_was_cut_does_not_pair_with_a_later_occurrence():

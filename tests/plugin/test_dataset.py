@@ -725,3 +725,27 @@ def test_both_sides_may_have_several_templates_under_names(prepare, tiny, tmp_pa
     for side in (0, 1):
         assert sorted(text[side].count("1 tool\n") for text in texts) == [0, 1]
     assert all(row["aligned_student"] for row in found)
+
+
+@pytest.mark.parametrize(
+    ("error", "roles", "advice"),
+    [
+        ("After the optional system message, roles must alternate", ["user", "user", "assistant"], "Join neighbouring"),
+        ("After the optional system message, roles must alternate", ["user", "tool", "assistant"], "the role 'tool'"),
+        ("Only user, system and assistant roles are supported!", ["user", "tool", "assistant"], "the role 'tool'"),
+        ("Conversation roles must alternate", ["system", "user", "assistant"], "drop_system_message"),
+        (
+            "Conversation roles must alternate",
+            ["assistant", "user", "assistant"],
+            "The row begins with",
+        ),
+        ("something else", ["user", "assistant"], "Change or leave out"),
+    ],
+)
+def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
+    import json
+
+    from dskd_plugin import dataset_report
+
+    note = json.dumps({"side": "teacher", "error": error, "row": "x", "roles": roles})
+    assert advice in dataset_report.refused("datasets: d", ["", note], 2)

@@ -43,6 +43,12 @@ SYSTEM = {"role": "system", "content": " Be brief. "}
 CASES = {
     "same": (CONTENT, CONTENT, {"messages": [SYSTEM, *said("red", "blue")]}, []),
     "trimmed": (ALL, CONTENT, {"messages": said(" red \n", "\n blue")}, []),
+    "a tool's result of numbers": (
+        CONTENT,
+        CONTENT.replace("{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"),
+        {"messages": [*said("red", "blue"), {"role": "tool", "content": '{"temperature": 22}'}, *said("red", "blue")]},
+        [("student", "content of tool messages", "22")],
+    ),
     "system": (
         CONTENT,
         NO_SYSTEM,

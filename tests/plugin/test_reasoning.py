@@ -268,6 +268,21 @@ CASES = {
     ),
     "an answer of tags": (PLAIN, "<analysis>a</analysis>", "<analysis>a</analysis>", "", "<analysis>a</analysis>"),
     "indented answer": (PLAIN, "    return 4\n", "    return 4", "", "    return 4"),
+    "words before the reasoning": (
+        OPENS_ITSELF,
+        "Okay. <think>hm</think> 4.",
+        "Okay. <think>hm</think> 4.",
+        "Okay.\nhm",
+        "4.",
+    ),
+    "a tag that only the prompt shows": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <reflect>\n{% endif %}",
+        "hm\n</reflect>\n\n4",
+        "<reflect>\nhm\n</reflect>\n\n4",
+        "hm",
+        "4",
+    ),
     "an empty reasoning": (OPENS, "</think>\n\n4", "<think>\n</think>\n\n4", "", "4"),
     "straight to the final channel": (CHANNELS, "<|channel|>final<|message|>4", "4", "", "4"),
 }

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.tokens import TokenTable, encode, overlap, same_tokenizer, token_table
+from dskd_plugin.tokens import TokenTable, encode, overlap, same_tokenizer, spell, token_table
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 TEXTS = [
@@ -210,3 +210,13 @@ def test_importing_it_loads_neither_transformers_nor_axolotl():
     code = f"import dskd_plugin.align, sys; print([m for m in {hosts} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["a\nb 4", "line one\n\n    line two\n", "naïve 漢字 w"])
+def test_a_spelled_answer_is_its_text(zoo, zoo_name, text):
+    """Whatever the tokenizer's own decode makes of line breaks and bytes."""
+    entry = zoo(zoo_name)
+    ids = encode(entry.tokenizer, text)
+    if entry.changes or entry.table.vague & set(ids):
+        pytest.skip("changes the text, or has no token for one of the characters")
+    assert spell(ids, entry.table).decode().removeprefix(" ") == text
