@@ -103,6 +103,29 @@ def program_of(text: str, parts: Mapping[str, str]) -> Program:
     return Program(_future_first(setup + code), tuple(found.notes + examples))
 
 
+def parses(code: str) -> bool:
+    """Whether Python reads the text as a program."""
+    return _statements(code) is not None
+
+
+def tests_something(tests: str) -> bool:
+    """Whether tests call something or assert something of a name when they start, and so can fail."""
+    waiting: list[ast.AST] = list(_statements(tests) or [])
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Call) or (isinstance(node, ast.Assert) and _has_name(node.test)):
+            return True
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.decorator_list:
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return False
+
+
+def _has_name(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Name) for part in ast.walk(node))
+
+
 def _wanted(tests: str, setup: str, entry_point: str) -> tuple[frozenset[str], frozenset[str]]:
     """Names that the tests need from the program, and names of builtins that they use, which it may define."""
     named = frozenset({entry_point} - {""})
