@@ -784,14 +784,15 @@ def _template(template: str, row: Row, *, texts: bool = False) -> str:
 def code_parts(spec: TaskSpec, row: Row) -> dict[str, str]:
     """The `code:` block of a row: setup, completes, entry_point, tests ('' where absent), each a field or a template.
 
-    A list in a template stands as Python writes it: `assert f({{arguments}})`.
+    A list in a template stands as Python writes it: `assert f({{arguments}})`. A part without a value is empty.
     """
     parts = {}
     for key in CODE_PARTS:
         template = str(spec.code.get(key) or "")
         if template and template not in row:
             _check_program(key, template, row)
-        parts[key] = str(row[template]) if template in row else _template(template, row)
+        text = str(row[template]) if template in row else _template(template, row)
+        parts[key] = "" if text.strip() in ("None", "nan") else text
     return parts
 
 

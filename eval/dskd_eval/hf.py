@@ -119,19 +119,38 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     return ids
 
 
-def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = ()) -> str:
-    """The text of an answer without special tokens, but for those that are or make up reasoning markers."""
+def decode(
+    tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()
+) -> str:
+    """The text of an answer without special tokens, but for those that are or make up reasoning markers.
+
+    before: the token that the text follows.
+    """
     special = {place: str(token) for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     kept = {
         place: text for place, text in special.items() if any(text in marker for pair in markers for marker in pair)
     }
+    before = [token for token in before if token not in special]
     texts, begin = [], 0
     for end in [*(place for place, token in enumerate(tokens) if token in kept), len(tokens)]:
-        part = list(tokens[begin:end])
-        texts.append(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        part = [token for token in tokens[begin:end] if token not in special]
+        texts.append(_text_after(tokenizer, before, part))
         texts += [kept[tokens[end]]] if end < len(tokens) else []
+        before = list(tokens[end : end + 1])
         begin = end + 1
     return "".join(texts)
+
+
+def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens behind others: SentencePiece takes the first space from what it decodes."""
+
+    def text_of(ids: Sequence[int], skip: bool) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        return text
+
+    start = text_of(before, False) if before else ""
+    whole = text_of([*before, *tokens], False) if before else ""
+    return whole[len(start) :] if before and whole.startswith(start) else text_of(tokens, True)
 
 
 def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
@@ -311,7 +330,7 @@ class HFBackend:
         tokens = tokens[: ends[0]] if ends else tokens
         while tokens and not ends and tokens[-1] == self._pad:
             tokens = tokens[:-1]
-        text = decode(self.tokenizer, tokens, settings.reasoning)
+        text = decode(self.tokenizer, tokens, settings.reasoning, prompt.before)
         before = cut_at_stop(text, settings, prompt.opened)
         if before is not None:
             text, finish = before, "stop"
@@ -373,13 +392,13 @@ class _Leaving(transformers.StoppingCriteria):
     def _find_stops(self, input_ids: torch.Tensor) -> None:
         start = max(self.width, input_ids.shape[1] - self.tail)
         waiting = [row for row, done in enumerate(self.done) if not done]
-        texts = self.tokenizer.batch_decode(
-            input_ids[waiting, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        for row, text in zip(waiting, texts, strict=True):
+        for row, tokens in zip(waiting, input_ids[waiting, start:].tolist(), strict=True):
+            before = self.prompts[row].before
+            text = decode(self.tokenizer, tokens, before=before if start == self.width else ())
             found = any(stop in text for stop in self.settings.stop)
             if found and self.settings.reasoning:
-                whole = decode(self.tokenizer, input_ids[row, self.width :].tolist(), self.settings.reasoning)
+                written = input_ids[row, self.width :].tolist()
+                whole = decode(self.tokenizer, written, self.settings.reasoning, before)
                 found = cut_at_stop(whole, self.settings, self.prompts[row].opened) is not None
             self.done[row] = found
 

@@ -56,12 +56,21 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `row` is the document it was made from, `opened` the reasoning trace that it has begun."""
+    """One prompt; `row` is the document it was made from, `opened` the reasoning trace that it has begun.
+
+    continues: whether the answer goes on with the prompt's text, so that its first space counts.
+    """
 
     text: str
     tokens: list[int]
     row: Row
     opened: reasoning.Pair | None = None
+    continues: bool = True
+
+    @property
+    def before(self) -> list[int]:
+        """The token that the answer's text follows."""
+        return self.tokens[-1:] if self.continues else []
 
 
 @dataclass(frozen=True)
@@ -292,8 +301,10 @@ class EvalLM(LM):  # type: ignore[misc]
                 seed=self.seeds[repeat % len(self.seeds)],
                 reasoning=self.markers,
             )
-            opened = reasoning.opened_by(text, self.trace.messages.get(text), self.markers)
-            prompt = Prompt(text, tokens, request.doc, opened)
+            messages = self.trace.messages.get(text)
+            opened = reasoning.opened_by(text, messages, self.markers)
+            continues = not messages or messages[-1]["role"] == "assistant"
+            prompt = Prompt(text, tokens, request.doc, opened, continues)
             works.append(_Work(place, prompt, repeat, settings, cut, new < wanted))
         return works
 

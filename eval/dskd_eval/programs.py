@@ -96,8 +96,34 @@ def program_of(text: str, parts: Mapping[str, str]) -> Program:
         found = _whole_function(text, head, wanted, maybe, known)
     if found is None:
         found = _completed(completes, _body(text, wanted), text)
-    code, examples = _without_examples(found.code, wanted | (maybe & _bound(found.code)), known)
+    try:
+        code, examples = _without_examples(found.code, wanted | (maybe & _bound(found.code)), known)
+    except (ValueError, RecursionError):
+        code, examples = found.code, []
     return Program(_future_first(setup + code), tuple(found.notes + examples))
+
+
+def parses(code: str) -> bool:
+    """Whether Python reads the text as a program."""
+    return _statements(code) is not None
+
+
+def tests_something(tests: str) -> bool:
+    """Whether tests call something or assert something of a name when they start, and so can fail."""
+    waiting: list[ast.AST] = list(_statements(tests) or [])
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Call) or (isinstance(node, ast.Assert) and _has_name(node.test)):
+            return True
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.decorator_list:
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return False
+
+
+def _has_name(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Name) for part in ast.walk(node))
 
 
 def _wanted(tests: str, setup: str, entry_point: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -368,10 +394,9 @@ def _statements(code: str) -> list[ast.stmt] | None:
 def _names(statement: ast.stmt) -> _Names:
     """Names of the module that a statement binds and reads, also within the functions that it defines."""
     try:
-        source = ast.unparse(statement)
-        table = symtable.symtable(source, "<answer>", "exec")
+        table = symtable.symtable(ast.unparse(statement), "<answer>", "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return _Names()
+        return _all_names(statement)
     bound, read = set(), set()
     for symbol in table.get_symbols():
         if symbol.is_assigned() or symbol.is_imported():
@@ -390,6 +415,18 @@ def _names(statement: ast.stmt) -> _Names:
     if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         bound |= {base for node in ast.walk(statement) if (base := _changed(node))}
     return _Names(frozenset(bound), frozenset(read))
+
+
+def _all_names(statement: ast.stmt) -> _Names:
+    """The same for a statement that Python compiles and cannot write: with the names of its functions, too many."""
+    nodes = list(ast.walk(statement))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    read = frozenset(node.id for node in names if isinstance(node.ctx, ast.Load))
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        inside = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        inside |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        return _Names(frozenset({statement.name}), read - inside)
+    return _Names(frozenset(node.id for node in names if not isinstance(node.ctx, ast.Load)), read)
 
 
 def _changed(node: ast.AST) -> str:
@@ -440,7 +477,7 @@ def _without_examples(code: str, wanted: frozenset[str], known: frozenset[str]) 
     dropped = sorted(examples | unused)
     if not dropped:
         return code, []
-    shown = [_short(ast.unparse(statements[place])) for place in dropped]
+    shown = [_shown(statements[place]) for place in dropped]
     note = f"{len(dropped)} statements beside the tested code: " + "; ".join(shown[:3])
     return _less(code, statements, dropped), [note + ("; ..." if len(shown) > 3 else "")]
 
@@ -500,11 +537,21 @@ def _is_check(statement: ast.stmt) -> bool:
 
 
 def _is_main_guard(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and "__main__" in ast.dump(statement.test)
+    tested = ast.walk(statement.test) if isinstance(statement, ast.If) else ()
+    return any(isinstance(node, ast.Constant) and node.value == "__main__" for node in tested)
 
 
 def _calls(statement: ast.stmt) -> set[str]:
-    return {ast.unparse(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)}
+    return {_dotted(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)}
+
+
+def _dotted(node: ast.expr) -> str:
+    """A name with the names before its dots; '' for what is no such name."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
 def _acts(statement: ast.stmt, needed: frozenset[str]) -> bool:
@@ -529,7 +576,7 @@ def _is_unused(
 
 
 def _less(code: str, statements: Sequence[ast.stmt], dropped: Iterable[int]) -> str:
-    """The code without the lines of some statements."""
+    """The code without the lines of some statements. Raises ValueError or RecursionError for what Python cannot write."""
     gone = set(dropped)
     spans = [_lines_of(statement) for statement in statements]
     if any(before[1] >= after[0] for before, after in itertools.pairwise(spans)):
@@ -561,6 +608,13 @@ def _full_lines(text: str) -> int:
 def _shortened_note(rest: str) -> str:
     lines = [line.strip() for line in rest.split("\n") if line.strip()]
     return f"an end of {len(lines)} lines that does not parse, from: {_short(lines[0])}"
+
+
+def _shown(statement: ast.stmt) -> str:
+    try:
+        return _short(ast.unparse(statement))
+    except (ValueError, RecursionError):
+        return f"line {statement.lineno}, which is too long to show"
 
 
 def _short(text: str) -> str:

@@ -236,7 +236,6 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
         with _in_row(plan, number):
             notes.see_prompt(row, catalog.render(plan.config["doc_to_text"], row))
             notes.see_references(catalog.references(plan.config.get("doc_to_target"), row))
-            catalog.code_parts(plan.spec, row)
             scorers.check_row(plan.spec, row)
     if plan.shots and rows.shots:
         target = _shot_target(plan)

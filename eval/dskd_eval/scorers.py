@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -18,7 +18,7 @@ from dskd_eval import catalog, mathematics, rouge
 from dskd_eval.data import Row
 from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
-from dskd_eval.programs import program_of
+from dskd_eval.programs import parses, program_of, tests_something
 
 Value = float | tuple[float, float]
 
@@ -233,7 +233,9 @@ def _ifeval() -> Any:
 
 
 def check_row(spec: catalog.TaskSpec, row: Row) -> None:
-    """Raises UserError when a row lacks a field that its scorer reads."""
+    """Raises UserError when a row lacks what its scorer reads: a field, tests that can fail."""
+    if spec.executes_code:
+        _check_parts(catalog.code_parts(spec, row))
     for name in ("prompt", "instruction_id_list", "kwargs") if spec.scorer == "ifeval" else ():
         if name not in row:
             raise UserError(
@@ -242,6 +244,28 @@ def check_row(spec: catalog.TaskSpec, row: Row) -> None:
                 got=", ".join(sorted(row)),
                 fix="Add it, or choose another scorer.",
             )
+
+
+def _check_parts(parts: Mapping[str, str]) -> None:
+    for key in ("setup", "tests"):
+        if not parses(parts[key]):
+            raise UserError(
+                f"`code.{key}`",
+                expected="a Python program",
+                got=_beginning(parts[key]),
+                fix="Join a list of lines with {{ " + key + " | join('\\n') }}, or correct the data file.",
+            )
+    if not tests_something(parts["tests"]):
+        raise UserError(
+            "`code.tests`",
+            expected="statements that fail for a wrong answer: an assertion or a call",
+            got=_beginning(parts["tests"]),
+            fix="Join a list of tests with {{ tests | join('\\n') }}; call a function of tests, as in check(f).",
+        )
+
+
+def _beginning(text: str) -> str:
+    return repr(text[:80]) if text.strip() else "no code"
 
 
 def score_ifeval(answer: Answer) -> Scored:

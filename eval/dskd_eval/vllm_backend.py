@@ -117,7 +117,9 @@ class VLLMBackend:
 
     def _finished(self, item: Any, settings: GenerationSettings, prompt: Prompt) -> Generation:
         finish = "length" if item.finish_reason == "length" else "stop"
-        text = decode(self.tokenizer, item.token_ids, settings.reasoning) if settings.reasoning else item.text
+        text = item.text
+        if settings.reasoning:
+            text = decode(self.tokenizer, item.token_ids, settings.reasoning, prompt.before)
         before = cut_at_stop(text, settings, prompt.opened)
         if before is not None:
             text, finish = before, "stop"

@@ -51,17 +51,21 @@ def make_reciter(folder: Path, text: str, question: str, template: str, special:
 
     special: texts that the tokenizer has as special tokens.
     """
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     tokenizer = make_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *special]})
     tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    begin = len(tokenizer(prompt)["input_ids"]) - 1
     script = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    return make_recital(folder, tokenizer, len(tokenizer(prompt)["input_ids"]) - 1, script)
+
+
+def make_recital(folder: Path, tokenizer: Any, begin: int, script: list[int]) -> Path:
+    """A GPT-2 that says the script's tokens after place `begin`, whatever stands there."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer.save_pretrained(folder)
     size = begin + len(script)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=1024, n_embd=size, n_layer=1, n_head=1, tie_word_embeddings=False,

@@ -171,6 +171,59 @@ def test_parts_of_programs_that_would_stay_text_are_refused(own_task: Task, code
         checked(own_task(ROWS, prompt="question", reference=None, scorer="python", code=code))
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["assert f() == 0"], "['assert f() == 0', 'assert f() == 1']", '["assert f() == 0"]', "", "  \n", "# f() == 0",
+        "None", None, "def check(f):\n    assert f() == 0\n", "import f", "f", "pass", "'assert f() == 0'", "x = 1",
+        "class Tests:\n    def test(self):\n        assert f() == 0\n", "if True:\n    def check():\n        f()\n",
+        "assert True", "x = lambda: f()", float("nan"), {"inputs": [1]}, "assert f( == 0", "f is right",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("template", ["tests", "{{tests}}"])
+def test_tests_that_test_nothing_are_refused(own_task: Task, tests: Any, template: str) -> None:
+    """They end without an error, whatever the answer is. The first row is fine."""
+    rows = [{"question": "f?", "tests": "assert f() == 0"}, {"question": "f?", "tests": tests}]
+    path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": template})
+    with pytest.raises(UserError, match=r"row 2, .*`code\.tests`"):
+        checked(path)
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert f() == 0", "check(f)", "def check(c):\n    assert c() == 0\ncheck(f)", "for i in [f()]:\n    assert i",
+        "import unittest\nclass T(unittest.TestCase):\n    pass\nunittest.main()", "assert not f.wrong", "x = f()",
+        "if f() != 0:\n    raise ValueError", "assert [f() for _ in [1]] == [0]", "with open('/x') as g:\n    f(g)",
+        "(lambda: f())()", "@f\ndef g(): pass",
+    ],
+)  # fmt: skip
+def test_tests_that_test_something_pass(own_task: Task, tests: str) -> None:
+    rows = [{"question": f"f {n}?", "tests": tests} for n in range(2)]
+    path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests"})
+    assert checked(path) == []
+
+
+@pytest.mark.parametrize("template", ["part", "{{part}}"])
+@pytest.mark.parametrize("key", ["setup", "completes", "entry_point"])
+def test_a_part_of_a_program_without_a_value_is_empty(own_task: Task, key: str, template: str) -> None:
+    rows = [{"question": "f?", "tests": "assert f() == 0", "part": part} for part in ("x", None)]
+    path = own_task(
+        rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", key: template}
+    )
+    parts = [catalog.code_parts(catalog.load_task(path), row)[key] for row in rows]
+    assert parts == ["x", ""]
+
+
+def test_a_setup_that_does_not_parse_is_refused(own_task: Task) -> None:
+    rows = [{"question": "f?", "tests": "assert f() == 0", "head": "['import math']\nimport"}]
+    path = own_task(
+        rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", "setup": "head"}
+    )
+    with pytest.raises(UserError, match=r"row 1, .*`code\.setup`"):
+        checked(path)
+
+
 def test_a_run_is_refused_or_carries_the_note(
     own_task: Task, tiny_model: Path, tmp_path: Path, invoke: Callable[..., Any]
 ) -> None:

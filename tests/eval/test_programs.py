@@ -146,6 +146,17 @@ RIGHT_ANSWERS = {
         "        s = globals()['_add'](s, x)\n    return s\n\n"
         "assert total([1]) == 9\n```"
     ),
+    "example with a long chain": f"```python\n{RIGHT}\nassert total([1]) == 1{' + 1' * 335}\nprint(total([1]))\n```",
+    "example with a long number": f"```python\n{RIGHT}\nassert total([1]) == 0x{'f' * 4000}\n```",
+    "main guard after a long condition": (
+        f"```python\n{RIGHT}\nif 0{' + 1' * 335} == 335 and __name__ == '__main__':\n    print(total(1))\n```"
+    ),
+    "call of what a long chain gives": f"```python\n{RIGHT}\nprint(total)\nx = abs(0{' - 1' * 335})\n```",
+    "function with a long chain": f"```python\ndef total(xs):\n    return sum(xs) + 0{' + 0' * 335}\n```\n```\n6\n```",
+    "function with a long number": (
+        f"```python\nTOP = 0x{'f' * 4000}\n\ndef total(xs):\n    return min(sum(xs), TOP, 0x{'f' * 4001})\n```\nGood."
+    ),
+    "long chain on one line with an example": f"```python\n{RIGHT}x = 0{' + 1' * 335}; assert total([1]) == 1\n```",
     "statements on one line": f"```python\n{RIGHT}x = 1; assert total([1]) == x + 1; y = 2\n```",
 }  # fmt: skip
 

@@ -1,0 +1,107 @@
+"""Answers of SentencePiece tokenizers as text: the first space of a text is theirs, that of an answer is not."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest_models import make_recital
+from dskd_eval import catalog, hf, models, programs, reasoning
+from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from lm_eval.api.instance import Instance
+
+PROMPT = "def total(xs):\n"
+BODY = "    return sum(xs)\n"
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Any:
+    file = Path(__file__).parents[1] / "plugin" / "tokenizer_zoo.py"
+    spec = importlib.util.spec_from_file_location("published_tokenizers", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral_always"])
+def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data_dir: Path) -> None:
+    tokenizer = getattr(zoo, name)()
+    with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    spec = catalog.builtin_tasks()["humaneval"]
+    for row in rows:
+        before, whole = ids_of(tokenizer, row["prompt"]), ids_of(tokenizer, row["prompt"] + row["canonical_solution"])
+        assert whole[: len(before)] == before
+        text = hf.decode(tokenizer, whole[len(before) :], before=before[-1:])
+        assert text == row["canonical_solution"]
+        compile(programs.program_of(text, catalog.code_parts(spec, row)).text, "solution", "exec")
+
+
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [("x =", " 4"), ("a", "b"), ("x\n", "\n  y"), ("é", " é"), ("(", "("), ("f ", "  g"), ("日", "本 語"), ("a", "")],
+)
+def test_an_answer_goes_on_with_the_prompt(zoo: Any, before: str, text: str) -> None:
+    tokenizer = zoo.mistral()
+    first, rest = ids_of(tokenizer, before), ids_of(tokenizer, "\n" + text)
+    assert hf.decode(tokenizer, rest[2:], before=first[-1:]) == text
+
+
+def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
+    tokenizer = zoo.mistral()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    pairs = reasoning.choose("auto", ["[THINK]"])
+    text = "[THINK] x [/THINK]    return 1"
+    assert hf.decode(tokenizer, ids_of(tokenizer, text), pairs) == text
+
+
+@pytest.fixture(scope="module")
+def reciting(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> hf.HFBackend:
+    """A model that goes on with a prompt of its length by the body of a function."""
+    tokenizer = zoo.mistral()
+    begin = len(tokenizer(PROMPT)["input_ids"])
+    script = ids_of(tokenizer, PROMPT + BODY)[len(ids_of(tokenizer, PROMPT)) :]
+    folder = tmp_path_factory.mktemp("mistral")
+    make_recital(folder, tokenizer, begin - 1, [*script, tokenizer.eos_token_id])
+    return hf.HFBackend(models.locate(models.parse_model(str(folder))), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [((), BODY), (("return",), "    "), (("    ret",), ""), ((":\n",), BODY), ((" (",), BODY)]
+)
+def test_a_model_completes_a_prompt(reciting: hf.HFBackend, stop: tuple[str, ...], expected: str) -> None:
+    """A stop string may begin with the answer's first space, not with the prompt's last character."""
+    prompt = Prompt(PROMPT, reciting.encode(PROMPT, special_tokens=True), {})
+    found = reciting.generate([prompt], GenerationSettings(32, stop=stop))[0]
+    assert (found.text, found.finish) == (expected, "stop")
+    if stop == ("    ret",):
+        assert found.new_tokens <= 2
+
+
+def test_a_reply_begins_anew(reciting: hf.HFBackend) -> None:
+    """The space that such tokenizers write before the first word of a reply is none of its text."""
+    tokens = reciting.encode(PROMPT, special_tokens=True)
+    found = reciting.generate([Prompt(PROMPT, tokens, {}, continues=False)], GenerationSettings(32))[0]
+    assert found.text == BODY[1:]
+
+
+@pytest.mark.parametrize(
+    ("roles", "continues"), [((), True), (("user",), False), (("system", "user"), False), (("user", "assistant"), True)]
+)
+def test_what_an_answer_goes_on_with(reciting: hf.HFBackend, roles: tuple[str, ...], continues: bool) -> None:
+    """A text, or a reply that the prompt has begun."""
+    model = EvalLM(reciting)
+    if roles:
+        model.trace.messages[PROMPT] = [{"role": role, "content": "def"} for role in roles]
+    request = Instance("generate_until", {}, (PROMPT, {"until": [], "max_gen_toks": 32}), 0)
+    assert model._works([request])[0].prompt.continues == continues
