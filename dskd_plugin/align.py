@@ -393,11 +393,14 @@ class _Segment:
 
     @cached_property
     def readings(self) -> list["_Reading"]:
-        """Likeliest first. A row that is cut right after text that spells the end of turn has no end."""
+        """Likeliest first. A row that is cut right after text that spells the end of turn has no end.
+
+        An answer that is this one token is an end without text.
+        """
         last = self.run.stop == self.length
         text_ids = self.ids[: self.end]
         ended = _Reading(self.end, short=self.end is None and last)
-        whole = [ended] if self.end is None or not last else [ended, _Reading(None, short=True)]
+        whole = [ended] if not self.end or not last else [ended, _Reading(None, short=True)]
         cut = not self.table.vague.isdisjoint(text_ids) or any(self.table.literal[i] is None for i in text_ids)
         return [*whole, ended._replace(cut=True)] if cut else whole
 

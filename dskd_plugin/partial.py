@@ -12,6 +12,7 @@ from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
 from dskd_plugin import last_words
+from dskd_plugin.folders import read_json
 
 LOG = get_logger("axolotl.dskd")
 MARK = "PARTIAL.txt"
@@ -26,7 +27,7 @@ ECHO_SECONDS = 2.0
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if read_json(file)]
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 

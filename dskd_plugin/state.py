@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dskd_plugin import __version__
-from dskd_plugin.folders import check_optimizer
+from dskd_plugin.folders import check_optimizer, read_json
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
 
@@ -84,9 +84,12 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
 
 
 def _expect(source: Path, file: str) -> None:
-    if not (source / file).is_file():
+    there = (source / file).is_file()
+    # A run that was killed while it wrote leaves an empty file, or half of one.
+    if not there or (file.endswith(".json") and not read_json(source / file)):
+        found = f"{source} whose {file} is cut short" if there else f"{source} without {file}"
         raise ValueError(
-            f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {source} without {file}. "
+            f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {found}. "
             "Resume from another checkpoint, or remove this one."
         )
 

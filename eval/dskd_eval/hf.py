@@ -119,9 +119,7 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     return ids
 
 
-def decode(
-    tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()
-) -> str:
+def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()) -> str:
     """The text of an answer without special tokens, but for those that are or make up reasoning markers.
 
     before: the token that the text follows.

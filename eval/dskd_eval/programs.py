@@ -576,7 +576,7 @@ def _is_unused(
 
 
 def _less(code: str, statements: Sequence[ast.stmt], dropped: Iterable[int]) -> str:
-    """The code without the lines of some statements. Raises ValueError or RecursionError for what Python cannot write."""
+    """The code without the lines of some statements. ValueError or RecursionError for what Python cannot write."""
     gone = set(dropped)
     spans = [_lines_of(statement) for statement in statements]
     if any(before[1] >= after[0] for before, after in itertools.pairwise(spans)):

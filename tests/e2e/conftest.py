@@ -20,8 +20,10 @@ LAUNCH = Path(__file__).parent / "cpu_engines.py"
 
 
 def environment() -> dict[str, str]:
+    # What the plugin's tests set for their own process is not what a user has.
+    inherited = {key: value for key, value in os.environ.items() if key != "AXOLOTL_TEE_STDOUT"}
     return {
-        **os.environ,
+        **inherited,
         "AXOLOTL_DO_NOT_TRACK": "1",
         "AXOLOTL_METRIC_NDIGITS": "9",
         "HF_HUB_OFFLINE": "1",
@@ -112,6 +114,16 @@ def fork_server() -> subprocess.Popen:
     return _server
 
 
+def written(file: Path) -> bool:
+    """Whether a file, JSON or not, is there to its end."""
+    if not file.exists() or file.suffix != ".json":
+        return file.exists()
+    try:
+        return bool(json.loads(file.read_text()))
+    except ValueError:
+        return False
+
+
 def command_line(file: Path, command: str, launcher: str, ranks: int, more: Sequence[str]) -> list[str]:
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -138,7 +150,7 @@ def axolotl(
 
     fresh: in interpreters of its own, as a user starts it, with two ranks under torchrun; otherwise the same command
     runs in a fork that has imported everything (see fork_server.py), except where a launcher starts interpreters.
-    kill_after: kill -9 the whole process group as soon as this path exists.
+    kill_after: kill -9 the whole process group as soon as this file is written.
     interrupt: a signal, sent as soon as the path exists: SIGINT to all processes, as a terminal does, others to the
     command alone.
     """
@@ -159,7 +171,7 @@ def axolotl(
         while run.poll() is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{arguments}: no end after {timeout} s\n{log.read_text()[-3000:]}")
-            if kill_after is not None and Path(kill_after).exists():
+            if kill_after is not None and written(Path(kill_after)):
                 break
             if interrupt is not None and Path(interrupt[1]).exists():
                 number = interrupt[0]

@@ -208,18 +208,14 @@ def test_tests_that_test_something_pass(own_task: Task, tests: str) -> None:
 @pytest.mark.parametrize("key", ["setup", "completes", "entry_point"])
 def test_a_part_of_a_program_without_a_value_is_empty(own_task: Task, key: str, template: str) -> None:
     rows = [{"question": "f?", "tests": "assert f() == 0", "part": part} for part in ("x", None)]
-    path = own_task(
-        rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", key: template}
-    )
+    path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", key: template})
     parts = [catalog.code_parts(catalog.load_task(path), row)[key] for row in rows]
     assert parts == ["x", ""]
 
 
 def test_a_setup_that_does_not_parse_is_refused(own_task: Task) -> None:
     rows = [{"question": "f?", "tests": "assert f() == 0", "head": "['import math']\nimport"}]
-    path = own_task(
-        rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", "setup": "head"}
-    )
+    path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", "setup": "head"})
     with pytest.raises(UserError, match=r"row 1, .*`code\.setup`"):
         checked(path)
 

@@ -1,11 +1,15 @@
 """The tokenizer zoo for every plugin test: `zoo(name)` gives a tokenizer and its table, built once."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# Axolotl's copy of the output would replace the streams that pytest and click capture, and outlive the test.
+os.environ["AXOLOTL_TEE_STDOUT"] = "0"
 
 
 def _load_zoo() -> ModuleType:

@@ -166,7 +166,6 @@ def generated(recipe, teacher, tmp_path, monkeypatch):
     from dskd_plugin.cli import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AXOLOTL_TEE_STDOUT", "0")
 
     def run(dialect, *options, code=0, template=None):
         Path("own.jinja").write_text(dialect.template if template is None else template)

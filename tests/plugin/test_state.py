@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
     def make(weights=True, whole=True, **changes):
         state.save(tmp_path, {"t2s.linear.weight": torch.ones(2, 3)} if weights else {}, {**PAIR, **changes})
         if whole:
-            (tmp_path / "trainer_state.json").write_text("{}")
+            (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
         for file in FILES:
             (tmp_path / file).touch()
         return tmp_path
@@ -99,6 +99,15 @@ def test_half_a_checkpoint_is_refused(checkpoint, file):
     folder = checkpoint()
     (folder / file).unlink()
     with pytest.raises(ValueError, match=f"expected a finished checkpoint of a dskd run, got .* without {file}"):
+        state.check(folder, PAIR)
+
+
+@pytest.mark.parametrize("left", ["", '{"global_st'])
+@pytest.mark.parametrize("file", [state.STATE, "trainer_state.json"])
+def test_a_file_that_was_cut_while_it_was_written_is_refused(checkpoint, file, left):
+    folder = checkpoint()
+    (folder / file).write_text(left)
+    with pytest.raises(ValueError, match=f"expected a finished checkpoint of a dskd run, got .* whose {file} is cut"):
         state.check(folder, PAIR)
 
 
