@@ -14,7 +14,7 @@ from dskd_plugin.tokens import Canonical, TokenTable, canonical
 
 PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 
-RULES = 7  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 8  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "starts", "position", "warped", "all"]
 Chunk = tuple[int, int, int, int]
@@ -427,7 +427,7 @@ class _Segment:
             text = text or b""
             if prefixed and text[:1] == b" ":
                 dummies.append(size)
-            prefixed = table.prefix_after_added and token_id in table.added
+            prefixed = token_id in table.prefixing
             parts.append(text)
             starts.append(size)
             size += len(text)

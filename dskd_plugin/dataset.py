@@ -24,10 +24,10 @@ from dskd_plugin.args import Settings
 from dskd_plugin.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair, aligner, make_pair
-from dskd_plugin.read_by import OneSided
+from dskd_plugin.read_by import OneSided, hand_over
 from dskd_plugin.teacher import TeacherReader
 from dskd_plugin.templates import names, one_template
-from dskd_plugin.tokens import TokenTable, overlap
+from dskd_plugin.tokens import TokenTable, overlap, places, spell
 from dskd_plugin.turn_end_warning import names_the_side, template_end
 
 LOG = get_logger("axolotl.dskd")
@@ -66,6 +66,10 @@ class PairedStrategy:
         return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
 
     def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        if self.one_sided is not None:
+            for row in _rows_of(prompt) if self._is_batch(prompt) else [prompt]:
+                hand_over(self.student, row)
+                hand_over(self.teacher, row)
         student, refusals = self._columns_of("student", prompt)
         teacher, teacher_refusals = self._columns_of("teacher", prompt)
         ids = student["input_ids"]
@@ -75,7 +79,7 @@ class PairedStrategy:
             return {**student, **joined, **notes}
         if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
             # The two sides are cut at different places.
-            teacher_rows = [self._reread(row, first=k == 0) for k, row in enumerate(ids)]
+            teacher_rows = self._reread(ids, prompt[self.student.field][0])
         else:
             teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
         rows = [
@@ -121,23 +125,42 @@ class PairedStrategy:
     def _one_sided(self, row: dict[str, Any]) -> str:
         return "" if self.one_sided is None else dataset_report.one_sided_note(self.one_sided.find(row))
 
-    def _reread(self, student_ids: list[int], *, first: bool) -> tuple[list[int], list[int]]:
-        """The teacher's tokens, as many as it reads, of the text of a student row; all of them are trained on.
-
-        first: the row begins its text, so that a space in front may be the student's own addition.
-        """
+    def _reread(self, rows: list[list[int]], text: str) -> list[tuple[list[int], list[int]]]:
+        """The teacher's tokens, as many as it reads, of each student row of a text; all of them are trained on."""
         if self.pair.identity:
-            return list(student_ids), list(student_ids)
-        table, tokenizer = self.pair.student, self.teacher.tokenizer
-        text = b"".join(table.bytes[token] or b"" for token in student_ids).decode("utf-8", "ignore")
-        if (self.pair.student if first else self.pair.teacher).dummy_prefix:
-            text = text.removeprefix(" ")
-        ids = list(tokenizer(text)["input_ids"])
-        end = tokenizer.eos_token_id
-        if end is not None and student_ids[-1] == self.student.tokenizer.eos_token_id and ids[-1:] != [end]:
-            ids.append(end)
-        ids = ids[: self.teacher_len]
-        return ids, list(ids)
+            return [(list(row), list(row)) for row in rows]
+        end, student_end = self.teacher.tokenizer.eos_token_id, self.student.tokenizer.eos_token_id
+        found = []
+        for number, (row, said) in enumerate(zip(rows, self._texts(rows, text.encode()), strict=True)):
+            ids = self._read_on(said) if number else list(self.teacher.tokenizer(said)["input_ids"])
+            if end is not None and row[-1] == student_end and ids[-1:] != [end]:
+                ids.append(end)
+            ids = ids[: self.teacher_len]
+            found.append((ids, list(ids)))
+        return found
+
+    def _texts(self, rows: list[list[int]], text: bytes) -> list[str]:
+        """What of a text each student row holds; what the row spells where its tokenizer has changed the text."""
+        table = self.pair.student
+        ends = places([token for row in rows for token in row], table, text)
+        if ends is None:
+            plain = [[token for token in row if table.bytes[token] is not None] for row in rows]
+            spelled = [spell(row, table) for row in plain]
+            spelled[0] = spelled[0].removeprefix(b" ") if table.dummy_prefix else spelled[0]
+        else:
+            stops = [ends[length - 1] for length in np.cumsum([len(row) for row in rows])]
+            spelled = [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+        return [part.decode("utf-8", "ignore") for part in spelled]
+
+    def _read_on(self, text: str) -> list[int]:
+        """The teacher's tokens of a text that goes on from another, without a space of the tokenizer's own if it can be."""
+        table, tokenizer = self.pair.teacher, self.teacher.tokenizer
+        bare = text.removeprefix(" ") if table.dummy_prefix else text
+        for said in dict.fromkeys((bare, text)):
+            ids = list(tokenizer(said)["input_ids"])
+            if b"".join(table.bytes[token] or b"" for token in ids) == text.encode():
+                return ids
+        return list(tokenizer(bare)["input_ids"])
 
     def _join(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
@@ -263,6 +286,7 @@ def install(reader: TeacherReader | None) -> None:
     global _reader
     _reader = reader
     _unpaired.clear()
+    _promptless.clear()
     from axolotl.utils.data import sft, wrappers
 
     if not hasattr(sft.get_dataset_wrapper, "reads_twice"):
@@ -363,6 +387,8 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     rows = len(dataset)
     if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
         raise ValueError(refusal)
+    if refusal := _beyond_rows(name, dataset, reader):
+        raise ValueError(refusal)
     _tell_one_sided(name, dataset, tokenizer, reader.tokenizer)
     notes = list(dataset[PARTED]) if rows else []
     if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
@@ -406,12 +432,24 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     if not aligned and not chunked and method_of(reader.settings).needs_teacher:
         _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
     if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
-        raise ValueError(
+        _promptless.append(
             f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
             "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
             "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
         )
     return dataset.remove_columns(list(NOTES))
+
+
+def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> str | None:
+    """The message about a row with a token that the teacher has no embedding for; None where there is none."""
+    first = 0
+    for batch in dataset.select_columns(["teacher_input_ids"]).with_format("arrow").iter(1000):
+        ids = batch["teacher_input_ids"].combine_chunks()
+        if len(ids.flatten()) and ids.flatten().to_numpy(zero_copy_only=False).max() >= reader.rows:
+            place, row = next((k, row) for k, row in enumerate(ids.to_pylist()) if max(row, default=0) >= reader.rows)
+            return dataset_report.beyond_rows(name, first + place, row, reader.tokenizer, reader.rows)
+        first += len(ids)
+    return None
 
 
 def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -424,18 +462,25 @@ def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: 
     LOG.warning("dskd: %s: %s.", name, dataset_report.one_sided_line(said, place, texts[0].text, renderings))
 
 
-_unpaired: list[str] = []  # what is said of the entries without a pair, until all entries of a split are read
+# What is said of the entries without a pair and of those without a prompt, until all entries of a split are read.
+_unpaired: list[str] = []
+_promptless: list[str] = []
 
 
 def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Entries without a pair teach by cross-entropy beside others; where no entry has one, nothing is distilled."""
+    """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
 
     def merge_datasets(datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
-        said, _unpaired[:] = _unpaired[:], []
-        if _reader is not None and said and len(said) == len(datasets):
-            raise ValueError("\n".join(said))
-        for line in said:
-            LOG.warning("dskd: %s The rows of this entry teach by cross-entropy alone.", line)
+        lacking = (
+            (_unpaired, "The rows of this entry teach by cross-entropy alone."),
+            (_promptless, "The student answers the prompts of the other entries."),
+        )
+        for lines, consequence in lacking:
+            said, lines[:] = lines[:], []
+            if _reader is not None and said and len(said) == len(datasets):
+                raise ValueError("\n".join(said))
+            for line in said:
+                LOG.warning("dskd: %s %s", line, consequence)
         return original(datasets, *args, **kwargs)
 
     return merge_datasets

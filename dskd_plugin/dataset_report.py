@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,16 @@ def _advice_for(error: str, roles: list[str]) -> str:
     if said[:1] == ["assistant"]:
         return "The row begins with a message of the assistant: put the user's before it, or leave such rows out"
     return "Change or leave out such rows"
+
+
+def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows: int) -> str:
+    """The message about a row, of this place, with a token that the teacher has no embedding for."""
+    token = next(token for token in ids if token >= rows)
+    return (
+        f"{name}: expected tokens that the teacher has an embedding for, got {tokenizer.convert_ids_to_tokens(token)!r} "
+        f"of id {token} in row {place + 1}, and {rows} rows of embeddings (dskd.teacher.model). Leave that text out of "
+        "the rows, or give the model that was trained with this tokenizer, or the tokenizer of this model."
+    )
 
 
 def parted(notes: list[str], segments: int) -> str | None:

@@ -6,7 +6,7 @@ rows of one shape need one rendering. Tags stay, since templates look for them.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,14 @@ _TAG = re.compile(r"(<[^<>\s]+>)")
 _KINDS = {"role", "from", "type"}
 _MOST_SHAPES = 2048
 _SHOWN = 80
+# Characters that no template writes and that have one case only: of a text that a template cuts or capitalises, some stay.
+_FIRST_MARK, _MOST_MARKS, _MARK_LENGTH = 0x20000, 42_000, 9
+_ESCAPED_MARK = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+# What Axolotl reads of a message to decide which of its text is trained on; no template's.
+_MASKS = {"training", "training_detail", "reasoning_training_detail"}
+_SHOWS_CALLS = re.compile(r"tool_calls|tojson|items")
+
+Render = Callable[[dict[str, Any]], str]
 
 
 class Unread(NamedTuple):
@@ -51,21 +59,35 @@ class _Text:
         return f"{inside}{name} of {self.role} messages" if self.role else f"{inside}{name}"
 
 
-class OneSided:
-    """What the templates of two strategies read of rows, each side's strategy of the kind `chat_template`."""
+class Names(NamedTuple):
+    """The fields of a row with its messages, its tools and its system message, and that of a message with its role."""
 
-    def __init__(self, student: Any, teacher: Any) -> None:
-        self.strategies = (student, teacher)
+    messages: str = "messages"
+    tools: str = "tools"
+    system: str | None = None
+    role: str = "role"
+
+
+class OneSided:
+    """What two templates read of rows. student, teacher: the text that a side makes of a row, which it may change."""
+
+    def __init__(self, student: Render, teacher: Render, names: Names) -> None:
+        self.sides, self.names = (student, teacher), names
         self.known: dict[str, tuple[frozenset[int], frozenset[int]] | None] = {}
 
     @classmethod
     def of(cls, student: Any, teacher: Any) -> "OneSided | None":
-        """None where the two sides do not read conversations through templates."""
+        """Of two strategies; None where they do not read conversations through templates."""
         through_templates = all(
             hasattr(side, "get_conversation_thread") and getattr(side.prompter, "chat_template", None)
             for side in (student, teacher)
         )
-        return cls(student, teacher) if through_templates else None
+        if not through_templates:
+            return None
+        prompter = student.prompter
+        role = prompter.message_property_mappings.get("role", "role")
+        names = Names(prompter.field_messages, prompter.field_tools, prompter.field_system, role)
+        return cls(_Rendering(student), _Rendering(teacher), names)
 
     def find(self, row: dict[str, Any]) -> list[Unread]:
         """Texts of a row that one side alone reads, the first of each field."""
@@ -88,20 +110,19 @@ class OneSided:
         return list(found.values())
 
     def _shape(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[_Text]]:
-        prompter = self.strategies[0].prompter
-        messages, tools = prompter.field_messages, prompter.field_tools
-        fields = {name: row[name] for name in (messages, tools, prompter.field_system) if row.get(name) is not None}
-        role_field = prompter.message_property_mappings.get("role", "role")
+        names = self.names
+        given = (names.messages, names.tools, names.system)
+        fields = {name: row[name] for name in given if name is not None and row.get(name) is not None}
         texts: list[_Text] = []
         shape: dict[str, Any] = {}
         for name, value in fields.items():
-            if name != messages:
+            if name != names.messages:
                 shape[name] = _marked(value, (name,), "", texts)
                 continue
             said = json.loads(value) if isinstance(value, str) else value
             shape[name] = [
                 {
-                    key: part if key == role_field else _marked(part, (key,), str(message.get(role_field)), texts)
+                    key: part if key == names.role else _marked(part, (key,), str(message.get(names.role)), texts)
                     for key, part in message.items()
                     if part is not None
                 }
@@ -112,24 +133,58 @@ class OneSided:
     def _read(self, shape: dict[str, Any], count: int) -> tuple[frozenset[int], frozenset[int]] | None:
         """Which marks each side shows; None where a template does not take marks."""
         try:
-            shown = [_rendered(strategy, json.loads(json.dumps(shape))) for strategy in self.strategies]
+            shown = [set(_unescaped(render(json.loads(json.dumps(shape))))) for render in self.sides]
         except Exception:  # whatever a template raises; rows that it cannot render are told of elsewhere
             return None
-        student, teacher = (frozenset(k for k in range(count) if _mark(k) in text) for text in shown)
+        student, teacher = (frozenset(k for k in range(count) if _mark(k)[0] in signs) for signs in shown)
         return student, teacher
 
 
-def _mark(number: int) -> str:
-    return f"q{number:07d}z"  # nine letters and digits: some templates ask that of the id of a call
+@dataclass(frozen=True)
+class _Rendering:
+    """The text that a strategy's template makes of a row."""
+
+    strategy: Any
+
+    def __call__(self, row: dict[str, Any]) -> str:
+        strategy, prompter = self.strategy, self.strategy.prompter
+        hand_over(strategy, row)
+        options = {"chat_template": prompter.chat_template, **(getattr(prompter, "chat_template_kwargs", None) or {})}
+        if tools := strategy._get_tools(row):
+            options["tools"] = tools
+        turns = strategy.get_conversation_thread(row)
+        return str(strategy.tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
 
-def _rendered(strategy: Any, row: dict[str, Any]) -> str:
+def hand_over(strategy: Any, row: dict[str, Any], *, calls: bool = False) -> None:
+    """Let a strategy hand every field of the row's messages to its template.
+
+    Axolotl hands on those alone that it sees read from a variable named ``message``.
+    calls: also calls of tools that the template does not show.
+    """
     prompter = strategy.prompter
-    options = {"chat_template": prompter.chat_template, **(getattr(prompter, "chat_template_kwargs", None) or {})}
-    if tools := strategy._get_tools(row):
-        options["tools"] = tools
-    turns = strategy.get_conversation_thread(row)
-    return str(strategy.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    apart = _MASKS | set(prompter.message_property_mappings)
+    # Axolotl parses their arguments, and a row whose arguments are no JSON is no fault where nobody reads them.
+    if not calls and not _SHOWS_CALLS.search(prompter.chat_template or ""):
+        apart = apart | {"tool_calls"}
+    fields = {name for message in _messages(row.get(prompter.field_messages)) for name in message}
+    prompter._chat_template_msg_variables = prompter.chat_template_msg_variables | (fields - apart)
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """The messages of a row, which may be JSON; none where it is something else, for Axolotl to tell of."""
+    if isinstance(value, str):
+        value = _json(value)
+    return [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
+
+
+def _mark(number: int) -> str:
+    return chr(_FIRST_MARK + number % _MOST_MARKS) * _MARK_LENGTH  # some templates ask for nine characters of a call's id
+
+
+def _unescaped(text: str) -> str:
+    """The text with marks that a template has escaped, as JSON may, in their own form."""
+    return _ESCAPED_MARK.sub(lambda found: str(json.loads(f'"{found[0].lower()}"')), text)
 
 
 def _marked(value: Any, path: tuple[str, ...], role: str, texts: list[_Text]) -> Any:
@@ -148,7 +203,7 @@ def _marked(value: Any, path: tuple[str, ...], role: str, texts: list[_Text]) ->
         return value
     inner = _json(value)
     if inner is not None:
-        return json.dumps(_marked(inner, path, role, texts))
+        return json.dumps(_marked(inner, path, role, texts), ensure_ascii=False)
     return "".join(_pieces(value, path, role, texts))
 
 

@@ -359,14 +359,11 @@ class _PlainReader:
 
 def _controls(aligner: Aligner, markers: frozenset[bytes]) -> frozenset[int]:
     """Student tokens that end the text of an answer: special ones, those without a text, and added ones that are
-    neither white space nor content markers which the teacher has as well. Markers of reasoning end no text."""
+    special to the teacher. Any other added token is text, for a teacher without such a token as well. Markers of
+    reasoning end no text."""
     student, teacher = aligner.student, aligner.teacher
-    shared = {teacher.literal[token] for token in teacher.added - teacher.special}
-    foreign = {
-        token
-        for token in student.added
-        if (text := student.literal[token]) is None or (text.strip() and text not in shared)
-    }
+    controls = {teacher.literal[token] for token in teacher.special}
+    foreign = {token for token in student.added if student.literal[token] in controls}
     blank = {token for token, text in enumerate(student.literal) if text is None}
     unknown = set() if student.unknown is None else {student.unknown}
     reasoning = {token for token in student.added | student.special if student.literal[token] in markers}

@@ -133,7 +133,8 @@ def resolve_template(settings: TeacherSettings, tokenizer: Any, needed: bool) ->
 class TeacherReader:
     """How the teacher reads a conversation, and of which parts it is made.
 
-    config: of its weights; template_options: variables of the chat template; sequence_len: longest row in tokens.
+    config: of its weights; template_options: variables of the chat template; sequence_len: longest row in tokens;
+    rows: of its embeddings.
     """
 
     settings: Settings
@@ -144,6 +145,7 @@ class TeacherReader:
     template_options: dict[str, Any]
     table: TokenTable
     sequence_len: int
+    rows: int
 
 
 def read_teacher(settings: Settings, cfg: Any) -> TeacherReader:
@@ -169,7 +171,7 @@ def read_teacher(settings: Settings, cfg: Any) -> TeacherReader:
     table = read_table("tokenizer of dskd.teacher.model", tokenizer)
     if template is not None and needed:
         check_markup(tokenizer, template, options, rows)
-    return TeacherReader(settings, parts, config, tokenizer, template, options, table, limit)
+    return TeacherReader(settings, parts, config, tokenizer, template, options, table, limit, rows)
 
 
 def check_markup(tokenizer: Any, template: str, options: dict[str, Any], rows: int) -> None:

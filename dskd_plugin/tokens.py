@@ -36,7 +36,7 @@ class TokenTable:
     unknown: id of the unknown token, if it can occur. eos: end-of-sequence id.
     kind: 'byte-level', 'sentencepiece', 'tiktoken', 'tekken' or 'characters'.
     normalization: what the tokenizer does to text before it splits it, 'none' where nothing.
-    dummy_prefix: a space is put before the text. prefix_after_added: also after each added token.
+    dummy_prefix: a space is put before the text. prefixing: added tokens behind which it is put as well.
     space_mark: character that stands for a space. collapses_space: a run of white space becomes one space.
     normalizer: the text-changing part as JSON of the tokenizers library, None where there is none.
     Tables are equal, and hash, by `digest` over all of that.
@@ -52,7 +52,7 @@ class TokenTable:
     unknown: int | None = None
     eos: int | None = None
     dummy_prefix: bool = False
-    prefix_after_added: bool = False
+    prefixing: frozenset[int] = frozenset()
     space_mark: str | None = None
     collapses_space: bool = False
     normalizer: str | None = None
@@ -63,10 +63,10 @@ class TokenTable:
         content = hashlib.sha256()
         for text in self.literal:
             content.update(b"\xff" if text is None else len(text).to_bytes(4, "little") + text)
-        rest = (self.special, self.added, self.byte_tokens, self.vague)
+        rest = (self.special, self.added, self.byte_tokens, self.vague, self.prefixing)
         content.update(repr([sorted(ids) for ids in rest]).encode())
         content.update(repr([self.bytes.count(None), self.kind, self.unknown, self.eos, self.dummy_prefix]).encode())
-        content.update(repr([self.prefix_after_added, self.space_mark, self.collapses_space]).encode())
+        content.update(repr([self.space_mark, self.collapses_space]).encode())
         content.update((self.normalizer or "").encode())
         object.__setattr__(self, "digest", content.hexdigest())
 
@@ -83,6 +83,11 @@ class TokenTable:
     def vocab_size(self) -> int:
         """Number of ids, added tokens and unused ids included."""
         return len(self.bytes)
+
+    @property
+    def prefix_after_added(self) -> bool:
+        """Whether a space is put behind some added token."""
+        return bool(self.prefixing)
 
 
 @dataclass(frozen=True)
@@ -306,6 +311,10 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
     whole = {bytes([value]) for value in range(256)} <= set(literal.values()) or len(byte_tokens) == 256
     unknown = model.get("unk_token") if model["type"] == "BPE" else None
     unknown_id = vocab.get(unknown) if unknown is not None else model.get("unk_id")
+    schemes = {step.get("prepend_scheme") for step in metaspaces}
+    splitter_prefixes = "always" in schemes or any(step.get("add_prefix_space") for step in levels if step in splitters)
+    normalizer_prefixes = any(step["type"] == "Prepend" for step in normalizers)
+    prefixing = set()
     special, added, vague = set(), set(), set() if whole or unknown_id is None else {unknown_id}
     whole_normalizer = _load_normalizer(json.dumps(spec["normalizer"]) if normalizers else None)
     for token in spec["added_tokens"]:
@@ -321,14 +330,11 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
             special.add(token["id"])
         if token["lstrip"] or token["rstrip"]:
             vague.add(token["id"])
+        # A normalised added token is found in text that the normaliser has been through: it puts nothing behind it.
+        if splitter_prefixes or (normalizer_prefixes and not token["normalized"]):
+            prefixing.add(token["id"])
     special.update(getattr(tokenizer, "all_special_ids", None) or ())
 
-    schemes = {step.get("prepend_scheme") for step in metaspaces}
-    everywhere = (
-        "always" in schemes
-        or any(step["type"] == "Prepend" for step in normalizers)
-        or any(step.get("add_prefix_space") for step in levels if step in splitters)
-    )
     kept = [step for step in normalizers if step["type"] not in ("Prepend", "Strip", "ByteLevel")]
     folds = any(
         step["type"] == "Replace" and step["content"] in (" ", mark) and "Regex" in step["pattern"] for step in kept
@@ -345,8 +351,8 @@ def _fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
         unknown=None if whole else unknown_id,
         eos=getattr(tokenizer, "eos_token_id", None),
         kind="byte-level" if levels else "sentencepiece" if mark else "characters",
-        dummy_prefix=everywhere or "first" in schemes,
-        prefix_after_added=everywhere,
+        dummy_prefix=splitter_prefixes or normalizer_prefixes or "first" in schemes,
+        prefixing=frozenset(prefixing),
         space_mark=mark,
         collapses_space=splits or folds,
         normalizer=json.dumps({"type": "Sequence", "normalizers": kept}, sort_keys=True) if kept else None,
@@ -470,7 +476,7 @@ def _sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:
         eos=getattr(tokenizer, "eos_token_id", None),
         kind="sentencepiece",
         dummy_prefix=prefix,
-        prefix_after_added=prefix,
+        prefixing=frozenset(added) if prefix else frozenset(),
         space_mark=SPACE_MARK,
         collapses_space=collapses,
         normalizer=json.dumps(normalizer) if charsmap else None,
@@ -555,9 +561,44 @@ def _check_spelling(tokenizer: Any, table: TokenTable) -> None:
 
 def spell(ids: Sequence[int], table: TokenTable) -> bytes:
     """Bytes of the text; the dummy space that some tokenizers put after an added token is none of it."""
-    parts, after_added = [], False
+    parts, prefixed = [], False
     for token in ids:
         text = table.literal[token] or b""
-        parts.append(text[1:] if after_added and table.prefix_after_added and text[:1] == b" " else text)
-        after_added = token in table.added
+        parts.append(text.removeprefix(b" ") if prefixed else text)
+        prefixed = token in table.prefixing
     return b"".join(parts)
+
+
+def places(ids: Sequence[int], table: TokenTable, text: bytes) -> list[int] | None:
+    """Where in a text its tokens end, dummy spaces and white space that added tokens swallow being known from the text.
+
+    A special token that the text does not have there, such as the start of a sequence, takes no place. None where the
+    tokens do not spell the text.
+    """
+    spelled = [table.literal[token] or b"" for token in ids]
+    ends: list[int] = []
+    at, prefixed, swallows = 0, table.dummy_prefix, False
+    for k, (token, piece) in enumerate(zip(ids, spelled, strict=True)):
+        if token in table.special and not text.startswith(piece, at):
+            ends.append(at)
+            continue
+        if prefixed and piece[:1] == b" " and _spaces(spelled[k:]) > _spaces([text[at:]]):
+            piece = piece[1:]
+        if not text.startswith(piece, at) and (swallows or token in table.vague):
+            at = len(text) - len(text[at:].lstrip())
+        if not text.startswith(piece, at):
+            return None
+        at += len(piece)
+        ends.append(at)
+        prefixed, swallows = token in table.prefixing, token in table.vague and token in table.added
+    return ends
+
+
+def _spaces(pieces: Sequence[bytes]) -> int:
+    """How many spaces they begin with."""
+    count = 0
+    for piece in pieces:
+        count += len(piece) - len(piece.lstrip(b" "))
+        if piece.strip(b" "):
+            break
+    return count
