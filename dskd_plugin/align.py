@@ -510,10 +510,14 @@ _SAME = (same, same_ink)  # likeliest first
 def _match(one: _Segment, other: _Segment, whole: bool = False) -> Spans | None:
     """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
     changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
-    for locate in _SAME if whole else (*_SAME, beginning, contained):
+    locators = _SAME if whole else (*_SAME, beginning, contained)
+    # What an added token that swallows white space shows is text as long as white space alone tells the texts apart.
+    for is_cut, locate in sorted(product((False, True), locators), key=lambda one: (one[1] not in _SAME, one[0])):
         for steps in ((), changes) if changes else ((),):
             for mine, yours in product(one.readings, other.readings):
-                doubtful = locate is contained or mine.cut or yours.cut
+                doubtful = locate is contained or is_cut
+                if (mine.cut or yours.cut) != is_cut:
+                    continue
                 if doubtful and (mine.end, yours.end) != (one.end, other.end):
                     continue
                 a, b = one.read(mine, steps), other.read(yours, steps)

@@ -153,7 +153,7 @@ class PairedStrategy:
         return [part.decode("utf-8", "ignore") for part in spelled]
 
     def _read_on(self, text: str) -> list[int]:
-        """The teacher's tokens of a text that goes on from another, without a space of the tokenizer's own if it can be."""
+        """The teacher's tokens of a text that goes on from another: they spell no space more, if that can be."""
         table, tokenizer = self.pair.teacher, self.teacher.tokenizer
         bare = text.removeprefix(" ") if table.dummy_prefix else text
         for said in dict.fromkeys((bare, text)):

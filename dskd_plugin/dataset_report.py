@@ -63,9 +63,9 @@ def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows:
     """The message about a row, of this place, with a token that the teacher has no embedding for."""
     token = next(token for token in ids if token >= rows)
     return (
-        f"{name}: expected tokens that the teacher has an embedding for, got {tokenizer.convert_ids_to_tokens(token)!r} "
-        f"of id {token} in row {place + 1}, and {rows} rows of embeddings (dskd.teacher.model). Leave that text out of "
-        "the rows, or give the model that was trained with this tokenizer, or the tokenizer of this model."
+        f"{name}: expected tokens that the teacher (dskd.teacher.model) has embeddings for, got {rows} rows of them "
+        f"and, in row {place + 1}, the token {tokenizer.convert_ids_to_tokens(token)!r} of id {token}. Leave that text "
+        "out of the rows, or give the model that was trained with this tokenizer, or the tokenizer of this model."
     )
 
 

@@ -16,7 +16,7 @@ _TAG = re.compile(r"(<[^<>\s]+>)")
 _KINDS = {"role", "from", "type"}
 _MOST_SHAPES = 2048
 _SHOWN = 80
-# Characters that no template writes and that have one case only: of a text that a template cuts or capitalises, some stay.
+# Characters that no template writes, of one case: some stay of a text that a template cuts or capitalises.
 _FIRST_MARK, _MOST_MARKS, _MARK_LENGTH = 0x20000, 42_000, 9
 _ESCAPED_MARK = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
 # What Axolotl reads of a message to decide which of its text is trained on; no template's.
@@ -179,7 +179,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 
 def _mark(number: int) -> str:
-    return chr(_FIRST_MARK + number % _MOST_MARKS) * _MARK_LENGTH  # some templates ask for nine characters of a call's id
+    # Some templates ask that the id of a call has nine characters.
+    return chr(_FIRST_MARK + number % _MOST_MARKS) * _MARK_LENGTH
 
 
 def _unescaped(text: str) -> str:

@@ -30,6 +30,13 @@ KNOWN: tuple[Markers, ...] = (
     ("<|channel>thought", "<channel|>"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 )
+# What some models put around the answer after their reasoning.
+WRAPPERS: tuple[Markers, ...] = (
+    ("<response>", "</response>"),
+    ("<answer>", "</answer>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+)
 FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message, by the names that templates give it
 _QUESTION, _ANSWER, _THOUGHT = "Zulu?", "Quebec", "Oscar"
 _TAG = re.compile(r"<\|?[^<>|\s/]+\|?>|\[[^\[\]\s/]+\]|◁[^◁▷\s/]+▷")
@@ -87,8 +94,22 @@ class AssistantForm:
 
     def _answer(self, after: str) -> str:
         """What follows the reasoning, without the line breaks in between; an indented answer stays indented."""
-        after = re.sub(r"\A(?:\s*\n|[^\S\n]+)", "", after)
-        return after.removeprefix(self.lead.strip())
+        return _without_breaks(after).removeprefix(self.lead.strip())
+
+
+def unwrapped(answer: str, asked: str) -> str:
+    """An answer after reasoning, without the tags around it that the conversation does not ask for by name."""
+    for opening, closing in WRAPPERS:
+        if answer.lstrip().startswith(opening) and opening not in asked:
+            inside, found, after = answer.lstrip().removeprefix(opening).rpartition(closing)
+            if not found:
+                inside, after = after, ""
+            return answer if after.strip() else _without_breaks(inside).rstrip()
+    return answer
+
+
+def _without_breaks(text: str) -> str:
+    return re.sub(r"\A(?:\s*\n|[^\S\n]+)", "", text)
 
 
 def form_of(tokenizer: Any, template: str, options: Mapping[str, Any]) -> AssistantForm:

@@ -61,6 +61,7 @@ class Rollout:
     aligner: the rules, tables and end-of-turn ids of the run's ordinary rows.
     teacher_len: longest teacher row in tokens; what is beyond it is cut off.
     student_len: longest student row; an answer is cut where its row reaches it. None: no limit.
+    teacher_rows: rows of the teacher's embeddings; an answer is cut before a token beyond them. None: all have one.
     markers: of reasoning, in answers and at the end of prompts; they are text, also as special tokens of their own.
     counts: since the last `reset_counts`: answers; their student tokens, ends included; seconds of generation; empty
         (no token before the end); cut (no end of turn: at the limit, or before a control token); unaligned (no row
@@ -77,6 +78,7 @@ class Rollout:
         seed: int,
         teacher_len: int,
         student_len: int | None = None,
+        teacher_rows: int | None = None,
         markers: Sequence[Markers] = KNOWN,
     ) -> None:
         self.settings, self.aligner, self.seed = settings, aligner, seed
@@ -87,8 +89,11 @@ class Rollout:
         self._pad = pad if pad is not None else self.stops[0] if self.stops else 0
         texts = frozenset(text.encode() for pair in markers for text in pair)
         self._openings = sorted({opening.encode() for opening, _ in markers}, key=len, reverse=True)
-        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher, texts)
+        known = aligner.teacher.vocab_size if teacher_rows is None else teacher_rows
+        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher, texts, known)
         self._controls = _controls(aligner, texts)
+        if aligner.identity:
+            self._controls |= frozenset(range(known, aligner.student.vocab_size))
         self._batches: bool | None = None
         self.reset_counts()
 
@@ -307,13 +312,16 @@ class Rollout:
 class _PlainReader:
     """Tokens of a text as a tokenizer makes them after a prompt, never a control token that the text spells."""
 
-    def __init__(self, tokenizer: Any, table: TokenTable, markers: frozenset[bytes] = frozenset()) -> None:
+    def __init__(
+        self, tokenizer: Any, table: TokenTable, markers: frozenset[bytes] = frozenset(), rows: int | None = None
+    ) -> None:
         # A copy: reading special tokens as plain text is a state of the tokenizer.
         self._tokenizer, self._table = copy.deepcopy(tokenizer), table
         named = {token: table.literal[token] or b"" for token in table.special}
         self._markers = {text.decode() for text in named.values() if text in markers}
         self._others = {text.decode(errors="replace") for text in named.values() if text not in markers}
         self._controls = {token for token, text in named.items() if text not in markers} - {table.unknown}
+        self._controls |= set(range(table.vocab_size if rows is None else rows, table.vocab_size))
 
     def ids(self, text: str, prompt_ids: list[int]) -> tuple[list[int], bool]:
         """Tokens of the text, cut before a control token if one comes up, and whether they cover all of it."""

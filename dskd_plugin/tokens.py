@@ -15,6 +15,7 @@ from typing import Any
 from dskd_plugin.core.overlap import Overlap, shared_vocabulary
 
 SPACE_MARK = "\u2581"
+WHITE = b" \t\n\r\x0b\f"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_MODELS = {
     "WordPiece": "marks word pieces and drops the white space",
@@ -582,10 +583,14 @@ def places(ids: Sequence[int], table: TokenTable, text: bytes) -> list[int] | No
         if token in table.special and not text.startswith(piece, at):
             ends.append(at)
             continue
-        if prefixed and piece[:1] == b" " and _spaces(spelled[k:]) > _spaces([text[at:]]):
+        if swallows:
+            white, left = _leading([text[at:]], WHITE), _leading(spelled[k:], WHITE)
+            left = left.removeprefix(b" ") if prefixed and left != white else left
+            at += max(0, len(white) - len(left))
+        if prefixed and piece[:1] == b" " and len(_leading(spelled[k:], b" ")) > len(_leading([text[at:]], b" ")):
             piece = piece[1:]
-        if not text.startswith(piece, at) and (swallows or token in table.vague):
-            at = len(text) - len(text[at:].lstrip())
+        if not text.startswith(piece, at) and token in table.vague:
+            at += len(_leading([text[at:]], WHITE))
         if not text.startswith(piece, at):
             return None
         at += len(piece)
@@ -594,11 +599,11 @@ def places(ids: Sequence[int], table: TokenTable, text: bytes) -> list[int] | No
     return ends
 
 
-def _spaces(pieces: Sequence[bytes]) -> int:
-    """How many spaces they begin with."""
-    count = 0
+def _leading(pieces: Sequence[bytes], characters: bytes) -> bytes:
+    """What of these characters they begin with."""
+    found = b""
     for piece in pieces:
-        count += len(piece) - len(piece.lstrip(b" "))
-        if piece.strip(b" "):
+        found += piece[: len(piece) - len(piece.lstrip(characters))]
+        if piece.strip(characters):
             break
-    return count
+    return found

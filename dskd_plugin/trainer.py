@@ -192,6 +192,7 @@ class DSKDTrainer(AxolotlTrainer):
             seed=self.args.seed,
             teacher_len=reader.sequence_len,
             student_len=self.cfg.sequence_len,
+            teacher_rows=reader.rows,
             markers=markers_of(templates),
         )
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from dskd_plugin.cli.prompts import Source
 
 # Settings of a recipe's chat_template entries that say how the student reads a conversation.
-_STUDENT_KEYS = ("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot")
+_STUDENT_KEYS = (
+    *("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"),
+    "split_thinking",
+)
+_THINKING_KEYS = ("template_thinking_key", "field_thinking")
 
 
 @click.command()
@@ -118,6 +122,8 @@ def generate(
     every = read_prompts(source, limit if ask == "all" else None)
     rows = _asked(every, ask, limit)
     kept = _answerable(rows, source, max_new_tokens, skip_long)
+    _check_tokens(kept, source)
+    _tell_one_sided(kept, source, written)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
     size = batch_size or (32 if target.startswith("cuda") else 8)
     lengths = [len(ids) for ids in kept["prompt_ids"]]
@@ -133,15 +139,21 @@ def generate(
             err=True,
         )
         sys.exit(1)
-    answers = [as_message(answer, source.form, reasoning) for answer in partial.answers]
+    field, asked = _thinking_field(written), kept["messages"]
+    answers = [as_message(answer, source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
     made_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
     counts = _write_dataset(out, made_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
     partial.remove()
-    _report(*(counts, speed, out, max_new_tokens, keep_unfinished), reasoning=reasoning, skipped=len(rows) - len(kept))
+    _report(
+        *(counts, speed, out, max_new_tokens, keep_unfinished),
+        reasoning=reasoning,
+        field=field,
+        skipped=len(rows) - len(kept),
+    )
     entry = _entry(out, counts, written)
     template = _template_setting(written, source)
     if reasoning == "field" and counts["reasoned"] and not _student_reads_field(written, source):
-        click.echo(f"The student's chat template does not read {FIELD}: it will not see the reasoning.")
+        click.echo(f"The student's chat template does not read {field}: it will not see the reasoning.")
     if write_recipe is None:
         click.echo("In the recipe, beside or in place of its datasets:\n")
         click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
@@ -217,6 +229,71 @@ def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: boo
             "other. Lower --max-new-tokens."
         )
     return rows.select(kept)
+
+
+def _check_tokens(rows: Any, source: "Source") -> None:
+    """Raise ``ValueError`` for a prompt with a token that the teacher has no embedding for."""
+    from dskd_plugin.dataset_report import beyond_rows
+
+    for place, ids in enumerate(rows["prompt_ids"]):
+        if max(ids) >= source.rows:
+            row = rows[place]
+            raise ValueError(beyond_rows(_name(source, row["entry"]), row["row"], ids, source.tokenizer, source.rows))
+
+
+def _name(source: "Source", entry: int) -> str:
+    return f"datasets: {source.cfg.datasets[entry]['path']}"
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """The prompt that a side reads."""
+
+    tokenizer: Any
+    template: str
+    options: dict[str, Any]
+
+    def __call__(self, row: dict[str, Any]) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            row["messages"],
+            tools=row.get("tools"),
+            chat_template=self.template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.options,
+        )
+        return text
+
+
+def _tell_one_sided(rows: Any, source: "Source", recipe: dict[str, Any]) -> None:
+    """Warn, as a run does, of what in the prompts the teacher or the student will not read."""
+    from dskd_plugin.dataset_report import one_sided, one_sided_line, one_sided_note
+    from dskd_plugin.read_by import Names, OneSided
+
+    student = _student_rendering(source, recipe)
+    if student is None:
+        return
+    teacher = _Rendering(source.tokenizer, source.template, source.template_options)
+    reads = OneSided(student, teacher, Names())
+    notes: dict[int, list[str]] = {}
+    numbers: dict[int, list[int]] = {}
+    for row in rows:
+        notes.setdefault(row["entry"], []).append(one_sided_note(reads.find(_conversation(row))))
+        numbers.setdefault(row["entry"], []).append(row["row"])
+    for entry, said in notes.items():
+        if (found := one_sided(said)) is None:
+            continue
+        place, texts, summary = found
+        number = numbers[entry][place]
+        first = next(row for row in rows if (row["entry"], row["row"]) == (entry, number))
+        renderings = student(_conversation(first)), teacher(_conversation(first))
+        line = one_sided_line(summary, number, texts[0].text, renderings)
+        click.echo(f"Warning: {_name(source, entry)}: {line}.", err=True)
+
+
+def _conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of prompts in the form that templates take."""
+    return {"messages": json.loads(row["messages"]), "tools": json.loads(row["tools"]) if row["tools"] else None}
 
 
 def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: str, rows: Any) -> dict[str, Any]:
@@ -383,6 +460,7 @@ def _report(
     keep_unfinished: bool,
     *,
     reasoning: str,
+    field: str,
     skipped: int,
 ) -> None:
     click.echo(
@@ -393,7 +471,7 @@ def _report(
         fate = "kept" if keep_unfinished else "left out; raise --max-new-tokens or use --keep-unfinished"
         click.echo(f"{counts['unfinished']} answers cut at {max_new_tokens} tokens ({fate})")
     if counts["reasoned"]:
-        fates = {"keep": "in the text", "drop": "left out", "field": f"in the field {FIELD}"}
+        fates = {"keep": "in the text", "drop": "left out", "field": f"in the field {field}"}
         click.echo(f"{counts['reasoned']} answers reason first (--reasoning {reasoning}: {fates[reasoning]})")
     if counts["reasoning_without_answer"]:
         fate = "kept" if keep_unfinished and reasoning == "keep" else "left out"
@@ -411,6 +489,9 @@ def _entry(out: Path, counts: dict[str, Any], recipe: dict[str, Any]) -> dict[st
     chats = _chats(recipe)
     if chats:
         entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
+        if any(key in chats[0] for key in _THINKING_KEYS):
+            # The rows are written under the names that the template knows, whatever they are in the recipe's own.
+            entry |= dict.fromkeys(_THINKING_KEYS, _thinking_field(recipe))
     if counts["earlier_answers"]:
         entry["message_field_training"] = "training"
     return entry
@@ -425,6 +506,11 @@ def _with_answers(entries: list[dict[str, Any]], rows: Any) -> list[dict[str, An
 
 def _chats(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in recipe["datasets"] if entry.get("type") == "chat_template"]
+
+
+def _thinking_field(recipe: dict[str, Any]) -> str:
+    """The field of a message under which the student's template knows its reasoning."""
+    return str((_chats(recipe) or [{}])[0].get("template_thinking_key") or FIELD)
 
 
 def _template_setting(recipe: dict[str, Any], source: "Source") -> dict[str, Any]:
@@ -454,13 +540,24 @@ def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[s
 
 def _student_reads_field(recipe: dict[str, Any], source: "Source") -> bool:
     """Whether the template in which the student will read the rows has a place for their reasoning."""
+    student = _student_rendering(source, recipe)
+    return student is None or _thinking_field(recipe) in student.template
+
+
+def _student_rendering(source: "Source", recipe: dict[str, Any]) -> _Rendering | None:
+    """How the student will read the rows; None where it has no template, or one for `axolotl train` to explain."""
+    from axolotl.utils.chat_templates import get_chat_template
+
     from dskd_plugin.dataset import student_template
 
     entry = (_chats(recipe) or [{}])[0]
     try:
-        return FIELD in student_template(source.cfg, entry, _student_tokenizer(source))
-    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
-        return True
+        tokenizer = _student_tokenizer(source)
+        named = _template_setting(recipe, source).get("chat_template")
+        template = get_chat_template(named) if named else student_template(source.cfg, entry, tokenizer)
+    except (OSError, ValueError):
+        return None
+    return _Rendering(tokenizer, template, dict(source.cfg.get("chat_template_kwargs") or {}))
 
 
 def _student_has_template(source: "Source") -> bool:

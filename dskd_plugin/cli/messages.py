@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dskd_plugin.reasoning import AssistantForm
+from dskd_plugin.reasoning import AssistantForm, unwrapped
 
 if TYPE_CHECKING:
     from dskd_plugin.cli.answers import Answer
@@ -29,14 +29,16 @@ class Written:
         return not self.message["content"]
 
 
-def as_message(answer: "Answer", form: AssistantForm, reasoning: str) -> Written:
-    """reasoning: keep it in the text, drop it, or put it into a field of the message."""
+def as_message(answer: "Answer", form: AssistantForm, reasoning: str, asked: str = "", field: str = FIELD) -> Written:
+    """reasoning: keep it in the text, drop it, or put it into the ``field`` of the message. asked: the conversation."""
     found = form.split(answer.text)
     reasons = bool(found.reasoning) or not found.closed
-    content = found.whole.lstrip() if reasons and reasoning == "keep" else found.answer
+    content = found.answer
+    if reasons:
+        content = found.whole.lstrip() if reasoning == "keep" else unwrapped(found.answer, asked)
     message = {"role": "assistant", "content": content}
     if reasoning == "field" and reasons:
-        message[FIELD] = found.reasoning
+        message[field] = found.reasoning
     return Written(answer.row, message, answer.finished and found.closed, answer.finished, reasons)
 
 

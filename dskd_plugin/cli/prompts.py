@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dskd_plugin.args import Settings
+from dskd_plugin.read_by import hand_over
 from dskd_plugin.reasoning import AssistantForm, form_of
 
 # Settings of the training run that mean nothing here and may not suit this machine.
@@ -61,6 +62,7 @@ class Source:
     template: str
     template_options: dict[str, Any]
     vocab_size: int
+    rows: int
     positions: int | None
     ends: list[int] = field(default_factory=list)
     form: AssistantForm = field(default_factory=AssistantForm)
@@ -117,6 +119,7 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         template=template,
         template_options=reader.template_options,
         vocab_size=reader.table.vocab_size,
+        rows=reader.rows,
         positions=positions_of(reader.config),
     )
     source.ends = answer_ends(reader, template)
@@ -126,7 +129,8 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
 
 def read_prompts(source: Source, limit: int | None) -> Any:
     """A dataset with the columns ``messages`` (JSON, up to the turn to answer), ``tools`` (JSON or ""), ``prompt_ids``,
-    ``entry`` (number of the recipe's entry) and ``answered`` (whether the row has an answer of its own).
+    ``entry`` (number of the recipe's entry), ``row`` (number within it) and ``answered`` (whether the row has an answer
+    of its own).
 
     Rows keep the order of the recipe's datasets. A row without a turn to answer has no prompt_ids.
     """
@@ -140,6 +144,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
             "tools": Value("string"),
             "prompt_ids": [Value("int32")],
             "entry": Value("int32"),
+            "row": Value("int32"),
             "answered": Value("bool"),
         }
     )
@@ -244,6 +249,7 @@ class _Reader:
             "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
             "prompt_ids": ids,
             "entry": self.number,
+            "row": index,
             "answered": answered,
         }
 
@@ -265,7 +271,8 @@ class _Reader:
             prompter = self.strategy.prompter
             if not self.strategy._get_messages(row):
                 return [], None, False
-            self._keep_every_field(row)
+            # The teacher's template may not read a field; the student's may.
+            hand_over(self.strategy, row, calls=True)
             markup = {"training", "training_detail", "reasoning_training_detail"}
             markup |= {prompter.message_field_training, prompter.message_field_training_detail}
             turns = self.strategy.get_conversation_thread(row)
@@ -276,12 +283,6 @@ class _Reader:
         turns = [{"role": "system", "content": system[0]}] if system and system[0] else []
         turns.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
         return turns, None, bool(str(answer or "").strip())
-
-    def _keep_every_field(self, row: dict[str, Any]) -> None:
-        """Axolotl hands on only what the teacher's template reads; the student's may read more."""
-        prompter = self.strategy.prompter
-        for message in self.strategy._get_messages(row):
-            prompter._chat_template_msg_variables = prompter.chat_template_msg_variables | set(message)
 
 
 def _is_answer(turn: dict[str, Any]) -> bool:

@@ -3,13 +3,15 @@
 The oracle knows the two texts before they were tokenized, spells tokens without a table and counts bytes one by one.
 """
 
+import functools
 import os
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import TAGGED, apart, closed, load, load_tagged, spell
+from tokenizer_zoo import TAGGED, ZOO, Entry, apart, closed, load, load_tagged, spell
+from tokenizers import AddedToken
 
 from dskd_plugin.align import Aligner, align
 from dskd_plugin.tokens import encode
@@ -210,6 +212,38 @@ def test_the_dummy_space_is_decided_for_each_added_token(student, teacher):
     assert {b"<think>", b"</think>", b"."} <= set(spelled) and all(a == b for a, b in pairs[:-1])
     if teacher in ("mistral-first", "qwen-fast") and student != "unigram-slow" and "mistral" in student:
         assert b" The" in spelled and b" answer" in spelled
+
+
+@functools.cache
+def swallowing(name):
+    """A tokenizer whose marks take the white space around them."""
+    tokenizer = ZOO[name][0]()
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, lstrip=True, rstrip=True) for mark in TAGS])
+    return Entry(f"{name}, swallowing", tokenizer)
+
+
+@fuzz
+@given(texts=answers(), name=st.sampled_from(list(TAGGED)))
+def test_marks_that_swallow_white_space_pair_with_marks_and_never_with_anything_else(texts, name):
+    for sides in ((swallowing("mistral"), load_tagged(name)), (load_tagged(name), swallowing("byte-level"))):
+        ids = [encode(entry.tokenizer, text) for entry, text in zip(sides, texts, strict=True)]
+        words = [spell(entry, one) for entry, one in zip(sides, ids, strict=True)]
+        ink = [[place[0] for place in places_of(side)] for side in words]
+        masks = [[True] * (len(one) + 1) for one in ids]
+        closed_ids = [closed(entry, one) for entry, one in zip(sides, ids, strict=True)]
+        found = align(closed_ids[0], masks[0], closed_ids[1], masks[1], sides[0].table, sides[1].table)
+        pairs = set(zip(found.student_N, found.teacher_N, strict=True)) - {(len(ids[0]), len(ids[1]))}
+        why = sides, texts, words
+        for i, j in pairs:
+            assert words[0][i] == words[1][j] and ink[0][i] == ink[1][j], (i, j, why)
+        if "untagged" in name:
+            continue
+        tags = {tag.encode() for tag in TAGS}
+        marks = [{(at, word) for at, word in zip(ink[k], words[k], strict=True) if word in tags} for k in (0, 1)]
+        spaced = any(b" " in word for side in words for word in side)
+        paired_marks = {(ink[0][i], words[0][i]) for i, _ in pairs if words[0][i] in tags}
+        # A space before a mark on one side alone parts them, as it does any word.
+        assert spaced or paired_marks == marks[0] & marks[1], why
 
 
 BYTES = ["byte-level", "qwen-fast", "deepseek", "mistral-never"]

@@ -185,6 +185,35 @@ def test_texts_that_are_cut_into_rows_lose_nothing_to_the_teachers_limit(prepare
         assert texts[0].startswith(texts[1]) and len(texts[1]) > 0.5 * len(texts[0])
 
 
+@pytest.mark.parametrize("length", [3, 5, 100])
+@pytest.mark.parametrize("teacher", ["byte-level", "qwen-fast", "mistral-first", "mistral-always"])
+@pytest.mark.parametrize(
+    "student", ["mistral-always", "mistral-first", "prepend", "unigram-slow", "byte-level-prefix", "deepseek"]
+)
+def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher, length):
+    """No space that the student's tokenizer puts before a text or behind a mark; each that the text has."""
+    from types import SimpleNamespace
+
+    from tokenizer_zoo import load_tagged, spell
+
+    from dskd_plugin.dataset import PairedStrategy
+    from dskd_plugin.pair import Pair
+
+    one, other = load_tagged(student), load_tagged(teacher)
+    strategy = PairedStrategy.__new__(PairedStrategy)
+    strategy.pair, strategy.teacher_len = Pair(one.table, other.table, False), None
+    strategy.student, strategy.teacher = (SimpleNamespace(tokenizer=side.tokenizer) for side in (one, other))
+    for text in ("red <think>four</think> The  lamp\n x", "  <think> four </think>The", "<think>x</think>"):
+        ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+        read = [b"".join(spell(other, row)) for row, _ in strategy._reread(rows, text)]
+        if other.table.kind == "byte-level":
+            assert b"".join(read) == text.encode(), (text, read)
+        elif length == 100:
+            assert read == [b"".join(spell(other, other.tokenizer(text)["input_ids"]))]
+        assert b"".join(b"".join(read).split()).replace(b"<s>", b"") == "".join(text.split()).encode()
+
+
 def test_several_datasets_of_different_types(prepare, tiny):
     datasets = [
         {"path": tiny["data"], "ds_type": "json", "type": "chat_template"},
@@ -324,6 +353,22 @@ def test_what_the_student_alone_does_not_read_is_told_as_well(prepare, tiny, tmp
     assert "only the teacher reads" in line and "only the student" not in line
 
 
+def test_fields_reach_templates_that_call_a_message_by_another_name(prepare, tiny, tmp_path, caplog):
+    rich = RICH.replace("for message in", "for m in").replace("message.", "m.")
+    (line,) = said_of(prepare, tiny, tmp_path, caplog, list(one_sided_rows()), student=rich)
+    assert "reasoning_content of assistant messages (1 row)" in line and "tool_calls of assistant messages" in line
+    caplog.clear()
+    called = [one_sided_rows()[3]]
+    rows, student, teacher = [], None, None
+    file = tmp_path / "rich.jinja"
+    file.write_text(rich.replace("<|im_end|>", "{{ eos_token }}"))
+    block = {"teacher": {"model": tiny["teacher"], "dtype": "float32", "chat_template": str(file)}}
+    changes = {"chat_template": "jinja", "chat_template_jinja": str(file), "dataset_prepared_path": str(tmp_path / "b")}
+    rows, student, teacher = prepare(called, block, **changes)
+    for tokenizer, ids in ((student, "input_ids"), (teacher, "teacher_input_ids")):
+        assert '"arguments": {"colour": "blue"}' in tokenizer.decode(rows[0][ids])
+
+
 def test_nothing_is_told_where_both_sides_read_the_same(prepare, tiny, tmp_path, caplog):
     rows = list(one_sided_rows())
     assert (
@@ -422,6 +467,24 @@ def test_advice_is_nothing_that_would_be_refused(prepare, tiny, recipe, tmp_path
     with pytest.raises(ValueError, match="none aligned of") as error:
         prepare([conversation("twelve", "the")], block, datasets=datasets)
     assert "chunk_ratio" not in str(error.value) and "white space around the answers" in str(error.value)
+
+
+def test_tokens_beyond_the_teachers_embeddings_are_refused_with_the_row(prepare, tiny, tmp_path):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = str(shutil.copytree(tiny["teacher"], tmp_path / "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["kubernetes"])
+    tokenizer.save_pretrained(folder)
+    block = {"teacher": {"model": folder, "dtype": "float32"}}
+    good, bad = conversation("red", "blue stone"), conversation("red", "blue kubernetes stone")
+    assert len(prepare([good, good], block, dataset_prepared_path=str(tmp_path / "good"))[0]) == 2
+    message = rf"rows\.jsonl: .*{rows} rows .*row 1105, the token 'kubernetes' of id {rows}\. Leave that text out"
+    with pytest.raises(ValueError, match=message):
+        prepare([good] * 1104 + [bad, good], block)
 
 
 def test_tokenized_datasets_are_refused(prepare, recipe):
@@ -634,6 +697,17 @@ def test_rows_without_any_prompt_are_refused_for_answers(prepare, tiny, recipe, 
     changes = {"datasets": datasets, "train_on_inputs": kind != "completion"}
     with pytest.raises(ValueError, match=r"expected rows with a prompt that the student can answer \(dskd\.on_policy"):
         prepare(None, ON_POLICY, **changes)
+
+
+def test_an_entry_without_prompts_beside_others_is_named(prepare, tiny, recipe, tmp_path, caplog):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "the red river stone"}) + "\n")
+    plain = {"path": str(texts), "ds_type": "json", "type": "completion"}
+    with caplog.at_level("WARNING"):
+        rows, *_ = prepare(None, ON_POLICY, datasets=[recipe["datasets"][0], plain])
+    assert sorted({bool(row["teacher_prompt"]) for row in rows}) == [False, True]
+    (line,) = [record.getMessage() for record in caplog.records if "can answer" in record.getMessage()]
+    assert "texts.jsonl" in line and line.endswith("The student answers the prompts of the other entries.")
 
 
 @pytest.mark.parametrize("alignment", ["eta", "cma"])

@@ -697,7 +697,114 @@ def test_fields_that_only_the_students_template_reads_are_written(written):
     assert second["messages"][0]["content"] == AGAIN
 
 
+# -- what one side alone reads -------------------------------------------------------------------------------
+
+RICH = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.reasoning_content }}{{ m.name }}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+DEVELOPER = {"role": "developer", "content": "Always answer with the word PLUM."}
+LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
+
+
+def warned(output):
+    return [line for line in output.splitlines() if "What one side does not read" in line]
+
+
+def with_templates(written, teacher, rows, student, teachers, **changes):
+    Path("teacher.jinja").write_text(teachers)
+    entries = entry(data_of(rows), chat_template="jinja", chat_template_jinja=student)
+    block = {"teacher": {"model": teacher, "dtype": "float32", "chat_template": "teacher.jinja"}}
+    return run(written({**entries, **changes}, block), *SETTINGS["greedy"], "--keep-unfinished")
+
+
+def test_what_the_teachers_template_drops_is_told_before_it_answers(written, teacher):
+    named = [{**chat(ASK)[0], "name": "Ann"}]
+    rows = [
+        {"messages": chat(ASK, TOLD), "tools": None},
+        {"messages": [DEVELOPER, *chat(ASK, TOLD)], "tools": None},
+        {"messages": named, "tools": None},
+        {"messages": chat(AGAIN, TOLD), "tools": json.dumps([LAMP])},
+        {"messages": [DEVELOPER, *chat(AGAIN)], "tools": None},
+    ]
+    (line,) = warned(with_templates(written, teacher, rows, RICH, PLAIN))
+    assert line.startswith("Warning: datasets: data.jsonl: of 5 rows, only the student reads")
+    for field in ("content of developer messages (2 rows)", "tools (1 row)", "name of user messages (1 row)"):
+        assert field in line, line
+    assert "row 2: 'Always answer with the word PLUM.'" in line and "[INST] red stone? [/INST]" in line
+    assert "<|im_start|>developer" in line and "only the teacher" not in line
+
+
+def test_what_the_student_alone_will_not_read_is_told_as_well(written, teacher):
+    rows = [{"messages": [DEVELOPER, *chat(ASK, TOLD)]}]
+    (line,) = warned(with_templates(written, teacher, rows, PLAIN, RICH))
+    assert "only the teacher reads content of developer messages (1 row)" in line
+
+
+def test_nothing_is_told_where_both_read_the_same(written, teacher):
+    rows = [{"messages": [DEVELOPER, *chat(ASK, TOLD)]}]
+    assert warned(with_templates(written, teacher, rows, RICH, RICH)) == []
+    other = [{"messages": chat(ASK, TOLD)}]
+    assert warned(with_templates(written, teacher, other, RICH, PLAIN, output_dir="other")) == []
+
+
+def test_a_prompt_beyond_the_teachers_embeddings_is_refused(written, teacher):
+    from transformers import AutoTokenizer
+
+    folder = str(shutil.copytree(teacher, "wider"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["kubernetes"])
+    tokenizer.save_pretrained(folder)
+    data = data_of([{"messages": chat(ASK, TOLD)}, {"messages": chat("red kubernetes?", TOLD)}])
+    block = {"teacher": {"model": folder, "dtype": "float32"}}
+    output = run(written(entry(data), block), *SETTINGS["greedy"], code=1)
+    assert "datasets: data.jsonl: expected tokens that the teacher (dskd.teacher.model) has embeddings for" in output
+    assert f"got {rows} rows of them and, in row 2, the token 'kubernetes' of id {rows}" in output
+
+
 # -- what is printed -----------------------------------------------------------------------------------------
+
+
+THINKING = {
+    "named": ({"template_thinking_key": "thinking", "field_thinking": "thinking"}, "thinking"),
+    "split": ({"split_thinking": True}, "reasoning_content"),
+    "split under another name": ({"split_thinking": True, "template_thinking_key": "thinking"}, "thinking"),
+}
+
+
+@pytest.mark.parametrize("case", THINKING)
+def test_the_student_reads_earlier_reasoning_of_the_written_rows_as_before(case, written, teacher):
+    """Whatever the recipe calls it: what the printed entry makes of the rows is what the recipe's made of its own."""
+    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+
+    options, key = THINKING[case]
+    reads = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.KEY %}({{ message.KEY }})"
+        "{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
+    ).replace("KEY", key)
+    said = {"role": "assistant", "content": TOLD, key: "it is red"}
+    if "split_thinking" in options:
+        said = {"role": "assistant", "content": f"<think>it is red</think>{TOLD}"}
+    options = {**options, "chat_template": "jinja", "chat_template_jinja": reads}
+    Path("reads.jinja").write_text(reads)
+    block = {"teacher": {"model": teacher, "dtype": "float32", "chat_template": "reads.jinja"}}
+    data = data_of([{"messages": [*chat(ASK), said, *chat(AGAIN, TOLD)]}])
+    output = run(written(entry(data, **options), block), *SETTINGS["greedy"], "--keep-unfinished")
+    (made,) = snippet(output)["datasets"]
+
+    def prompts(one):
+        path = Path(written({"datasets": [{"ds_type": "json", **one}]}, block))
+        return read_prompts(source := load_recipe(path, read_recipe(path)), None)["prompt_ids"], source.tokenizer
+
+    before, tokenizer = prompts({"path": data, "type": "chat_template", **options})
+    assert f"(it is red){TOLD}" in tokenizer.decode(before[0])
+    assert prompts(made)[0] == before
+    assert {made.get(name, key) for name in ("template_thinking_key", "field_thinking")} == {key}
 
 
 def snippet(output):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from dskd_plugin.read_by import OneSided, Unread
+from dskd_plugin.read_by import OneSided, Unread, hand_over
 
 ALL = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}[{{ message.role }}]"
@@ -101,6 +101,66 @@ CASES = {
         [],
     ),
 }
+
+
+OTHER_NAMES = {
+    "attribute": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.notes }}{% endfor %}",
+    "item": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ m['notes'] }}{% endfor %}",
+    "get": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.get('notes', '') }}{% endfor %}",
+    "copy": "{% for one in messages %}{% set m = one %}[{{ m.role }}]{{ m.content }}{{ m.notes }}{% endfor %}",
+    "macro": (
+        "{% macro show(m) %}[{{ m.role }}]{{ m.content }}{{ m.notes }}{% endmacro %}"
+        "{% for one in messages %}{{ show(one) }}{% endfor %}"
+    ),
+    "whole": "{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    "escaped": "{% for m in messages %}{{ m | tojson(ensure_ascii=true) }}{% endfor %}",
+    "index": (
+        "{% for k in range(messages | length) %}[{{ messages[k].role }}]{{ messages[k].content }}"
+        "{{ messages[k].notes }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_fields_reach_a_template_whatever_it_calls_a_message(zoo, name):
+    question, answer = said("red", "blue")
+    row = {"messages": [{**question, "notes": "the lamp"}, answer]}
+    found = OneSided.of(strategy(zoo, OTHER_NAMES[name]), strategy(zoo, CONTENT)).find(row)
+    assert found == [Unread("student", "notes of user messages", "the lamp")]
+
+
+def test_what_says_which_text_is_trained_on_reaches_no_template(zoo):
+    """Axolotl would take it for the recipe's own choice, which is another field."""
+    one = strategy(zoo, CONTENT)
+    row = {"messages": [*said("red", "blue"), *[{**message, "training": False} for message in said("lamp", "stone")]]}
+    before = one.tokenize_prompt(copy.deepcopy(row))
+    hand_over(one, row)
+    assert one.tokenize_prompt(copy.deepcopy(row)) == before and any(label != -100 for label in before["labels"][-8:])
+
+
+def test_arguments_of_calls_that_no_template_shows_need_not_be_json(zoo):
+    call = {"type": "function", "function": {"name": "river", "arguments": "{broken"}}
+    row = {"messages": [said("red")[0], {"role": "assistant", "content": "blue", "tool_calls": [call]}]}
+    silent, shows = strategy(zoo, CONTENT), strategy(zoo, OTHER_NAMES["whole"])
+    for one in (silent, shows):
+        hand_over(one, row)
+    assert silent.tokenize_prompt(copy.deepcopy(row))["input_ids"]
+    with pytest.raises(ValueError, match="Expecting property name"):
+        shows.tokenize_prompt(copy.deepcopy(row))
+
+
+CHANGED = ["| upper", "| lower", "| title", "[:5]", "[:20]", "[-4:]", "| trim | capitalize", "| truncate(12)"]
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_text_that_a_template_cuts_or_capitalises_is_read(zoo, change):
+    changes = "{% for m in messages %}[{{ m.role }}]{{ m.content" + change + " }}{% endfor %}"
+    changes = changes.replace("m.content|", "m.content |")
+    row = {"messages": [{"role": "system", "content": "Always answer with the word PLUM."}, *said("red", "blue")]}
+    assert OneSided.of(strategy(zoo, CONTENT), strategy(zoo, changes)).find(row) == []
+    dropped = changes.replace("in messages", "in messages if m.role != 'system'")
+    (found,) = OneSided.of(strategy(zoo, CONTENT), strategy(zoo, dropped)).find(row)
+    assert found == Unread("student", "content of system messages", row["messages"][0]["content"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -310,3 +310,28 @@ def test_earlier_unfinished_files_are_not_mixed_in(generated, teacher, recipe):
     manifest = json.loads(Path("made.manifest.json").read_text())
     assert manifest["teacher"]["answers"] == "with special tokens" and manifest["reasoning"] == "keep"
     shutil.rmtree("out", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "expected"),
+    [
+        ("<think>a</think>\n<answer> 42 </answer>", "Sum?", "42"),
+        ("<think>a</think><response>\n    x = 1\n</response>", "Sum?", "    x = 1"),
+        ("<think>a</think><|begin_of_solution|>42<|end_of_solution|>", "Sum?", "42"),
+        ("<think>a</think><answer>42", "Sum?", "42"),
+        ("<think>a</think><answer>42</answer>", "Answer within <answer> and </answer>.", "<answer>42</answer>"),
+        ("<think>a</think><answer>42</answer> or 43", "Sum?", "<answer>42</answer> or 43"),
+        ("<answer>42</answer>", "Sum?", "<answer>42</answer>"),
+        ("<think>a</think>The tag is <answer>.", "Sum?", "The tag is <answer>."),
+    ],
+)
+def test_tags_around_an_answer_after_reasoning(said, asked, expected):
+    from dskd_plugin.cli.answers import Answer
+    from dskd_plugin.cli.messages import as_message
+    from dskd_plugin.reasoning import AssistantForm
+
+    answer = Answer(0, said, 9, True)
+    for reasoning in ("drop", "field"):
+        assert as_message(answer, AssistantForm(), reasoning, asked).message["content"] == expected
+    assert as_message(answer, AssistantForm(), "keep", asked).message["content"] == said
+    assert as_message(answer, AssistantForm(), "field", asked, "musing").message.get("musing", "a") == "a"

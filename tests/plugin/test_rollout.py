@@ -128,7 +128,9 @@ def last_run(response):
 
 
 def rollout_of(student, teacher, rules=None, **knobs):
-    options = {name: knobs.pop(name) for name in ("seed", "teacher_len", "student_len") if name in knobs}
+    options = {
+        name: knobs.pop(name) for name in ("seed", "teacher_len", "student_len", "teacher_rows") if name in knobs
+    }
     return Rollout(
         settings(**knobs),
         student.tokenizer,
@@ -676,8 +678,31 @@ def test_content_marker_that_both_have_is_text(build):
     assert teacher.tokenizer.convert_tokens_to_ids("<think>") in said and said[-1] == teacher.end
     assert text_of(teacher, said[:-1]).strip() == b"<think>red\n\nlamp"
     (row,), gold, one = say([*plain(student, "red lamp"), tool, student.end], student, teacher, CONVERSATION)
+    # A token that only the student has is text to the teacher.
+    said = row["teacher_input_ids"][gold["teacher_prompt"] :]
+    assert text_of(teacher, said) == b" red lamp<tool></s>" and one.counts["cut"] == 0
+    assert row["aligned_student"][-1] == len(row["input_ids"]) - 1
+    # Not where it is a control token of the teacher.
+    teacher.tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    teacher = Side(teacher.tokenizer)
+    (row,), gold, one = say([*plain(student, "red lamp"), tool, student.end], student, teacher, CONVERSATION)
     assert text_of(teacher, row["teacher_input_ids"][gold["teacher_prompt"] :]) == b" red lamp"
     assert one.counts["cut"] == 1
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("student", "sibling")])
+def test_no_token_beyond_the_teachers_embeddings_is_read(names, sides):
+    student, teacher = (sides[name] for name in names)
+    rules = aligner_of(student, teacher, identity=names[1] == "sibling")
+    script = [*plain(student, "a b c d e f red stone lamp"), student.end]
+    (whole,), gold, _ = say(script, student, teacher, CONVERSATION, rules=rules)
+    said = whole["teacher_input_ids"][gold["teacher_prompt"] :]
+    place = next(k for k in range(3, len(said)) if said[k] > max(said[:k]))
+    rows = said[place]
+    one = rollout_of(student, teacher, rules, teacher_rows=rows, max_new_tokens=len(script))
+    (row,), *_ = say(script, student, teacher, CONVERSATION, one=one)
+    cut = row["teacher_input_ids"][gold["teacher_prompt"] :]
+    assert cut == said[:place]
 
 
 @pytest.mark.parametrize("other_template", [False, True])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.tokens import TokenTable, encode, overlap, same_tokenizer, spell, token_table
+from dskd_plugin.tokens import TokenTable, encode, overlap, places, same_tokenizer, spell, token_table
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 TEXTS = [
@@ -220,3 +220,56 @@ def test_a_spelled_answer_is_its_text(zoo, zoo_name, text):
     if entry.changes or entry.table.vague & set(ids):
         pytest.skip("changes the text, or has no token for one of the characters")
     assert spell(ids, entry.table).decode().removeprefix(" ") == text
+
+
+MARKED = ["<think>", "</think>", " ", "  ", "\n", "four", "The", " lamp", "日", "é", "x=1"]
+
+
+def swallowing(name):
+    """A tokenizer of the zoo with marks that take the white space around them."""
+    from tokenizer_zoo import ZOO, Entry
+    from tokenizers import AddedToken
+
+    tokenizer = ZOO[name][0]()
+    for mark, sides in (("<think>", {"rstrip": True}), ("</think>", {"lstrip": True, "rstrip": True})):
+        tokenizer.add_tokens([AddedToken(mark, normalized=False, **sides)])
+    return Entry(f"{name}, swallowing", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def marked_zoo():
+    from tokenizer_zoo import TAGGED, load_tagged
+
+    return [
+        *(load_tagged(name) for name in TAGGED),
+        *(swallowing(name) for name in ("byte-level", "mistral", "mistral-always", "unigram-slow")),
+    ]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 200)
+@given(parts=st.lists(st.sampled_from(MARKED), max_size=9))
+def test_tokens_are_found_at_their_places_in_the_text(marked_zoo, parts):
+    """Whatever spaces the tokenizer puts and whatever white space its marks swallow, ink is where the text has it."""
+    text = "".join(parts).encode()
+    for entry in marked_zoo:
+        ids = encode(entry.tokenizer, text.decode())
+        ends = places(ids, entry.table, text)
+        why = entry, text, ids, ends
+        assert ends is not None and ends == sorted(ends) and len(ends) == len(ids), why
+        ink = 0
+        for token, end in zip(ids, ends, strict=True):
+            ink += len(b"".join(entry.table.literal[token].split()))
+            assert len(b"".join(text[:end].split())) == ink, why
+        assert not text[ends[-1] if ends else 0 :].strip(), why
+
+
+def test_other_tokens_have_no_places(zoo):
+    entry = zoo("smollm2")
+    assert places(encode(entry.tokenizer, "red lamp"), entry.table, b"red stone") is None
+
+
+def test_only_the_dummy_space_is_left_out_after_an_added_token(zoo):
+    """`<think>` is normalised there, so that the normaliser puts its space before it alone; `<|end|>` is not."""
+    entry = zoo("llama-legacy")
+    ids = encode(entry.tokenizer, "<think> four<s>five")
+    assert spell(ids, entry.table) == b" <think> four<s>five"
