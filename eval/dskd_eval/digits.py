@@ -24,7 +24,7 @@ _GROUPED = re.compile(rf"(?:(?<![\d.])\d{{1,3}}|(?<=\d)\.\d{{3}})(?:{_GROUP}\d{{
 _INDIAN = re.compile(rf"(?<![\d.])\d{{1,2}}(?:{_COMMA}\d{{2}})+{_COMMA}\d{{3}}{_ENDS}")
 _DOTTED = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{3}){2,})(?!\d|\.\d)(?:,(\d+)(?![\d.,]\d))?")
 # Plain commas, which elsewhere part a list: not where a bracket opens one.
-_ALONE = r"(?<![\d.,(\[])(?<!\\\{)"
+_ALONE = r"(?<![\d.(\[])(?<!(?<!\\),)(?<!\\\{)"
 _PLAIN_INDIAN = re.compile(rf"{_ALONE}\d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!,?\d)")
 _PLAIN_THIN = re.compile(rf"{_ALONE}\d{{1,3}}(?:,(?:{_THIN})\d{{3}})+{_ENDS}(?!,)")
 
@@ -88,10 +88,10 @@ def _beside(found: re.Match[str]) -> str:
     start = found.start()
     around = found.string[max(0, start - _LOOK_BACK) : start]
     before = _BLANK_BEFORE.sub("", around)
-    if " " in found[1] or "\t" in found[1]:
-        sign = _SIGN_AFTER.search(before) or (before == around and _SIGN_BESIDE.search(before))
+    sign: object = _SIGN_AFTER.search(before) or (before == around and _SIGN_BESIDE.search(before))
+    if not {" ", "\t"} & set(found[1]):
+        sign = sign or not _TERM.search(before)
+    elif not found.string[:start].strip():
         # A text of nothing else is a number; a line of several is an entry of a list.
-        sign = sign or (not found.string[:start].strip() and re.fullmatch(r"[\d.,$]+\s*", found.string[found.end() :]))
-    else:
-        sign = not _TERM.search(before)
+        sign = sign or re.fullmatch(r"[\d.,$]+\s*", found.string[found.end() :])
     return "-" if sign else found[0]
