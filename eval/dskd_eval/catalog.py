@@ -632,7 +632,9 @@ def _called(template: Any, row: Row) -> Any:
 _PATH = re.compile(r"([^\W\d]\w*)(?:\s*(?:\.\s*\w+|\[[^\[\]]*\]))+(?:\s*\|.*)?")
 _FILTERED = re.compile(r"([^\W\d]\w*)\s*\|.*")
 # What Python prints for an object that has no text of its own.
-_OBJECT = re.compile(r"<(?:(?:built-in|bound|class|function|generator|method|module|Macro)\b|[\w.]+ object\b).*>", re.DOTALL)
+_OBJECT = re.compile(
+    r"<(?:(?:built-in|bound|class|function|generator|method|module|Macro)\b|[\w.]+ object\b).*>", re.DOTALL
+)
 # {name} of Python's format strings; not the argument of a LaTeX command, a power or an index.
 _SINGLE_BRACES = re.compile(r"(\\[A-Za-z]+\s*|[_^])?(?<!\{)\{\s*([^\W\d]\w*)\s*(?:[.\[|:!][^{}]*)?\}(?!\})")
 

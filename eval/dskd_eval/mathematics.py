@@ -122,7 +122,12 @@ def _longer(text: str, written: str) -> str:
 def _readable(latex: str) -> str:
     """The same object in a form that math-verify reads whole."""
     text = _END.sub("", plain_groups(latex).strip())
-    text = re.sub("-\u00a0(?=\\d)", "-", _SIMPLE_FRACTION.sub(_spelled, text)).replace("\\colon", ":").replace("\\text{:}", ":").replace("{:}", ":")
+    text = (
+        re.sub("-\u00a0(?=\\d)", "-", _SIMPLE_FRACTION.sub(_spelled, text))
+        .replace("\\colon", ":")
+        .replace("\\text{:}", ":")
+        .replace("{:}", ":")
+    )
     text = re.sub(rf"\s*{_MIXED.pattern}\s*", r"\1\\frac{\2}{\3}", text) if _MIXED.fullmatch(text.strip()) else text
     text = _MIXED_SPACED.sub(r"\1", text)
     text = _SCIENTIFIC.sub(lambda found: f"{found[1]}\\times 10^{{{found[2] or found[3]}}}".replace("{+", "{"), text)

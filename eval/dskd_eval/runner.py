@@ -350,7 +350,9 @@ class _Looks:
         for text in answers:
             for stop in self.plan.generation["until"]:
                 if stop in text and text.split(stop)[0].strip() != text.strip():
-                    self._sign(f"references hold the stop string {stop!r}, where an answer ends", f"row {number}: {text}")
+                    self._sign(
+                        f"references hold the stop string {stop!r}, where an answer ends", f"row {number}: {text}"
+                    )
 
     def _sign(self, kind: str, example: str) -> None:
         self.signs[kind] += 1

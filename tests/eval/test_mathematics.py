@@ -82,7 +82,8 @@ BLIND = [
     (r"\boxed{50\text{ mm}}", r"5\text{ cm}", False), (r"\boxed{50\%}", "50", True), (r"\boxed{50\%}", "0.5", True),
     (r"\boxed{30^\circ}", "30", True), (r"\boxed{x<1 \text{ or } x>3}", r"(-\infty,1)\cup(3,\infty)", False),
     (r"First \boxed{3}. Then $x=4$.", "4", False),
-    ("The final answer is $3$. But then it is $4$.", "4", False),
+    ("The final answer is $3$. But then it is $4$.", "4", False), (r"\boxed{1,\,000}", "1000", False),
+    (f"It is {LONG}.", LONG, False), (r"\boxed{10^{5000}}", "1" + "0" * 5000, False),
 ]  # fmt: skip
 
 

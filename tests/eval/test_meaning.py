@@ -120,9 +120,14 @@ def test_missing_and_nested_references_are_refused(own_task: Task, value: Any, n
         ({"reference": "given"}, "3 of 3 references look like a list or None that Python printed: \"['Wien', 'x']\""),
         ({"reference": "$answer"}, "all 3 references are equal: '$answer'"),
         ({"reference": "void"}, "3 of 3 references are empty"),
-        ({"reference": "{{answer}}\n!", "stop": "\n"}, "3 of 3 references hold the stop string '\\n', where an answer ends: "
-         "'row 1: Wien"),
-        ({"reference": "{{answer}} or {{n}}", "stop": [";", " or 2"]}, "1 of 3 references hold the stop string ' or 2'"),
+        (
+            {"reference": "{{answer}}\n!", "stop": "\n"},
+            "3 of 3 references hold the stop string '\\n', where an answer ends: 'row 1: Wien",
+        ),
+        (
+            {"reference": "{{answer}} or {{n}}", "stop": [";", " or 2"]},
+            "1 of 3 references hold the stop string ' or 2'",
+        ),
     ],
 )
 def test_what_may_be_meant_is_noted(own_task: Task, keys: dict[str, Any], note: str) -> None:
@@ -157,10 +162,11 @@ def test_references_of_lm_eval_tasks_go_through_their_own_metric(
     own_task: Task, filters: str | None, state: str
 ) -> None:
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-    path = own_task(ROWS, scorer=None, metric_list=[metric], prompt=None, reference=None,
-                    doc_to_text="{{question}}", doc_to_target="{{answer}}" + (filters or ""),
-                    filter_list=[{"name": "short", "filter": [
-                        {"function": "regex", "regex_pattern": "(Wien|Paris|Roma)"}, {"function": "take_first"}]}])  # fmt: skip
+    steps = [{"function": "regex", "regex_pattern": "(Wien|Paris|Roma)"}, {"function": "take_first"}]
+    path = own_task(
+        ROWS, scorer=None, metric_list=[metric], prompt=None, reference=None, doc_to_text="{{question}}",
+        doc_to_target="{{answer}}" + (filters or ""), filter_list=[{"name": "short", "filter": steps}],
+    )  # fmt: skip
     found = list(doctor.oracle([catalog.load_task(path)], None, None))
     assert [check.state for check in found] == [state, state]
     assert all(("100.0 on 3" in check.text) == (state == "ok") for check in found)
