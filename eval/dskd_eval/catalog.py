@@ -631,8 +631,18 @@ def _called(template: Any, row: Row) -> Any:
 # Jinja's paths to a part of a field: q.text, answers[0], answer | trim.
 _PATH = re.compile(r"([^\W\d]\w*)(?:\s*(?:\.\s*\w+|\[[^\[\]]*\]))+(?:\s*\|.*)?")
 _FILTERED = re.compile(r"([^\W\d]\w*)\s*\|.*")
+# What Python prints for an object that has no text of its own.
+_OBJECT = re.compile(
+    r"<(?:(?:built-in|bound|class|function|generator|method|module|Macro)\b|[\w.]+ object\b).*>", re.DOTALL
+)
 # {name} of Python's format strings; not the argument of a LaTeX command, a power or an index.
 _SINGLE_BRACES = re.compile(r"(\\[A-Za-z]+\s*|[_^])?(?<!\{)\{\s*([^\W\d]\w*)\s*(?:[.\[|:!][^{}]*)?\}(?!\})")
+
+
+def printed_object(text: str, row: Row) -> str | None:
+    """What a prompt of lm-eval's own templates shows of an object of Python, unless the row holds that text itself."""
+    found = re.search(r"<(?:built-in|bound) method [^<>\n]*>|<[\w. ]+ object[^<>\n]* at 0x[0-9a-f]+>", text)
+    return found[0] if found and found[0] not in str(row) else None
 
 
 def check_literal(template: str, row: Row) -> None:
@@ -739,7 +749,23 @@ def printed_value(template: Any, row: Row) -> Any:
     return str(value) if _is_missing(value) else value if _has_parts(value) else None
 
 
+def _no_object(value: Any) -> Any:
+    """Raises UserError for a value that prints as `<built-in method ...>` or alike: `{{ q.items }}` of a mapping."""
+    import jinja2
+
+    if not isinstance(value, (str, jinja2.Undefined)) and _OBJECT.fullmatch(text := str(value)):
+        raise UserError(
+            "template",
+            expected="texts or numbers",
+            got=f"{text[:80]!r}: it prints a method or another object of Python",
+            fix="Where a field has the name of a method, write {{ q['items'] }} for {{ q.items }}; call a method with "
+            "(); end a generator with | list or | join.",
+        )
+    return value
+
+
 def _finalized(value: Any) -> Any:
+    _no_object(value)
     if _is_missing(value) or _has_parts(value):
         raise _PrintedValue(str(value) if _is_missing(value) else value)
     return value
@@ -753,7 +779,7 @@ def _environment(texts: bool) -> Any:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,
-        finalize=_finalized if texts else None,
+        finalize=_finalized if texts else _no_object,
     )
 
 
@@ -768,7 +794,7 @@ def _template(template: str, row: Row, *, texts: bool = False) -> str:
 
     try:
         return str(_compiled(template, texts).render(**row))
-    except _PrintedValue:
+    except (_PrintedValue, UserError):
         raise
     except Exception as error:
         if not isinstance(error, (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dskd_eval import scorers, shown, stats
@@ -58,26 +59,55 @@ class Mismatch(Exception):
 
 
 def entries(runs: Sequence[Run]) -> list[Entry]:
-    """All models of the runs, labelled by name, or by folder and name where names repeat."""
-    found = [(run, model) for run in runs for model in run.models]
-    names = Counter(model["name"] for _, model in found)
+    """All models of the runs, labelled by name, or by folder and name where names repeat.
+
+    Raises UserError: one model of one run is named twice.
+    """
+    found = [(run, model, where) for run, where in zip(runs, run_labels(runs), strict=True) for model in run.models]
+    names = Counter(model["name"] for _, model, _ in found)
     listed: list[Entry] = []
-    for run, model in found:
-        label = model["name"] if names[model["name"]] == 1 else f"{run.folder.resolve().name}/{model['name']}"
-        taken = {entry.label for entry in listed}
-        number, unique = 2, label
-        while unique in taken:
-            unique, number = f"{label} ({number})", number + 1
-        listed.append(Entry(run, model["name"], unique, model.get("role")))
+    seen: set[tuple[Path, str]] = set()
+    for run, model, where in found:
+        place = (run.folder.resolve(), model["name"])
+        if place in seen:
+            raise UserError(
+                f"run {run.folder}",
+                expected="each model of a run once",
+                got=f"{model['name']!r} twice",
+                fix="Name the run once; RUN:MODEL picks one of its models.",
+            )
+        seen.add(place)
+        label = model["name"] if names[model["name"]] == 1 else f"{where}/{model['name']}"
+        listed.append(Entry(run, model["name"], label, model.get("role")))
+    _check_labels(listed)
     return listed
 
 
+def _check_labels(group: Sequence[Entry]) -> None:
+    """Raise UserError where two models have one label, as a model `a/m` beside the model `m` of a run `a`."""
+    labels = Counter(entry.label for entry in group)
+    for entry in group:
+        if labels[entry.label] > 1:
+            same = [str(other.run.folder) for other in group if other.label == entry.label]
+            raise UserError(
+                "runs",
+                expected="a label of its own for every model",
+                got=f"{entry.label!r} for models of " + " and ".join(same),
+                fix="Rename one of the folders.",
+            )
+
+
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """Names of the runs' folders, longer where they repeat."""
+    """Names of the runs' folders; where they repeat, with as many folders above them as tell them apart."""
     folders = [run.folder.resolve() for run in runs]
-    names = {folder: folder.name for folder in folders}
-    repeated = {name for name, count in Counter(names.values()).items() if count > 1}
-    return [f"{folder.parent.name}/{folder.name}" if names[folder] in repeated else names[folder] for folder in folders]
+    depth = 1
+    while True:
+        names = {folder: "/".join(folder.parts[-depth:]).removeprefix("//") for folder in folders}
+        if len(set(names.values())) == len(names):
+            break
+        depth += 1
+    counts = Counter(folder.name for folder in names)
+    return [names[folder] if counts[folder.name] > 1 else folder.name for folder in folders]
 
 
 NO_TEMPLATE = "no chat template: "
@@ -311,14 +341,16 @@ def choose_baseline(group: Sequence[Entry], label: str | None = None) -> Entry:
 
 
 def find(group: Sequence[Entry], label: str, option: str) -> Entry:
-    for entry in group:
-        if label in (entry.label, entry.model):
-            return entry
+    """The model of that label, or of that name where one run has it. Raises UserError: none, or several."""
+    found = [entry for entry in group if entry.label == label] or [entry for entry in group if entry.model == label]
+    if len(found) == 1:
+        return found[0]
+    labels = ", ".join(entry.label for entry in found or group)
     raise UserError(
         option,
-        expected="one of " + ", ".join(entry.label for entry in group),
-        got=repr(label),
-        fix="Choose one.",
+        expected="one of " + labels,
+        got=f"{label!r}, which is in several runs" if found else repr(label),
+        fix=f"Write for example {option} {found[0].label}." if found else "Choose one.",
     )
 
 
@@ -334,9 +366,13 @@ def compare(
     """Every model against the baseline, and the closed gap of students where teacher and base are known."""
     if len(group) < 2:
         raise UserError("compare", expected="at least two models", got=str(len(group)), fix="Name another run.")
-    named_base = find(group, base, "--base") if base else _of_role(group, "base")
+    notes = reasoning_notes(group)
+    named_base = find(group, base, "--base") if base else _of_role(group, "base", notes, strict)
+    named_teacher = find(group, teacher, "--teacher") if teacher else _of_role(group, "teacher", notes, strict)
+    chosen = [find(group, label, "--student") for label in students]
+    _check_roles(named_base, named_teacher, chosen)
     against = choose_baseline(group, baseline or base)
-    result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": []}
+    result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": notes}
     for entry in group:
         if entry is not against:
             # The base is what the baseline started from, so that difference reads the other way round.
@@ -344,9 +380,8 @@ def compare(
             rows, problems = pair(first, second, strict=strict)
             result["pairs"].append({"model": second.label, "against": first.label, "rows": rows})
             result["notes"] += [f"not compared: {problem}" for problem in problems]
-    named_teacher = find(group, teacher, "--teacher") if teacher else _of_role(group, "teacher")
     if named_base and named_teacher:
-        for entry in _trained(group, students, named_base, named_teacher, named=bool(teacher or base)):
+        for entry in _trained(group, chosen, named_base, named_teacher, named=bool(teacher or base)):
             rows, problems = gap(named_base, entry, named_teacher)
             result["gaps"].append({"model": entry.label, "rows": rows})
             result["notes"] += [f"no closed gap: {problem}" for problem in problems]
@@ -361,18 +396,57 @@ def compare(
     return result
 
 
-def _of_role(group: Sequence[Entry], role: str) -> Entry | None:
-    return next((entry for entry in group if entry.role == role), None)
+def _of_role(group: Sequence[Entry], role: str, notes: list[str], strict: bool) -> Entry | None:
+    """The model that a recipe gives a role; the first of several that are one model.
+
+    Where they differ: raises UserError if strict, else none has it, and a note says so.
+    """
+    found = [entry for entry in group if entry.role == role]
+    if len({entry.facts["fingerprint"] for entry in found}) < 2:
+        return found[0] if found else None
+    several = ", ".join(entry.label for entry in found)
+    fix = f"Name one, as in --{role} {found[0].label}."
+    if strict:
+        raise UserError(f"the role {role}", expected="one model", got=f"several: {several}", fix=fix)
+    notes.append(f"no closed gap: several models have the role {role}: {several}. {fix}")
+    return None
+
+
+def _check_roles(base: Entry | None, teacher: Entry | None, students: Sequence[Entry]) -> None:
+    """Raise UserError where one model has two parts in the closed gap, or is named twice as a student."""
+    parts = [("--base", base), ("--teacher", teacher), *(("--student", entry) for entry in students)]
+    seen: dict[str, str] = {}
+    for option, entry in parts:
+        if entry is not None and entry.label in seen:
+            raise UserError(
+                f"{option} {entry.label}",
+                expected="a model of its own for each role",
+                got=f"the model of {seen[entry.label]}",
+                fix="Name another, or leave the option out.",
+            )
+        if entry is not None:
+            seen[entry.label] = option
 
 
 def _trained(
-    group: Sequence[Entry], students: Sequence[str], base: Entry, teacher: Entry, *, named: bool
+    group: Sequence[Entry], students: Sequence[Entry], base: Entry, teacher: Entry, *, named: bool
 ) -> list[Entry]:
     """The students: those named, else those of a recipe, else (roles given by hand) all but base and teacher."""
     if students:
-        return [find(group, label, "--student") for label in students]
-    by_role = [entry for entry in group if entry.role in _TRAINED]
+        return list(students)
+    by_role = [entry for entry in group if entry.role in _TRAINED and entry not in (base, teacher)]
     return by_role or [entry for entry in group if named and entry is not base and entry is not teacher]
+
+
+def reasoning_notes(group: Sequence[Entry]) -> list[str]:
+    """What to know where runs differ in `--reasoning`: a trace is scored in one and not in the other."""
+    models: dict[str, list[str]] = {}
+    for entry in group:
+        models.setdefault(str(entry.run.results["settings"].get("reasoning", "not recorded")), []).append(entry.label)
+    if len(models) < 2:
+        return []
+    told = "; ".join(f"{', '.join(labels)}: {option}" for option, labels in models.items())
+    return [f"--reasoning differs, so what counts as the answer differs: {told}"]
 
 
 def within(run: Run) -> dict[str, Any]:

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dskd_eval import catalog, data, sandbox
 from dskd_eval.catalog import TaskSpec
 from dskd_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from dskd_eval import runner
 
 _PACKAGES = {
     "lm_eval": "lm_eval",
@@ -142,21 +146,30 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
     for spec in specs:
         for chat in (False, True):
             plan = catalog.plan(spec, chat=chat)
-            if not runner.has_reference(plan):
-                why = "is scored by lm-eval itself" if spec.native else "has no reference answers"
-                yield Check("ok", f"oracle {spec.name}", f"{why}, {plan.style} style")
-                continue
             try:
-                box = sandbox.choose() if spec.executes_code else None
                 rows = runner.load_data(spec, directory)
+                answer = runner.native_answer(plan, rows) if spec.native else None
+                if answer is None and not runner.has_reference(plan):
+                    why = "ranks choices or has no reference answers" if spec.native else "has no reference answers"
+                    yield Check("ok", f"oracle {spec.name}", f"{why}, {plan.style} style")
+                    continue
+                box = sandbox.choose() if spec.executes_code else None
                 for note in runner.check_task(plan, rows):
                     yield Check("warn", f"oracle {spec.name}", note)
-                result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit, sandbox=box)
+                lm = EvalLM(OracleBackend(plan, answer=answer))
+                result = runner.evaluate_task(lm, plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))
                 break
-            score = result.score["metrics"][plan.primary]["value"]
-            wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][plan.primary] != 1.0]
-            text = f"{score:.1f} on {result.score['n']} documents, {plan.style} style"
-            text += f"; wrong: {wrong[:5]}" if wrong else ""
-            yield Check("bad" if wrong else "ok", f"oracle {spec.name}", text)
+            yield _verdict(plan, result)
+
+
+def _verdict(plan: catalog.Plan, result: runner.TaskResult) -> Check:
+    """Whether references score 100; of a metric of lm-eval that is no share of right answers, only the value."""
+    metric = result.score["metrics"][plan.primary]
+    text = f"{metric['value']:.1f} on {result.score['n']} documents, {plan.style} style"
+    if plan.spec.native and not (metric["unit"] == "percent" and metric["higher_is_better"]):
+        return Check("ok", f"oracle {plan.spec.name}", f"{text}; {plan.primary} is not judged")
+    wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][plan.primary] != 1.0]
+    text += f"; wrong: {wrong[:5]}" if wrong else ""
+    return Check("bad" if wrong else "ok", f"oracle {plan.spec.name}", text)

@@ -243,7 +243,9 @@ class EvalLM(LM):  # type: ignore[misc]
         for batch in batches:
             self.backend.told = self._listener(done, len(works))
             for work, generation in zip(batch, self._answer(batch), strict=True):
-                separated = reasoning.separate(generation.text, self.markers, work.prompt.opened)
+                separated = reasoning.separate(
+                    generation.text, self.markers, work.prompt.opened, self._asked(work.prompt.text)
+                )
                 answers[work.place] = separated.answer
                 request = requests[work.place]
                 self.trace.infos[(request.doc_id, work.repeat)] = GenerationInfo(
@@ -259,6 +261,11 @@ class EvalLM(LM):  # type: ignore[misc]
             done += len(batch)
             self.on_progress(done, len(works))
         return answers
+
+    def _asked(self, prompt: str) -> str:
+        """What a prompt says, without what its chat template adds."""
+        messages = self.trace.messages.get(prompt)
+        return "\n".join(str(message["content"]) for message in messages) if messages else prompt
 
     def _listener(self, done: int, total: int) -> Told:
         """Adds the tokens and finished answers of a batch to those before it."""

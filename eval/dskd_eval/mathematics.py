@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -21,13 +22,18 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 _BETWEEN = re.compile(r"[\s$,;]*(?:\\(?:text|mathrm)\{\s*(?:and|or)\s*\}|and|or)?[\s$,;]*")
 _SPACE = r"(?:\s|~|\\[ ,;:])"
 _MIXED = re.compile(rf"(-?\d+){_SPACE}+(\d+)\s*/\s*(\d+)")
+_MIXED_SPACED = re.compile(rf"(?<![\w.}}])(\d+){_SPACE}+(?=\\[dt]?frac\d|\\[dt]?frac\{{\d+\}}\{{\d+\}})")
+_SIMPLE_FRACTION = re.compile("[¼-¾⅐-⅞]")
+# A full stop, comma or semicolon that ends the sentence, not the number; LaTeX's spaces around it.
+_END = re.compile(r"(?<=[\w)\]}!])(?<!\\right)(?:\s|~|\\[ ,;:!])*[.,;](?:\s|~|\\[ ,;:!])*\Z")
 _SCIENTIFIC = re.compile(
     r"(?<![\w.\\])(-?(?:\d+(?:\.\d+)?|\.\d+))"
     r"(?:\s*(?:\\(?:mathrm|text)\{)?[eE]\}?\s*([+-]?\d+)|\s*[x×]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?)(?![\w.]*\d)"
 )
+_LONG = 4000
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s?:\s?\d+(?:\.\d+)?)+")
 _GREATER = re.compile(r"(\\geq?(?:slant)?(?![a-zA-Z])|\\gt(?![a-zA-Z])|>=|≥|⩾|>)")
-_BASE = re.compile(r"([0-9A-Za-z]+)_(?:\{?(\d+)\}?|\{?\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\}?)")
+_BASE = re.compile(r"(-?)\(?([0-9A-Za-z]+)\)?_(?:\{?(\d+)\}?|\{?\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\}?)")
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
           "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
 
@@ -45,10 +51,11 @@ def same(text: str, reference: str) -> bool:
     """Whether the final answer of a text equals a reference (LaTeX or plain)."""
     answer, parsed = _final(text)
     expected = _readable(reference)
-    decided = _same_in_base(answer, expected)
-    if decided is None:
-        decided = _same_ratio(answer, expected)
-    return _verified(parsed, expected) if decided is None else decided
+    for compare in (_same_long, _same_in_base, _same_ratio):
+        decided = compare(answer, expected)
+        if decided is not None:
+            return decided
+    return _verified(parsed, expected)
 
 
 # --- the final answer -----------------------------------------------------------------------------
@@ -114,10 +121,23 @@ def _longer(text: str, written: str) -> str:
 
 def _readable(latex: str) -> str:
     """The same object in a form that math-verify reads whole."""
-    text = plain_groups(latex).replace("\\colon", ":").replace("\\text{:}", ":").replace("{:}", ":")
+    text = _END.sub("", plain_groups(latex).strip())
+    text = (
+        re.sub("-\u00a0(?=\\d)", "-", _SIMPLE_FRACTION.sub(_spelled, text))
+        .replace("\\colon", ":")
+        .replace("\\text{:}", ":")
+        .replace("{:}", ":")
+    )
     text = re.sub(rf"\s*{_MIXED.pattern}\s*", r"\1\\frac{\2}{\3}", text) if _MIXED.fullmatch(text.strip()) else text
+    text = _MIXED_SPACED.sub(r"\1", text)
     text = _SCIENTIFIC.sub(lambda found: f"{found[1]}\\times 10^{{{found[2] or found[3]}}}".replace("{+", "{"), text)
     return _ascending(text)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    """A fraction that is one character, in LaTeX."""
+    above, _, below = unicodedata.normalize("NFKC", found[0]).partition("\u2044")
+    return f"\\frac{{{above}}}{{{below}}}"
 
 
 def _ascending(text: str) -> str:
@@ -156,14 +176,28 @@ def _verified(parsed: Any, expected: str) -> bool:
 # --- compared here --------------------------------------------------------------------------------
 
 
-def _based(text: str) -> int | None:
-    """The value of a number with a base, `101_2`; None for anything else."""
-    found = _BASE.fullmatch(text.strip().strip("$").replace(" ", ""))
-    if found is None or not re.search(r"\d", found[1]):
+def _whole(text: str) -> str | None:
+    """A whole number without zeros before it and with no sign but a minus; None for anything else."""
+    found = re.fullmatch(r"([+-]?)0*(\d+)", text.strip().strip("$").strip())
+    return None if found is None else ("-" if found[1] == "-" and found[2] != "0" else "") + found[2]
+
+
+def _same_long(answer: str, expected: str) -> bool | None:
+    """Digit by digit, where a whole number has more of them than Python turns into an int; else None."""
+    first, second = _whole(answer), _whole(expected)
+    if max(len(first or ""), len(second or "")) < _LONG:
         return None
-    base = int(found[2]) if found[2] else _BASES.get(found[3], 0)
+    return first == second if first is not None and second is not None else None
+
+
+def _based(text: str) -> int | None:
+    """The value of a number with a base, `-101_2`; None for anything else."""
+    found = _BASE.fullmatch(text.strip().strip("$").replace(" ", ""))
+    if found is None or not re.search(r"\d", found[2]):
+        return None
+    base = int(found[3]) if found[3] else _BASES.get(found[4], 0)
     try:
-        return int(found[1], base) if base >= 2 else None
+        return int(found[1] + found[2], base) if base >= 2 else None
     except ValueError:
         return None
 
@@ -174,14 +208,16 @@ def _same_in_base(answer: str, expected: str) -> bool | None:
     if value is None:
         return None
     if gold is None:
-        plain = expected.strip()
-        return True if plain.isdecimal() and int(plain) == value else None
+        plain = _whole(expected)
+        return True if plain is not None and len(plain) < _LONG and int(plain) == value else None
     return value == gold
 
 
 def _ratio(text: str) -> list[Fraction] | None:
     stripped = text.strip().strip("$")
-    return [Fraction(part.strip()) for part in stripped.split(":")] if _RATIO.fullmatch(stripped) else None
+    if not _RATIO.fullmatch(stripped) or len(stripped) >= _LONG:
+        return None
+    return [Fraction(part.strip()) for part in stripped.split(":")]
 
 
 def _same_ratio(answer: str, expected: str) -> bool | None:

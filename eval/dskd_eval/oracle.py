@@ -5,10 +5,12 @@ It shows that a task can be solved: references must score 100, a constant its kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dskd_eval import catalog
+from dskd_eval.data import Row
 from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.runner import reference_answer
 
@@ -16,8 +18,9 @@ _TEMPLATE = "{role}: {content}"
 
 
 class OracleBackend:
-    """Answers every prompt with the reference of its row, or with `constant`. Tokens are characters' code
-    points.
+    """Answers every prompt with the reference of its row, or with `constant`. Tokens are characters' code points.
+
+    answer: the reference of a row, where the plan does not tell it (tasks that lm-eval scores).
     """
 
     kind = "oracle"
@@ -25,7 +28,15 @@ class OracleBackend:
     told: Told = staticmethod(tell_nobody)
     default_batch_size = 256
 
-    def __init__(self, plan: catalog.Plan, *, constant: str | None = None, max_length: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        plan: catalog.Plan,
+        *,
+        constant: str | None = None,
+        max_length: int = 1 << 30,
+        answer: Callable[[Row], str] | None = None,
+    ) -> None:
+        self.answer = answer or functools.partial(reference_answer, plan)
         self.plan, self.constant, self.max_length = plan, constant, max_length
         self.name = "oracle" if constant is None else "constant"
         self.identity: Mapping[str, Any] = {"fingerprint": self.name, "constant": constant}
@@ -40,9 +51,7 @@ class OracleBackend:
         return _TEMPLATE
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
-        texts = [
-            reference_answer(self.plan, prompt.row) if self.constant is None else self.constant for prompt in prompts
-        ]
+        texts = [self.answer(prompt.row) if self.constant is None else self.constant for prompt in prompts]
         return [Generation(text, len(text), "stop") for text in texts]
 
     def likelihood_model(self, batch_size: int) -> Any:

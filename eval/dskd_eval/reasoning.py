@@ -7,6 +7,7 @@ answer merely quotes, in code or in quotation marks, are text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,15 @@ _WRAPPERS: tuple[Pair, ...] = (
     ("<response>", "</response>"),
     ("<answer>", "</answer>"),
 )
-_QUOTED = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}(["'])(?:(?!\1).)*\1(?!\w)|“[^”\n]*”|«[^»\n]*»""")
+_QUOTED = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}(["'])(?:(?!\1).)*\1(?!\w)|“[^“”\n]*”|«[^«»\n]*»""")
+_QUOTE = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}["']|[“«]""")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n[ \t]*\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
+_TICKS = re.compile("`+")
+# What may open each kind of span within a line, and the whole span.
+_KINDS = ((_TICKS, _CODE_SPAN), (_QUOTE, _QUOTED))
+_FENCE = re.compile("```|~~~")
+# Blocks alone: what stands within a line is of no use here and slow to read.
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).disable("inline")
 
 
 @dataclass(frozen=True)
@@ -99,19 +107,19 @@ def answer_start(text: str, pairs: Sequence[Pair], opened: Pair | None = None) -
         begin, traced = text.find(first[1]) + len(first[1]), True
         if first[1] not in text:
             return None
-    while (found := _next(text, begin, pairs, unclosed_is_code=traced)) is not None:
+    last_end = {pair: text.rfind(pair[1]) for pair in pairs}
+    while (found := _next(text, begin, last_end, unclosed_is_code=traced)) is not None:
         place, marker, pair = found
         if marker == pair[0]:
-            closing = text.find(pair[1], place)
-            if closing < 0:
+            if last_end[pair] < place:
                 return None
-            place, marker = closing, pair[1]
+            place, marker = text.find(pair[1], place), pair[1]
         begin, traced = place + len(marker), True
     return begin
 
 
-def separate(text: str, pairs: Sequence[Pair], opened: Pair | None = None) -> Separated:
-    """An answer and the reasoning before it."""
+def separate(text: str, pairs: Sequence[Pair], opened: Pair | None = None, asked: str = "") -> Separated:
+    """An answer and the reasoning before it. asked: what the prompt says; tags that it names stay in the answer."""
     if not pairs:
         known = any(text.lstrip().startswith(start) for start, _ in FAMILIES)
         return Separated(text, "", "unread" if known else "none")
@@ -120,47 +128,106 @@ def separate(text: str, pairs: Sequence[Pair], opened: Pair | None = None) -> Se
         return Separated("", text, "unclosed")
     if begin == 0:
         return Separated(text, "", "none")
-    return Separated(_unwrapped(text[begin:]), text[:begin], "closed")
+    wrappers = [pair for pair in _WRAPPERS if not any(tag in asked for tag in pair)]
+    return Separated(_unwrapped(text[begin:], wrappers), text[:begin], "closed")
 
 
-def _next(text: str, begin: int, pairs: Sequence[Pair], *, unclosed_is_code: bool) -> tuple[int, str, Pair] | None:
-    """The next marker after `begin` that is no quotation: its place, itself and its pair."""
-    owners = {marker: pair for pair in pairs for marker in pair}
-    if not any(marker in text[begin:] for marker in owners):
-        return None
-    literal = _literal(text[begin:], unclosed_is_code=unclosed_is_code)
-    pattern = "|".join(re.escape(marker) for marker in sorted(owners, key=len, reverse=True))
-    for found in re.finditer(pattern, text[begin:]):
-        if not any(first <= found.start() and found.end() <= last for first, last in literal):
-            return begin + found.start(), found[0], owners[found[0]]
+def _next(
+    text: str, begin: int, last_end: Mapping[Pair, int], *, unclosed_is_code: bool
+) -> tuple[int, str, Pair] | None:
+    """The next marker after `begin` that is no quotation: its place, itself and its pair.
+
+    last_end: where the last closing marker of each pair stands.
+    """
+    owners = {marker: pair for pair in last_end for marker in pair}
+    literal = _Literal(text, begin, unclosed_is_code=unclosed_is_code)
+    for found in _any_of(tuple(owners)).finditer(text, begin):
+        marker, pair = found[0], owners[found[0]]
+        unclosed = marker == pair[0] and last_end[pair] < found.start()
+        if unclosed and not _may_open(text, begin, found.start(), marker):
+            continue
+        if not literal.holds(found.start(), found.end()):
+            return found.start(), marker, pair
     return None
 
 
-def _literal(text: str, *, unclosed_is_code: bool) -> list[tuple[int, int]]:
-    """Spans of text that are code or quotations. unclosed_is_code: also a code block without an end."""
+@functools.lru_cache(maxsize=64)
+def _any_of(markers: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)))
+
+
+def _may_open(text: str, begin: int, place: int, marker: str) -> bool:
+    """Whether a marker without an end opens a trace: within a line it is talked about, unless it is a control token."""
+    line = max(begin, text.rfind("\n", begin, place) + 1)
+    return marker.startswith("<|") or not text[line:place].strip()
+
+
+class _Literal:
+    """Code and quotations after `begin`, read no further than asked, so that many markers take no square of time.
+
+    unclosed_is_code: also a code block without an end.
+    """
+
+    def __init__(self, text: str, begin: int, *, unclosed_is_code: bool) -> None:
+        self.text, self.begin, self.unclosed_is_code = text, begin, unclosed_is_code
+        self.blocks: list[tuple[int, int]] = []
+        self.read = self.block = 0
+        self.spans = {kind: (begin, begin) for kind in _KINDS}
+
+    def holds(self, first: int, last: int) -> bool:
+        """Whether the text from first to last is code or quoted; asked from left to right."""
+        quoted = [self._in_line(kind, first, last) for kind in _KINDS]
+        return any(quoted) or self._in_block(first, last)
+
+    def _in_line(self, kind: tuple[re.Pattern[str], re.Pattern[str]], first: int, last: int) -> bool:
+        opening, whole = kind
+        start, end = self.spans[kind]
+        while end <= first and (opened := opening.search(self.text, end, first)):
+            found = whole.match(self.text, opened.start())
+            start, end = found.span() if found else (opened.end(), opened.end())
+        self.spans[kind] = (start, end) if end > first else (first, first)
+        return start <= first and last <= end
+
+    def _in_block(self, first: int, last: int) -> bool:
+        if self.read < last and not _FENCE.search(self.text, self.begin, first):
+            return False
+        if self.read < last:
+            # Whether a block has an end shows at the end of the text; else twice as far as asked is enough.
+            wanted = self.begin + 2 * (last - self.begin) if self.unclosed_is_code else len(self.text)
+            line_end = self.text.find("\n", min(wanted, len(self.text)))
+            self.read = line_end if line_end >= 0 else len(self.text)
+            found = _code_blocks(self.text[self.begin : self.read], unclosed_is_code=self.unclosed_is_code)
+            self.blocks = [(self.begin + start, self.begin + end) for start, end in found]
+            self.block = 0
+        while self.block < len(self.blocks) and self.blocks[self.block][1] < last:
+            self.block += 1
+        return self.block < len(self.blocks) and self.blocks[self.block][0] <= first
+
+
+def _code_blocks(text: str, *, unclosed_is_code: bool) -> list[tuple[int, int]]:
+    """Spans of the fenced blocks of a text."""
     lines = text.split("\n")
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
     spans = []
-    for token in MarkdownIt("commonmark", {"html": False}).parse(text):
+    for token in _MARKDOWN.parse(text):
         if token.type == "fence" and token.map:
             first, last = token.map
             end = lines[last - 1].strip().lstrip("> \t")
             closed = last - 1 > first and end.startswith(token.markup) and not end.strip(token.markup[0])
             if closed or unclosed_is_code:
                 spans.append((starts[first], starts[last]))
-    spans += [found.span() for found in _CODE_SPAN.finditer(text)]
-    return spans + [found.span() for found in _QUOTED.finditer(text)]
+    return spans
 
 
-def _unwrapped(text: str) -> str:
+def _unwrapped(text: str, wrappers: Sequence[Pair]) -> str:
     """The answer without blank lines before it and without the tags that some models put around it."""
     # Indentation counts where a program follows.
     below = re.sub(r"\A(?:[ \t]*\n)+", "", text)
     text = below if below != text else text.lstrip(" \t")
-    for start, end in _WRAPPERS:
+    for start, end in wrappers:
         if text.lstrip().startswith(start):
             inside = text.lstrip()[len(start) :]
-            return _unwrapped(inside.rpartition(end)[0] if end in inside else inside)
+            return _unwrapped(inside.rpartition(end)[0] if end in inside else inside, wrappers)
     return text

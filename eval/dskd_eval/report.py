@@ -82,6 +82,7 @@ def payload(runs: Sequence[Run], roles: Roles | None = None) -> dict[str, Any]:
         "suites": suites,
         "comparisons": comparisons,
         "notes": notes,
+        "answers": _answer_facts(entries),
         "runs": _runs(entries),
         "samples": _samples(entries, list(dict.fromkeys(score["task"]["task"] for score in scores))),
     }
@@ -126,6 +127,51 @@ def _measured(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             same["models"].append(score["model"])
     return sorted(found, key=lambda entry: [task["task"]["task"] for task in found].index(entry["task"]["task"]))
+
+
+# What both pages tell of the answers of a task, by its key in the record.
+_ANSWERS = {
+    "empty": "empty answers",
+    "unfinished": "answers at their token limit",
+    "clamped": "answers with a lowered limit",
+    "prompts_cut": "prompts cut",
+    "with_reasoning": "answers with a reasoning trace",
+    "unfinished_reasoning": "unfinished reasoning traces",
+    "unread_reasoning": "reasoning scored with the answer",
+    "code_left_out": "answers of which code or text was left out",
+    "mean_new_tokens": "mean new tokens",
+}
+
+
+def _answer_facts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Counts of answers per task and model, as texts under the names of `_ANSWERS`."""
+    found = []
+    for entry in entries:
+        for task in entry.tasks():
+            score = entry.run.score(entry.model, task)
+            facts = dict(score.get("answers") or {}) if score else {}
+            details = [detail for sample in entry.run.samples(entry.model, task) for detail in sample["details"]]
+            if any("dropped" in detail for detail in details):
+                facts["code_left_out"] = sum(bool(detail.get("dropped")) for detail in details)
+            told = {}
+            for key, name in _ANSWERS.items():
+                if key in facts:
+                    rate = key == "mean_new_tokens"
+                    told[name] = shown.fixed(facts[key]) if rate else f"{facts[key]} of {facts.get('count', '?')}"
+            if told:
+                found.append({"task": task, "model": entry.label, "facts": told})
+    return found
+
+
+def _answer_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    names = [name for name in _ANSWERS.values() if any(name in entry["facts"] for entry in found)]
+    if not names:
+        return []
+    lines = ["## Answers", "", _line(["task", "model", *names]), _line(["---", "---", *["--:"] * len(names)])]
+    lines += [
+        _line([entry["task"], entry["model"], *(entry["facts"].get(name, "") for name in names)]) for entry in found
+    ]
+    return [*lines, ""]
 
 
 def _runs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -250,6 +296,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines += _comparison_lines(found["comparisons"])
     if found["notes"]:
         lines += ["## Notes", "", *[f"- {_cell(note)}" for note in found["notes"]], ""]
+    lines += _answer_lines(found["answers"])
     lines += _task_lines(found["measured"])
     lines += ["", "## Models", ""]
     lines += [_line(["model", "role", "source", "dtype", "device", "context", "chat template", "fingerprint"])]

@@ -175,6 +175,19 @@ def reference_answer(plan: Plan, row: Row) -> str:
     return catalog.render_text(template if template is not None else _answer_template(plan), row)
 
 
+def native_answer(plan: Plan, rows: TaskData) -> Callable[[Row], str] | None:
+    """The references of a task that lm-eval scores, as answers to it; None where it has none or ranks choices."""
+    task = _build(lm_eval_config(plan, rows), plan)
+    if task.OUTPUT_TYPE != "generate_until" or plan.config.get("doc_to_target") in (None, ""):
+        return None
+
+    def answer(row: Row) -> str:
+        target = task.doc_to_target(row)
+        return str(target[0] if isinstance(target, (list, tuple)) and target else target)
+
+    return answer
+
+
 def check_needs(spec: TaskSpec, directory: Path | None) -> None:
     """Packages and files that scoring needs, checked before anything is generated. Raises UserError."""
     modules = {
@@ -235,7 +248,10 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
     for number, row in enumerate(_documents(plan, rows), 1):
         with _in_row(plan, number):
             notes.see_prompt(row, catalog.render(plan.config["doc_to_text"], row))
-            notes.see_references(catalog.references(plan.config.get("doc_to_target"), row))
+            accepted = catalog.references(plan.config.get("doc_to_target"), row)
+            notes.see_references(accepted)
+            right = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
+            notes.see_stops(number, right)
             scorers.check_row(plan.spec, row)
     if plan.shots and rows.shots:
         target = _shot_target(plan)
@@ -273,7 +289,15 @@ def _check_native(task: ConfigurableTask, plan: Plan) -> list[str]:
             if isinstance(template, str) and template and not template.isdigit() and template not in row:
                 with _in_row(plan, number):
                     catalog.check_literal(template, row)
-        notes.see_prompt(row, _native_prompt(task, plan, row, number))
+        prompt = _native_prompt(task, plan, row, number)
+        if printed := catalog.printed_object(prompt, row):
+            raise UserError(
+                f"task file {plan.spec.path.name}, row {number}, `doc_to_text`",
+                expected="texts or numbers",
+                got=f"{printed[:80]!r}: the prompt prints a method or another object of Python",
+                fix="Where a field has the name of a method, write {{ q['items'] }} for {{ q.items }}.",
+            )
+        notes.see_prompt(row, prompt)
     return notes.texts()
 
 
@@ -320,6 +344,15 @@ class _Looks:
                 self._sign("references are empty", text)
             elif _looks_printed(text):
                 self._sign("references look like a list or None that Python printed", text)
+
+    def see_stops(self, number: int, answers: Sequence[str]) -> None:
+        """Answers that a model could not write whole, because it stops within them."""
+        for text in answers:
+            for stop in self.plan.generation["until"]:
+                if stop in text and text.split(stop)[0].strip() != text.strip():
+                    self._sign(
+                        f"references hold the stop string {stop!r}, where an answer ends", f"row {number}: {text}"
+                    )
 
     def _sign(self, kind: str, example: str) -> None:
         self.signs[kind] += 1

@@ -170,7 +170,9 @@ def score_contains(answer: Answer) -> Scored:
 
 # --- numbers and mathematics ----------------------------------------------------------------------
 
-_NUMBER = r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
+_UNSIGNED = r"(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
+_NUMBER = re.compile(rf"(?<![\d.])-?\$?{_UNSIGNED}")
+_MARKED = re.compile(rf"####\s*(-?\s*\$?{_UNSIGNED})")
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -182,14 +184,14 @@ def _decimal(text: str) -> Decimal | None:
 
 def last_number(text: str) -> Decimal | None:
     r"""The last number of a text; '1,200' and '1{,}200' are one number, '5-3' ends with 3."""
-    found = re.findall(_NUMBER, plain_numbers(text))
+    found = _NUMBER.findall(plain_numbers(text))
     return _decimal(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Decimal | None:
     """The number after the first '####' (the format of GSM8K's own solutions)."""
-    found = re.search(r"####\s*(-?\s*\$?[\d,]*\.?\d+)", plain_numbers(text))
-    return _decimal(found.group(1).replace(" ", "")) if found else None
+    found = _MARKED.search(plain_numbers(text))
+    return _decimal("".join(found[1].split())) if found else None
 
 
 def score_number(answer: Answer) -> Scored:

@@ -77,6 +77,86 @@ def test_two_runs_of_one_model_do_not_differ(tmp_path: Path) -> None:
     assert (row["low"], row["high"]) == pytest.approx((-0.951, 0.951), abs=1e-3)  # z^2 / (400 + z^2)
 
 
+def said(done: Any) -> str:
+    """The output on one line."""
+    assert "Traceback" not in done.output
+    return " ".join(done.output.split())
+
+
+def test_a_name_in_several_runs_is_refused_with_what_to_write(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    runs = [write_run(tmp_path / name, {"m": values(0, 0.5), name: values(1, 0.5)}) for name in ("x", "y")]
+    for option in ("--base", "--baseline", "--teacher"):
+        done = invoke("compare", *runs, option, "m")
+        assert done.exit_code == 1
+        told = f"expected one of x/m, y/m got 'm', which is in several runs do Write for example {option} x/m."
+        assert told in said(done)
+    assert invoke("compare", *runs, "--baseline", "y/m").exit_code == 0
+    assert invoke("compare", *runs, "--baseline", "x").exit_code == 0, "a name of one run alone"
+
+
+def test_labels_have_as_many_folders_as_tell_them_apart(tmp_path: Path) -> None:
+    folders = ["a/p/run", "b/p/run", "c"]
+    runs = [Run(write_run(tmp_path / name, {"m": values(0, 0.5)})) for name in folders]
+    assert comparison.run_labels(runs) == ["a/p/run", "b/p/run", "c"]
+    assert [entry.label for entry in comparison.entries(runs)] == ["a/p/run/m", "b/p/run/m", "c/m"]
+
+
+def test_one_run_named_twice_is_refused(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "x", {"m": values(0, 0.5), "n": values(1, 0.5)})
+    for first, second in ((run, run), (run, f"{run}:m"), (f"{run}:m", f"{run}:m")):
+        done = invoke("compare", first, second)
+        assert done.exit_code == 1 and "expected each model of a run once got 'm' twice" in said(done)
+    assert invoke("compare", f"{run}:m", f"{run}:n").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--base", "a", "--teacher", "a"), ("--base", "a", "--teacher", "b", "--student", "a"),
+        ("--base", "a", "--teacher", "b", "--student", "b"),
+        ("--base", "a", "--teacher", "b", "--student", "c", "--student", "c"),
+    ],
+)  # fmt: skip
+def test_one_model_in_two_roles_is_refused(
+    tmp_path: Path, invoke: Callable[..., Any], options: tuple[str, ...]
+) -> None:
+    run = write_run(tmp_path / "x", {name: values(0, 0.5) for name in "abc"})
+    for done in (invoke("compare", run, *options), invoke("report", run, *options, "--output", tmp_path / "r")):
+        assert done.exit_code == 1 and "expected a model of its own for each role" in said(done)
+
+
+@pytest.mark.parametrize(("other", "refused"), [("f", False), ("e", True)])
+def test_recipes_with_two_teachers(tmp_path: Path, invoke: Callable[..., Any], other: str, refused: bool) -> None:
+    """Two runs of recipes: their teacher may be one model; of two different ones neither is taken silently."""
+    models = {"t": values(0, 0.9), "b": values(1, 0.3), "s": values(2, 0.5)}
+    roles = {"t": "teacher", "b": "base", "s": "student"}
+    runs = [write_run(tmp_path / name, models, roles=roles) for name in ("x", "y")]
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["models"][0]["fingerprint"] = other * 32
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    done = invoke("compare", *runs)
+    assert done.exit_code == int(refused)
+    assert ("the role teacher expected one model got several: x/t, y/t" in said(done)) == refused
+    gaps = report.payload([Run(run) for run in runs])["comparisons"]
+    assert bool(gaps["gaps"]) != refused
+    assert any("several models have the role teacher: x/t, y/t" in note for note in gaps["notes"]) == refused
+
+
+@pytest.mark.parametrize(("second", "differs"), [("off", True), ("auto", False)])
+def test_runs_that_differ_in_reasoning_say_so(
+    tmp_path: Path, invoke: Callable[..., Any], second: str, differs: bool
+) -> None:
+    runs = [write_run(tmp_path / name, {"m": values(0, 0.5)}) for name in ("x", "y")]
+    for run, option in zip(runs, ("auto", second), strict=True):
+        results = json.loads((run / "results.json").read_text()) | {"settings": {"reasoning": option}}
+        (run / "results.json").write_text(json.dumps(results))
+    note = "--reasoning differs, so what counts as the answer differs: x/m: auto; y/m: off"
+    assert (note in said(invoke("compare", *runs))) == differs
+    invoke("report", *runs, "--output", tmp_path / "r")
+    for page in ("report.md", "report.html"):
+        assert (note in (tmp_path / "r" / page).read_text(encoding="utf-8")) == differs
+
+
 def test_an_error_rate_is_compared_as_the_share_without_error(tmp_path: Path) -> None:
     """The first model fails 3 of 10, the second none: the interval is that of the right answers, turned around."""
     failed = {"b": [1.0] * 3 + [0.0] * 7, "s": [0.0] * 10, "t": [0.0] * 10}

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 from dskd_eval import mathematics
 
+LONG = "9" * 5000
 SAME = [
     (r"First \boxed{3}, no wait, \boxed{4}.", "4", True),
     (r"First \boxed{3}, no wait, \boxed{4}.", "3", False),
@@ -52,7 +53,22 @@ SAME = [
     (r"\boxed{1<x<2}", r"\{1,2\}", False), (r"\boxed{(1,3)}", "1<x<3", True),
     # Groups of digits and signs.
     (r"\boxed{10\,000}", "10000", True), (r"\boxed{10{,}000}", "10000", True), (r"\boxed{−5}", "-5", True),
-    (r"\boxed{10\,000}", "10", False),
+    (r"\boxed{10\,000}", "10", False), (r"\boxed{1\text{,}000}", "1000", True), (r"\boxed{1.234.567}", "1234567", True),
+    ("\\boxed{\u2212\u00a05}", "-5", True), (r"\boxed{１２}", "12", True), (r"\boxed{(3,\,400)}", "(3,400)", True),
+    (r"\boxed{12,34,567}", "567,34,12", True),
+    # The end of a sentence within the box.
+    (r"\boxed{4.}", "4", True), (r"\boxed{4,}", "4", True), (r"\boxed{4\,.}", "4", True), (r"\boxed{4.}", "5", False),
+    (r"\boxed{\frac{1}{2}.}", "0.5", True), (r"\boxed{4}", "4.", True), (r"\boxed{4.5}", "4", False),
+    # More mixed numbers, bases with a sign, powers of ten.
+    (r"\boxed{3\dfrac12}", "7/2", True), (r"\boxed{3~\tfrac{1}{2}}", "7/2", True), (r"\boxed{3½}", "3.5", True),
+    (r"\boxed{½}", "0.5", True), (r"\boxed{½}", "2", False), (r"\boxed{-3\frac{1}{2}}", "-7/2", True),
+    (r"\boxed{-101_2}", "-5", True), (r"\boxed{-101_2}", "-101_2", True), (r"\boxed{101_2}", "-101_2", False),
+    (r"\boxed{-101_3}", "-101_2", False), (r"\boxed{(101)_2}", "101_2", True),
+    (r"\boxed{1.5\times10^3}", "1500", True), (r"\boxed{1500}", r"1.5\cdot 10^{3}", True),
+    # More digits than Python turns into an int.
+    (rf"\boxed{{{LONG}}}", LONG, True), (rf"\boxed{{{LONG[:-1]}8}}", LONG, False), (rf"\boxed{{-{LONG}}}", LONG, False),
+    (rf"\boxed{{{LONG}}}", "4", False), (r"\boxed{4}", LONG, False), (rf"\boxed{{00{LONG}}}", LONG, True),
+    (rf"\boxed{{{LONG}:2}}", "2:3", False), (rf"\boxed{{{LONG}_{{16}}}}", "5", False),
 ]  # fmt: skip
 
 
@@ -66,7 +82,8 @@ BLIND = [
     (r"\boxed{50\text{ mm}}", r"5\text{ cm}", False), (r"\boxed{50\%}", "50", True), (r"\boxed{50\%}", "0.5", True),
     (r"\boxed{30^\circ}", "30", True), (r"\boxed{x<1 \text{ or } x>3}", r"(-\infty,1)\cup(3,\infty)", False),
     (r"First \boxed{3}. Then $x=4$.", "4", False),
-    ("The final answer is $3$. But then it is $4$.", "4", False),
+    ("The final answer is $3$. But then it is $4$.", "4", False), (r"\boxed{1,\,000}", "1000", False),
+    (f"It is {LONG}.", LONG, False), (r"\boxed{10^{5000}}", "1" + "0" * 5000, False),
 ]  # fmt: skip
 
 

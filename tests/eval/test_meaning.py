@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, data, runner
+from dskd_eval import catalog, data, doctor, runner
 from dskd_eval.errors import UserError
 
 Task = Callable[..., Path]
@@ -120,10 +120,56 @@ def test_missing_and_nested_references_are_refused(own_task: Task, value: Any, n
         ({"reference": "given"}, "3 of 3 references look like a list or None that Python printed: \"['Wien', 'x']\""),
         ({"reference": "$answer"}, "all 3 references are equal: '$answer'"),
         ({"reference": "void"}, "3 of 3 references are empty"),
+        (
+            {"reference": "{{answer}}\n!", "stop": "\n"},
+            "3 of 3 references hold the stop string '\\n', where an answer ends: 'row 1: Wien",
+        ),
+        (
+            {"reference": "{{answer}} or {{n}}", "stop": [";", " or 2"]},
+            "1 of 3 references hold the stop string ' or 2'",
+        ),
     ],
 )
 def test_what_may_be_meant_is_noted(own_task: Task, keys: dict[str, Any], note: str) -> None:
     assert any(note in found for found in checked(own_task(ROWS, **GOOD | keys)))
+
+
+def test_a_stop_string_at_the_end_of_a_reference_cuts_nothing(own_task: Task) -> None:
+    assert checked(own_task(ROWS, **GOOD | {"reference": "{{answer}}\n", "stop": "\n"})) == []
+
+
+OBJECTS = ["{{q.items}}", "{{answers.index}}", "{{answers | map('upper')}}", "{{question.title}}"]
+
+
+@pytest.mark.parametrize("text", OBJECTS)
+@pytest.mark.parametrize("key", ["prompt", "reference"])
+def test_methods_that_python_prints_are_refused(own_task: Task, text: str, key: str) -> None:
+    rows = [row | {"q": row["q"] | {"items": "x"}} for row in ROWS]
+    with pytest.raises(UserError, match=r"row 1, .*it prints a method or another object of Python"):
+        checked(own_task(rows, **GOOD | {key: "So: " + text}))
+    plain = checked(own_task(rows, **GOOD | {"prompt": "{{q['items']}} <built-in> {{question}}"}))
+    assert plain == [], "a field of that name, and angle brackets of the author"
+
+
+def test_methods_in_prompts_of_lm_eval_are_refused(own_task: Task) -> None:
+    native = {"scorer": None, "metric_list": [{"metric": "exact_match"}], "prompt": None, "reference": None}
+    with pytest.raises(UserError, match="the prompt prints a method"):
+        checked(own_task(ROWS, **native, doc_to_text="So: {{q.items}}", doc_to_target="{{answer}}"))
+
+
+@pytest.mark.parametrize(("filters", "state"), [(None, "ok"), ("x", "bad")])
+def test_references_of_lm_eval_tasks_go_through_their_own_metric(
+    own_task: Task, filters: str | None, state: str
+) -> None:
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    steps = [{"function": "regex", "regex_pattern": "(Wien|Paris|Roma)"}, {"function": "take_first"}]
+    path = own_task(
+        ROWS, scorer=None, metric_list=[metric], prompt=None, reference=None, doc_to_text="{{question}}",
+        doc_to_target="{{answer}}" + (filters or ""), filter_list=[{"name": "short", "filter": steps}],
+    )  # fmt: skip
+    found = list(doctor.oracle([catalog.load_task(path)], None, None))
+    assert [check.state for check in found] == [state, state]
+    assert all(("100.0 on 3" in check.text) == (state == "ok") for check in found)
 
 
 @pytest.mark.parametrize("chat", [False, True])

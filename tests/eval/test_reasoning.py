@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +72,12 @@ ANSWERS = [
     ("<think>a</think>The tag `</think>` ends it.", None, "The tag `</think>` ends it."),
     ('<think>a</think>The tag "<think>" begins it.', None, 'The tag "<think>" begins it.'),
     ("    return re.sub(r\"<think>.*?</think>\", '', t)", None, "    return re.sub(r\"<think>.*?</think>\", '', t)"),
+    # An opening marker without an end: a new trace at the start of a line, else talked about.
+    ("<think>a</think>3\n  <think>no", None, ""),
+    ("<think>a</think><think>no", None, ""),
+    ("<think>a</think>I use <think> to think: 4", None, "I use <think> to think: 4"),
+    ("<think>a</think>I use <think> twice\n<think>no", None, ""),
+    ("Models write <think> first. So 4", None, "Models write <think> first. So 4"),
     # Indentation of a body stays.
     ("<think>a</think>\n\n    return 1\n", None, "    return 1\n"),
     # Tags that some models put around the answer.
@@ -80,6 +89,71 @@ ANSWERS = [
 @pytest.mark.parametrize(("text", "opened", "expected"), ANSWERS)
 def test_where_the_answer_begins(text: str, opened: str | None, expected: str) -> None:
     assert reasoning.separate(text, THINK, THINK[0] if opened else None).answer == expected
+
+
+def test_tags_that_the_prompt_asks_for_stay() -> None:
+    text = "<think>a</think>\n<answer>4</answer>"
+    assert reasoning.separate(text, THINK, asked="Put it between <answer> tags.").answer == "<answer>4</answer>"
+    assert reasoning.separate(text, THINK, asked="Put it between <response> tags.").answer == "4"
+
+
+def test_a_control_token_opens_a_trace_wherever_it_stands() -> None:
+    pair = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
+    text = f"{pair[0]}a{pair[1]}4<|start|>assistant{pair[0]}no"
+    assert reasoning.separate(text, [pair]).state == "unclosed"
+
+
+UNITS = [
+    "<think>", "</think>", "x <think>", "<think>a</think>", "`</think>` ", "'</think>' ", "it's</think>", "“</think>",
+    "a`</think>", "```\n</think>\n```\n", "```\n</think>\n", "`` ` </think> ", "[THINK] </think> ", '"x" </think> ',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("start", ["", "<think>a</think>"])
+def test_many_markers_take_time_in_proportion(unit: str, start: str) -> None:
+    begun = time.process_time()
+    reasoning.separate(start + unit * (100_000 // len(unit)), reasoning.FAMILIES)
+    assert time.process_time() - begun < 6
+
+
+def slow_answer_start(text: str) -> int | None:
+    """As `answer_start`, reading the whole rest anew after every trace."""
+    begin, traced = 0, False
+    if text.startswith("<think>"):
+        if "</think>" not in text:
+            return None
+        begin, traced = text.index("</think>") + 8, True
+    while True:
+        rest = text[begin:]
+        for found in re.finditer("</?think>", rest):
+            unclosed = found[0] == "<think>" and "</think>" not in rest[found.start() :]
+            line = rest[: found.start()].rpartition("\n")[2]
+            if (unclosed and line.strip()) or is_literal(rest, found.start(), found.end(), traced):
+                continue
+            if unclosed:
+                return None
+            end = rest.index("</think>", found.start()) + 8
+            begin, traced = begin + end, True
+            break
+        else:
+            return begin
+
+
+def is_literal(text: str, first: int, last: int, traced: bool) -> bool:
+    spans = [found.span() for found in reasoning._CODE_SPAN.finditer(text)]
+    spans += [found.span() for found in reasoning._QUOTED.finditer(text)]
+    spans += reasoning._code_blocks(text, unclosed_is_code=traced)
+    return any(start <= first and last <= end for start, end in spans)
+
+
+def test_reading_no_further_than_needed_finds_the_same() -> None:
+    pieces = ["<think>", "</think>", "`", "``", "'", '"', "“", "”", "\n", "\n```\n", "\n~~~\n", "a", " ", "> ", "\n\n"]
+    draw = random.Random(0)
+    for _ in range(4000):
+        text = "".join(draw.choices(pieces, k=draw.randrange(1, 24)))
+        if not text.lstrip().startswith("<think>") or text.startswith("<think>"):
+            assert reasoning.answer_start(text, THINK) == slow_answer_start(text), text
 
 
 def test_without_markers_nothing_is_taken_off() -> None:

@@ -79,6 +79,30 @@ def test_notes_of_a_joint_report_are_about_the_models_shown(
     assert any(note.startswith("not compared: quiz: prompt style") for note in notes)
 
 
+def test_both_pages_tell_the_same_of_the_answers(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "x", {"m": [1.0, 0.0, 1.0], "n": [0.0, 0.0, 0.0]})
+
+    def counted(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        scores[0]["answers"] = {"count": 3, "with_reasoning": 2, "unfinished_reasoning": 1, "mean_new_tokens": 6.25}
+        scores[1]["answers"] = {"count": 3}
+        return scores
+
+    change(run, scores=counted)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample, dropped in zip(samples[:3], (["a block"], [], ["an end", "a call"]), strict=True):
+        sample["details"] = [{"program": "x", "dropped": dropped}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    assert invoke("report", run, "--output", tmp_path / "r").exit_code == 0
+    expected = {
+        "answers with a reasoning trace": "2 of 3", "unfinished reasoning traces": "1 of 3",
+        "answers of which code or text was left out": "2 of 3", "mean new tokens": "6.3",
+    }  # fmt: skip
+    assert page_data(tmp_path / "r" / "report.html")["answers"] == [{"task": "quiz", "model": "m", "facts": expected}]
+    text = (tmp_path / "r" / "report.md").read_text(encoding="utf-8").split("## Answers")[1].splitlines()
+    assert text[2] == "| " + " | ".join(["task", "model", *expected]) + " |"
+    assert text[4] == "| " + " | ".join(["quiz", "m", *expected.values()]) + " |"
+
+
 def test_what_cannot_be_compared_leaves_no_empty_table(
     unlike_runs: tuple[Path, Path], tmp_path: Path, invoke: Callable[..., Any]
 ) -> None:

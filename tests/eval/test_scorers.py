@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from decimal import Decimal
 
 import pytest
@@ -37,10 +38,27 @@ def typeset(value: Decimal, separator: str, minus: str, currency: str = "") -> s
 
 
 SEPARATORS = [
-    "", ",", "{,}", ",\\!", "{,}\\!", "\\,", "{\\,}", "\\;", "\\:", "\\ ", "~", "\\thinspace ", "'", "\u2019",
-    "\u00a0", "\u202f", "\u2009", "\u2007", "\u2006",
+    "", ",", "，", "\\text{,}", "{,\\!}", "\\!,\\!", ",\\,", "\\,\\,",
+    "{,}", ",\\!", "{,}\\!", "\\,", "{\\,}", "\\;", "\\:", "\\ ", "~", "\\thinspace ", "'", "\u2019",
+    "\u00a0", "\u202f", "\u2009", "\u2007", "\u2006", "\u2008", "\u200a", "\u205f", "\u02bc",
 ]  # fmt: skip
-MINUSES = ["-", "\u2212", "\u2013", "\u2012", "\u2011", "\ufe63", "\uff0d", "{-}"]
+MINUSES = [
+    "-",
+    "\u2212",
+    "\u2013",
+    "\u2012",
+    "\u2011",
+    "\ufe63",
+    "\uff0d",
+    "{-}",
+    "{\u2212}",
+    "\\text{\u2212}",
+    "\\textminus ",
+    "\u207b",
+    "\u2212\u00a0",
+    "\u2212\u202f",
+    "-\\,",
+]
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
@@ -63,10 +81,42 @@ def test_numbers_as_latex_and_typography_write_them(separator: str, minus: str) 
         ("pages 3\u20135", "5"), ("1990\u20131995", "1995"), ("9 \u2212 5 = 4", "4"), ("2024\u00a0400", "400"),
         ("3\u00a050", "50"), ("1\u00a02345", "2345"), ("0.5\u202f123", "123"), ("3.141\\,592", "3.141592"),
         ("5\u221212", "12"), ("(3\\,400)", "3400"), ("3, 400", "400"), ("rooms 12 400", "400"),
+        ("1, 2, 3", "3"), ("f(1,000)", "1000"), ("(3,\\,400)", "400"), ("(12,34,567)", "34567"), ("1,2345", "2345"),
+        ("3.5", "3.5"), ("2024-05-13", "13"), ("13/5/2024", "2024"), ("1.234", "1.234"), ("1.234.56", "1.234"),
+        ("x - 5", "5"), ("x \u2212\u00a05", "5"), ("9\\,-\\,5", "5"), ("(9) - 5", "5"), ("- 5 apples", "5"),
+        ("eggs:\n- 3\n- 5", "5"), ("1\\,234\\,5678", "5678"), ("x-5", "-5"),
     ],
 )  # fmt: skip
 def test_what_is_no_group_of_digits(text: str, number: str) -> None:
     assert scorers.last_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12,34,567", "1234567"), ("1,00,000.5", "100000.5"), ("₹12{,}34{,}567", "1234567"),
+        ("1.234.567", "1234567"), ("1.234.567,89", "1234567.89"), ("-1.234.567", "-1234567"),
+        ("１２，３４５．６", "12345.6"), ("＄１２", "12"), ("1\u200b000", "1000"), ("\u200e-5", "-5"),
+        ("x = - 5", "-5"), ("- 5", "-5"), ("The answer is - 5.", "-5"), ("Answer: - 5", "-5"), ("$- 5$", "-5"),
+        ("**- 5**", "-5"), ("\\boxed{- 5}", "-5"), ("(3, - 5)", "-5"), ("x \\approx - 5", "-5"),
+        ("It is \u2212\u00a05", "-5"),
+    ],
+)  # fmt: skip
+def test_other_groups_and_signs(text: str, number: str) -> None:
+    assert scorers.last_number(text) == Decimal(number)
+    assert scorers.score_number(answer(number, text)).metrics["flexible"] == 1.0, "as a reference"
+
+
+@pytest.mark.parametrize(("text", "number"), [("#### 3, 5", "3"), ("#### - 5", "-5"), ("#### 1,200", "1200")])
+def test_marked_numbers_are_read_like_others(text: str, number: str) -> None:
+    assert scorers.marked_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize("unit", ["1\\,", "1,", "- ", "1.111", "\\!", "1~~~", "-" + " " * 300, "{-", "1'"])
+def test_long_rows_of_separators_take_no_long_time(unit: str) -> None:
+    begun = time.process_time()
+    scorers.last_number(unit * (200_000 // len(unit)) + " x")
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize(
