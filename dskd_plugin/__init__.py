@@ -11,7 +11,7 @@ def __getattr__(name: str) -> object:
     if name != "DSKDPlugin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from dskd_plugin.plugin import DSKDPlugin
+        from dskd_plugin.host.plugin import DSKDPlugin
     except ImportError as error:
         # Axolotl 0.19 swallows ImportError and would go on with plain fine-tuning.
         raise RuntimeError(

@@ -1,8 +1,8 @@
 """What a pair of tokenizers means for distillation, in one line each for the pair and for a dataset."""
 
-from dskd_plugin.args import Settings
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
+from dskd_plugin.settings import Settings
 
 DOCS = "docs/method.md#which-method"
 _MUCH, _SOME = 0.8, 0.5

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dskd_plugin.args import Settings
 from dskd_plugin.core.backend import Backend
 from dskd_plugin.core.divergences import Divergence, divergence
 from dskd_plugin.core.events import Events
@@ -17,7 +16,8 @@ from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.methods import method_of
 from dskd_plugin.models import head_rows
 from dskd_plugin.pair import Pair
-from dskd_plugin.teacher import Teacher
+from dskd_plugin.settings import Settings
+from dskd_plugin.teachers.live import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

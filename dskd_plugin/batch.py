@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.objective import Sums
-from dskd_plugin.states import HiddenStates
+from dskd_plugin.teachers.base import HiddenStates
 
 
 @dataclass(frozen=True)

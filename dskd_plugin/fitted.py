@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from axolotl.utils.logging import get_logger
 from torch import Tensor
 from tqdm import tqdm
 
 from dskd_plugin.core.fitting import Fit
+from dskd_plugin.log import LOG
 from dskd_plugin.losses.dual_space import DualSpaceLoss
-from dskd_plugin.states import HiddenStates
+from dskd_plugin.teachers.base import HiddenStates
 
-LOG = get_logger("axolotl.dskd")
 LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dskd_plugin.align import Aligner, Ends, role_pairs
-from dskd_plugin.args import Settings
 from dskd_plugin.core.events import Events
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
 from dskd_plugin.methods import method_of
-from dskd_plugin.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.tokens import TokenTable, overlap, same_tokenizer, token_table
+from dskd_plugin.settings import Settings
+from dskd_plugin.text.align import Aligner, Ends, role_pairs
+from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
+from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer, token_table
 
 
 @dataclass(frozen=True)

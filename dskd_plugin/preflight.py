@@ -13,8 +13,8 @@ from typing import Any
 from dskd_plugin import last_words
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
-from dskd_plugin.resolve import parts_of
-from dskd_plugin.teacher_files import check_pair, check_teacher
+from dskd_plugin.teachers.files import check_pair, check_teacher
+from dskd_plugin.teachers.resolve import parts_of
 
 NAMES = ("dskd", "dskd_plugin")
 COMMANDS = ("train", "preprocess", "evaluate")
@@ -209,7 +209,7 @@ def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     check_key(recipe)
     if "dskd" not in recipe or "dskd" in given:
         return
-    from dskd_plugin.args import parse_settings
+    from dskd_plugin.settings import parse_settings
 
     settings = parse_settings(recipe["dskd"])
     check_recipe(recipe, settings)

@@ -77,6 +77,41 @@ def test_the_evaluator_knows_neither_plugin_nor_axolotl(path):
     assert not {top(name) for name in imports(path)} & {"dskd_plugin", "axolotl"}
 
 
+PLUGIN = ROOT / "dskd_plugin"
+PLUGIN_FILES = sorted(PLUGIN.rglob("*.py"))
+# folder -> folders that it may import; what stands beside the folders is open to all of them but `core`.
+INWARDS = {
+    "core": set(),
+    "methods": {"core", "losses", "text"},
+    "text": {"core"},
+    "losses": {"core", "teachers"},
+    "teachers": {"core", "methods", "text"},
+    "generation": {"core", "text"},
+    "host": {"core", "methods", "text", "losses", "teachers", "generation"},
+    "cli": {"methods", "text", "teachers", "generation", "host"},
+}
+
+
+def test_every_folder_of_the_plugin_has_its_place():
+    assert {path.parent.name for path in PLUGIN_FILES} - {"dskd_plugin"} == set(INWARDS)
+
+
+@pytest.mark.parametrize("path", PLUGIN_FILES, ids=lambda path: str(path.relative_to(PLUGIN)))
+def test_only_the_host_folder_imports_axolotl(path):
+    if path.parent.name != "host":
+        assert "axolotl" not in {top(name) for name in imports(path)}
+
+
+@pytest.mark.parametrize("folder", INWARDS)
+def test_folders_of_the_plugin_import_inwards(folder):
+    files = [path for path in PLUGIN_FILES if path.parent.name == folder]
+    assert files
+    for path in files:
+        parts = (name.split(".") for name in imports(path) if name.startswith("dskd_plugin."))
+        used = {part[1] for part in parts if part[1] in INWARDS}
+        assert used <= INWARDS[folder] | {folder}, path
+
+
 def test_only_learned_parts_are_modules():
     holders = {
         path.stem

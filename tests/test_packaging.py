@@ -275,7 +275,7 @@ def answers(request):
 
 @needs_axolotl
 def test_axolotl_loads_the_plugin_by_both_names(answers):
-    assert answers["classes"] == ["dskd_plugin.plugin.DSKDPlugin"] * 2
+    assert answers["classes"] == ["dskd_plugin.host.plugin.DSKDPlugin"] * 2
     assert answers["other names"] != "loaded"
 
 

@@ -145,7 +145,7 @@ def work(run: Run, place: Place) -> None:
 
 def train(run: Run, place: Place) -> None:
     """`axolotl train` in this process, which ends after it; leaves `model/` and `train.json` in the run's folder."""
-    from dskd_plugin.trainer import on_create
+    from dskd_plugin.host.trainer import on_create
 
     folder, out = place.folder(run), place.out
     shutil.rmtree(folder / "model", ignore_errors=True)

@@ -126,7 +126,7 @@ def accepted(made: Block) -> Block | None:
 
     A setting that the plugin lacks is left out where the plugin can behave in no other way.
     """
-    from dskd_plugin.args import Settings, parse_settings
+    from dskd_plugin.settings import Settings, parse_settings
 
     known = Settings.model_fields
     kept = {key: value for key, value in made.items() if key in known or IMPLIED.get(key) != value}
@@ -139,7 +139,7 @@ def accepted(made: Block) -> Block | None:
 
 def resolved(made: Block) -> Block:
     """All settings of a block as the installed plugin fills them in, without the teacher."""
-    from dskd_plugin.args import parse_settings
+    from dskd_plugin.settings import parse_settings
 
     found = parse_settings({"teacher": {"model": "teacher"}, **made}).model_dump()
     return {key: value for key, value in found.items() if key != "teacher"}

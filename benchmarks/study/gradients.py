@@ -18,7 +18,7 @@ from dskd_plugin.core.objective import TERMS
 from dskd_plugin.losses.base import DistillationLoss
 
 if TYPE_CHECKING:
-    from dskd_plugin.trainer import DSKDTrainer
+    from dskd_plugin.host.trainer import DSKDTrainer
 
 
 def watch(file: Path, *, every: int) -> Callable[["DSKDTrainer"], None]:

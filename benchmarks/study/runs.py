@@ -102,7 +102,7 @@ def train(run: Run, size: Size, out: Path, *, probes: int = 0) -> None:
     """
     import torch
 
-    from dskd_plugin.trainer import on_create
+    from dskd_plugin.host.trainer import on_create
 
     folder = run.folder(out)
     if (folder / "train.json").is_file():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dskd_plugin.trainer import DSKDTrainer
+    from dskd_plugin.host.trainer import DSKDTrainer
 
 LIMIT = 4096  # samples in memory
 

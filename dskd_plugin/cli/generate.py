@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from dskd_plugin.cli.messages import FIELD, Written, as_message, check_reasoning
 from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.generation.messages import FIELD, Written, as_message, check_reasoning
 
 if TYPE_CHECKING:
-    from dskd_plugin.cli.answers import Partial, Sampling
-    from dskd_plugin.cli.prompts import Source
+    from dskd_plugin.generation.answers import Partial, Sampling
+    from dskd_plugin.host.prompts import Source
 
 # Settings of a recipe's chat_template entries that say how the student reads a conversation.
 _STUDENT_KEYS = (
@@ -106,7 +106,7 @@ def generate(
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --write-recipe FILE beside it, got none. Set it.")
 
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     written = read_recipe(recipe)
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
@@ -114,7 +114,7 @@ def generate(
         if path is not None:
             _check_target(path, overwrite, recipe)
 
-    from dskd_plugin.cli.answers import Partial, Sampling, batches
+    from dskd_plugin.generation.answers import Partial, Sampling, batches
 
     source = load_recipe(recipe, written)
     check_reasoning(source.form, reasoning)
@@ -233,7 +233,7 @@ def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: boo
 
 def _check_tokens(rows: Any, source: "Source") -> None:
     """Raise ``ValueError`` for a prompt with a token that the teacher has no embedding for."""
-    from dskd_plugin.dataset_report import beyond_rows
+    from dskd_plugin.host.dataset_report import beyond_rows
 
     for place, ids in enumerate(rows["prompt_ids"]):
         if max(ids) >= source.rows:
@@ -267,8 +267,8 @@ class _Rendering:
 
 def _tell_one_sided(rows: Any, source: "Source", recipe: dict[str, Any]) -> None:
     """Warn, as a run does, of what in the prompts the teacher or the student will not read."""
-    from dskd_plugin.dataset_report import one_sided, one_sided_line, one_sided_note
-    from dskd_plugin.read_by import Names, OneSided
+    from dskd_plugin.host.dataset_report import one_sided, one_sided_line, one_sided_note
+    from dskd_plugin.text.read_by import Names, OneSided
 
     student = _student_rendering(source, recipe)
     if student is None:
@@ -298,7 +298,8 @@ def _conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: str, rows: Any) -> dict[str, Any]:
     """All that decides the answers. A run goes on only where it is unchanged."""
-    import axolotl
+    from importlib.metadata import version
+
     import torch
     import transformers
     from transformers import AutoConfig
@@ -326,7 +327,7 @@ def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: 
         "data": {"rows": len(rows), "sha256": _rows_digest(rows)},
         "versions": {
             "dskd": __version__,
-            "axolotl": axolotl.__version__,
+            "axolotl": version("axolotl"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -351,9 +352,9 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
     """Answer what is missing; returns tokens per second, None when nothing was."""
     import torch
 
-    from dskd_plugin.cli.answers import Writer
     from dskd_plugin.cli.progress import Progress
-    from dskd_plugin.teacher import Teacher
+    from dskd_plugin.generation.answers import Writer
+    from dskd_plugin.teachers.live import Teacher
 
     remaining = list(partial.remaining())
     if not remaining:
@@ -390,7 +391,7 @@ def _write_dataset(
     out: Path, made_with: dict[str, Any], answers: list[Written], tokens: int, rows: Any, recipe: Path
 ) -> dict[str, Any]:
     """Dataset and manifest from the complete answers; returns the counts."""
-    from dskd_plugin.cli.answers import write_whole
+    from dskd_plugin.generation.answers import write_whole
 
     answers = sorted(answers, key=lambda answer: answer.row)
     used = [answer for answer in answers if not answer.is_empty and (answer.whole or made_with["keep_unfinished"])]
@@ -521,7 +522,7 @@ def _template_setting(recipe: dict[str, Any], source: "Source") -> dict[str, Any
 
 def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], plain: bool) -> None:
     """The recipe with the new rows, as it is or without what distils."""
-    from dskd_plugin.cli.answers import write_whole
+    from dskd_plugin.generation.answers import write_whole
 
     digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
     new = {**recipe, **changes}
@@ -546,15 +547,14 @@ def _student_reads_field(recipe: dict[str, Any], source: "Source") -> bool:
 
 def _student_rendering(source: "Source", recipe: dict[str, Any]) -> _Rendering | None:
     """How the student will read the rows; None where it has no template, or one for `axolotl train` to explain."""
-    from axolotl.utils.chat_templates import get_chat_template
-
-    from dskd_plugin.dataset import student_template
+    from dskd_plugin.host.dataset import student_template
+    from dskd_plugin.host.named_templates import named_template
 
     entry = (_chats(recipe) or [{}])[0]
     try:
         tokenizer = _student_tokenizer(source)
         named = _template_setting(recipe, source).get("chat_template")
-        template = get_chat_template(named) if named else student_template(source.cfg, entry, tokenizer)
+        template = named_template(named) if named else student_template(source.cfg, entry, tokenizer)
     except (OSError, ValueError):
         return None
     return _Rendering(tokenizer, template, dict(source.cfg.get("chat_template_kwargs") or {}))

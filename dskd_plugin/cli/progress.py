@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from dskd_plugin.cli.answers import Answer
+from dskd_plugin.generation.answers import Answer
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} answers [{elapsed}{postfix}]"
 _PAUSE = {True: 0.5, False: 10.0}  # seconds between two states: of a terminal, of a log file

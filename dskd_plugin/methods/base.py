@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from dskd_plugin.align import Pairing
-    from dskd_plugin.args import Settings
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
     from dskd_plugin.losses.base import DistillationLoss
+    from dskd_plugin.settings import Settings
+    from dskd_plugin.text.align import Pairing
 
 # Settings of the methods that have projectors.
 PROJECTING = ("spaces", "target", "agreement_mask", "unmapped_argmax", "projector")

@@ -8,9 +8,9 @@ from dskd_plugin.methods.base import register
 from dskd_plugin.methods.dual_space import DualSpace, check_spaces
 
 if TYPE_CHECKING:
-    from dskd_plugin.args import Settings
     from dskd_plugin.assemble import Parts
     from dskd_plugin.losses.base import DistillationLoss
+    from dskd_plugin.settings import Settings
 
 
 @register

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from dskd_plugin.methods.base import Method, register
 
 if TYPE_CHECKING:
-    from dskd_plugin.args import Settings
     from dskd_plugin.assemble import Parts
     from dskd_plugin.losses.base import DistillationLoss
+    from dskd_plugin.settings import Settings
 
 
 @register

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from dskd_plugin.methods.base import PROJECTING, Method, register
 
 if TYPE_CHECKING:
-    from dskd_plugin.args import Settings
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
+    from dskd_plugin.settings import Settings
 
 
 @register

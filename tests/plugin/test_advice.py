@@ -3,9 +3,9 @@
 import pytest
 
 from dskd_plugin import advice
-from dskd_plugin.args import parse_settings
+from dskd_plugin.host.watch import Watch
 from dskd_plugin.pair import make_pair
-from dskd_plugin.watch import Watch
+from dskd_plugin.settings import parse_settings
 
 TEACHER = {"teacher": {"model": "some/teacher"}}
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
-from dskd_plugin.align import Aligner, align, warp
-from dskd_plugin.args import parse_settings
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
-from dskd_plugin.tokens import TokenTable, encode
+from dskd_plugin.settings import parse_settings
+from dskd_plugin.text.align import Aligner, align, warp
+from dskd_plugin.text.tokens import TokenTable, encode
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "20"))
 fuzz = settings(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizer_zoo import TAGGED, ZOO, Entry, apart, closed, load, load_tagged, spell
 from tokenizers import AddedToken
 
-from dskd_plugin.align import Aligner, align
-from dskd_plugin.tokens import encode
+from dskd_plugin.text.align import Aligner, align
+from dskd_plugin.text.tokens import encode
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 fuzz = settings(

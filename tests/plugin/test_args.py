@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dskd_plugin.args import DSKDArgs, parse_settings
+from dskd_plugin.settings import DSKDArgs, parse_settings
 
 TEACHER = {"teacher": {"model": "some/teacher"}}
 

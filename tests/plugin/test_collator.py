@@ -7,7 +7,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 
-from dskd_plugin.collator import (
+from dskd_plugin.host.collator import (
     COLUMNS,
     PackedMaskPairCollator,
     PackedPairCollator,

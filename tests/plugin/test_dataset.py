@@ -11,7 +11,7 @@ def prepare(recipe, tmp_path):
     """Rows of the first dataset after Axolotl's pipeline, the student's tokenizer and the teacher's."""
     from axolotl.integrations.base import PluginManager
 
-    from dskd_plugin import dataset
+    from dskd_plugin.host import dataset
 
     PluginManager._instance = None
 
@@ -196,7 +196,7 @@ def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher,
 
     from tokenizer_zoo import load_tagged, spell
 
-    from dskd_plugin.dataset import PairedStrategy
+    from dskd_plugin.host.dataset import PairedStrategy
     from dskd_plugin.pair import Pair
 
     one, other = load_tagged(student), load_tagged(teacher)
@@ -638,8 +638,8 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     """What the run takes for the ends, from the recipe alone, is what the rows were aligned with."""
     from axolotl.utils.dict import DictDefault
 
-    from dskd_plugin import dataset
-    from dskd_plugin.tokens import token_table
+    from dskd_plugin.host import dataset
+    from dskd_plugin.text.tokens import token_table
 
     seen = []
     original = dataset.aligner
@@ -748,9 +748,9 @@ def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
     ],
 )
 def test_prompt_by_hand(kept, labels, teacher, prompt):
-    from dskd_plugin.dataset import _prompt
+    from dskd_plugin.host.dataset import prompt_end
 
-    assert _prompt(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt
+    assert prompt_end(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt
 
 
 THINKS = (
@@ -819,7 +819,7 @@ def test_both_sides_may_have_several_templates_under_names(prepare, tiny, tmp_pa
 def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
     import json
 
-    from dskd_plugin import dataset_report
+    from dskd_plugin.host import dataset_report
 
     note = json.dumps({"side": "teacher", "error": error, "row": "x", "roles": roles})
     assert advice in dataset_report.refused("datasets: d", ["", note], 2)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dskd_plugin import errors, folders, preflight
-from dskd_plugin.model_card import public
+from dskd_plugin.host.model_card import public
 
 
 def raised(act):

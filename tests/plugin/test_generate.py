@@ -26,7 +26,7 @@ NEW = 24
 def fresh_plugin_manager(monkeypatch):
     from axolotl.integrations.base import PluginManager
 
-    from dskd_plugin import dataset
+    from dskd_plugin.host import dataset
 
     # datasets, with several processes, puts a copy in its place: what is set here would outlive the test.
     monkeypatch.setattr(os, "environ", os.environ)
@@ -205,7 +205,7 @@ def test_an_answer_does_not_depend_on_its_batch(family, temperature, build, tmp_
     """Padding, cache and positions of every family; the head has more rows than the tokenizer has tokens."""
     from transformers import AutoModelForCausalLM
 
-    from dskd_plugin.cli.answers import Sampling, Writer
+    from dskd_plugin.generation.answers import Sampling, Writer
 
     tokenizer = build.byte_level_tokenizer(300, 1)
     sizes = {"vocab_size": len(tokenizer) + 60, "initializer_range": 0.3, **FAMILIES[family]}
@@ -286,7 +286,7 @@ def test_a_finished_answer_leaves_its_batch(size, temperature, teacher):
     """Answers as one by one; no step reads more rows than are unfinished, but for those that wait to leave together."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dskd_plugin.cli.answers import Sampling, Writer
+    from dskd_plugin.generation.answers import Sampling, Writer
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
@@ -315,7 +315,7 @@ def test_a_finished_answer_leaves_its_batch(size, temperature, teacher):
 def test_the_time_left_is_right_for_answers_of_one_length(monkeypatch):
     """Ten answers of 50 tokens, two at a time, 4 tokens a second: 125 s in all."""
     from dskd_plugin.cli import progress
-    from dskd_plugin.cli.answers import Answer
+    from dskd_plugin.generation.answers import Answer
 
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
@@ -348,11 +348,11 @@ def test_the_bar_moves_within_a_batch(written, monkeypatch):
 
 
 def test_draws_follow_the_probabilities():
-    from dskd_plugin.cli.answers import Sampling, _Draw
+    from dskd_plugin.generation.answers import Draw, Sampling
 
     weights = [0.5, 0.0, 0.2, 0.05, 0.25]
     scores = torch.tensor(weights).log().expand(20_000, -1)
-    draw = _Draw(Sampling(1, 1.0, 1.0, 0, 3), range(20_000), prompt_length=4)
+    draw = Draw(Sampling(1, 1.0, 1.0, 0, 3), range(20_000), prompt_length=4)
     chosen = draw(torch.zeros(20_000, 4, dtype=torch.long), scores).argmax(-1)
     for token, weight in enumerate(weights):
         share = float((chosen == token).double().mean())
@@ -375,7 +375,7 @@ def test_seed_and_batch_size_of_sampled_answers(written):
 
 def stop_after(monkeypatch, count):
     """Ctrl-C in the batch after the first ``count``."""
-    from dskd_plugin.cli.answers import Writer
+    from dskd_plugin.generation.answers import Writer
 
     original, calls = Writer.answer, []
 
@@ -417,7 +417,7 @@ def test_ctrl_c_and_every_torn_file_lead_to_the_same_bytes(settings, written, mo
 
 
 def test_a_resumed_run_answers_only_what_is_missing(written, monkeypatch):
-    from dskd_plugin.cli.answers import Writer
+    from dskd_plugin.generation.answers import Writer
 
     options = [written(), *SETTINGS["greedy"], "--keep-unfinished"]
     resume = stop_after(monkeypatch, 9)
@@ -572,7 +572,7 @@ def test_the_prompt_is_the_conversation_up_to_the_last_question(case, written, t
     row, options, expected = CONVERSATIONS[case]
     from transformers import AutoTokenizer
 
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     path = Path(written(entry(data_of([row]), **options)))
     source = load_recipe(path, read_recipe(path))
@@ -587,7 +587,7 @@ def test_entries_are_read_as_axolotl_reads_them(written, build):
     """Splits, shards, parquet and the order of several entries."""
     from datasets import Dataset
 
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     first = [{"messages": chat(f"first {k}", TOLD)} for k in range(9)]
     second = [{"messages": chat(f"second {k}", TOLD)} for k in range(6)]
@@ -605,7 +605,7 @@ def test_entries_are_read_as_axolotl_reads_them(written, build):
 
 
 def test_several_processes_read_the_same_prompts(written):
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     name = data_of([{"messages": chat(f"question {k}", TOLD)} for k in range(1001)])
     found = []
@@ -617,7 +617,7 @@ def test_several_processes_read_the_same_prompts(written):
 
 
 def test_the_space_that_the_template_writes_is_not_part_of_an_answer(written):
-    from dskd_plugin.cli.prompts import load_recipe, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_recipe
 
     path = Path(written())
     assert load_recipe(path, read_recipe(path)).form.lead == " "
@@ -636,7 +636,7 @@ def test_rows_without_a_question_are_left_out_and_counted(written):
 
 def test_tool_calls_are_written_as_text_and_read_back_by_axolotl(written, teacher):
     """Calls with different arguments in one file."""
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     template = (
         "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}"
@@ -671,7 +671,7 @@ def test_tool_calls_are_written_as_text_and_read_back_by_axolotl(written, teache
 
 def test_fields_that_only_the_students_template_reads_are_written(written):
     """The teacher's template knows role and content; tool_call_id, name and a field of the user's own stay."""
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     tool = {"role": "tool", "content": "on", "tool_call_id": "call-7", "name": "lamp"}
     question = {"role": "user", "content": ASK, "source": {"page": 3}, "mark": True}
@@ -780,7 +780,7 @@ THINKING = {
 @pytest.mark.parametrize("case", THINKING)
 def test_the_student_reads_earlier_reasoning_of_the_written_rows_as_before(case, written, teacher):
     """Whatever the recipe calls it: what the printed entry makes of the rows is what the recipe's made of its own."""
-    from dskd_plugin.cli.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     options, key = THINKING[case]
     reads = (

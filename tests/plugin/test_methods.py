@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dskd_plugin import methods
-from dskd_plugin.args import parse_settings
 from dskd_plugin.methods.base import METHODS
+from dskd_plugin.settings import parse_settings
 
 FOLDER = Path(methods.__file__).parent
 PAIRS_BY = {
@@ -50,7 +50,7 @@ def test_which_tokens_a_method_pairs(name):
 
 def test_checking_settings_does_not_load_torch():
     text = (
-        "import sys\nfrom dskd_plugin.args import parse_settings\nparse_settings({'teacher': {'model': 't'}})\n"
+        "import sys\nfrom dskd_plugin.settings import parse_settings\nparse_settings({'teacher': {'model': 't'}})\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", text], check=True)

@@ -12,7 +12,7 @@ import yaml
 def fresh_plugin_manager():
     from axolotl.integrations.base import PluginManager
 
-    from dskd_plugin import dataset
+    from dskd_plugin.host import dataset
 
     PluginManager._instance = None
     yield
@@ -245,11 +245,11 @@ def test_without_a_block_every_hook_is_inert(load):
     assert plugin.get_training_args(cfg) is None
 
 
-@pytest.mark.parametrize("name", ["dskd", "dskd_plugin.DSKDPlugin", "dskd_plugin.plugin.DSKDPlugin"])
+@pytest.mark.parametrize("name", ["dskd", "dskd_plugin.DSKDPlugin", "dskd_plugin.host.plugin.DSKDPlugin"])
 def test_both_names_give_the_plugin(load, name):
     from axolotl.integrations.base import PluginManager
 
-    from dskd_plugin.trainer import DSKDTrainer
+    from dskd_plugin.host.trainer import DSKDTrainer
 
     cfg = load({"plugins": [name]})
     assert issubclass(PluginManager.get_instance().get_trainer_cls(cfg), DSKDTrainer)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from dskd_plugin.read_by import OneSided, Unread, hand_over
+from dskd_plugin.text.read_by import OneSided, Unread, hand_over
 
 ALL = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}[{{ message.role }}]"

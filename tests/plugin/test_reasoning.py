@@ -162,8 +162,8 @@ def generated(recipe, teacher, tmp_path, monkeypatch):
     """generated(dialect, *options) -> the last message of the only row, and the output."""
     from axolotl.integrations.base import PluginManager
 
-    from dskd_plugin import dataset
     from dskd_plugin.cli import main
+    from dskd_plugin.host import dataset
 
     monkeypatch.chdir(tmp_path)
 
@@ -218,9 +218,9 @@ def test_reasoning_that_is_cut_is_no_answer(mode, generated):
 
 def test_reasoning_without_an_answer_is_left_out_and_counted(generated):
     """The teacher ends its turn within the reasoning, as it does where it learnt another template."""
-    from dskd_plugin.cli.answers import Answer
-    from dskd_plugin.cli.messages import as_message
-    from dskd_plugin.reasoning import AssistantForm
+    from dskd_plugin.generation.answers import Answer
+    from dskd_plugin.generation.messages import as_message
+    from dskd_plugin.text.reasoning import AssistantForm
 
     form = AssistantForm("<think>\n", own=(("<think>", "</think>"),))
     for mode, content in {"keep": "<think>\nHm.", "drop": "", "field": ""}.items():
@@ -289,7 +289,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_where_an_answer_begins(case, build):
-    from dskd_plugin.reasoning import assistant_form
+    from dskd_plugin.text.reasoning import assistant_form
 
     template, said, *expected = CASES[case]
     tokenizer = build.byte_level_tokenizer(300, 1)
@@ -326,9 +326,9 @@ def test_earlier_unfinished_files_are_not_mixed_in(generated, teacher, recipe):
     ],
 )
 def test_tags_around_an_answer_after_reasoning(said, asked, expected):
-    from dskd_plugin.cli.answers import Answer
-    from dskd_plugin.cli.messages import as_message
-    from dskd_plugin.reasoning import AssistantForm
+    from dskd_plugin.generation.answers import Answer
+    from dskd_plugin.generation.messages import as_message
+    from dskd_plugin.text.reasoning import AssistantForm
 
     answer = Answer(0, said, 9, True)
     for reasoning in ("drop", "field"):

@@ -276,11 +276,13 @@ def base(request, tiny, build, tmp_path_factory):
 
 def of_the_plugin(case):
     """Reader and weights as a run of the plugin has them."""
-    from dskd_plugin.args import parse_settings
-    from dskd_plugin.teacher import Teacher, answer_ends, read_teacher
+    from dskd_plugin.host.named_templates import named_template
+    from dskd_plugin.settings import parse_settings
+    from dskd_plugin.teachers.live import Teacher
+    from dskd_plugin.teachers.reader import answer_ends, read_teacher
 
     settings = parse_settings({"teacher": {"dtype": "float32", **case.teacher}})
-    reader = read_teacher(settings, {"datasets": [{"type": "chat_template"}]})
+    reader = read_teacher(settings, {"datasets": [{"type": "chat_template"}]}, named_template)
     teacher = Teacher(
         settings.teacher,
         vocab_size=reader.table.vocab_size,
@@ -367,7 +369,7 @@ def test_the_one_text_chooses_as_transformers_does(kind, tools, build):
     """Every character is that of transformers with the templates under their names."""
     from dskd_eval import templates as of_the_evaluator
 
-    from dskd_plugin.templates import one_template
+    from dskd_plugin.text.templates import one_template
 
     tokenizer = build.sentencepiece_tokenizer(460, 2)
     tokenizer.chat_template = WHITE[kind]
@@ -461,8 +463,9 @@ def test_a_model_that_cannot_be_loaded_is_refused_at_once(when, case, tiny, tmp_
     from dskd_eval.models import ModelRef
 
     from dskd_plugin import preflight
-    from dskd_plugin.args import parse_settings
-    from dskd_plugin.teacher import read_teacher
+    from dskd_plugin.host.named_templates import named_template
+    from dskd_plugin.settings import parse_settings
+    from dskd_plugin.teachers.reader import read_teacher
 
     make, words = REFUSED[case]
     teacher = make(tiny["teacher"], tmp_path)
@@ -477,7 +480,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_at_once(when, case, tiny, tmp_
         if when == "files":
             preflight._check(recipe, {})
         elif when == "plugin":
-            read_teacher(parse_settings(block), recipe)
+            read_teacher(parse_settings(block), recipe, named_template)
         else:
             choice = teacher.get("chat_template", "tokenizer_default")
             ref = ModelRef("teacher", teacher["model"], "teacher", None, teacher.get("adapter"), choice)
@@ -543,13 +546,14 @@ MISFITS = {
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_parts_that_do_not_fit_are_refused_before_rows_are_read(case, tiny, tmp_path, build):
-    from dskd_plugin.args import parse_settings
-    from dskd_plugin.teacher import read_teacher
+    from dskd_plugin.host.named_templates import named_template
+    from dskd_plugin.settings import parse_settings
+    from dskd_plugin.teachers.reader import read_teacher
 
     make, words = MISFITS[case]
     teacher = make(tiny["teacher"], tmp_path, build)
     with pytest.raises(ValueError) as error:
-        read_teacher(parse_settings({"teacher": teacher}), {"datasets": [{"type": "chat_template"}]})
+        read_teacher(parse_settings({"teacher": teacher}), {"datasets": [{"type": "chat_template"}]}, named_template)
     for word in words:
         assert word in str(error.value), error.value
 
@@ -560,7 +564,8 @@ def test_parts_that_do_not_fit_are_refused_before_rows_are_read(case, tiny, tmp_
 def test_a_package_that_is_not_installed_is_missed_at_once(package, more, tiny, tmp_path, monkeypatch):
     from importlib.util import find_spec
 
-    from dskd_plugin import preflight, teacher_files
+    from dskd_plugin import preflight
+    from dskd_plugin.teachers import files as teacher_files
 
     lora(tiny["teacher"], tmp_path / "lora")
     monkeypatch.setattr(teacher_files, "find_spec", lambda name: None if name == package else find_spec(name))
@@ -592,7 +597,7 @@ def test_a_hub_id_may_be_an_adapter(tiny, tmp_path, monkeypatch):
     """An adapter repository in the cache, as the hub's client lays it out; its base is a folder."""
     from huggingface_hub import constants
 
-    from dskd_plugin.resolve import fetched_adapter, parts_of
+    from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
 
     snapshot = tmp_path / "hub" / "models--org--lora" / "snapshots" / "abc"
     lora(tiny["teacher"], snapshot, tokens=["[PAD]"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from dskd_plugin.align import Aligner, end_of_turn
-from dskd_plugin.args import OnPolicySettings
-from dskd_plugin.rollout import Rollout, _generating, _parts, _PlainReader, batches_exactly, pack
-from dskd_plugin.tokens import token_table
+from dskd_plugin.generation.rollout import PlainReader, Rollout, batches_exactly, generating, pack, prompt_parts
+from dskd_plugin.settings import OnPolicySettings
+from dskd_plugin.text.align import Aligner, end_of_turn
+from dskd_plugin.text.tokens import token_table
 
 IGNORE = -100
 WINDOW = {"sliding_window": 6}
@@ -225,7 +225,7 @@ def test_leaking_padding_is_noticed(sides, shared):
     blind = Blind(honest.config).eval()
     blind.load_state_dict(honest.state_dict())
     for model, exact in ((honest, True), (blind, False)):
-        with _generating(model, 0, None) as generator:
+        with generating(model, 0, None) as generator:
             assert batches_exactly(generator, vocab) is exact
     one = shared()
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
@@ -345,9 +345,9 @@ def test_parts_hold_every_prompt_once_within_the_limit(monkeypatch):
     rng = random.Random(2)
     prompts = [[1] * rng.randint(1, 60) for _ in range(40)]
     room = [rng.randint(1, 20) for _ in prompts]
-    monkeypatch.setattr("dskd_plugin.rollout.CACHE_TOKENS", 300)
+    monkeypatch.setattr("dskd_plugin.generation.rollout.CACHE_TOKENS", 300)
     for together in (True, False):
-        parts = list(_parts(prompts, room, together))
+        parts = list(prompt_parts(prompts, room, together))
         assert sorted(k for part in parts for k in part) == list(range(40))
         for part in parts:
             assert len(part) * (max(len(prompts[k]) for k in part) + max(room[k] for k in part)) <= 300
@@ -356,7 +356,7 @@ def test_parts_hold_every_prompt_once_within_the_limit(monkeypatch):
 
 def test_answers_do_not_depend_on_the_parts(shared, student_model, gold, monkeypatch):
     whole = shared().answer(student_model, gold, step=0, rank=0)
-    monkeypatch.setattr("dskd_plugin.rollout.CACHE_TOKENS", 1)
+    monkeypatch.setattr("dskd_plugin.generation.rollout.CACHE_TOKENS", 1)
     assert shared().answer(student_model, gold, step=0, rank=0) == whole
 
 
@@ -365,12 +365,12 @@ def test_answers_do_not_depend_on_the_parts(shared, student_model, gold, monkeyp
 
 def attached(model, sides, teacher_path):
     """The student with its real loss attached, as the trainer does it."""
-    from dskd_plugin.args import parse_settings
     from dskd_plugin.assemble import distillation_loss
     from dskd_plugin.models import output_head
     from dskd_plugin.pair import make_pair, pair_events, shared_ids
+    from dskd_plugin.settings import parse_settings
     from dskd_plugin.student import attach
-    from dskd_plugin.teacher import Teacher
+    from dskd_plugin.teachers.live import Teacher
 
     both = parse_settings({"teacher": {"model": teacher_path, "dtype": "float32"}})
     ours, theirs = sides["student"], sides["teacher"]
@@ -562,7 +562,7 @@ def test_answer_reads_as_in_a_dataset_for_every_kind_of_teacher(teacher_name, zo
 
 def test_the_teacher_never_reads_a_spelled_control_token(zoo_name, zoo):
     entry = zoo(zoo_name)
-    table, reader = entry.table, _PlainReader(entry.tokenizer, entry.table)
+    table, reader = entry.table, PlainReader(entry.tokenizer, entry.table)
     real = {token for token in table.special if table.literal[token]} - {table.unknown}
     assert real or not table.special
     for token in sorted(real)[:6]:
@@ -574,10 +574,10 @@ def test_the_teacher_never_reads_a_spelled_control_token(zoo_name, zoo):
 
 
 def test_plain_text_is_read_the_same_way_alone_or_after_a_prompt(zoo_name, zoo):
-    from dskd_plugin.tokens import encode
+    from dskd_plugin.text.tokens import encode
 
     entry = zoo(zoo_name)
-    table, reader = entry.table, _PlainReader(entry.tokenizer, entry.table)
+    table, reader = entry.table, PlainReader(entry.tokenizer, entry.table)
     for prompt, text in itertools.product(["Question: who?\nAnswer:", "Say: "], TEXTS):
         before, whole = (encode(entry.tokenizer, part) for part in (prompt, prompt + text))
         ids, complete = reader.ids(text, before)

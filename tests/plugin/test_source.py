@@ -20,13 +20,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dskd_plugin.align import align
 from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.divergences import forward_kl, log_probs
 from dskd_plugin.core.events import EventCompare, exact_target
-from dskd_plugin.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.tokens import overlap as shared_vocabulary
-from dskd_plugin.tokens import token_table
+from dskd_plugin.text.align import align
+from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
+from dskd_plugin.text.tokens import overlap as shared_vocabulary
+from dskd_plugin.text.tokens import token_table
 
 LENGTH = 6
 # After each character: how likely the next one is. A newline is mostly followed by indentation.

@@ -6,24 +6,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd_plugin.align import end_of_turn
-from dskd_plugin.args import TeacherSettings, parse_settings
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import micro_batch
-from dskd_plugin.collator import (
+from dskd_plugin.core.backend import TorchBlocks
+from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.host.collator import (
     PackedMaskAttentionCollator,
     PackedMaskPairCollator,
     PaddedAttentionCollator,
     PaddedPairCollator,
 )
-from dskd_plugin.core.backend import TorchBlocks
-from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.methods.base import METHODS, Method, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
-from dskd_plugin.teacher import Teacher
-from dskd_plugin.tokens import token_table
+from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.text.align import end_of_turn
+from dskd_plugin.text.tokens import token_table
 
 
 def split(batch):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.tokens import TokenTable, encode, overlap, places, same_tokenizer, spell, token_table
+from dskd_plugin.text.tokens import TokenTable, encode, overlap, places, same_tokenizer, spell, token_table
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 TEXTS = [
@@ -207,7 +207,7 @@ def test_overlap_prefers_ordinary_tokens_to_byte_tokens(zoo):
 
 def test_importing_it_loads_neither_transformers_nor_axolotl():
     hosts = ("transformers", "axolotl", "tokenizers")
-    code = f"import dskd_plugin.align, sys; print([m for m in {hosts} if m in sys.modules])"
+    code = f"import dskd_plugin.text.align, sys; print([m for m in {hosts} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dskd_plugin.args import Settings
 from dskd_plugin.core.objective import RATES, TERMS
+from dskd_plugin.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes" / "README.md"]
@@ -95,7 +95,7 @@ def test_every_logged_name_is_explained():
 
 
 def test_examples_of_the_documents_are_valid_recipes():
-    from dskd_plugin.args import parse_settings
+    from dskd_plugin.settings import parse_settings
 
     texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
     written = [yaml.safe_load(found) for text in texts for found in re.findall(r"```yaml\n(.*?)```", text, re.S)]

@@ -14,7 +14,7 @@ import torch
 from benchmarks.real_pair import data, easy, measures, records, report, runs, table
 from benchmarks.real_pair.__main__ import chosen, parse
 from benchmarks.real_pair.table import BASE, Run
-from dskd_plugin.args import parse_settings
+from dskd_plugin.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["--teacher", "t", "--student", "s", "--data", "d"]
@@ -49,7 +49,7 @@ def test_every_setting_is_a_block_that_the_plugin_takes_or_lacks_a_setting_for()
 
 def test_a_setting_that_the_plugin_lacks_is_left_out_only_where_nothing_else_could_happen():
     assert table.accepted({"method": "overlap_kd", "made_up": 1}) is None
-    from dskd_plugin.args import Settings
+    from dskd_plugin.settings import Settings
 
     for key, value in table.IMPLIED.items():
         made = table.accepted({key: value})
@@ -196,7 +196,7 @@ class _Settings:
 
 def test_kept_states_are_the_teachers_and_the_decoder_is_asked_once(tiny, tmp_path, monkeypatch):
     from benchmarks.study.states import Folder, Kept
-    from dskd_plugin.teacher import Teacher
+    from dskd_plugin.teachers.live import Teacher
 
     options = {"vocab_size": 460, "device": torch.device("cpu"), "attn_implementation": "sdpa"}
     teacher = Teacher(_Settings(tiny["teacher"]), **options, packed=False, trust_remote_code=False)

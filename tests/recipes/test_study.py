@@ -20,7 +20,7 @@ import torch
 from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
 from benchmarks.study.__main__ import parse
 from benchmarks.study.statistics import holm, paired, score
-from dskd_plugin.args import parse_settings
+from dskd_plugin.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "study" / "records").glob("*.jsonl"))
@@ -408,7 +408,7 @@ def test_missing_data_is_named(monkeypatch, tmp_path):
 
 
 def test_the_students_tokenizer_is_sentencepiece_with_byte_fallback():
-    from dskd_plugin.tokens import token_table
+    from dskd_plugin.text.tokens import token_table
 
     rng = random.Random(2)
     words = ["apple", "river", "counts", "eleven", "the", "of", "and", "stones", "near", "house"]

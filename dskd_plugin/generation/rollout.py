@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dskd_plugin.align import Aligner, answers
-from dskd_plugin.args import OnPolicySettings
+from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
-from dskd_plugin.reasoning import KNOWN, Markers
-from dskd_plugin.tokens import TokenTable, encode, spell
+from dskd_plugin.settings import OnPolicySettings
+from dskd_plugin.text.align import Aligner, answers
+from dskd_plugin.text.reasoning import KNOWN, Markers
+from dskd_plugin.text.tokens import TokenTable, encode, spell
 
-LOG = get_logger("axolotl.dskd")
 IGNORE = -100
 # Tokens of prompts and answers, padding included, whose keys and values are kept at a time.
 CACHE_TOKENS = 2**15
@@ -90,7 +89,7 @@ class Rollout:
         texts = frozenset(text.encode() for pair in markers for text in pair)
         self._openings = sorted({opening.encode() for opening, _ in markers}, key=len, reverse=True)
         known = aligner.teacher.vocab_size if teacher_rows is None else teacher_rows
-        self._reader = None if aligner.identity else _PlainReader(teacher_tokenizer, aligner.teacher, texts, known)
+        self._reader = None if aligner.identity else PlainReader(teacher_tokenizer, aligner.teacher, texts, known)
         self._controls = _controls(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
@@ -215,10 +214,10 @@ class Rollout:
             for ids in prompts
         ]
         found: list[list[int]] = [[] for _ in prompts]
-        with _generating(model, seed, autocast) as generator:
+        with generating(model, seed, autocast) as generator:
             if self._batches is None:
                 self._batches = batches_exactly(generator, self.aligner.student.vocab_size)
-            for part in _parts(prompts, room, self._batches):
+            for part in prompt_parts(prompts, room, self._batches):
                 new = self._generate(generator, [prompts[k] for k in part], max(room[k] for k in part))
                 for k, ids in zip(part, new, strict=True):
                     found[k] = ids[: room[k]]
@@ -309,7 +308,7 @@ class Rollout:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-class _PlainReader:
+class PlainReader:
     """Tokens of a text as a tokenizer makes them after a prompt, never a control token that the text spells."""
 
     def __init__(
@@ -457,7 +456,7 @@ def batches_exactly(generator: Any, vocab_size: int) -> bool:
     return True
 
 
-def _parts(prompts: list[list[int]], room: list[int], together: bool) -> Iterator[list[int]]:
+def prompt_parts(prompts: list[list[int]], room: list[int], together: bool) -> Iterator[list[int]]:
     """Numbers of the prompts to answer at a time: those of similar length together, or each alone."""
     part: list[int] = []
     for k in sorted(range(len(prompts)), key=lambda k: len(prompts[k])):
@@ -470,7 +469,7 @@ def _parts(prompts: list[list[int]], room: list[int], together: bool) -> Iterato
 
 
 @contextlib.contextmanager
-def _generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> Iterator[Any]:
+def generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> Iterator[Any]:
     """The causal language model in eval mode without settings of its own, under a random state of its own."""
     generator = causal_lm(model)
     device = generator.device

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dskd_plugin.tokens import Canonical, units
+from dskd_plugin.text.tokens import Canonical, units
 
 # What str.strip strips, and with it the templates' `trim`, in UTF-8.
 _WHITE = re.compile(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from dskd_plugin.generation.rollout import generating
 from dskd_plugin.models import is_partitioned
-from dskd_plugin.rollout import _generating
 
 WIDTH = 110
 ANSWER_TOKENS = 64
@@ -84,7 +84,7 @@ def _answer(trainer: Any, model: Any, prompt: list[int], gold: list[int]) -> lis
         eos_token_id=sorted(ends) if gold[-1] in tokenizer.all_special_ids else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    with _generating(model, 0, trainer.autocast) as generator:
+    with generating(model, 0, trainer.autocast) as generator:
         ids = torch.tensor([prompt], device=generator.device)
         return generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
             0, len(prompt) :

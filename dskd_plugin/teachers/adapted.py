@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.utils.logging import get_logger
 from torch import nn
 
-LOG = get_logger("axolotl.dskd")
+from dskd_plugin.log import LOG
 
 
 def prepare(model: Any, adapter: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.folders import check_files, check_whole, holds_vocabulary, read_json
 from dskd_plugin.methods import method_of
-from dskd_plugin.resolve import Parts
-from dskd_plugin.templates import DEFAULT, Found, names, templates_in
+from dskd_plugin.teachers.resolve import Parts
+from dskd_plugin.text.templates import DEFAULT, Found, names, templates_in
 
 # Architectures that read text and cannot write it.
 ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")

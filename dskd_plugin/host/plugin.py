@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from axolotl.utils.logging import get_logger
 
 from dskd_plugin import __version__
-from dskd_plugin.align import RULES
 from dskd_plugin.folders import check_student
+from dskd_plugin.log import LOG
 from dskd_plugin.methods import method_of
 from dskd_plugin.preflight import check_key, check_recipe
-
-LOG = get_logger("axolotl.dskd")
+from dskd_plugin.text.align import RULES
 
 
 class DSKDPlugin(BasePlugin):
@@ -30,7 +28,7 @@ class DSKDPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Check everything that can be checked before a model is loaded or a file written."""
-        from dskd_plugin import dataset
+        from dskd_plugin.host import dataset
 
         self.reader = self._trainer = None
         dataset.install(None)
@@ -43,9 +41,10 @@ class DSKDPlugin(BasePlugin):
         dataset.install(self.reader)
 
     def _read(self, cfg: Any) -> Any:
-        from dskd_plugin.args import parse_settings
+        from dskd_plugin.host.named_templates import named_template
         from dskd_plugin.pair import make_pair
-        from dskd_plugin.teacher import check_reachable, read_teacher
+        from dskd_plugin.settings import parse_settings
+        from dskd_plugin.teachers.reader import check_reachable, read_teacher
 
         settings = parse_settings(cfg["dskd"].to_dict() if hasattr(cfg["dskd"], "to_dict") else cfg["dskd"])
         check_recipe(cfg, settings)
@@ -54,7 +53,7 @@ class DSKDPlugin(BasePlugin):
         check_student(cfg["base_model"])
         if not Path(cfg["base_model"]).exists():
             check_reachable("base_model", cfg["base_model"], cfg.get("revision_of_model"), trust_remote_code)
-        reader = read_teacher(settings, cfg)
+        reader = read_teacher(settings, cfg, named_template)
         changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
         one_tokenizer = settings.alignment == "identity" or method_of(settings).needs_one_tokenizer
         if (one_tokenizer or settings.chunk_ratio > 0) and not changed:
@@ -92,19 +91,19 @@ class DSKDPlugin(BasePlugin):
         return str(Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / f"dskd-{digest}")
 
     def get_input_args(self) -> str:
-        return "dskd_plugin.args.DSKDArgs"
+        return "dskd_plugin.settings.DSKDArgs"
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         if self.reader is None:
             return None
-        from dskd_plugin.trainer import DSKDTrainer
+        from dskd_plugin.host.trainer import DSKDTrainer
 
         return DSKDTrainer.configured(self.reader, cfg)
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         if self.reader is None:
             return None
-        from dskd_plugin.collator import collator_class
+        from dskd_plugin.host.collator import collator_class
 
         return collator_class(cfg, is_eval), {}
 
@@ -118,8 +117,8 @@ class DSKDPlugin(BasePlugin):
             return
         self._post_train_calls += 1
         if self._post_train_calls == 2:
-            from dskd_plugin import partial
-            from dskd_plugin.summary import summary
+            from dskd_plugin.host import partial
+            from dskd_plugin.host.summary import summary
 
             trainer, self._trainer = self._trainer, None
             partial.finished(trainer)

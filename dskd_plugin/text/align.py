@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dskd_plugin.core.spans import match_spans, match_starts
-from dskd_plugin.regions import Common, Text, beginning, contained, first_difference, same, same_ink
-from dskd_plugin.tokens import Canonical, TokenTable, canonical
+from dskd_plugin.text.regions import Common, Text, beginning, contained, first_difference, same, same_ink
+from dskd_plugin.text.tokens import Canonical, TokenTable, canonical
 
 PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": "Quebec"}]
 

@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
-from axolotl.utils.logging import get_logger
 
-from dskd_plugin import advice, dataset_report
-from dskd_plugin.align import Ends, answers, end_of_turn
-from dskd_plugin.args import Settings
-from dskd_plugin.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin import advice
+from dskd_plugin.host import dataset_report
+from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin.host.turn_end_warning import names_the_side, template_end
+from dskd_plugin.log import LOG
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair, aligner, make_pair
-from dskd_plugin.read_by import OneSided, hand_over
-from dskd_plugin.teacher import TeacherReader
-from dskd_plugin.templates import names, one_template
-from dskd_plugin.tokens import TokenTable, overlap, places, spell
-from dskd_plugin.turn_end_warning import names_the_side, template_end
+from dskd_plugin.settings import Settings
+from dskd_plugin.teachers.reader import TeacherReader
+from dskd_plugin.text.align import Ends, answers, end_of_turn
+from dskd_plugin.text.read_by import OneSided, hand_over
+from dskd_plugin.text.templates import names, one_template
+from dskd_plugin.text.tokens import TokenTable, overlap, places, spell
 
-LOG = get_logger("axolotl.dskd")
 IGNORE = -100
 
 
@@ -176,7 +176,7 @@ class PairedStrategy:
         if self.with_prompts:
             ours = answers(ids, _trained(labels), self.pair.student, self.aligner.student_end)
             theirs = answers(teacher_ids, _trained(teacher_labels), self.pair.teacher, self.aligner.teacher_end)
-            found["teacher_prompt"] = _prompt(ours[: self.student_len], ours, theirs)
+            found["teacher_prompt"] = prompt_end(ours[: self.student_len], ours, theirs)
         # Arrays know that they hold integers where they are empty in all of the first rows.
         return {
             column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
@@ -184,7 +184,7 @@ class PairedStrategy:
         }
 
 
-def _prompt(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
+def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
     """Teacher tokens before the answer to the student's last prompt within ``kept``; 0 where there is no prompt."""
     starts, whole, teacher_starts = _starts(kept), _starts(ours), _starts(theirs)
     if not starts or starts[-1] == 0:

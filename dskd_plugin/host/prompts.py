@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dskd_plugin.args import Settings
-from dskd_plugin.read_by import hand_over
-from dskd_plugin.reasoning import AssistantForm, form_of
+from dskd_plugin.settings import Settings
+from dskd_plugin.text.read_by import hand_over
+from dskd_plugin.text.reasoning import AssistantForm, form_of
 
 # Settings of the training run that mean nothing here and may not suit this machine.
 _TRAINING_ONLY = {
@@ -85,9 +85,10 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
             f"axolotl: expected an installed Axolotl, got {error}. Install it: pip install 'dskd[train]'."
         ) from error
 
-    from dskd_plugin import dataset
-    from dskd_plugin.plugin import DSKDPlugin
-    from dskd_plugin.teacher import answer_ends, positions_of, resolve_template
+    from dskd_plugin.host import dataset
+    from dskd_plugin.host.named_templates import named_template
+    from dskd_plugin.host.plugin import DSKDPlugin
+    from dskd_plugin.teachers.reader import answer_ends, positions_of, resolve_template
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
     with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
@@ -109,7 +110,7 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
     (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
     reader = plugin.reader
     # Entries of other types than chat_template are answered in the teacher's template as well.
-    template = resolve_template(reader.settings.teacher, reader.tokenizer, needed=True)
+    template = resolve_template(reader.settings.teacher, reader.tokenizer, named_template, needed=True)
     assert template is not None
     source = Source(
         cfg=cfg,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from dskd_plugin.args import Settings
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
-from dskd_plugin.read_by import SIDES, Unread
+from dskd_plugin.settings import Settings
+from dskd_plugin.text.read_by import SIDES, Unread
 
 # Columns of rows on their way here; they are taken off before the rows are kept.
 UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_segments", "dskd_parted", "dskd_refused", "dskd_one_sided"

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
 from dskd_plugin import last_words
 from dskd_plugin.folders import read_json
+from dskd_plugin.log import LOG
 
-LOG = get_logger("axolotl.dskd")
 MARK = "PARTIAL.txt"
 TEXT = """This folder belongs to a training run that has not ended, or that was stopped. Weights that lie beside this
 file are not the finished student. A folder checkpoint-<step> is whole if it holds a trainer_state.json.

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dskd_plugin.reasoning import AssistantForm, unwrapped
+from dskd_plugin.text.reasoning import AssistantForm, unwrapped
 
 if TYPE_CHECKING:
-    from dskd_plugin.cli.answers import Answer
+    from dskd_plugin.generation.answers import Answer
 
 FIELD = "reasoning_content"  # as Axolotl and most chat templates name it
 

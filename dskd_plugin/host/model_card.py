@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from dskd_plugin.host.summary import changes
 from dskd_plugin.methods import method_of
-from dskd_plugin.summary import changes
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SIZES = (

@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dskd_plugin.tokens import spell, token_table
+from dskd_plugin.text.tokens import spell, token_table
 
 Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 
@@ -75,7 +75,7 @@ class _Known(LogitsProcessor):
         return scores.index_fill(1, torch.arange(self.vocab_size, scores.shape[1], device=scores.device), -torch.inf)
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Leaves one token of each row: where the row's own random number falls in the cumulative probabilities.
 
     The numbers of a row come from (seed, row), so they depend neither on its batch nor on earlier runs.
@@ -110,7 +110,7 @@ def _processors(sampling: Sampling, vocab_size: int, rows: Sequence[int], prompt
             found.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             found.append(TopPLogitsWarper(sampling.top_p))
-        found.append(_Draw(sampling, rows, prompt_length))
+        found.append(Draw(sampling, rows, prompt_length))
     return found
 
 

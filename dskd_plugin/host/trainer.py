@@ -8,31 +8,32 @@ from typing import Any
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dskd_plugin import advice, model_card, partial, state
+from dskd_plugin import advice, state
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import MicroBatch, micro_batch
-from dskd_plugin.collator import COLUMNS, ON_POLICY
 from dskd_plugin.core.objective import RATES, TERMS, Objective
-from dskd_plugin.dataset import student_template, turn_ends
 from dskd_plugin.fitted import fit_projector
+from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
+from dskd_plugin.host import model_card, partial
+from dskd_plugin.host.collator import COLUMNS, ON_POLICY
+from dskd_plugin.host.dataset import student_template, turn_ends
+from dskd_plugin.host.watch import Watch
+from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.methods import method_of
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
-from dskd_plugin.reasoning import markers_of
-from dskd_plugin.rollout import COUNTS, Rollout, pack
-from dskd_plugin.states import HiddenStates
 from dskd_plugin.student import attach
-from dskd_plugin.teacher import Teacher, TeacherReader
-from dskd_plugin.watch import Watch
+from dskd_plugin.teachers.base import HiddenStates
+from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.teachers.reader import TeacherReader
+from dskd_plugin.text.reasoning import markers_of
 
-LOG = get_logger("axolotl.dskd")
 SUMS = (*TERMS, *RATES)
 
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss

@@ -1,0 +1,1 @@
+"""Everything that meets Axolotl: the only files that import it."""

@@ -1,0 +1,154 @@
+"""The frozen teacher in memory: loaded outside every engine, asked for hidden states.
+
+Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher width.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dskd_plugin.core.heads import Head
+from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.log import LOG
+from dskd_plugin.models import check_head, decoder, output_head, read_head
+from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teachers import adapted
+from dskd_plugin.teachers.outside_engines import outside_engines
+from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
+
+
+def _load(
+    settings: TeacherSettings, attn_implementation: str | None, device: torch.device, trust_remote_code: bool
+) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    dtype = getattr(torch, settings.dtype)
+    if settings.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif settings.quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    parts = parts_of(settings, fetched_adapter)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        parts.weights,
+        revision=parts.revision,
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"no weights for {len(missing)} of its tensors, such as {missing[0]}, which would be random")
+    if parts.adapter is not None:
+        from peft import PeftModel
+
+        adapted.prepare(model, parts.adapter)
+        model = PeftModel.from_pretrained(model, str(parts.adapter)).merge_and_unload()
+    return model
+
+
+class Teacher:
+    """A frozen decoder that answers with the hidden states of chosen positions, never with logits."""
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        attn_implementation: str | None,
+        packed: bool,
+        trust_remote_code: bool,
+    ) -> None:
+        with outside_engines():
+            try:
+                if attn_implementation and attn_implementation.startswith("flash") and settings.dtype == "float32":
+                    attn_implementation = None  # FlashAttention computes in half precision only
+                try:
+                    model = _load(
+                        settings, settings.attn_implementation or attn_implementation, device, trust_remote_code
+                    )
+                except ValueError as error:
+                    if settings.attn_implementation is not None or "attention" not in str(error):
+                        raise
+                    LOG.info(
+                        "dskd: the teacher does not know the student's %s; using its default",
+                        attn_implementation,
+                    )
+                    model = _load(settings, None, device, trust_remote_code)
+            except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+                raise DSKDSetupError(
+                    f"dskd.teacher: expected a loadable causal language model, got {settings.model!r}: {error}. "
+                    "Check that the folder is complete "
+                    "and that what its settings need is installed."
+                ) from error
+        self.model = model.requires_grad_(False).eval()
+        self.decoder = decoder(self.model)
+        self.head: Head = read_head(self.model, output_head(self.model), vocab_size).detach()
+        self.packed = packed and self._packing_is_exact()
+        self._check_head()
+
+    @property
+    def width(self) -> int:
+        return self.head.weight_VD.shape[1]
+
+    @property
+    def embedding(self) -> Tensor:
+        """Input embeddings [V, D]; D need not be the width of the head in every family."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.detach()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.arange(1, 9, device=self.model.device)[None] % self.head.vocab_size
+        logits = self.model(input_ids=ids, use_cache=False).logits[0]
+        check_head(self._hidden(input_ids=ids)[0], logits, self.head, "dskd.teacher.model")
+
+    @torch.no_grad()
+    def _packing_is_exact(self) -> bool:
+        """Whether this architecture keeps packed neighbours apart by position ids alone; measured, not assumed."""
+        ids = torch.arange(3, 15, device=self.model.device) % self.head.vocab_size
+        lengths = torch.tensor([7, 5])
+        together = self._packed_hidden(ids, lengths)
+        apart = self._padded_hidden(ids, lengths)
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.05
+        return float((together.float() - apart.float()).norm()) <= limit * float(apart.float().norm())
+
+    def _hidden(self, **inputs: Tensor) -> Tensor:
+        # With a cache, transformers does not see the packing and neighbours leak into each other.
+        return self.decoder(**inputs, use_cache=False).last_hidden_state
+
+    def _packed_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
+        position_ids = torch.cat([torch.arange(int(length)) for length in lengths]).to(ids_T.device)
+        return self._hidden(input_ids=ids_T[None], position_ids=position_ids[None])[0]
+
+    def _padded_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.to(ids_T.device)
+        present = torch.arange(int(lengths.max()), device=ids_T.device)[None] < lengths[:, None]
+        ids = torch.zeros(present.shape, dtype=ids_T.dtype, device=ids_T.device).masked_scatter(present, ids_T)
+        return self._hidden(input_ids=ids, attention_mask=present.long())[present]
+
+    @torch.no_grad()
+    def rows(self, ids_T: Tensor, lengths: Tensor, bins: Tensor, rows_N: Tensor) -> Tensor:
+        """Hidden states [N, E] at flat positions ``rows_N`` of the concatenated samples ``ids_T``.
+
+        lengths: tokens of each sample; bins: how many samples share each packed row (used when packing).
+        """
+        if not len(rows_N):
+            return torch.zeros(0, self.width, dtype=self.head.weight_VD.dtype, device=ids_T.device)
+        if not self.packed:
+            return self._padded_hidden(ids_T, lengths)[rows_N]
+        hidden, start, sample = [], 0, 0
+        for count in bins.tolist():
+            inside = lengths[sample : sample + count]
+            end = start + int(inside.sum())
+            hidden.append(self._packed_hidden(ids_T[start:end], inside))
+            start, sample = end, sample + count
+        return torch.cat(hidden)[rows_N]
