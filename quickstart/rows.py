@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quickstart import data
 
-SIZES = {"train": 504, "validation": 112, "heldout": 168, "prompts": 1008, "prose": 52000}
+SIZES = {"train": 504, "validation": 112, "heldout": 168, "prompts": 490, "prose": 52000}
 GOLD_PER_KIND = 6
 
 
