@@ -87,7 +87,7 @@ def distillation_loss(
         spaces=settings.spaces,
         agreement_mask=settings.agreement_mask,
         compares=method.compares,
-        chunk_ratio=settings.chunk_ratio,
+        span_weight=settings.span_weight,
     )
     parts = Parts(
         settings=settings,

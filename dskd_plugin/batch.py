@@ -1,7 +1,7 @@
 """One micro-batch on its way from the collator to the loss: which rows count, and what the teacher says of them.
 
-Shapes: R response rows, N aligned rows (the first N of R), M teacher rows, P and Q rows of the chunks on the student's
-and the teacher's side, C chunks, T terms, D teacher width.
+Shapes: R response rows, N aligned rows (the first N of R), M teacher rows, P and Q rows of the spans on the student's
+and the teacher's side, C spans, T terms, D teacher width.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from dskd_plugin.teachers.base import HiddenStates
 
 
 @dataclass(frozen=True)
-class ChunkRows:
-    """Where the tokens of the chunks are; the teacher's side as hidden states."""
+class SpanRows:
+    """Where the tokens of the spans are; the teacher's side as hidden states."""
 
     rows_P: Tensor
     of_P: Tensor
@@ -47,7 +47,7 @@ class MicroBatch:
     """Teacher hidden states of the paired rows; with attention those of all M teacher rows."""
     ce_R: Tensor | None = None
     """Which rows have a gold token; None for all."""
-    chunks: ChunkRows | None = None
+    spans: SpanRows | None = None
     attention: AttentionRows | None = None
     aligned: int = 0
     """Rows with a partner, out of ``responses``."""
@@ -70,21 +70,21 @@ class MicroBatch:
 
 def micro_batch(own: dict[str, Tensor], teacher: HiddenStates | None) -> MicroBatch:
     """The rows of a batch with the teacher's hidden states. own: the keys that the collator added, on one device."""
-    pairs, chunked = own["dskd_teacher_rows"], own.get("dskd_chunk_teacher_rows")
+    pairs, in_spans = own["dskd_teacher_rows"], own.get("dskd_span_teacher_rows")
     hidden = torch.zeros(0, 0, device=pairs.device)
     if teacher is not None:
-        wanted = pairs if chunked is None else torch.cat([pairs, chunked])
+        wanted = pairs if in_spans is None else torch.cat([pairs, in_spans])
         lengths, bins = own["teacher_lengths"].cpu(), own["teacher_bins"].cpu()
         hidden = teacher.rows(own["teacher_input_ids"], lengths, bins, wanted)
-    chunks = attention = None
-    if chunked is not None:
-        hidden, of_chunks = hidden[: len(pairs)], hidden[len(pairs) :]
-        chunks = ChunkRows(
-            own["dskd_chunk_rows"],
-            own["dskd_chunk_of"],
-            of_chunks,
-            own["dskd_chunk_teacher_targets"],
-            own["dskd_chunk_teacher_of"],
+    spans = attention = None
+    if in_spans is not None:
+        hidden, of_spans = hidden[: len(pairs)], hidden[len(pairs) :]
+        spans = SpanRows(
+            own["dskd_span_rows"],
+            own["dskd_span_of"],
+            of_spans,
+            own["dskd_span_teacher_targets"],
+            own["dskd_span_teacher_of"],
         )
     if "dskd_row_sample" in own:
         attending = own["dskd_row_sample"] >= 0
@@ -101,7 +101,7 @@ def micro_batch(own: dict[str, Tensor], teacher: HiddenStates | None) -> MicroBa
         own["dskd_targets"],
         hidden,
         ce_R=own["dskd_ce"],
-        chunks=chunks,
+        spans=spans,
         attention=attention,
         aligned=len(pairs),
         responses=int(own.get("dskd_responses", len(rows))),

@@ -42,10 +42,10 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
             "different tokens. Use 'overlap_kd'."
         )
     as_one = same and settings.alignment != "eta"
-    if settings.chunk_ratio > 0 and as_one:
+    if settings.span_weight > 0 and as_one:
         raise ValueError(
-            f"dskd.chunk_ratio: expected 0 for one tokenizer, got {settings.chunk_ratio:g}: every token has a partner "
-            "of its own, so there are no chunks. Remove it."
+            f"dskd.span_weight: expected 0 for one tokenizer, got {settings.span_weight:g}: every token has a partner "
+            "of its own, so there are no spans. Remove it."
         )
     return Pair(student, teacher, as_one)
 
@@ -57,7 +57,7 @@ def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
         pair.teacher,
         pairing=method_of(settings).pairing(settings),
         identity=pair.identity,
-        chunks=settings.chunk_ratio > 0,
+        spans=settings.span_weight > 0,
         student_end=ends[0],
         teacher_end=ends[1],
     )

@@ -5,12 +5,14 @@ Nothing here touches a model or a file. ``parse_settings`` turns the raw block i
 what to do.
 """
 
+import functools
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from dskd_plugin.log import LOG
 from dskd_plugin.methods import method_of
 from dskd_plugin.methods import names as method_names
 
@@ -105,6 +107,14 @@ class OnPolicySettings(_Block):
     log_samples: int = Field(0, ge=0, description="answers written to the log at each such step")
 
 
+_RENAMED = {"chunk_ratio": "span_weight"}
+
+
+@functools.cache  # the block is validated several times in a run
+def _notice(old: str, new: str) -> None:
+    LOG.warning("dskd: dskd.%s is now called dskd.%s. Rename it: the next release refuses the old name.", old, new)
+
+
 class Settings(_Block):
     teacher: TeacherSettings
     method: str = Field("dskd", description="distillation method", json_schema_extra={"enum": [*method_names()]})
@@ -133,11 +143,11 @@ class Settings(_Block):
         description="aligned positions whose teacher argmax has no student id: drop from all KD terms, "
         "or keep them in the teacher-space term",
     )
-    chunk_ratio: float = Field(
+    span_weight: float = Field(
         0.0,
         ge=0,
         le=100,
-        description="weight of the chunk term: likelihood of spans in which no token has a partner of its own",
+        description="weight of the span term: likelihood of spans in which no token has a partner of its own",
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
@@ -151,6 +161,18 @@ class Settings(_Block):
     def by_events(self) -> bool:
         """Whether events of several tokens are compared."""
         return method_of(self).by_events(self)
+
+    @model_validator(mode="before")
+    @classmethod
+    def old_names(cls, block: Any) -> Any:
+        """Take up settings under the names that they had one release ago, with a notice."""
+        for old, new in _RENAMED.items():
+            if isinstance(block, dict) and old in block:
+                if new in block:
+                    raise ValueError(f"{old}: expected {new} alone, its new name, got both. Remove {old}.")
+                _notice(old, new)
+                block = {new if key == old else key: value for key, value in block.items()}
+        return block
 
     @field_validator("method")
     @classmethod

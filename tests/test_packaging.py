@@ -1,5 +1,6 @@
 """The built wheel, its start-up hook, and what the hook does to a real Axolotl."""
 
+import ast
 import json
 import os
 import re
@@ -8,8 +9,10 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import tomllib
 import zipfile
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -325,3 +328,29 @@ def test_broken_install_stops_the_run(tmp_path):
     for line in stopped:
         assert "expected a working installation of dskd, got ModuleNotFoundError" in line
         assert "a_missing_dependency" in line
+
+
+# Imported where it is present and done without where it is not.
+OPTIONAL = {"deepspeed", "psutil", "sentencepiece", "vllm"}
+
+
+@pytest.mark.parametrize(("package", "extra"), [("dskd_plugin", "train"), ("eval/dskd_eval", "eval")])
+def test_every_imported_distribution_is_declared(package, extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"][extra]]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in listed}
+    of_module = packages_distributions()
+    imported = set()
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"dskd_plugin", "dskd_eval"} - OPTIONAL
+    missing = [
+        module
+        for module in sorted(foreign)
+        if not declared & {name.lower().replace("_", "-") for name in of_module.get(module, [module])}
+    ]
+    assert foreign and not missing

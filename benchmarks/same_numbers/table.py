@@ -26,6 +26,7 @@ TWO_TOKENIZERS: dict[str, Changes] = {
     "dskd-random": {"projector": {"init": "random", "warmup_steps": 2}},
     "dskd-fitted": {"projector": {"init": "fitted"}},
     "dskd-top": {"target": "projected", "projector": {"top_vocab": 100}},
+    # The old name of span_weight, which older checkouts know.
     "dskd-spans": {"chunk_ratio": 1.0},
     "dskd-on-policy": SAMPLED,
     "cma": {"alignment": "cma", "spaces": "both"},

@@ -82,7 +82,7 @@ ABLATIONS: dict[str, Method] = {
     "random init": Method({"projector": {"init": "random"}}),
     "teacher space": Method({"spaces": "teacher", "projector": None, "agreement_mask": None}),
     "projector warm-up 30": Method({"projector": {"warmup_steps": 30}}),
-    "chunk term 1": Method({"chunk_ratio": 1.0}, pairs=("two",)),
+    "chunk term 1": Method({"span_weight": 1.0}, pairs=("two",)),
     "top_vocab 2048": Method({"projector": {"top_vocab": 2048}}),
     "projector rate 2e-2": Method({"projector": {"learning_rate": 2e-2}}),
     "reverse KL": Method({"divergence": {"kind": "reverse_kl"}}),

@@ -18,15 +18,15 @@ from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import (
     RATES,
     TERMS,
-    Chunks,
     Compare,
     Objective,
     Rows,
+    Spans,
     Sums,
-    chunk_term,
     projected_student,
     projected_teacher,
     row_masks,
+    span_term,
     student_space_sums,
     teacher_space_sums,
     term_weights,
@@ -87,9 +87,9 @@ def dskd_loss(
 ) -> tuple[Tensor, Sums]:
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
-        loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c chunk_ratio / div)
+        loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c span_kl / div)
 
-    Terms, gradients and shapes: objective.term_sums and objective.chunk_term, whose gradient reaches student_RD and
+    Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
     over micro-batches and ranks); a term with divisor 0 is 0. soft_labels, exact: see objective.term_sums.
     block_elements: rows x vocabulary entries at a time, 10 to 14 fp32 tensors of that size with gradients.
@@ -156,7 +156,7 @@ def cma_loss(
     Gradients: ce and t2s_kd reach student_RD and the student's head. t2s_ce reaches t2s_Nd, and through it the
     projectors t2s and query. s2t_kd reaches s2t_MD, and through it the projectors s2t and query and the student's
     states that s2t_MD was made of. The heads in z_t2s and z_s2t and the teacher get none.
-    Under projectors_alone t2s_kd and the chunk term weigh nothing and s2t_kd stays, for its projector: make s2t_MD
+    Under projectors_alone t2s_kd and the span term weigh nothing and s2t_kd stays, for its projector: make s2t_MD
     from detached states then. The loss is attached to every given tensor.
     Source: arXiv 2406.17328 (DSKD v1), values of the mixture as in arXiv 2504.11426.
     """
@@ -193,7 +193,7 @@ def baseline_loss(
 ) -> tuple[Tensor, Sums]:
     """Methods sft, kd, overlap_kd, uld and mined, in blocks like dskd_loss and with its divisors and result.
 
-        loss = (1 - r) ce / div_ce + r (kd / div_kd + c chunk_ratio / div_chunk);   sft: ce / div_ce
+        loss = (1 - r) ce / div_ce + r (kd / div_kd + c span_kl / div_span);   sft: ce / div_ce
         kd   = compare(z, sg(z_t)) at the first N rows, over the real ids of both heads
 
     compare: from baselines.py. It and teacher_head may be None for sft.
@@ -254,24 +254,24 @@ class _Walk:
         self.sweeps: list[_Sweep] = []
         self.known: Sums = {}
         self.pull_R: Tensor | None = None
-        if "chunk_ratio" in objective.terms and rows.chunks is not None:
-            self._measure_chunks(rows.chunks, block_elements)
+        if "span_kl" in objective.terms and rows.spans is not None:
+            self._measure_spans(rows.spans, block_elements)
 
-    def _measure_chunks(self, chunks: Chunks, block_elements: int) -> None:
-        """A first pass without gradient: a chunk's rows lie in several blocks, and its derivative needs all of them."""
+    def _measure_spans(self, spans: Spans, block_elements: int) -> None:
+        """A first pass without gradient: a span's rows lie in several blocks, and its derivative needs all of them."""
         log_probs_P = token_log_probs(
-            self.rows.student_RD[chunks.rows_P],
+            self.rows.student_RD[spans.rows_P],
             self.student_head,
-            self.rows.labels_R[chunks.rows_P],
+            self.rows.labels_R[spans.rows_P],
             block_elements=block_elements,
         )
-        moves = torch.is_grad_enabled() and "chunk_ratio" in self.moving
+        moves = torch.is_grad_enabled() and "span_kl" in self.moving
         log_probs_P.requires_grad_(moves)
-        total, count = chunk_term(chunks, log_probs_P, temperature=self.objective.chunk_temperature)
-        self.known["chunk_ratio"] = (total.detach(), count)
+        total, count = span_term(spans, log_probs_P, temperature=self.objective.span_temperature)
+        self.known["span_kl"] = (total.detach(), count)
         if moves:
             (pull_P,) = torch.autograd.grad(total, log_probs_P)
-            self.pull_R = pull_P.new_zeros(len(self.rows)).index_add(0, chunks.rows_P, pull_P)
+            self.pull_R = pull_P.new_zeros(len(self.rows)).index_add(0, spans.rows_P, pull_P)
 
     def student_space(
         self, block: slice, *, student_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, **more: Any

@@ -1,11 +1,11 @@
 """The objective on the rows of one micro-batch: named terms, each a (sum, count) pair.
 
-    L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd + c chunk_ratio)      method dskd
-    L = (1 - r) ce + r (kd + c chunk_ratio)                            kd, overlap_kd, uld, mined
+    L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd + c span_kl)      method dskd
+    L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, uld, mined
     L = ce                                                             sft
 
 Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
-of a head, D and E width of student and teacher, P response rows within chunks, C chunks; in the maps between the
+of a head, D and E width of student and teacher, P response rows within spans, C spans; in the maps between the
 spaces d is the student's width and D the teacher's.
 """
 
@@ -22,7 +22,7 @@ from dskd_plugin.core.events import Events, Exact, exact_target, inside, masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 
-TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "chunk_ratio")
+TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl")
 RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
 
 Compares = Literal["nothing", "distributions", "spaces"]
@@ -44,10 +44,10 @@ class Objective:
     agreement_mask: t2s_kd only where the projected teacher predicts the label.
     compares: what the KD terms compare. nothing: there are none; distributions: the two of a pair, term kd; spaces:
         both sides in a space of one of them, terms t2s_kd, t2s_ce, s2t_kd.
-    chunk_ratio: c >= 0, the weight of the chunk term beside the other KD terms.
-    chunk_temperature: > 0, divides the log-likelihood of a chunk (divergences.binary_kl).
+    span_weight: c >= 0, the weight of the span term beside the other KD terms.
+    span_temperature: > 0, divides the log-likelihood of a span (divergences.binary_kl).
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
-        chunk_ratio) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
+        span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
     Terms of weight 0 are left out: no ce at r = 1, nothing else at r = 0; they count 0 rows.
     """
@@ -58,8 +58,8 @@ class Objective:
     spaces: Literal["both", "student", "teacher"]
     agreement_mask: bool
     compares: Compares
-    chunk_ratio: float = 0.0
-    chunk_temperature: float = 100.0
+    span_weight: float = 0.0
+    span_temperature: float = 100.0
     projectors_alone: bool = False
 
     def __post_init__(self) -> None:
@@ -74,14 +74,14 @@ class Objective:
                 f"compares: expected one of {', '.join(get_args(Compares))}, got {self.compares!r}. "
                 "Choose one of these."
             )
-        if not 0 <= self.chunk_ratio < float("inf") or (self.chunk_ratio and self.compares == "nothing"):
+        if not 0 <= self.span_weight < float("inf") or (self.span_weight and self.compares == "nothing"):
             raise ValueError(
-                "chunk_ratio: expected a finite number from 0, and 0 where nothing is compared, got "
-                f"{self.chunk_ratio}. Use 0 for no chunk term."
+                "span_weight: expected a finite number from 0, and 0 where nothing is compared, got "
+                f"{self.span_weight}. Use 0 for no span term."
             )
-        if not 0 < self.chunk_temperature < float("inf"):
+        if not 0 < self.span_temperature < float("inf"):
             raise ValueError(
-                f"chunk_temperature: expected a finite number above 0, got {self.chunk_temperature}. Try 100."
+                f"span_temperature: expected a finite number above 0, got {self.span_temperature}. Try 100."
             )
         if self.projectors_alone and self.compares != "spaces":
             raise ValueError(
@@ -114,7 +114,7 @@ class Objective:
             "t2s_ce": self.in_student_space,
             "s2t_kd": self.in_teacher_space,
             "kd": self.with_kd and self.compares == "distributions",
-            "chunk_ratio": self.with_kd and self.chunk_ratio > 0,
+            "span_kl": self.with_kd and self.span_weight > 0,
         }
         return tuple(term for term in TERMS if computed[term])
 
@@ -125,21 +125,21 @@ class Objective:
         """
         silent: set[str] = set()
         if self.projectors_alone:
-            silent = {"t2s_kd", "chunk_ratio"} if s2t_is_learned else {"t2s_kd", "chunk_ratio", "s2t_kd"}
+            silent = {"t2s_kd", "span_kl"} if s2t_is_learned else {"t2s_kd", "span_kl", "s2t_kd"}
         special = {
             "ce": 1.0 if self.compares == "nothing" else 1 - self.kd_ratio,
-            "chunk_ratio": self.kd_ratio * self.chunk_ratio,
+            "span_kl": self.kd_ratio * self.span_weight,
         }
         return {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunks:
+class Spans:
     """Spans of text that both sides split into several tokens, or into other tokens than a pair.
 
-    rows_P: the response rows (0 to R - 1) whose gold tokens make up the student's side of the chunks.
-    of_P: number of the chunk (0 to C - 1) that each belongs to.
-    teacher_C: log-likelihood of each chunk under the teacher, nats, <= 0: chunk_sums of token_log_probs.
+    rows_P: the response rows (0 to R - 1) whose gold tokens make up the student's side of the spans.
+    of_P: number of the span (0 to C - 1) that each belongs to.
+    teacher_C: log-likelihood of each span under the teacher, nats, <= 0: span_sums of token_log_probs.
     """
 
     rows_P: Tensor
@@ -154,7 +154,7 @@ class Rows:
     student_RD: last hidden states of the student (after the final norm) at all response rows.
     labels_R: gold next token of each, an id of the student.
     ce_R: bool, rows of ce; None for all R.
-    chunks: None for no chunk.
+    spans: None for no span.
     teacher_NE: last hidden states of the teacher at the partners; not read by cross-model attention.
     teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1; with
         cross-model attention the gold id, or -1 for a row that attended to nothing. None with an exact target, which
@@ -170,7 +170,7 @@ class Rows:
     student_RD: Tensor
     labels_R: Tensor
     ce_R: Tensor | None = None
-    chunks: Chunks | None = None
+    spans: Spans | None = None
     teacher_NE: Tensor | None = None
     label_N: Tensor | None = None
     teacher_argmax_N: Tensor | None = None
@@ -188,9 +188,9 @@ class Rows:
         return 0 if given is None else given.shape[0]
 
     def block(self, rows: slice) -> Rows:
-        """These response rows with whatever partners they have; without chunks, which may cross the bounds."""
+        """These response rows with whatever partners they have; without spans, which may cross the bounds."""
         parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
-        changes: dict[str, Any] = {"chunks": None}
+        changes: dict[str, Any] = {"spans": None}
         for name in parts:
             given = getattr(self, name)
             changes[name] = None if given is None else given[rows]
@@ -200,7 +200,7 @@ class Rows:
 def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
     """Which rows each term of the objective takes: name in TERMS -> bool.
 
-    Shapes: [R] for ce, [C] for chunk_ratio, [M] for s2t_kd of cross-model attention and [N] for the others.
+    Shapes: [R] for ce, [C] for span_kl, [M] for s2t_kd of cross-model attention and [N] for the others.
     A term that the objective leaves out has no entry. ValueError when the agreement mask lacks agree_N.
     """
 
@@ -225,16 +225,16 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         masks["s2t_kd"] = all_of(rows.pairs) if given is None else given
     if "kd" in objective.terms:
         masks["kd"] = all_of(rows.pairs)
-    if "chunk_ratio" in objective.terms:
-        masks["chunk_ratio"] = all_of(0 if rows.chunks is None else len(rows.chunks.teacher_C))
+    if "span_kl" in objective.terms:
+        masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
     return masks
 
 
 def counts(rows: Rows, objective: Objective) -> Tensor:
-    """Rows (for chunk_ratio: chunks) per term in the order of TERMS, known before any student forward.
+    """Rows (for span_kl: spans) per term in the order of TERMS, known before any student forward.
 
     Only labels_R, the masks and labels over R, N and M, the lengths of teacher_NE (without label_N) and of
-    chunks.teacher_C are read. Returns [T] int64, T terms; sum them over micro-batches and ranks to get divisors
+    spans.teacher_C are read. Returns [T] int64, T terms; sum them over micro-batches and ranks to get divisors
     for the loss. A term that the objective leaves out counts 0.
     """
     masks = row_masks(rows, objective)
@@ -281,7 +281,7 @@ def term_sums(
     soft_labels: Compare | None = None,
     exact: Exact | None = None,
 ) -> Sums:
-    """The terms of two spaces on paired rows, without division or chunks; holds [rows, V] tensors.
+    """The terms of two spaces on paired rows, without division or spans; holds [rows, V] tensors.
 
         ce      = CE(z, gold)                    all V rows of the head, temperature 1
         t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
@@ -335,14 +335,14 @@ def student_space_sums(
     exact: Exact | None = None,
     pull_R: Tensor | None = None,
 ) -> Sums:
-    """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of chunks.
+    """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of spans.
 
     t2s_Nd: projected teacher rows, [N, d]; where spaces are compared, in the student's space. compare: for kd.
     soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
     the projected teacher, see term_sums. teacher_head: for these three.
-    pull_R: derivative of the chunk term by each row's log p(gold), 0 outside of chunks.
+    pull_R: derivative of the span term by each row's log p(gold), 0 outside of spans.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
-    Returns sums as term_sums does; "chunk_ratio" has the gradient of the chunk term but value and count 0.
+    Returns sums as term_sums does; "span_kl" has the gradient of the span term but value and count 0.
     """
     masks = row_masks(rows, objective)
     pairs = rows.pairs
@@ -372,7 +372,7 @@ def student_space_sums(
             sums["ce"] = masked_sum(nll_R, masks["ce"])
         if pull_R is not None:
             pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
-            sums["chunk_ratio"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
+            sums["span_kl"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
     student_NV = student_RV[:pairs, : student_head.vocab_size]
     if with_t2s:
         assert t2s_Nd is not None
@@ -514,24 +514,24 @@ def teacher_space_sums(
     }
 
 
-def chunk_sums(log_probs_P: Tensor, of_P: Tensor, chunks: int) -> Tensor:
-    """Log-likelihood of each chunk: the sum over its tokens, in fp64 because many small numbers add up.
+def span_sums(log_probs_P: Tensor, of_P: Tensor, spans: int) -> Tensor:
+    """Log-likelihood of each span: the sum over its tokens, in fp64 because many small numbers add up.
 
-    log_probs_P: nats per token. of_P: number of the chunk of each, 0 to chunks - 1. Returns [chunks] fp64.
+    log_probs_P: nats per token. of_P: number of the span of each, 0 to spans - 1. Returns [spans] fp64.
     """
-    return log_probs_P.new_zeros(chunks, dtype=torch.float64).index_add(0, of_P, log_probs_P.double())
+    return log_probs_P.new_zeros(spans, dtype=torch.float64).index_add(0, of_P, log_probs_P.double())
 
 
-def chunk_term(chunks: Chunks, log_probs_P: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """How far the likelihoods of the chunks are apart.
+def span_term(spans: Spans, log_probs_P: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """How far the likelihoods of the spans are apart.
 
-        sum over chunks of binary_kl(student_C, teacher_C),   student_C = sum of log p(gold) of the chunk's rows
+        sum over spans of binary_kl(student_C, teacher_C),   student_C = sum of log p(gold) of the span's rows
 
-    log_probs_P: the student's log p(gold) at rows_P; the gradient reaches it alone. temperature: chunk_temperature.
-    Returns (sum in nats, number of chunks), fp64.
-    Source: approximate likelihood matching, arXiv 2503.20083, on the chunks that exact token alignment leaves over.
+    log_probs_P: the student's log p(gold) at rows_P; the gradient reaches it alone. temperature: span_temperature.
+    Returns (sum in nats, number of spans), fp64.
+    Source: approximate likelihood matching, arXiv 2503.20083, on the spans that exact token alignment leaves over.
     """
-    student_C = chunk_sums(log_probs_P, chunks.of_P, len(chunks.teacher_C))
-    teacher_C = chunks.teacher_C.detach().double()
+    student_C = span_sums(log_probs_P, spans.of_P, len(spans.teacher_C))
+    teacher_C = spans.teacher_C.detach().double()
     all_C = torch.ones_like(teacher_C, dtype=torch.bool)
     return masked_sum(binary_kl(student_C=student_C, teacher_C=teacher_C, temperature=temperature), all_C)

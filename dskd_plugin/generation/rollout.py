@@ -144,7 +144,7 @@ class Rollout:
             self.counts["empty"] += not answer.ids
             self.counts["cut"] += answer.end is None
             row = self._row(sample, prompt, answer)
-            if row["aligned_student"] or row.get("chunks"):
+            if row["aligned_student"] or row.get("spans"):
                 rows.append(row)
             else:
                 self.counts["unaligned"] += 1

@@ -15,7 +15,7 @@ from axolotl.utils.collators import (
 from torch import Tensor
 
 # Columns that a prepared row adds to the host's; the last three only where the settings ask for them.
-COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", "chunks", "teacher_prompt")
+COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt")
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
 ON_POLICY = "on_policy"
 IGNORE = -100
@@ -32,16 +32,16 @@ def pair_rows(
     input_ids, labels: [B, S] of the student, labels IGNORE outside responses.
     samples: (batch row, offset of the sample in that row, sample) in batch order. The first token of a sample has no
     position that predicts it: what stands before it is padding or a packed neighbour.
-    Axes: R student rows, N aligned ones (the first of R), M teacher rows, P and Q rows of chunks.
+    Axes: R student rows, N aligned ones (the first of R), M teacher rows, P and Q rows of spans.
     Returns dskd_rows [R] flat positions in B x S that predict a response token; dskd_targets [R] their gold ids;
     dskd_ce [R] whether the row counts for the cross-entropy; dskd_teacher_rows [N] flat teacher positions of the
     aligned ones.
     cross_attention: dskd_teacher_rows [M], and dskd_row_sample [R], dskd_teacher_row_sample [M] the number of each
     row's sample (-1: takes no part), dskd_row_inputs [R], dskd_teacher_row_inputs [M] ids at the rows,
     dskd_teacher_row_targets [M] ids after them.
-    Samples with chunks: dskd_chunk_rows [P] index into R, dskd_chunk_of [P] number of the chunk;
-    dskd_chunk_teacher_rows [Q] flat teacher positions, dskd_chunk_teacher_targets [Q] ids after them,
-    dskd_chunk_teacher_of [Q].
+    Samples with spans: dskd_span_rows [P] index into R, dskd_span_of [P] number of the span;
+    dskd_span_teacher_rows [Q] flat teacher positions, dskd_span_teacher_targets [Q] ids after them,
+    dskd_span_teacher_of [Q].
     """
     width = labels.shape[1]
     flat_labels, flat_ids = labels.flatten(), input_ids.flatten()
@@ -49,7 +49,7 @@ def pair_rows(
     trained = flat_labels != IGNORE
     trained[[row * width + offset for row, offset, _ in samples]] = False
     counted = trained.clone()
-    student, teacher, student_sample, teacher_sample, chunks = [], [], [], [], []
+    student, teacher, student_sample, teacher_sample, spans = [], [], [], [], []
     teacher_offset = 0
     for number, (row, offset, sample) in enumerate(samples):
         base, length = row * width + offset, len(sample["input_ids"])  # the host truncates the student's side only
@@ -70,12 +70,12 @@ def pair_rows(
         teacher.append(partners[there] + teacher_offset)
         student_sample.append(torch.full_like(student[-1], number))
         teacher_sample.append(torch.full_like(teacher[-1], number))
-        chunks.append(_kept_chunks(sample, trained[base : base + length], base, teacher_offset))
+        spans.append(_kept_spans(sample, trained[base : base + length], base, teacher_offset))
         teacher_offset += teacher_length
-    aligned, partners, chunks_C4 = _cat(student), _cat(teacher), _cat(chunks).view(-1, 4)
-    chunk_targets, chunk_of = _spread(chunks_C4[:, 0], chunks_C4[:, 1])
+    aligned, partners, spans_C4 = _cat(student), _cat(teacher), _cat(spans).view(-1, 4)
+    span_targets, span_of = _spread(spans_C4[:, 0], spans_C4[:, 1])
     rest = counted.clone()
-    rest[chunk_targets] = True
+    rest[span_targets] = True
     rest[aligned] = False
     targets_R = torch.cat([aligned, rest.nonzero().flatten()])
     out = {
@@ -94,16 +94,16 @@ def pair_rows(
             "dskd_teacher_row_inputs": teacher_ids[partners - 1],
             "dskd_teacher_row_targets": teacher_ids[partners],
         }
-    if any("chunks" in sample for _, _, sample in samples):
+    if any("spans" in sample for _, _, sample in samples):
         place = torch.full_like(flat_labels, -1)
         place[targets_R] = torch.arange(len(targets_R))
-        chunk_partners, chunk_teacher_of = _spread(chunks_C4[:, 2], chunks_C4[:, 3])
+        span_partners, span_teacher_of = _spread(spans_C4[:, 2], spans_C4[:, 3])
         out |= {
-            "dskd_chunk_rows": place[chunk_targets],
-            "dskd_chunk_of": chunk_of,
-            "dskd_chunk_teacher_rows": chunk_partners - 1,
-            "dskd_chunk_teacher_targets": teacher_ids[chunk_partners],
-            "dskd_chunk_teacher_of": chunk_teacher_of,
+            "dskd_span_rows": place[span_targets],
+            "dskd_span_of": span_of,
+            "dskd_span_teacher_rows": span_partners - 1,
+            "dskd_span_teacher_targets": teacher_ids[span_partners],
+            "dskd_span_teacher_of": span_teacher_of,
         }
     return out
 
@@ -121,16 +121,16 @@ def _cat(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
-def _kept_chunks(sample: Sample, trained: Tensor, base: int, teacher_offset: int) -> Tensor:
-    """The chunks, flat, whose every token is predicted and, for the student, trained on; as flat positions."""
-    chunks_C4 = _ids(sample.get("chunks", ())).view(-1, 4)
-    begin, stop, teacher_begin, teacher_stop = chunks_C4.unbind(1)
+def _kept_spans(sample: Sample, trained: Tensor, base: int, teacher_offset: int) -> Tensor:
+    """The spans, flat, whose every token is predicted and, for the student, trained on; as flat positions."""
+    spans_C4 = _ids(sample.get("spans", ())).view(-1, 4)
+    begin, stop, teacher_begin, teacher_stop = spans_C4.unbind(1)
     inside = (begin > 0) & (stop <= len(trained))
     inside &= (teacher_begin > 0) & (teacher_stop <= len(sample["teacher_input_ids"]))
-    chunks_C4 = chunks_C4[inside]
+    spans_C4 = spans_C4[inside]
     until = torch.cat([torch.zeros(1, dtype=torch.long), trained.long().cumsum(0)])
-    whole = until[chunks_C4[:, 1]] - until[chunks_C4[:, 0]] == chunks_C4[:, 1] - chunks_C4[:, 0]
-    return (chunks_C4[whole] + torch.tensor([base, base, teacher_offset, teacher_offset])).flatten()
+    whole = until[spans_C4[:, 1]] - until[spans_C4[:, 0]] == spans_C4[:, 1] - spans_C4[:, 0]
+    return (spans_C4[whole] + torch.tensor([base, base, teacher_offset, teacher_offset])).flatten()
 
 
 def _spread(begin: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

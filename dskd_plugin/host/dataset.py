@@ -410,7 +410,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
         for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
     )
     aligned = int(_lengths(dataset, "aligned_student").sum())
-    chunked = _chunk_tokens(dataset) if "chunks" in dataset.column_names else None
+    in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
     unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
     if rows and not len(dataset):
         raise ValueError(
@@ -422,14 +422,14 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
             f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
             "roles_to_train, train_on_inputs and the chat template."
         )
-    in_chunks = "" if chunked is None else f", {100 * chunked / responses:.1f} % in chunks"
+    of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
     LOG.info(
         "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
         "%d response segments without a counterpart",
-        *(name, rows, responses, advice.of_dataset(aligned / responses), in_chunks),
+        *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
         *(over_long, strategy if over_long else "none", unmatched),
     )
-    if not aligned and not chunked and method_of(reader.settings).needs_teacher:
+    if not aligned and not in_spans and method_of(reader.settings).needs_teacher:
         _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
     if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
         _promptless.append(
@@ -486,13 +486,13 @@ def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
     return merge_datasets
 
 
-def _chunk_tokens(dataset: Any) -> int:
-    """Student tokens within chunks."""
+def _span_tokens(dataset: Any) -> int:
+    """Student tokens within spans."""
     flat = (
-        batch["chunks"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
-        for batch in dataset.select_columns(["chunks"]).with_format("arrow").iter(1000)
+        batch["spans"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+        for batch in dataset.select_columns(["spans"]).with_format("arrow").iter(1000)
     )
-    return sum(int(np.sum(chunks[:, 1] - chunks[:, 0])) for chunks in flat)
+    return sum(int(np.sum(spans[:, 1] - spans[:, 0])) for spans in flat)
 
 
 def _lengths(dataset: Any, column: str) -> Any:
@@ -526,9 +526,9 @@ class _Truncate:
         }
         if self.pairs:
             new["aligned_student"] = [row["aligned_student"][k] for k in kept]
-        if "chunks" in row:
-            chunks = [row["chunks"][k : k + 4] for k in range(0, len(row["chunks"]), 4)]
-            new["chunks"] = [position for chunk in chunks if chunk[3] <= self.limit for position in chunk]
+        if "spans" in row:
+            spans = [row["spans"][k : k + 4] for k in range(0, len(row["spans"]), 4)]
+            new["spans"] = [position for span in spans if span[3] <= self.limit for position in span]
         if row.get("teacher_prompt", 0) > self.limit:
             new["teacher_prompt"] = 0
         return new

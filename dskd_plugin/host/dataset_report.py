@@ -92,11 +92,11 @@ def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: 
         )
     said = f"{said} The texts are the same, but no token of one side is a token of the other at the same place."
     method = method_of(settings)
-    has_no_chunks = "chunk_ratio" in method.ignores or method.pairing(settings) == "all"
-    if pair.identity or settings.chunk_ratio > 0 or has_no_chunks:
+    has_no_spans = "span_weight" in method.ignores or method.pairing(settings) == "all"
+    if pair.identity or settings.span_weight > 0 or has_no_spans:
         return f"{said} Name a template that puts the same white space around the answers (dskd.teacher.chat_template)."
     return (
-        f"{said} A first word does not pair where one tokenizer alone puts a space before it; dskd.chunk_ratio: 1 "
+        f"{said} A first word does not pair where one tokenizer alone puts a space before it; dskd.span_weight: 1 "
         "takes it in."
     )
 

@@ -56,7 +56,7 @@ class DSKDPlugin(BasePlugin):
         reader = read_teacher(settings, cfg, named_template)
         changed = any(cfg.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
         one_tokenizer = settings.alignment == "identity" or method_of(settings).needs_one_tokenizer
-        if (one_tokenizer or settings.chunk_ratio > 0) and not changed:
+        if (one_tokenizer or settings.span_weight > 0) and not changed:
             from transformers import AutoTokenizer
 
             student = AutoTokenizer.from_pretrained(
@@ -79,7 +79,7 @@ class DSKDPlugin(BasePlugin):
             # Not the method: methods that pair rows alike share them.
             "pairing": method_of(settings).pairing(settings),
             "alignment": settings.alignment,
-            "chunks": settings.chunk_ratio > 0,
+            "spans": settings.span_weight > 0,
             "prompts": settings.on_policy is not None,
             "tokenizer": self.reader.table.digest,
             "template": [self.reader.template, self.reader.template_options],

@@ -1,6 +1,6 @@
 """The loss of a micro-batch as a module inside the student; what each method compares is in the files beside it.
 
-Shapes: B batch, S student positions, R response rows, Q teacher rows of the chunks, V ids, d student width.
+Shapes: B batch, S student positions, R response rows, Q teacher rows of the spans, V ids, d student width.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dskd_plugin.batch import MicroBatch
 from dskd_plugin.core.backend import Backend, TorchBlocks
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Chunks, Objective, Rows, Sums, chunk_sums, counts
+from dskd_plugin.core.objective import Objective, Rows, Spans, Sums, counts, span_sums
 from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
 
 # Logits computed at a time; up to 14 fp32 tensors of this size live at the peak (1.8 GiB, on a CPU 0.2 GiB).
@@ -99,15 +99,13 @@ class DistillationLoss(nn.Module):
         """
         for batch in window:
             self._label(batch, student_head)
-            if batch.chunks is not None:
+            if batch.spans is not None:
                 assert self.teacher_head is not None
-                chunks = batch.chunks
-                log_probs_Q = self.backend.token_log_probs(
-                    chunks.teacher_QD, self.teacher_head, chunks.teacher_targets_Q
-                )
-                of_Q = batch.chunks.teacher_of_Q
+                spans = batch.spans
+                log_probs_Q = self.backend.token_log_probs(spans.teacher_QD, self.teacher_head, spans.teacher_targets_Q)
+                of_Q = batch.spans.teacher_of_Q
                 number = int(of_Q.max()) + 1 if len(of_Q) else 0
-                batch.teacher_C = chunk_sums(log_probs_Q, of_Q, number)
+                batch.teacher_C = span_sums(log_probs_Q, of_Q, number)
         totals = torch.stack([counts(self.rows_of(batch), self.objective) for batch in window]).sum(0)
         totals = self.reduce_counts(totals)
         for batch in window:
@@ -115,15 +113,15 @@ class DistillationLoss(nn.Module):
 
     def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
         """The rows that the loss takes; student_Rd: the student's states at them, None where only counts matter."""
-        chunks = None
-        if batch.chunks is not None:
+        spans = None
+        if batch.spans is not None:
             assert batch.teacher_C is not None
-            chunks = Chunks(rows_P=batch.chunks.rows_P, of_P=batch.chunks.of_P, teacher_C=batch.teacher_C)
+            spans = Spans(rows_P=batch.spans.rows_P, of_P=batch.spans.of_P, teacher_C=batch.teacher_C)
         return Rows(
             student_RD=torch.empty(len(batch.targets_R), 0) if student_Rd is None else student_Rd,
             labels_R=batch.targets_R,
             ce_R=batch.ce_R,
-            chunks=chunks,
+            spans=spans,
             teacher_NE=batch.teacher_ND,
             teacher_argmax_N=batch.argmax_N,
             label_N=batch.label_N,

@@ -17,7 +17,7 @@ PROBE = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": 
 RULES = 8  # raise it where the same rows would align in another way, so that no prepared rows are reused
 
 Pairing = Literal["exact", "starts", "position", "warped", "all"]
-Chunk = tuple[int, int, int, int]
+Span = tuple[int, int, int, int]
 Ends = tuple[int | None, int | None]  # end-of-turn ids of student and teacher, see `end_of_turn`
 _AROUND = 40  # bytes that are shown on either side of a place
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
@@ -32,7 +32,7 @@ class Alignment:
         occur where a sequence begins with its response; no row predicts it.
     student_tokens: response tokens of the student, paired or not.
     segments: responses of the student; unmatched_segments: those without a counterpart of the teacher's.
-    chunks: (student start, student stop, teacher start, teacher stop), half-open positions, see `align`.
+    spans: (student start, student stop, teacher start, teacher stop), half-open positions, see `align`.
     """
 
     student_N: list[int]
@@ -40,7 +40,7 @@ class Alignment:
     student_tokens: int
     segments: int
     unmatched_segments: int
-    chunks: list[Chunk]
+    spans: list[Span]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Aligner:
     teacher: TokenTable
     pairing: Pairing = "exact"
     identity: bool = False
-    chunks: bool = False
+    spans: bool = False
     student_end: int | None = None
     teacher_end: int | None = None
     rules: int = RULES
@@ -63,7 +63,7 @@ class Aligner:
         teacher_ids: Sequence[int],
         teacher_response: Sequence[bool],
     ) -> dict[str, Any]:
-        """Columns of a training row: aligned_student, aligned_teacher, chunks (flat, if on), unmatched_segments.
+        """Columns of a training row: aligned_student, aligned_teacher, spans (flat, if on), unmatched_segments.
 
         What a template puts between an answer and its end of turn, see `gaps`, is left out.
         """
@@ -80,17 +80,17 @@ class Aligner:
             student_end=self.student_end,
             teacher_end=self.teacher_end,
             pairing=self.pairing,
-            chunks=self.chunks,
+            spans=self.spans,
         )
         flat = [
             position
-            for a, b, c, d in found.chunks
+            for a, b, c, d in found.spans
             for position in (ours[a], ours[b - 1] + 1, theirs[c], theirs[d - 1] + 1)
         ]
         return {
             "aligned_student": [ours[k] for k in found.student_N],
             "aligned_teacher": [theirs[k] for k in found.teacher_N],
-            **({"chunks": flat} if self.chunks else {}),
+            **({"spans": flat} if self.spans else {}),
             "unmatched_segments": found.unmatched_segments,
         }
 
@@ -137,7 +137,7 @@ def align(
     student_end: int | None = None,
     teacher_end: int | None = None,
     pairing: Pairing = "exact",
-    chunks: bool = False,
+    spans: bool = False,
 ) -> Alignment:
     """Alignment of the response segments (maximal runs of response tokens) of two sequences.
 
@@ -161,10 +161,10 @@ def align(
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
     pairing "all": every token of two segments of one text (in the sense of "exact").
     identity: the tokenizers are one; segments with equal ids pair token by token.
-    chunks: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
+    spans: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
     not one token on each that pair, where the bytes of every token within are certain. A dummy prefix that is a token
-    of its own belongs to the chunk that it begins.
-    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); chunks:
+    of its own belongs to the span that it begins.
+    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); spans:
     approximate likelihood matching (arXiv 2503.20083).
     """
     for side, ids, response in (
@@ -180,11 +180,11 @@ def align(
     theirs = [_Segment(teacher_ids, run, teacher, teacher_end) for run in _runs(teacher_response)]
     student_N: list[int] = []
     teacher_N: list[int] = []
-    spans: list[Chunk] = []
+    spans: list[Span] = []
     unmatched = len(ours)
     for one, other in _partners(ours, theirs):
         same = identity and one.ids == other.ids
-        common = _match(one, other) if not same and (chunks or pairing in ("exact", "starts", "all")) else None
+        common = _match(one, other) if not same and (spans or pairing in ("exact", "starts", "all")) else None
         found: list[tuple[int, int]] = []
         if pairing == "position":
             found = list(zip(one.run, other.run, strict=False))
@@ -206,9 +206,9 @@ def align(
         else:
             student_N.extend(i for i, _ in found)
             teacher_N.extend(j for _, j in found)
-        if chunks and common is not None:
+        if spans and common is not None:
             first, start = one.run.start, other.run.start
-            spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _chunks(one, other, common))
+            spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _spans(one, other, common))
     return Alignment(student_N, teacher_N, sum(map(bool, student_response)), len(ours), unmatched, spans)
 
 
@@ -559,8 +559,8 @@ def _apart(one: _Segment, other: _Segment, spans: Spans, i: int, j: int) -> bool
     return one.spaces(i) != other.spaces(j) or (i in spans.padded[0]) != (j in spans.padded[1])
 
 
-def _chunks(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Chunk]:
-    """Half-open index ranges of the chunks of two segments."""
+def _spans(one: _Segment, other: _Segment, spans: Spans) -> Iterator[Span]:
+    """Half-open index ranges of the spans of two segments."""
     sides = []
     student_starts, student_ends, teacher_starts, teacher_ends = spans.offsets
     for segment, starts, ends in ((one, student_starts, student_ends), (other, teacher_starts, teacher_ends)):

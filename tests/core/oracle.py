@@ -213,7 +213,7 @@ def baseline_loss(case, live, compare, share_of_ce, share_of_kd):
     return total
 
 
-# --- chunks --------------------------------------------------------------------------------------------
+# --- spans --------------------------------------------------------------------------------------------
 
 
 def binary_kl(student, teacher, tau):
@@ -225,11 +225,11 @@ def binary_kl(student, teacher, tau):
         return float(said + (1 - p) * ((1 - p).ln() - (1 - q).ln()))
 
 
-def chunks_loss(case, live, chunks, tau):
-    """chunks: list of (response rows, log-likelihood under the teacher)."""
+def spans_loss(case, live, spans, tau):
+    """spans: list of (response rows, log-likelihood under the teacher)."""
     head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
     total = 0.0
-    for rows, teacher in chunks:
+    for rows, teacher in spans:
         student = -math.fsum(cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r in rows)
         total += binary_kl(student, teacher, tau)
     return total

@@ -34,7 +34,7 @@ def gradients(case, loss, scale=1.0):
 @pytest.mark.parametrize("kind", ["forward_kl", "adaptive_kl", "tvd"])
 def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, dtype, tolerance):
     case = make_case(seed=1, divergence=kind, dtype=dtype, scale=1.3, softcap=4.0)
-    divisors = {"ce": 9, "t2s_kd": 4, "t2s_ce": 5, "s2t_kd": 7, "kd": 0, "chunk_ratio": 0}
+    divisors = {"ce": 9, "t2s_kd": 4, "t2s_ce": 5, "s2t_kd": 7, "kd": 0, "span_kl": 0}
     floats, live = case.floats(divisors), case.live()
     loss, sums = run(case, block_elements=40, divisors=torch.tensor(list(divisors.values())))
     assert loss.item() == pytest.approx(oracle.loss(floats, live), rel=tolerance)
@@ -353,7 +353,7 @@ def larger(dtype, *, rows=96, pairs=64, vocabulary=400, seed=0, scale=1.0):
     }
 
 
-def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_kl", divisor=None, chunked=True):
+def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_kl", divisor=None, in_spans=True):
     """Loss and gradients by student, weight and t2s."""
     cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
     leaves = [cast[name].detach().requires_grad_() for name in ("student", "weight", "t2s")]
@@ -373,7 +373,7 @@ def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_k
         "objective": objective,
     }
     divisors = counts(rows, objective) if divisor is None else torch.full((len(TERMS),), divisor)
-    if chunked:
+    if in_spans:
         loss, _ = dskd_loss(rows, **parts, divisors_T=divisors, block_elements=block_elements)
     else:
         sums = term_sums(rows, **parts)
@@ -387,7 +387,7 @@ def test_error_budget_in_half_precision(kind, dtype):
     """No further from fp64 than the unblocked version in the same dtype, plus a floor of that dtype."""
     tensors = larger(dtype)
     truth_loss, truth = larger_loss(tensors, torch.float64, kind=kind)
-    plain_loss, plain = larger_loss(tensors, kind=kind, chunked=False)
+    plain_loss, plain = larger_loss(tensors, kind=kind, in_spans=False)
     loss, found = larger_loss(tensors, kind=kind)
     assert loss.dtype == torch.float32
     epsilon = torch.finfo(dtype).eps
@@ -502,7 +502,7 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest):
     tensors = larger(torch.float32, rows=rows, pairs=500, vocabulary=vocabulary)
     allowed = max((vocabulary + 60) * 48, rows * 48, block * (vocabulary + 60))
     with largest() as plain:
-        larger_loss(tensors, chunked=False)
+        larger_loss(tensors, in_spans=False)
     assert plain.elements >= rows * vocabulary  # the spy sees it where it exists
     with largest() as spy:
         larger_loss(tensors, block_elements=block * (vocabulary + 60))

@@ -257,12 +257,12 @@ def test_weights_of_the_terms():
         ({}, {"ce": 0.75, "t2s_kd": 0.25, "t2s_ce": 0.25, "s2t_kd": 0.25}),
         ({"spaces": "student"}, {"ce": 0.75, "t2s_kd": 0.25, "t2s_ce": 0.25}),
         ({"spaces": "teacher"}, {"ce": 0.75, "s2t_kd": 0.25}),
-        ({"kd_ratio": 0.0, "chunk_ratio": 2.0}, {"ce": 1.0}),
-        ({"kd_ratio": 1.0, "spaces": "teacher", "chunk_ratio": 2.0}, {"s2t_kd": 1.0, "chunk_ratio": 2.0}),
+        ({"kd_ratio": 0.0, "span_weight": 2.0}, {"ce": 1.0}),
+        ({"kd_ratio": 1.0, "spaces": "teacher", "span_weight": 2.0}, {"s2t_kd": 1.0, "span_kl": 2.0}),
         ({"compares": "nothing"}, {"ce": 1.0}),
         ({"compares": "nothing", "kd_ratio": 1.0}, {"ce": 1.0}),
         ({"compares": "distributions"}, {"ce": 0.75, "kd": 0.25}),
-        ({"compares": "distributions", "chunk_ratio": 2.0}, {"ce": 0.75, "kd": 0.25, "chunk_ratio": 0.5}),
+        ({"compares": "distributions", "span_weight": 2.0}, {"ce": 0.75, "kd": 0.25, "span_kl": 0.5}),
         ({"compares": "distributions", "kd_ratio": 1.0}, {"kd": 1.0}),
         ({"compares": "distributions", "kd_ratio": 0.0}, {"ce": 1.0}),
     ],
@@ -279,9 +279,9 @@ def test_terms_of_each_method_and_their_shares(settings, shares):
 )
 def test_shares_in_projector_warm_up(learned, shares):
     objective = Objective(
-        **SETTINGS | {"divergence": divergence("js"), "kd_ratio": 0.25, "chunk_ratio": 1.0, "projectors_alone": True}
+        **SETTINGS | {"divergence": divergence("js"), "kd_ratio": 0.25, "span_weight": 1.0, "projectors_alone": True}
     )
-    assert objective.terms == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "chunk_ratio")
+    assert objective.terms == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl")
     assert objective.shares(s2t_is_learned=learned) == shares
 
 
@@ -324,11 +324,11 @@ def test_student_rows_with_nan_that_no_term_takes(make_case):
     ("settings", "message"),
     [
         ({"compares": "hints"}, r"compares: expected one of nothing, .* got 'hints'"),
-        ({"chunk_ratio": -0.1}, r"chunk_ratio: .* got -0\.1"),
-        ({"chunk_ratio": math.inf}, r"chunk_ratio: .* got inf"),
-        ({"chunk_ratio": math.nan}, r"chunk_ratio: .* got nan"),
-        ({"chunk_ratio": 1.0, "compares": "nothing"}, r"chunk_ratio: .* 0 where nothing is compared, got 1\.0"),
-        ({"chunk_temperature": 0.0}, r"chunk_temperature: .* got 0\.0"),
+        ({"span_weight": -0.1}, r"span_weight: .* got -0\.1"),
+        ({"span_weight": math.inf}, r"span_weight: .* got inf"),
+        ({"span_weight": math.nan}, r"span_weight: .* got nan"),
+        ({"span_weight": 1.0, "compares": "nothing"}, r"span_weight: .* 0 where nothing is compared, got 1\.0"),
+        ({"span_temperature": 0.0}, r"span_temperature: .* got 0\.0"),
         ({"projectors_alone": True, "compares": "distributions"}, r"projectors_alone: .* got 'distributions'"),
         ({"kd_ratio": 1.5}, r"kd_ratio: .* got 1\.5"),
         ({"kd_ratio": math.nan}, r"kd_ratio: .* got nan"),

@@ -19,7 +19,7 @@ TWO = {
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
-    "chunk_ratio": ({"chunk_ratio": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "chunk_ratio"}),
+    "span_weight": ({"span_weight": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}),
     "warm-up": ({"projector": {"warmup_steps": 2}}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "on-policy": (
         {"on_policy": {"fraction": 0.5, "max_new_tokens": 12, "log_samples": 1}},
@@ -39,7 +39,7 @@ ONE = {
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
 }
-TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "chunk_ratio"}
+TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}
 
 
 def block(recipe, changes, teacher=None):

@@ -1,4 +1,4 @@
-"""Rows of every method and chunks, against oracles that go through all paths and all pairs of boundaries."""
+"""Rows of every method and spans, against oracles that go through all paths and all pairs of boundaries."""
 
 import itertools
 import os
@@ -24,21 +24,21 @@ TEXT = "Natalia sold 48/2 = 24 clips in May.\nSo 48+24 = 72 naïve cafés 漢字
 PAIRS = [("smollm2", "mistral"), ("mistral", "qwen"), ("unigram", "tekken"), ("gemma-like", "deepseek")]
 
 
-def chunks_of(one, other, ids, other_ids, **options):
+def spans_of(one, other, ids, other_ids, **options):
     ids, other_ids = closed(one, ids), closed(other, other_ids)
     found = align(
-        ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table, chunks=True, **options
+        ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table, spans=True, **options
     )
-    return found, found.chunks
+    return found, found.spans
 
 
-# -- chunks ------------------------------------------------------------------------------------------------------
+# -- spans ------------------------------------------------------------------------------------------------------
 
 
-def brute_chunks(ours, theirs, our_doubt, their_doubt, words, other_words):
+def brute_spans(ours, theirs, our_doubt, their_doubt, words, other_words):
     """All pairs of stretches with equal ends and no common boundary within, less the pairs of single tokens.
 
-    words: what each token spells, with the dummy space that the text lacks; where that is a token, it is in the chunk
+    words: what each token spells, with the dummy space that the text lacks; where that is a token, it is in the span
     of what follows it.
     """
     if ours and theirs and max(ours[0][0], theirs[0][0]) == 0:  # a dummy space that one side lacks is not text
@@ -71,15 +71,15 @@ def brute_chunks(ours, theirs, our_doubt, their_doubt, words, other_words):
     return found
 
 
-def check_chunks(one, other, ids, other_ids, found):
-    """Rules that hold for every text: chunks and pairs rise, never overlap, and spell the same on both sides."""
+def check_spans(one, other, ids, other_ids, found):
+    """Rules that hold for every text: spans and pairs rise, never overlap, and spell the same on both sides."""
     ids, other_ids = closed(one, ids), closed(other, other_ids)
     places = [(i, i + 1, j, j + 1) for i, j in zip(found.student_N, found.teacher_N, strict=True)]
-    together = sorted([*places, *found.chunks])
+    together = sorted([*places, *found.spans])
     for (_, stop, _, other_stop), (start, _, other_start, _) in itertools.pairwise(together):
         assert stop <= start and other_stop <= other_start
     parts = spell(one, ids), spell(other, other_ids)
-    for start, stop, other_start, other_stop in found.chunks:
+    for start, stop, other_start, other_stop in found.spans:
         single = (stop - start, other_stop - other_start) == (1, 1)
         equal = parts[0][start] == parts[1][other_start]
         assert not single or not equal or apart(parts[0], start, parts[1], other_start)
@@ -98,32 +98,32 @@ texts = st.one_of(
 
 @fuzz
 @given(text=texts)
-def test_chunks_of_every_ordered_pair_match_the_brute_force(whole_zoo, text):
+def test_spans_of_every_ordered_pair_match_the_brute_force(whole_zoo, text):
     sides = []
     for entry in whole_zoo:
         ids = encode(entry.tokenizer, text)
         sides.append((entry, ids, spans_in(entry, ids, text), [entry.table.bytes[i] is None for i in ids]))
     for one, ids, spans, doubt in sides:
         for other, other_ids, other_spans, other_doubt in sides:
-            found, chunks = chunks_of(one, other, ids, other_ids)
-            check_chunks(one, other, ids, other_ids, found)
+            found, spans = spans_of(one, other, ids, other_ids)
+            check_spans(one, other, ids, other_ids, found)
             if spans is not None and other_spans is not None:
                 parts = spell(one, ids), spell(other, other_ids)
-                expected = brute_chunks(spans, other_spans, doubt, other_doubt, *parts)
-                assert chunks == expected, (one.name, other.name, text)
+                expected = brute_spans(spans, other_spans, doubt, other_doubt, *parts)
+                assert spans == expected, (one.name, other.name, text)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_pairs_and_chunks_cover_the_whole_of_a_plain_text(zoo, student, teacher):
+def test_pairs_and_spans_cover_the_whole_of_a_plain_text(zoo, student, teacher):
     one, other = zoo(student), zoo(teacher)
     ids, other_ids = encode(one.tokenizer, TEXT), encode(other.tokenizer, TEXT)
-    found, chunks = chunks_of(one, other, ids, other_ids)
-    covered = [*found.student_N, *(i for start, stop, *_ in chunks for i in range(start, stop))]
-    partners = [*found.teacher_N, *(j for *_, start, stop in chunks for j in range(start, stop))]
+    found, spans = spans_of(one, other, ids, other_ids)
+    covered = [*found.student_N, *(i for start, stop, *_ in spans for i in range(start, stop))]
+    partners = [*found.teacher_N, *(j for *_, start, stop in spans for j in range(start, stop))]
     assert sorted(covered) == list(range(len(ids) + 1))
     assert sorted(partners) == list(range(len(other_ids) + 1))
-    assert chunks
-    for start, stop, other_start, other_stop in chunks:
+    assert spans
+    for start, stop, other_start, other_stop in spans:
         ours, theirs = (
             b"".join(spell(entry, side))
             for entry, side in ((one, ids[start:stop]), (other, other_ids[other_start:other_stop]))
@@ -131,15 +131,15 @@ def test_pairs_and_chunks_cover_the_whole_of_a_plain_text(zoo, student, teacher)
         assert ours.removeprefix(b" " if start == 0 else b"") == theirs.removeprefix(b" " if other_start == 0 else b"")
 
 
-def test_a_first_word_without_a_partner_is_a_chunk(zoo):
+def test_a_first_word_without_a_partner_is_a_span(zoo):
     one, other = zoo("mistral"), zoo("qwen")
     ids, other_ids = (encode(entry.tokenizer, "The house") for entry in (one, other))
-    assert chunks_of(one, other, ids, other_ids)[1] == [(0, 1, 0, 1)]
+    assert spans_of(one, other, ids, other_ids)[1] == [(0, 1, 0, 1)]
     ids, other_ids = (encode(entry.tokenizer, "4 houses") for entry in (one, other))
-    assert chunks_of(one, other, ids, other_ids)[1] == [(0, 2, 0, 1)]  # the space is a token of its own
+    assert spans_of(one, other, ids, other_ids)[1] == [(0, 2, 0, 1)]  # the space is a token of its own
 
 
-# What chunks must not cover although a pair of tokens before and one after are certain.
+# What spans must not cover although a pair of tokens before and one after are certain.
 UNCERTAIN = [
     ("smollm2", "qwen", "Cafe\u0301 au lait antidisestablishmentarianism", "é", "arianism"),
     ("unigram-unknown", "byte-level", "the house ☃☃ and the zzxqj river is blue", "☃", " z"),
@@ -148,17 +148,17 @@ UNCERTAIN = [
 
 
 @pytest.mark.parametrize(("student", "teacher", "text", "absent", "present"), UNCERTAIN)
-def test_text_of_uncertain_bytes_is_in_no_chunk(zoo, student, teacher, text, absent, present):
+def test_text_of_uncertain_bytes_is_in_no_span(zoo, student, teacher, text, absent, present):
     one, other = zoo(student), zoo(teacher)
     ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
-    found, chunks = chunks_of(one, other, ids, other_ids)
-    check_chunks(one, other, ids, other_ids, found)
-    spelled = [b"".join(spell(other, other_ids[start:stop])).decode(errors="replace") for *_, start, stop in chunks]
+    found, spans = spans_of(one, other, ids, other_ids)
+    check_spans(one, other, ids, other_ids, found)
+    spelled = [b"".join(spell(other, other_ids[start:stop])).decode(errors="replace") for *_, start, stop in spans]
     assert present in spelled, spelled
     assert not any(absent in text for text in spelled), spelled
 
 
-def test_no_chunk_crosses_a_special_token_the_end_of_turn_or_another_segment(zoo):
+def test_no_span_crosses_a_special_token_the_end_of_turn_or_another_segment(zoo):
     one, other = zoo("smollm2"), zoo("qwen")
     answer = "Write <|im_end|> antidisestablishmentarianism"
     ids, other_ids = encode(one.tokenizer, answer), encode(other.tokenizer, answer)
@@ -171,29 +171,29 @@ def test_no_chunk_crosses_a_special_token_the_end_of_turn_or_another_segment(zoo
         [True] * len(yours) + [False] + [True] * (len(yours) - 1),
         one.table,
         other.table,
-        chunks=True,
+        spans=True,
     )
     assert found.segments == 2
     special = {k for k, token in enumerate(mine * 2) if token in one.table.special}
-    for start, stop, other_start, other_stop in found.chunks:
+    for start, stop, other_start, other_stop in found.spans:
         assert not special & set(range(start, stop))
         assert (start < len(mine)) == (stop <= len(mine)) == (other_start < len(yours)) == (other_stop <= len(yours))
 
 
-def test_one_tokenizer_has_no_chunks(zoo):
+def test_one_tokenizer_has_no_spans(zoo):
     entry = zoo("smollm2")
     ids = encode(entry.tokenizer, TEXT)
-    assert chunks_of(entry, entry, ids, ids)[1] == [] == chunks_of(entry, entry, ids, ids, identity=True)[1]
+    assert spans_of(entry, entry, ids, ids)[1] == [] == spans_of(entry, entry, ids, ids, identity=True)[1]
 
 
 @pytest.mark.parametrize("size", [2000, 16000])
-def test_chunks_take_linear_time(zoo, size):
+def test_spans_take_linear_time(zoo, size):
     one, other = zoo("mistral"), zoo("qwen-fast")
     text = " ".join(["Antidisestablishmentarianism naïve"] * size)
     ids, other_ids = encode(one.tokenizer, text), encode(other.tokenizer, text)
     start = time.process_time()
-    _, chunks = chunks_of(one, other, ids, other_ids)
-    assert len(chunks) > size
+    _, spans = spans_of(one, other, ids, other_ids)
+    assert len(spans) > size
     assert time.process_time() - start < 30e-6 * (len(ids) + len(other_ids)) + 0.2
 
 
@@ -266,7 +266,7 @@ def test_warping_by_hand(student, teacher, expected):
 def test_mined_rows_of_real_tokenizers(zoo, student, teacher):
     one, other = zoo(student), zoo(teacher)
     ids, other_ids = encode(one.tokenizer, TEXT), encode(other.tokenizer, TEXT)
-    found, _ = chunks_of(one, other, ids, other_ids, pairing="warped")
+    found, _ = spans_of(one, other, ids, other_ids, pairing="warped")
     assert found.student_N == list(range(len(ids) + 1))
     assert found.teacher_N == [*plain_warp(spell(one, ids), spell(other, other_ids)), len(other_ids)]
 
@@ -316,21 +316,21 @@ def same_starts(one, other, ids, other_ids, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk_ratio"),
+    ("name", "span_weight"),
     [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name == "sft" and ratio)],
 )
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_columns_of_every_method(zoo, student, teacher, name, chunk_ratio):
+def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
     changes, pairing = SETTINGS[name]
     one, other = zoo(student), zoo(teacher)
-    options = block(**changes, **({"chunk_ratio": chunk_ratio} if chunk_ratio else {}))
+    options = block(**changes, **({"span_weight": span_weight} if span_weight else {}))
     made = aligner(make_pair(one.tokenizer, other.table, options), options, (None, None))
     assert made == pickle.loads(pickle.dumps(made))
     answers = [TEXT, "So 4 rivers, naïvely", "漢字"]
     ids, response, runs = turns(one, answers)
     other_ids, other_response, other_runs = turns(other, answers)
     row = made.columns(ids, response, other_ids, other_response)
-    assert ("chunks" in row) == bool(chunk_ratio) and row["unmatched_segments"] == 0
+    assert ("spans" in row) == bool(span_weight) and row["unmatched_segments"] == 0
     pairs = list(zip(row["aligned_student"], row["aligned_teacher"], strict=pairing != "all"))
     if pairing == "position":
         assert pairs == [(i, j) for a, b in zip(runs, other_runs, strict=True) for i, j in zip(a, b, strict=False)]
@@ -346,13 +346,13 @@ def test_columns_of_every_method(zoo, student, teacher, name, chunk_ratio):
             elif pairing == "starts":
                 found = same_starts(one, other, a, b, answer)
             else:
-                only, _ = chunks_of(one, other, a, b)
+                only, _ = spans_of(one, other, a, b)
                 found = list(zip(only.student_N, only.teacher_N, strict=True))[:-1]
             expected += [(run[i], other_run[j]) for i, j in found] + [(run[-1], other_run[-1])]
         assert pairs == expected
-    if chunk_ratio:
-        exact = Aligner(one.table, other.table, chunks=True).columns(ids, response, other_ids, other_response)
-        assert row["chunks"] == exact["chunks"] != []
+    if span_weight:
+        exact = Aligner(one.table, other.table, spans=True).columns(ids, response, other_ids, other_response)
+        assert row["spans"] == exact["spans"] != []
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -393,12 +393,12 @@ REFUSED = [
     ({"method": "kd"}, "mistral", "qwen", r"dskd\.method: expected 'kd' only for one tokenizer, got .*'overlap_kd'"),
     ({"alignment": "identity"}, "mistral", "qwen", r"dskd\.alignment: expected 'identity' only for one tokenizer"),
     (
-        {"chunk_ratio": 0.5},
+        {"span_weight": 0.5},
         "smollm2",
         "smollm2",
-        r"dskd\.chunk_ratio: expected 0 for one tokenizer, got 0\.5: .* Remove it",
+        r"dskd\.span_weight: expected 0 for one tokenizer, got 0\.5: .* Remove it",
     ),
-    ({"chunk_ratio": 2, "alignment": "cma"}, "smollm2", "smollm2", r"dskd\.chunk_ratio: expected 0 for one tokenizer"),
+    ({"span_weight": 2, "alignment": "cma"}, "smollm2", "smollm2", r"dskd\.span_weight: expected 0 for one tokenizer"),
 ]
 
 

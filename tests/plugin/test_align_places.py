@@ -101,12 +101,12 @@ def check(one, other, ours, theirs):
     why = one.name, other.name, ours, theirs, words
     for pairing in ("exact", "starts"):
         masks = [True] * len(mine), [True] * len(yours)
-        found = align(mine, masks[0], yours, masks[1], one.table, other.table, pairing=pairing, chunks=True)
+        found = align(mine, masks[0], yours, masks[1], one.table, other.table, pairing=pairing, spans=True)
         pairs = list(zip(found.student_N, found.teacher_N, strict=True))
-        for start, stop, begin, end in found.chunks:
+        for start, stop, begin, end in found.spans:
             spans = b"".join(words[0][start:stop]), b"".join(words[1][begin:end])
             places_inside = places[0][start][0], places[1][begin][0]
-            # The first token of a chunk may spell a dummy space.
+            # The first token of a span may spell a dummy space.
             assert spans[0] == spans[1] or spans[0] == b" " + spans[1] or b" " + spans[0] == spans[1], (spans, why)
             assert places_inside[0] == places_inside[1], (spans, why)
         assert pairs and pairs.pop() == (len(ids), len(other_ids)), why

@@ -115,7 +115,7 @@ def test_defaults():
         "shared": "events",
         "agreement_mask": False,
         "unmapped_argmax": "drop",
-        "chunk_ratio": 0.0,
+        "span_weight": 0.0,
         "projector": {
             "init": "ideal",
             "learning_rate": 5e-4,
@@ -142,3 +142,19 @@ def test_every_divergence_of_the_schema_exists_with_its_knobs(kind):
     knobs = parse_settings({**TEACHER, "divergence": {"kind": kind}}).divergence.model_dump()
     assert callable(divergence(knobs.pop("kind"), **knobs))
     assert kind in DIVERGENCES
+
+
+def test_a_setting_is_read_under_its_old_name_for_one_release():
+    new, old = parse_settings({**TEACHER, "span_weight": 0.5}), parse_settings({**TEACHER, "chunk_ratio": 0.5})
+    assert old == new and old.span_weight == 0.5
+    assert DSKDArgs.model_validate({"dskd": {**TEACHER, "chunk_ratio": 0.5}}).dskd == new
+
+
+def test_the_old_name_is_checked_like_the_new_one():
+    for block, words in (
+        ({"chunk_ratio": -1}, "dskd.span_weight: expected greater than or equal to 0, got -1"),
+        ({"chunk_ratio": 1, "method": "sft"}, "span_weight which method: sft ignores"),
+        ({"chunk_ratio": 1, "span_weight": 1}, "chunk_ratio: expected span_weight alone"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_settings({**TEACHER, **block})

@@ -134,11 +134,11 @@ def test_collator_is_the_one_axolotl_would_extend(cfg, is_eval, cls):
     assert collator_class(DictDefault(cfg), is_eval) is cls
 
 
-# -- methods, chunks and answers of the student ----------------------------------------------------------------------
+# -- methods, spans and answers of the student ----------------------------------------------------------------------
 
 
-def rich_sample(rng, ids, *, cut, paired, chunks, on_policy):
-    """As `sample`, every token unique in the batch; chunks may reach beyond the trained tokens and the cut."""
+def rich_sample(rng, ids, *, cut, paired, spans, on_policy):
+    """As `sample`, every token unique in the batch; spans may reach beyond the trained tokens and the cut."""
     row = sample(rng)
     length, teacher_length = len(row["input_ids"]), len(row["teacher_input_ids"])
     row["input_ids"] = [next(ids) for _ in range(length)]
@@ -151,11 +151,11 @@ def rich_sample(rng, ids, *, cut, paired, chunks, on_policy):
         row["aligned_teacher"] = sorted(rng.sample(range(teacher_length), rng.randint(0, 6)))
     for key in ("input_ids", "labels", "attention_mask", "position_ids"):
         row[key] = row[key][:cut]
-    if chunks:
-        row["chunks"] = []
+    if spans:
+        row["spans"] = []
         for _ in range(rng.randint(0, 5)):
             (a, b), (c, d) = (sorted(rng.sample(range(size + 1), 2)) for size in (length, teacher_length))
-            row["chunks"] += [a, min(b, a + 2), c, d]
+            row["spans"] += [a, min(b, a + 2), c, d]
     if on_policy is not None:
         row["on_policy"] = on_policy
     return row
@@ -163,7 +163,7 @@ def rich_sample(rng, ids, *, cut, paired, chunks, on_policy):
 
 def oracle(samples, paired):
     """Every row as (sample, input id, gold id), with what it takes part in; plain loops over tokens."""
-    rows, pairs, teachers, chunks = {}, [], [], []
+    rows, pairs, teachers, spans = {}, [], [], []
     for number, one in enumerate(samples):
         ids, theirs, mode = one["input_ids"], one["teacher_input_ids"], one.get("on_policy")
         trained = [k for k in range(1, len(ids)) if one["labels"][k] != -100]
@@ -180,16 +180,16 @@ def oracle(samples, paired):
             pairs += [(number, ids[k - 1], ids[k]) for k in ours]
             teachers += [(number, theirs[j - 1], theirs[j]) for j in partners]
             wanted |= set(ours)
-            flat = one.get("chunks", [])
+            flat = one.get("spans", [])
             for at in range(0, len(flat), 4):
                 a, b, c, d = flat[at : at + 4]
                 if all(k in trained for k in range(a, b)) and all(1 <= j < len(theirs) for j in range(c, d)):
                     student = [(number, ids[k - 1], ids[k]) for k in range(a, b)]
-                    chunks.append((student, [(theirs[j - 1], theirs[j]) for j in range(c, d)]))
+                    spans.append((student, [(theirs[j - 1], theirs[j]) for j in range(c, d)]))
                     wanted |= set(range(a, b))
         for k in sorted(wanted):
             rows[number, ids[k - 1], ids[k]] = mode is not True
-    return rows, pairs, teachers, chunks
+    return rows, pairs, teachers, spans
 
 
 def bins_of(samples, per_bin):
@@ -197,12 +197,12 @@ def bins_of(samples, per_bin):
 
 
 @pytest.mark.parametrize("answers", [False, True])
-@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", COLLATORS)
-def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired, chunks, answers):
-    rng = random.Random(f"{kind} {side} {paired} {chunks} {answers}")
+def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired, spans, answers):
+    rng = random.Random(f"{kind} {side} {paired} {spans} {answers}")
     cls, per_bin = COLLATORS[kind]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = side
@@ -210,7 +210,7 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
     cfg |= {"model_config_type": "llama"} if kind == "packed-mask" else {"attn_implementation": "flash_attention_2"}
     made = collator_class(DictDefault(cfg), False)
     assert issubclass(made, cls)
-    collator, seen_chunks = made(tokenizer, pad_to_multiple_of=8), 0
+    collator, seen_spans = made(tokenizer, pad_to_multiple_of=8), 0
     for _ in range(12):
         ids = iter(rng.sample(range(1000, 9000), 400))
         samples = [
@@ -219,7 +219,7 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
                 ids,
                 cut=cut,
                 paired=paired,
-                chunks=chunks,
+                spans=spans,
                 on_policy=k % 2 == 1 if answers else None,
             )
             for k, cut in enumerate((None, None, 9, None, 6, None))
@@ -230,7 +230,7 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
         before = copy.deepcopy(features)
         batch = collator(features)
         assert features == before
-        rows, pairs, teachers, chunk_list = oracle(samples, paired)
+        rows, pairs, teachers, span_list = oracle(samples, paired)
         owner = {token: number for number, one in enumerate(samples) for token in one["input_ids"]}
         flat, flat_teacher = batch["input_ids"].flatten(), batch["teacher_input_ids"]
         found = [
@@ -255,30 +255,30 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
             assert batch["dskd_teacher_row_sample"].tolist() == [n for n, *_ in teachers]
             assert batch["dskd_teacher_row_inputs"].tolist() == [before for _, before, _ in teachers]
             assert batch["dskd_teacher_row_targets"].tolist() == [target for *_, target in teachers]
-        assert any("chunk" in key for key in batch) == chunks
-        if chunks:
-            seen_chunks += len(chunk_list)
-            grouped = [([], []) for _ in chunk_list]
-            for place, number in zip(batch["dskd_chunk_rows"], batch["dskd_chunk_of"], strict=True):
+        assert any("span" in key for key in batch) == spans
+        if spans:
+            seen_spans += len(span_list)
+            grouped = [([], []) for _ in span_list]
+            for place, number in zip(batch["dskd_span_rows"], batch["dskd_span_of"], strict=True):
                 grouped[number][0].append(found[place])
             for row, target, number in zip(
-                batch["dskd_chunk_teacher_rows"],
-                batch["dskd_chunk_teacher_targets"],
-                batch["dskd_chunk_teacher_of"],
+                batch["dskd_span_teacher_rows"],
+                batch["dskd_span_teacher_targets"],
+                batch["dskd_span_teacher_of"],
                 strict=True,
             ):
                 assert int(flat_teacher[row + 1]) == int(target)
                 grouped[number][1].append((int(flat_teacher[row]), int(target)))
-            assert grouped == chunk_list
-        assert not {"on_policy", "chunks", "teacher_prompt", "dskd_samples"} & set(batch)
-    assert bool(seen_chunks) == chunks
+            assert grouped == span_list
+        assert not {"on_policy", "spans", "teacher_prompt", "dskd_samples"} & set(batch)
+    assert bool(seen_spans) == spans
 
 
 @pytest.mark.parametrize("kind", COLLATORS)
 def test_samples_travel_with_the_batch_where_answers_may_be_wanted(tokenizer, kind):
     rng, ids = random.Random(0), iter(range(1000, 9000))
     cls, per_bin = COLLATORS[kind]
-    samples = [rich_sample(rng, ids, cut=None, paired=True, chunks=True, on_policy=None) for _ in range(6)]
+    samples = [rich_sample(rng, ids, cut=None, paired=True, spans=True, on_policy=None) for _ in range(6)]
     if per_bin is None:
         samples = [{key: value for key, value in one.items() if key != "position_ids"} for one in samples]
     for one in samples:
@@ -296,15 +296,13 @@ def test_samples_travel_with_the_batch_where_answers_may_be_wanted(tokenizer, ki
 
 def test_only_gold_rows_beside_answers_take_no_kd(tokenizer):
     rng, ids = random.Random(3), iter(range(1000, 9000))
-    gold = [rich_sample(rng, ids, cut=None, paired=True, chunks=True, on_policy=False) for _ in range(3)]
+    gold = [rich_sample(rng, ids, cut=None, paired=True, spans=True, on_policy=False) for _ in range(3)]
     gold = [{key: value for key, value in one.items() if key != "position_ids"} for one in gold]
     batch = PaddedPairCollator(tokenizer)(gold)
     assert len(batch["teacher_lengths"]) == len(batch["teacher_bins"]) == len(batch["teacher_input_ids"]) == 0
     assert batch["dskd_ce"].all() and len(batch["dskd_ce"]) > 0
-    assert (
-        len(batch["dskd_teacher_rows"]) == len(batch["dskd_chunk_rows"]) == len(batch["dskd_chunk_teacher_rows"]) == 0
-    )
+    assert len(batch["dskd_teacher_rows"]) == len(batch["dskd_span_rows"]) == len(batch["dskd_span_teacher_rows"]) == 0
 
 
 def test_columns_are_all_that_a_prepared_row_may_add():
-    assert set(COLUMNS) == {"teacher_input_ids", "aligned_student", "aligned_teacher", "chunks", "teacher_prompt"}
+    assert set(COLUMNS) == {"teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt"}

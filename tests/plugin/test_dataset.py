@@ -90,13 +90,13 @@ def test_no_word_pairs_that_only_one_template_puts_a_space_before(prepare):
 
 
 def test_answers_of_one_word_that_only_one_side_puts_a_space_before(prepare, tiny, recipe):
-    """Nothing pairs, which is an error that says so, but the chunk term has them."""
+    """Nothing pairs, which is an error that says so, but the span term has them."""
     datasets = [{**recipe["datasets"][0], "train_on_eos": "none"}]
     rows, teacher = [conversation("twelve", "4")], {"teacher": {"model": tiny["teacher"], "dtype": "float32"}}
-    with pytest.raises(ValueError, match=r"none aligned of 1[^0-9].*dskd\.chunk_ratio"):
+    with pytest.raises(ValueError, match=r"none aligned of 1[^0-9].*dskd\.span_weight"):
         prepare(rows, teacher, datasets=datasets)
-    (row,), *_ = prepare(rows, teacher | {"chunk_ratio": 1.0}, datasets=datasets)
-    assert row["aligned_student"] == [] and row["chunks"]
+    (row,), *_ = prepare(rows, teacher | {"span_weight": 1.0}, datasets=datasets)
+    assert row["aligned_student"] == [] and row["spans"]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_dataset_whose_answers_part_is_refused_with_the_first_place(prepare, t
     message = r"rows\.jsonl: .*none aligned of .*row 1 part here: student 'blue stone\.', teacher 'blue river\.'"
     with pytest.raises(ValueError, match=message) as error:
         prepare([conversation("red", "blue stone."), conversation("lamp", "the stone")], block)
-    assert "chunk_ratio" not in str(error.value)
+    assert "span_weight" not in str(error.value)
 
 
 def test_answers_without_a_counterpart_are_counted_with_the_first(prepare, tiny, tmp_path, caplog):
@@ -459,14 +459,14 @@ def test_an_entry_without_pairs_beside_others_teaches_by_cross_entropy(prepare, 
 
 
 def test_advice_is_nothing_that_would_be_refused(prepare, tiny, recipe, tmp_path):
-    """One tokenizer has no chunks, so that the chunk term is no way out."""
+    """One tokenizer has no spans, so that the span term is no way out."""
     file = tmp_path / "spaced.jinja"
     file.write_text("{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
     datasets = [{**recipe["datasets"][0], "train_on_eos": "none"}]
     block = {"teacher": {"model": tiny["sibling"], "dtype": "float32", "chat_template": str(file)}}
     with pytest.raises(ValueError, match="none aligned of") as error:
         prepare([conversation("twelve", "the")], block, datasets=datasets)
-    assert "chunk_ratio" not in str(error.value) and "white space around the answers" in str(error.value)
+    assert "span_weight" not in str(error.value) and "white space around the answers" in str(error.value)
 
 
 def test_tokens_beyond_the_teachers_embeddings_are_refused_with_the_row(prepare, tiny, tmp_path):
@@ -515,8 +515,8 @@ def runs(labels):
     return found
 
 
-def chunk_texts(row, student, teacher):
-    flat = row["chunks"]
+def span_texts(row, student, teacher):
+    flat = row["spans"]
     for at in range(0, len(flat), 4):
         a, b, c, d = flat[at : at + 4]
         assert all(label != -100 for label in row["labels"][a:b])
@@ -525,11 +525,11 @@ def chunk_texts(row, student, teacher):
 
 METHODS = {
     "sft": {"method": "sft"},
-    "overlap_kd": {"method": "overlap_kd", "chunk_ratio": 0.5},
-    "uld": {"method": "uld", "chunk_ratio": 0.5},
+    "overlap_kd": {"method": "overlap_kd", "span_weight": 0.5},
+    "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
-    "dskd": {"chunk_ratio": 1},
-    "cma": {"alignment": "cma", "chunk_ratio": 1},
+    "dskd": {"span_weight": 1},
+    "cma": {"alignment": "cma", "span_weight": 1},
 }
 
 
@@ -557,12 +557,12 @@ def test_rows_of_every_method(prepare, name):
             assert (ours == "<|im_end|>") == (theirs == "</s>")
     else:
         check_pairs(row, student, teacher)
-    assert ("chunks" in row) == ("chunk_ratio" in METHODS[name]) and "teacher_prompt" not in row
-    if "chunks" in row:
-        texts = list(chunk_texts(row, student, teacher))
+    assert ("spans" in row) == ("span_weight" in METHODS[name]) and "teacher_prompt" not in row
+    if "spans" in row:
+        texts = list(span_texts(row, student, teacher))
         assert texts and all(a.strip() == b.strip() for a, b in texts)
         if name == "dskd":  # nothing of an ordinary text is left over
-            spans = zip(row["chunks"][::4], row["chunks"][1::4], strict=True)
+            spans = zip(row["spans"][::4], row["spans"][1::4], strict=True)
             covered = {position for begin, stop in spans for position in range(begin, stop)}
             # The first token of a span may have a partner that begins with it.
             assert sorted(covered | set(row["aligned_student"])) == said
@@ -580,19 +580,19 @@ def test_one_tokenizer(prepare, tiny, method):
     assert ours == theirs
 
 
-def test_the_log_names_the_share_of_tokens_in_chunks(prepare, caplog):
+def test_the_log_names_the_share_of_tokens_of_spans(prepare, caplog):
     row = conversation("red river", "the lamp\n- item\n- naïve cafés")
     with caplog.at_level("INFO"):
-        (found,), _, _ = prepare([row], {"chunk_ratio": 1})
+        (found,), _, _ = prepare([row], {"span_weight": 1})
     tokens = sum(label != -100 for label in found["labels"])
-    covered = sum(b - a for a, b in zip(found["chunks"][::4], found["chunks"][1::4], strict=True))
-    assert covered and f", {100 * covered / tokens:.1f} % in chunks;" in caplog.text
+    covered = sum(b - a for a, b in zip(found["spans"][::4], found["spans"][1::4], strict=True))
+    assert covered and f", {100 * covered / tokens:.1f} % in spans;" in caplog.text
 
 
-def test_rows_without_a_chunk_may_come_first(prepare):
+def test_rows_without_a_span_may_come_first(prepare):
     rows = [conversation("red", "")] * 1100 + [conversation("red", "lamp\n- item\n- red")]
-    found, _, _ = prepare(rows, {"chunk_ratio": 1})
-    assert len(found) == 1101 and sum(bool(row["chunks"]) for row in found) == 1
+    found, _, _ = prepare(rows, {"span_weight": 1})
+    assert len(found) == 1101 and sum(bool(row["spans"]) for row in found) == 1
 
 
 ON_POLICY = {"on_policy": {"fraction": 0.5}}
@@ -713,7 +713,7 @@ def test_an_entry_without_prompts_beside_others_is_named(prepare, tiny, recipe, 
 @pytest.mark.parametrize("alignment", ["eta", "cma"])
 def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
     texts = conversation("red " * 12, "lamp\n- item\n- naïve " * 6, "twelve", "the lamp\n- item\n- lamp")
-    block = {"alignment": alignment, "chunk_ratio": 1, **ON_POLICY}
+    block = {"alignment": alignment, "span_weight": 1, **ON_POLICY}
     rows = [texts, conversation("red", "blue")]  # the second is never cut
     whole = max(prepare(rows, block)[0], key=lambda row: len(row["input_ids"]))
     limit = whole["aligned_teacher"][len(whole["aligned_teacher"]) // 2]
@@ -727,9 +727,9 @@ def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
         assert cut["aligned_student"] == whole["aligned_student"]
     else:
         assert cut["aligned_student"] == [whole["aligned_student"][k] for k in kept]
-    chunks = [whole["chunks"][at : at + 4] for at in range(0, len(whole["chunks"]), 4)]
-    assert cut["chunks"] == [p for chunk in chunks if all(q < limit for q in range(chunk[2], chunk[3])) for p in chunk]
-    assert 0 < len(cut["chunks"]) < len(whole["chunks"])
+    spans = [whole["spans"][at : at + 4] for at in range(0, len(whole["spans"]), 4)]
+    assert cut["spans"] == [p for span in spans if all(q < limit for q in range(span[2], span[3])) for p in span]
+    assert 0 < len(cut["spans"]) < len(whole["spans"])
     assert whole["teacher_prompt"] > limit and cut["teacher_prompt"] == 0
 
 

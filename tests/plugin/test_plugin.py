@@ -192,9 +192,9 @@ BAD = {
         lambda tiny, tmp: {"changes": {"dskd": {"teacher": {"model": tiny["teacher"]}, "method": "kd"}}},
         ["dskd.method: expected", "one tokenizer", "overlap_kd"],
     ),
-    "chunks with one tokenizer": (
-        lambda tiny, tmp: {"block": {"teacher": {"model": tiny["sibling"]}, "chunk_ratio": 1.0}},
-        ["dskd.chunk_ratio"],
+    "spans with one tokenizer": (
+        lambda tiny, tmp: {"block": {"teacher": {"model": tiny["sibling"]}, "span_weight": 1.0}},
+        ["dskd.span_weight"],
     ),
     "fsdp 1": (
         own(changes={"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 1}),

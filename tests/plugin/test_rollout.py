@@ -750,14 +750,14 @@ def test_rows_have_the_keys_of_the_gold_rows(sides, shared, student_model, build
             assert row.get(name, expected) == expected
 
 
-def test_chunks_are_a_column_where_the_run_has_them(sides):
+def test_spans_are_a_column_where_the_run_has_them(sides):
     student, teacher = sides["student"], sides["teacher"]
-    rules = aligner_of(student, teacher, chunks=True)
+    rules = aligner_of(student, teacher, spans=True)
     messages = [CONVERSATION[0], {"role": "assistant", "content": "river straße 1234 unbread"}]
     ids, response = student.row(messages)
     start, stop = last_run(response)
     (row,), gold, _ = say(ids[start:stop], student, teacher, messages, rules=rules)
-    assert row["chunks"] == gold["chunks"] and len(row["chunks"]) % 4 == 0 and row["chunks"]
+    assert row["spans"] == gold["spans"] and len(row["spans"]) % 4 == 0 and row["spans"]
 
 
 # -- limits --------------------------------------------------------------------------------------------------------

@@ -164,17 +164,17 @@ MODES = {
     "hard": {"projector": {"labels": "hard"}},
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
     "keep": PUBLISHED | {"unmapped_argmax": "teacher_space"},
-    "chunks": {"chunk_ratio": 0.7},
+    "spans": {"span_weight": 0.7},
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
-    "overlap_kd chunks": {"method": "overlap_kd", "chunk_ratio": 2.0},
+    "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
     "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
     "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
-    "cma random": {"alignment": "cma", "projector": {"init": "random"}, "chunk_ratio": 0.5},
+    "cma random": {"alignment": "cma", "projector": {"init": "random"}, "span_weight": 0.5},
 }
 
 
@@ -197,7 +197,7 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
         ("teacher", {}),
         ("teacher", PUBLISHED),
         ("sibling", {}),
-        ("teacher", {"alignment": "cma", "spaces": "both", "chunk_ratio": 0.5}),
+        ("teacher", {"alignment": "cma", "spaces": "both", "span_weight": 0.5}),
         ("teacher", {"method": "uld"}),
     ],
 )
@@ -308,7 +308,7 @@ def test_warm_up_trains_the_projectors_alone(tiny, rows):
 
 def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
     """ce comes from the gold rows and the KD terms from the answers, as two batches of their own would give."""
-    setup = Setup(tiny["student"], tiny["teacher"], chunk_ratio=0.5, spaces="both")
+    setup = Setup(tiny["student"], tiny["teacher"], span_weight=0.5, spaces="both")
     gold, answers = setup.samples(rows[:3]), setup.samples(rows[3:])
     mixed = padded(setup, [{**s, "on_policy": False} for s in gold] + [{**s, "on_policy": True} for s in answers])
     total, sums, _ = setup.run([mixed])
@@ -319,7 +319,7 @@ def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
         assert count == number > 0
         assert value == pytest.approx(other, rel=2e-5), name
     means = {name: value / count for name, (value, count) in sums.items()}
-    kd = means["t2s_kd"] + means["t2s_ce"] + means["s2t_kd"] + 0.5 * means["chunk_ratio"]
+    kd = means["t2s_kd"] + means["t2s_ce"] + means["s2t_kd"] + 0.5 * means["span_kl"]
     assert total == pytest.approx(0.5 * means["ce"] + 0.5 * kd, rel=1e-5)
 
 
@@ -487,7 +487,7 @@ def test_another_backend_is_one_class(tiny, rows):
             calls.append(name)
             return getattr(self.inner, name)
 
-    settings = {"spaces": "both", "agreement_mask": True, "chunk_ratio": 1.0}
+    settings = {"spaces": "both", "agreement_mask": True, "span_weight": 1.0}
     setup = Setup(tiny["student"], tiny["teacher"], **settings)
     expected = setup.run([padded(setup, setup.samples(rows))])
     other = Setup(tiny["student"], tiny["teacher"], backend=Counted(TorchBlocks(700)), **settings)

@@ -1,4 +1,4 @@
-"""The chunk term: likelihoods of spans in which no token has a partner of its own."""
+"""The span term: likelihoods of spans in which no token has a partner of its own."""
 
 import dataclasses
 import math
@@ -12,29 +12,29 @@ from dskd_plugin.core.baselines import uld
 from dskd_plugin.core.blockwise import baseline_loss, dskd_loss, token_log_probs
 from dskd_plugin.core.divergences import binary_kl, divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Chunks, Objective, Rows, chunk_sums, chunk_term, counts
+from dskd_plugin.core.objective import TERMS, Objective, Rows, Spans, counts, span_sums, span_term
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
 WHOLE = 10**9
 TAU = 3.0
-# response rows of each chunk, in no order and over several blocks; rows 0 to 4 have partners
-CHUNKS = [([1, 6], -2.5), ([5], -0.01), ([0, 2, 3], -40.0)]
+# response rows of each span, in no order and over several blocks; rows 0 to 4 have partners
+SPANS = [([1, 6], -2.5), ([5], -0.01), ([0, 2, 3], -40.0)]
 LEAVES = ("student", "weight", "bias", "t2s")
 
 
-def chunks_of(parts):
+def spans_of(parts):
     flat = [(row, number) for number, (rows, _) in enumerate(parts) for row in rows]
-    return Chunks(
+    return Spans(
         rows_P=torch.tensor([row for row, _ in flat], dtype=torch.long),
         of_P=torch.tensor([number for _, number in flat], dtype=torch.long),
         teacher_C=torch.tensor([teacher for _, teacher in parts], dtype=torch.float64),
     )
 
 
-def run(case, *, compares="spaces", parts=CHUNKS, rows=None, divisors=None, block_elements=WHOLE, **changes):
-    rows = dataclasses.replace(case.rows() if rows is None else rows, chunks=chunks_of(parts))
-    chosen = {"chunk_ratio": 0.7, "chunk_temperature": TAU, "compares": compares} | changes
+def run(case, *, compares="spaces", parts=SPANS, rows=None, divisors=None, block_elements=WHOLE, **changes):
+    rows = dataclasses.replace(case.rows() if rows is None else rows, spans=spans_of(parts))
+    chosen = {"span_weight": 0.7, "span_temperature": TAU, "compares": compares} | changes
     objective = dataclasses.replace(case.objective(), **chosen)
     divisors = counts(rows, objective) if divisors is None else divisors
     heads = {"student_head": case.student_head(), "teacher_head": case.teacher_head()}
@@ -66,10 +66,10 @@ def test_the_term_and_its_gradients_equal_the_floats(oracle, make_case, compares
     floats, live = case.floats(), case.live()
 
     def term(live):
-        return oracle.chunks_loss(floats, live, CHUNKS, TAU)
+        return oracle.spans_loss(floats, live, SPANS, TAU)
 
-    assert [x.item() for x in sums["chunk_ratio"]] == pytest.approx([term(live), 3], rel=1e-12)
-    assert not sums["chunk_ratio"][0].requires_grad
+    assert [x.item() for x in sums["span_kl"]] == pytest.approx([term(live), 3], rel=1e-12)
+    assert not sums["span_kl"][0].requires_grad
     weight = 0.4 * 0.7 / 11
     assert (loss - base).item() == pytest.approx(weight * term(live), rel=1e-9)
     for name, got, without in zip(LEAVES, gradients(case, loss), gradients(case, base), strict=True):
@@ -80,39 +80,39 @@ def test_the_term_and_its_gradients_equal_the_floats(oracle, make_case, compares
 def test_the_gradient_is_that_of_plain_autograd(make_case):
     case = make_case(seed=2)
     loss, _ = run(case, block_elements=24, divisors=torch.tensor([0, 0, 0, 0, 0, 1]))
-    head, chunks = case.student_head(), chunks_of(CHUNKS)
-    logits = head.scale * (case.student[chunks.rows_P] @ head.weight_VD.T + head.bias_V)
-    gold = torch.tensor(case.gold)[chunks.rows_P]
+    head, spans = case.student_head(), spans_of(SPANS)
+    logits = head.scale * (case.student[spans.rows_P] @ head.weight_VD.T + head.bias_V)
+    gold = torch.tensor(case.gold)[spans.rows_P]
     log_probs = torch.log_softmax(logits, -1).gather(1, gold[:, None])[:, 0]
-    plain = 0.4 * 0.7 * chunk_term(chunks, log_probs, temperature=TAU)[0]
+    plain = 0.4 * 0.7 * span_term(spans, log_probs, temperature=TAU)[0]
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for got, expected in zip(gradients(case, loss), gradients(case, plain), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("kd_ratio", [0.4, 1.0])
-def test_chunks_need_no_gold_rows(oracle, make_case, kd_ratio):
-    """On sampled answers ce takes no row and the chunks still count."""
+def test_spans_need_no_gold_rows(oracle, make_case, kd_ratio):
+    """On sampled answers ce takes no row and the spans still count."""
     case = make_case(seed=3)
     rows = dataclasses.replace(case.rows(), ce_R=torch.zeros(7, dtype=torch.bool))
     divisors = torch.tensor([1, 0, 0, 0, 0, 1])
     loss, _ = run(case, rows=rows, divisors=divisors, kd_ratio=kd_ratio, block_elements=24)
     floats, live = case.floats(), case.live()
-    assert loss.item() == pytest.approx(kd_ratio * 0.7 * oracle.chunks_loss(floats, live, CHUNKS, TAU), rel=1e-9)
-    wanted = oracle.gradient(lambda live: oracle.chunks_loss(floats, live, CHUNKS, TAU), live, "student")
+    assert loss.item() == pytest.approx(kd_ratio * 0.7 * oracle.spans_loss(floats, live, SPANS, TAU), rel=1e-9)
+    wanted = oracle.gradient(lambda live: oracle.spans_loss(floats, live, SPANS, TAU), live, "student")
     got = gradients(case, loss)[0]
     torch.testing.assert_close(got, kd_ratio * 0.7 * torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-9)
-    assert torch.equal(got[4], torch.zeros(4, dtype=torch.float64))  # in no chunk
+    assert torch.equal(got[4], torch.zeros(4, dtype=torch.float64))  # in no span
 
 
 def test_rows_with_nan_that_no_term_takes(make_case):
     case = make_case(seed=4)
     rows = dataclasses.replace(case.rows(), ce_R=torch.tensor([True] * 4 + [False] * 3))
-    loss, _ = run(case, rows=rows, parts=CHUNKS[1:])
+    loss, _ = run(case, rows=rows, parts=SPANS[1:])
     clean = gradients(case, loss)
     with torch.no_grad():
-        case.student[6] = math.nan  # no partner, no gold, no chunk
-    dirty, _ = run(case, rows=dataclasses.replace(rows, student_RD=case.student), parts=CHUNKS[1:])
+        case.student[6] = math.nan  # no partner, no gold, no span
+    dirty, _ = run(case, rows=dataclasses.replace(rows, student_RD=case.student), parts=SPANS[1:])
     assert torch.equal(dirty, loss)
     for got, wanted in zip(gradients(case, dirty), clean, strict=True):
         assert torch.equal(got, wanted)
@@ -145,48 +145,48 @@ def test_many_micro_batches_equal_one(make_case):
 
 def test_counts(make_case):
     case = make_case(seed=6)
-    objective = dataclasses.replace(case.objective(), chunk_ratio=0.5)
-    with_chunks = dataclasses.replace(case.rows(), chunks=chunks_of(CHUNKS))
-    assert counts(with_chunks, objective).tolist() == [7, 2, 3, 3, 0, 3]
+    objective = dataclasses.replace(case.objective(), span_weight=0.5)
+    with_spans = dataclasses.replace(case.rows(), spans=spans_of(SPANS))
+    assert counts(with_spans, objective).tolist() == [7, 2, 3, 3, 0, 3]
     assert counts(case.rows(), objective).tolist() == [7, 2, 3, 3, 0, 0]
-    assert counts(with_chunks, case.objective()).tolist() == [7, 2, 3, 3, 0, 0]
+    assert counts(with_spans, case.objective()).tolist() == [7, 2, 3, 3, 0, 0]
 
 
 @pytest.mark.parametrize("parts", [[], None])
-def test_a_batch_without_chunks(make_case, parts):
+def test_a_batch_without_spans(make_case, parts):
     case = make_case(seed=6)
-    expected, _ = run(case, chunk_ratio=0.0)
-    rows = dataclasses.replace(case.rows(), chunks=None if parts is None else chunks_of(parts))
-    objective = dataclasses.replace(case.objective(), chunk_ratio=0.5)
+    expected, _ = run(case, span_weight=0.0)
+    rows = dataclasses.replace(case.rows(), spans=None if parts is None else spans_of(parts))
+    objective = dataclasses.replace(case.objective(), span_weight=0.5)
     loss, sums = dskd_loss(
         rows, **case.parts() | {"objective": objective}, divisors_T=counts(rows, objective), block_elements=24
     )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    assert [x.item() for x in sums["chunk_ratio"]] == [0, 0]
+    assert [x.item() for x in sums["span_kl"]] == [0, 0]
     assert all(g.isfinite().all() for g in gradients(case, loss))
 
 
 def test_a_term_without_weight_is_left_out(make_case):
     case = make_case(seed=7)
-    for changes in ({"chunk_ratio": 0.0}, {"kd_ratio": 0.0}):
+    for changes in ({"span_weight": 0.0}, {"kd_ratio": 0.0}):
         loss, sums = run(case, **changes)
         without, _ = run(case, parts=[], **changes)
-        assert [x.item() for x in sums["chunk_ratio"]] == [0, 0]
+        assert [x.item() for x in sums["span_kl"]] == [0, 0]
         assert torch.equal(loss, without)
 
 
-@pytest.mark.parametrize("changes", [{"chunk_temperature": 30.0}, {"chunk_ratio": 0.9}])
+@pytest.mark.parametrize("changes", [{"span_temperature": 30.0}, {"span_weight": 0.9}])
 def test_every_setting_moves_the_loss(make_case, changes):
     case = make_case(seed=8)
     assert abs(run(case)[0] - run(case, **changes)[0]).item() > 1e-4
 
 
-def test_projector_warm_up_measures_chunks_but_does_not_follow_them(make_case):
+def test_projector_warm_up_measures_spans_but_does_not_follow_them(make_case):
     case = make_case(seed=9)
     _, sums = run(case)
     loss, warm = run(case, projectors_alone=True)
     without, _ = run(case, projectors_alone=True, parts=[])
-    assert torch.equal(warm["chunk_ratio"][0], sums["chunk_ratio"][0])
+    assert torch.equal(warm["span_kl"][0], sums["span_kl"][0])
     assert torch.equal(loss, without)
     for got, wanted in zip(gradients(case, loss), gradients(case, without), strict=True):
         assert torch.equal(got, wanted)
@@ -205,10 +205,10 @@ def test_values_alone_without_gradients(make_case, context):
 def test_a_model_against_itself_is_no_distance(make_case):
     case = make_case(seed=11)
     log_probs = token_log_probs(case.student, case.student_head(), torch.tensor(case.gold), block_elements=24)
-    parts = [(rows, log_probs[rows].sum().item()) for rows, _ in CHUNKS]
+    parts = [(rows, log_probs[rows].sum().item()) for rows, _ in SPANS]
     divisors = torch.tensor([0, 0, 0, 0, 0, 1])
     loss, sums = run(case, parts=parts, divisors=divisors)
-    assert sums["chunk_ratio"][0].abs() < 1e-14
+    assert sums["span_kl"][0].abs() < 1e-14
     assert all(g.abs().max() < 1e-12 for g in gradients(case, loss))
 
 
@@ -266,9 +266,9 @@ def test_binary_kl_is_a_distance(student, teacher, tau):
     assert binary_kl(student_C=sides[1], teacher_C=sides[1].detach(), temperature=tau).item() == 0
 
 
-def test_sums_of_chunks():
+def test_sums_of_spans():
     values = torch.tensor([-1.0, -2.0, -4.0, -8.0])
-    got = chunk_sums(values, torch.tensor([2, 0, 2, 2]), 4)
+    got = span_sums(values, torch.tensor([2, 0, 2, 2]), 4)
     assert got.dtype == torch.float64
     assert got.tolist() == [-2.0, 0.0, -13.0, 0.0]
 
@@ -312,11 +312,11 @@ def larger(dtype, truth=False, rows=600, block=10):
     batch = Rows(
         student_RD=student,
         labels_R=torch.randint(400, (rows,), generator=generator),
-        chunks=Chunks(rows_P=torch.arange(rows // 2) * 2, of_P=of_P, teacher_C=-torch.arange(len(of_P.unique())) / 4),
+        spans=Spans(rows_P=torch.arange(rows // 2) * 2, of_P=of_P, teacher_C=-torch.arange(len(of_P.unique())) / 4),
     )
     objective = Objective(
         **SETTINGS
-        | {"divergence": divergence("forward_kl"), "compares": "distributions", "kd_ratio": 1.0, "chunk_ratio": 1.0}
+        | {"divergence": divergence("forward_kl"), "compares": "distributions", "kd_ratio": 1.0, "span_weight": 1.0}
     )
     loss, _ = baseline_loss(
         batch,
@@ -349,4 +349,4 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest):
 
 
 def test_the_order_of_terms():
-    assert TERMS == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "chunk_ratio")
+    assert TERMS == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl")
