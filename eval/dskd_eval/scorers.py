@@ -18,7 +18,8 @@ from dskd_eval import catalog, mathematics, rouge
 from dskd_eval.data import Row
 from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
-from dskd_eval.programs import parses, program_of, tests_something
+from dskd_eval.programs import parses, program_of, why_untested
+from dskd_eval.programs.row_tests import beginning
 
 Value = float | tuple[float, float]
 
@@ -254,20 +255,17 @@ def _check_parts(parts: Mapping[str, str]) -> None:
             raise UserError(
                 f"`code.{key}`",
                 expected="a Python program",
-                got=_beginning(parts[key]),
+                got=beginning(parts[key]),
                 fix="Join a list of lines with {{ " + key + " | join('\\n') }}, or correct the data file.",
             )
-    if not tests_something(parts["tests"]):
+    untested = why_untested(parts["tests"], parts["setup"])
+    if untested:
         raise UserError(
             "`code.tests`",
-            expected="statements that fail for a wrong answer: an assertion or a call",
-            got=_beginning(parts["tests"]),
-            fix="Join a list of tests with {{ tests | join('\\n') }}; call a function of tests, as in check(f).",
+            expected="statements that a right program passes and a wrong one fails: an assertion or a call",
+            got=untested.got,
+            fix=untested.fix,
         )
-
-
-def _beginning(text: str) -> str:
-    return repr(text[:80]) if text.strip() else "no code"
 
 
 def score_ifeval(answer: Answer) -> Scored:

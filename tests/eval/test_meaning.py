@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, data, doctor, runner
+from dskd_eval import catalog, data, doctor, runner, sandbox
 from dskd_eval.errors import UserError
+from dskd_eval.programs import why_untested
 
 Task = Callable[..., Path]
 ROWS = [
@@ -239,7 +241,14 @@ def test_tests_that_test_nothing_are_refused(own_task: Task, tests: Any, templat
     "tests",
     [
         "assert f() == 0", "check(f)", "def check(c):\n    assert c() == 0\ncheck(f)", "for i in [f()]:\n    assert i",
-        "import unittest\nclass T(unittest.TestCase):\n    pass\nunittest.main()", "assert not f.wrong", "x = f()",
+        "assert not f.wrong", "x = f()", "def test_f():\n    assert f() == 0\ntest_f()",
+        "def test_f():\n    assert f() == 0\nfor n, run in list(globals().items()): n.startswith('test') and run()",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): f()\nassert unittest.TextTestRunner().run("
+        "unittest.defaultTestLoader.loadTestsFromTestCase(T)).wasSuccessful()",
+        "import sys\nsys.modules['solution'] = sys.modules['__main__']\nfrom solution import f\nassert f() == 0",
+        "try:\n    import numpy\nexcept ImportError:\n    numpy = None\nassert f() == 0",
+        "from __main__ import f\nassert f() == 0",
+        "import asyncio\nasync def test_f():\n    assert f() == 0\nasyncio.run(test_f())",
         "if f() != 0:\n    raise ValueError", "assert [f() for _ in [1]] == [0]", "with open('/x') as g:\n    f(g)",
         "(lambda: f())()", "@f\ndef g(): pass",
     ],
@@ -248,6 +257,51 @@ def test_tests_that_test_something_pass(own_task: Task, tests: str) -> None:
     rows = [{"question": f"f {n}?", "tests": tests} for n in range(2)]
     path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests"})
     assert checked(path) == []
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ("x = list()\ndef test_f():\n    assert f() == 0", "`def test_f`, which nothing runs.*globals"),
+        ("def test_f():\n    assert f() == 0\ndef test_g():\n    assert g() == 0\ntest_f()", "`def test_g`"),
+        ("def test_f(case):\n    assert f() == case", "Fixtures of pytest"),
+        ("async def test_f():\n    assert f() == 0", r"asyncio\.run"),
+        ("async def test_f():\n    assert f() == 0\ntest_f()", r"asyncio\.run"),
+        ("def check(c):\n    assert c() == 0", "`def check`"),
+        ("class TestF:\n    def test(self):\n        assert f() == 0\nprint()", "`class TestF`"),
+        ("import unittest\nclass F(unittest.TestCase):\n    def test(self): f()", "`class F`.*loadTestsFromModule"),
+        ("import unittest\nclass F(unittest.TestCase):\n    pass\nunittest.main()", r"unittest\.main\(\)"),
+        ("import pytest\n@pytest.mark.parametrize('n', [0])\ndef test_f(n):\n    assert f() == n", "import pytest"),
+        ("@pytest.fixture\ndef zero():\n    return 0", "pytest does not run here"),
+        ("import numpy as np\nassert np.all(f() == 0)", "Python's own modules only"),
+        ("from solution import f\nassert f() == 0", r"sys\.modules"),
+        ("def check(c):\n    import numpy\n    assert c() == 0\ncheck(f)", "import numpy"),
+    ],
+)  # fmt: skip
+def test_tests_that_never_run_or_never_pass_are_refused(own_task: Task, tests: str, said: str) -> None:
+    rows = [{"question": "f?", "tests": "assert f() == 0"}, {"question": "f?", "tests": tests}]
+    path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests"})
+    with pytest.raises(UserError, match=rf"(?s)row 2, .*`code\.tests`.*{said}"):
+        checked(path)
+
+
+def test_what_the_refusals_advise_works() -> None:
+    """The lines that a message tells to add run the tests: a right program passes, a wrong one does not."""
+    try:
+        box = sandbox.choose()
+    except UserError as error:
+        pytest.skip(error.got)
+    functions = "def test_f():\n    assert f() == 0\n"
+    classes = "import unittest\nclass F(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(), 0)\n"
+    for tests in (functions, classes):
+        refused = why_untested(tests)
+        assert refused is not None
+        line = re.search(r"(for name|import unittest;).*?(run\(\)|wasSuccessful\(\))", refused.fix)
+        assert line is not None
+        assert why_untested(tests + line[0]) is None
+        assert box.run("def f(): return 0", tests + line[0]).passed
+        assert not box.run("def f(): return 1", tests + line[0]).passed
+    assert not box.run("def f(): return 0", classes + "unittest.main()").passed
 
 
 @pytest.mark.parametrize("template", ["part", "{{part}}"])

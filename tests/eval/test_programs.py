@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,58 @@ RIGHT_ANSWERS = {
     "carriage returns": f"```python\n{RIGHT}```".replace("\n", "\r\n"),
     "interactive session": (
         "```pycon\n>>> def total(xs):\n...     return sum(xs)\n...\n>>> total([1])\n1\n```"
+    ),
+    "session whose lines go on without space": "```\n>>>def total(xs):\n...    return sum(xs)\n```",
+    "session with indentation": "```\n  >>> def total(xs):\n  ...     return sum(xs)\n  >>> total([1])\n  1\n```",
+    "session of IDLE": "```\n>>> def total(xs):\n        s = 0\n        return s + sum(xs)\n\n>>> total([1])\n1\n```",
+    "session of IPython": (
+        "```\nIn [1]: def total(xs):\n   ...:     return sum(xs)\n   ...:\n\nIn [2]: total([1])\nOut[2]: 1\n```"
+    ),
+    "session with an empty line in the function": (
+        "```\n>>> def total(xs):\n...     s = 0\n...\n...     return s + sum(xs)\n...\n```"
+    ),
+    "session after a banner": (
+        '```\nPython 3.11.7 on linux\nType "help" for more.\n>>> def total(xs):\n...     return sum(xs)\n'
+        ">>> total([1])\n1\n```"
+    ),
+    "session after an import": (
+        "```python\nfrom functools import reduce\n>>> def total(xs):\n...     return reduce(int.__add__, xs, 0)\n"
+        ">>> total([1])\n1\n```"
+    ),
+    "session without fence": (
+        "Like this:\n>>> def total(xs):\n...     return sum(xs)\n...\n>>> total([1])\n1\nThat adds them."
+    ),
+    "session after the function": f"```python\n{RIGHT}\n>>> total([1])\n1\n```",
+    "function with doctests, cut example": (
+        "```python\ndef total(xs):\n    '''Sum.\n\n    >>> total([1])\n    1\n    '''\n    return sum(xs)\nprint((\n```"
+    ),
+    "line numbers": "```python\n1 def total(xs):\n2     return sum(xs)\n```",
+    "line numbers with dots": "```python\n1. def total(xs):\n2.     return sum(xs)\n```",
+    "line numbers with bars": "```\n 9 | def total(xs):\n10 |\n11 |     return sum(xs)\n```",
+    "line numbers on the left": "```\n9 def total(xs):\n10     return sum(xs)\n```",
+    "line numbers in a column": "```\n9   def total(xs):\n\n10      return sum(xs)\n```",
+    "line numbers before tabs": "```\n1\tdef total(xs):\n2\t    return sum(xs)\n```",
+    "line numbers without fence": "So:\n\n1: def total(xs):\n2:     return sum(xs)\n\nThat adds them.",
+    "byte order mark": f"\ufeff{RIGHT}",
+    "byte order mark in a fence": f"```python\n\ufeff{RIGHT}```",
+    "prose within the fence": f"```python\nHere is the function:\n\n{RIGHT}\nThis function adds.\n```",
+    "prose right after, no fence": f"{RIGHT}This function adds all numbers.",
+    "prose that begins with a keyword": f"{RIGHT}\nreturn the sum of everything",
+    "prose that is indented": f"{RIGHT}    This adds.",
+    "output and arrows in the fence": f"```python\n{RIGHT}\ntotal([1]) => 1\nOutput: 1\n```",
+    "old print after": f"```python\n{RIGHT}\nprint total([1])\n```",
+    "commands before": f"```python\n!pip install numpy\n%matplotlib inline\n{RIGHT}```",
+    "draft that does not parse in the same fence": f"```python\ndef total(xs):\n    return su(\n\n{RIGHT}```",
+    "fence in a fence": f"````markdown\nHere:\n\n```python\n{RIGHT}```\nDone.\n````",
+    "fence in a fence of the same length": f"```markdown\n# Title\n```python\n{RIGHT}```\n```",
+    "decorated": (
+        "```python\ndef plain(f):\n    return f\n```\n```python\n@plain\ndef total(xs):\n    return sum(xs)\n```"
+    ),
+    "decorated, no fence": "Here:\ndef plain(f):\n    return f\n\n@plain\ndef total(xs):\n    return sum(xs)\nDone.",
+    "whole function indented": "    def total(xs):\n        return sum(xs)\n\nThat adds them.",
+    "whole decorated function indented": (
+        "    import functools\n\n    @functools.cache\n    def zero():\n        return 0\n\n"
+        "    def total(xs):\n        return zero() + sum(xs)\n"
     ),
     "square tags": f"[PYTHON]\n{RIGHT}[/PYTHON]\n[TESTS]\nassert total([1]) == 1\n[/TESTS]",
     "wrong example assert": f"```python\n{RIGHT}\nassert total([1, 1]) == 3\n```",
@@ -222,6 +275,213 @@ def test_a_body_completes_the_prompt(box: Sandbox, name: str) -> None:
     assert found.passed, f"{found.status}: {found.error}\n{program.text}"
 
 
+LOOP = "s = 0\nfor x in xs:\n    s += x\nreturn s\n"
+NESTED = "def add(a, b):\n    return a + b\ns = 0\nfor x in xs:\n    s = add(s, x)\nreturn s\n"
+IF = "if not xs:\n    return 0\nelse:\n    return sum(xs)\n"
+STRING = "s = '''\na\n  b'''\nassert s == '\\na\\n  b'\nreturn sum(xs)\n"
+SAME_NAME = "total = 0\nfor x in xs:\n    total += x\nreturn total\n"
+BODY_CODE = {"loop": LOOP, "nested": NESTED, "if": IF, "string": STRING, "same name": SAME_NAME}
+
+
+def indented(code: str, indent: str, step: str = "    ") -> str:
+    """Code under an indentation, with another step of its own; lines within a string stay."""
+    lines, inside = [], False
+    for line in code.splitlines(keepends=True):
+        depth = (len(line) - len(line.lstrip(" "))) // 4
+        lines.append(line if inside else indent + step * depth + line.lstrip(" "))
+        inside ^= line.count("'''") % 2 == 1
+    return "".join(lines)
+
+
+LAYOUTS: dict[str, Callable[[str], str]] = {
+    "4 spaces": lambda code: indented(code, "    "),
+    "2 spaces": lambda code: indented(code, "  ", "  "),
+    "3 spaces": lambda code: indented(code, "   ", "   "),
+    "8 spaces": lambda code: indented(code, " " * 8),
+    "tabs": lambda code: indented(code, "\t", "\t"),
+    "none": lambda code: code,
+    "none, tabs": lambda code: indented(code, "", "\t"),
+    "first line stripped": lambda code: indented(code, "    ").lstrip(),
+    "first line stripped, 2 spaces": lambda code: indented(code, "  ", "  ").lstrip(),
+    "first line stripped, tabs": lambda code: indented(code, "\t", "\t").lstrip(),
+    "one space left": lambda code: " " + indented(code, "    ").lstrip(),
+    "one space more": lambda code: " " + indented(code, "    "),
+    "empty line before": lambda code: "\n" + code,
+    "comment before": lambda code: "# Add.\n" + indented(code, "    "),
+    "docstring again": lambda code: '"""Sum."""\n' + indented(code, "    "),
+    "fence": lambda code: f"```python\n{code}```\nUsage:\n```python\nprint(total([1]))\n```",
+    "fence, 2 spaces": lambda code: f"```python\n{indented(code, '  ', '  ')}```",
+    "fence, first line stripped": lambda code: f"```python\n{indented(code, '    ').lstrip()}```",
+    "prose after": lambda code: f"{indented(code, '    ').lstrip()}\nThis adds all.\n",
+    "no indentation, prose after": lambda code: f"{code}This adds all.\n",
+    "prose before": lambda code: f"Here is the body:\n\n{indented(code, '    ')}",
+    "prose before, no indentation": lambda code: f"Here is the body:\n\n{code}",
+    "example in a fence after": lambda code: f"{code}\nFor example:\n```python\nprint(total([1]))\n```",
+    "other function after": lambda code: f"{indented(code, '  ', '  ')}\n\ndef other(x):\n  return x\n",
+}
+PROMPTS = {
+    "docstring": PROMPT,
+    "tabs": PROMPT.replace("    ", "\t"),
+    "2 spaces": PROMPT.replace("    ", "  "),
+    "header": "def total(xs):\n",
+    "comment": "def total(xs):\n    # Sum of xs.\n",
+    "no new line": PROMPT.rstrip(),
+    "indentation at the end": PROMPT + "    ",
+    "async helper": "async def wait():\n    pass\n\n" + PROMPT,
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_body_with_any_indentation_completes_the_prompt(layout: str, prompt: str) -> None:
+    """Every body under every prompt; `total` is called here, in this process, because the bodies are ours."""
+    for name, code in BODY_CODE.items():
+        if name == "string" and layout not in ("none", "fence"):
+            continue
+        parts = PARTS | {"tests": TESTS, "entry_point": "total", "completes": PROMPTS[prompt]}
+        program = programs.program_of(LAYOUTS[layout](code), parts)
+        space: dict[str, Any] = {}
+        try:
+            exec(program.text, space)
+            found = (space["total"]([1, 2, 3]), space["total"]([]))
+        except (SyntaxError, NameError, AssertionError) as error:
+            found = error
+        assert found == (6, 0), f"{name}: {found!r}\n{program.text}"
+
+
+@pytest.mark.parametrize("layout", ["4 spaces", "2 spaces", "none", "tabs", "first line stripped", "8 spaces"])
+def test_a_function_after_the_body_is_one_of_the_module(box: Sandbox, layout: str) -> None:
+    text = LAYOUTS[layout]("return add(xs)\n") + "\n\ndef add(xs):\n    return sum(xs)\n"
+    found, program = outcome(box, text, entry_point="total", completes=PROMPT)
+    assert found.passed, f"{found.error}\n{program.text}"
+
+
+HEADS = {
+    "helper": (
+        'def helper(xs):\n    return list(xs)\n\n\ndef total(xs):\n    """Sum."""\n',
+        "def total(xs):\n    return sum(helper(xs))\n",
+    ),
+    "import": ("import math\n\ndef total(xs):\n", "def total(xs):\n    return int(math.fsum(xs))\n"),
+    "finished helper last": (
+        "import math\n\ndef helper(xs):\n    return list(xs)\n\n# Now write total.\n",
+        "def total(xs):\n    return int(math.fsum(helper(xs)))\n",
+    ),
+    "constant after the helper": (
+        "def helper(xs):\n    return xs\n\nSTART = 0\n\n",
+        "def total(xs):\n    return sum(helper(xs), START)\n",
+    ),
+    "helper of its own": (
+        "def helper(xs):\n    return 1 / 0\n\ndef total(xs):\n",
+        "def helper(xs):\n    return xs\n\ndef total(xs):\n    return sum(helper(xs))\n",
+    ),
+    "decorated": (
+        'def plain(f):\n    return f\n\n@plain\ndef total(xs):\n    """Sum."""\n',
+        "@plain\ndef total(xs):\n    return sum(xs)\n",
+    ),
+    "class before": (
+        "class Start:\n    value = 0\n\ndef total(xs):\n",
+        "def total(xs):\n    return sum(xs, Start.value)\n",
+    ),
+    "other name than the prompt's": (
+        "def helper(xs):\n    return xs\n\ndef f(xs):\n",
+        "def total(xs):\n    return sum(helper(xs))\n",
+    ),
+    "prompt that is no program": ("Write this function.\n\ndef total(xs):\n", RIGHT),
+}
+
+
+@pytest.mark.parametrize("entry_point", ["total", ""])
+@pytest.mark.parametrize("fence", ["{}", "```python\n{}```"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_prompt_stays_in_front_of_a_whole_function(box: Sandbox, name: str, fence: str, entry_point: str) -> None:
+    completes, code = HEADS[name]
+    found, program = outcome(box, fence.format(code), entry_point=entry_point, completes=completes)
+    assert found.passed, f"{found.error}\n{program.text}"
+
+
+CLASS = (
+    "import math\n\nclass Bag:\n    def __init__(self, xs):\n        self.xs = xs\n\n"
+    '    def total(self):\n        """Sum."""\n'
+)
+METHOD = "def total(self):\n    return int(math.fsum(self.xs))\n"
+METHODS = {
+    "body": "        return int(math.fsum(self.xs))\n",
+    "body without indentation": "return int(math.fsum(self.xs))\n",
+    "method": METHOD,
+    "method in a fence": f"```python\n{METHOD}```",
+    "method indented": indented(METHOD, "    "),
+    "method indented in a fence": f"```python\n{indented(METHOD, '    ')}```",
+    "method and an import": (
+        "```python\nfrom math import fsum\n\ndef total(self):\n    return int(fsum(self.xs))\n```"
+    ),
+    "two methods": (
+        "```python\ndef _add(self):\n    return sum(self.xs)\n\ndef total(self):\n    return int(self._add())\n```"
+    ),
+    "method with a string": (
+        "def total(self):\n    s = '''\n  a\'''\n    assert s == '\\n  a'\n    return int(sum(self.xs))\n"
+    ),
+    "whole class": (
+        "```python\nclass Bag:\n    def __init__(self, xs):\n        self.xs = xs\n\n"
+        + indented(METHOD, "    ")
+        + "```"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry_point", ["total", "Bag", ""])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_completes_the_class_of_the_prompt(box: Sandbox, name: str, entry_point: str) -> None:
+    tests = "assert Bag([1, 2, 3]).total() == 6\nassert Bag([]).total() == 0"
+    found, program = outcome(box, METHODS[name], tests=tests, entry_point=entry_point, completes=CLASS)
+    assert found.passed, f"{found.error}\n{program.text}"
+    wrong = METHODS[name].replace("int(", "1 + int(")
+    assert not outcome(box, wrong, tests=tests, entry_point=entry_point, completes=CLASS)[0].passed
+
+
+@pytest.mark.parametrize("task", ["HumanEval/32", "HumanEval/38", "HumanEval/50"])
+def test_helpers_in_prompts_of_humaneval(box: Sandbox, data_dir: Path, task: str) -> None:
+    """A chat answer holds the asked function only; its tests call the helper of the prompt."""
+    with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+        row = next(row for line in file if (row := json.loads(line))["task_id"] == task)
+    header = row["prompt"][row["prompt"].rindex("\ndef ") + 1 :]
+    parts = catalog.code_parts(catalog.builtin_tasks()["humaneval"], row)
+    for given in (parts, parts | {"entry_point": ""}):
+        program = programs.program_of(f"```python\n{header}{row['canonical_solution']}```", given)
+        found = box.run(program.text, parts["tests"])
+        assert found.passed, f"{found.error}\n{program.text}"
+
+
+def test_an_async_function(box: Sandbox) -> None:
+    tests = "import asyncio\nassert asyncio.run(total([1, 2])) == 3"
+    right = "async def total(xs):\n    return sum(xs)\n"
+    prompt = "async def total(xs):\n    '''Sum.'''\n"
+    for text, completes in [(right, ""), (f"```python\n{right}```", prompt), ("return sum(xs)", prompt)]:
+        found, program = outcome(box, text, tests=tests, completes=completes)
+        assert found.passed, f"{found.error}\n{program.text}"
+
+
+def test_tests_that_import_the_answer_name_what_it_defines(box: Sandbox) -> None:
+    setup = "import sys; sys.modules['solution'] = sys.modules['__main__']\n"
+    text = f"```python\n{RIGHT}```\n```python\ndef other():\n    return 5\n```"
+    found, program = outcome(box, text, setup=setup, tests=f"from solution import total\n{TESTS}")
+    assert found.passed, f"{found.error}\n{program.text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (
+            "```\n>>> def total(xs):\n...     return sum(xs)\n>>> total([1])\n1\n```",
+            "prompts and output of a session",
+        ),
+        ("```\n1 def total(xs):\n2     return sum(xs)\n```", "line numbers"),
+        ("1 def total(xs):\n2     return sum(xs)\n", "line numbers"),
+    ],
+)
+def test_the_record_says_what_stood_before_the_code(text: str, note: str) -> None:
+    assert note in programs.program_of(text, PARTS | {"tests": TESTS}).dropped
+
+
 def test_a_future_import_stands_before_setup_and_prompt(box: Sandbox) -> None:
     text = f"```python\nfrom __future__ import annotations\n{RIGHT}```"
     found, _ = outcome(box, text, entry_point="total", completes=PROMPT, setup="LIMIT = 3\n")
@@ -341,7 +601,17 @@ def test_an_answer_of_humaneval_94_that_the_limit_cut(box: Sandbox, data_dir: Pa
     assert "an end of 1 lines that does not parse" in program.dropped[0]
 
 
-@pytest.mark.parametrize("text", ["(\n" * 2000, "it is (a) so\n" * 6000, "    a = [\n" * 1500, "`a " * 7000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(\n" * 2000,
+        "it is (a) so\n" * 6000,
+        "    a = [\n" * 1500,
+        "`a " * 7000,
+        ">>> a\nis it\n" * 3000,
+        "1. a b\n2. c\n" * 3000,
+    ],
+)
 def test_strange_answers_end_soon(text: str) -> None:
     begun = time.monotonic()
     programs.program_of(text, PARTS | {"tests": TESTS, "completes": PROMPT})
