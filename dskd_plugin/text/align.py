@@ -80,7 +80,7 @@ class Aligner:
             student_end=self.student_end,
             teacher_end=self.teacher_end,
             pairing=self.pairing,
-            spans=self.spans,
+            with_spans=self.spans,
         )
         flat = [
             position
@@ -137,7 +137,7 @@ def align(
     student_end: int | None = None,
     teacher_end: int | None = None,
     pairing: Pairing = "exact",
-    spans: bool = False,
+    with_spans: bool = False,
 ) -> Alignment:
     """Alignment of the response segments (maximal runs of response tokens) of two sequences.
 
@@ -161,7 +161,7 @@ def align(
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
     pairing "all": every token of two segments of one text (in the sense of "exact").
     identity: the tokenizers are one; segments with equal ids pair token by token.
-    spans: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
+    with_spans: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
     not one token on each that pair, where the bytes of every token within are certain. A dummy prefix that is a token
     of its own belongs to the span that it begins.
     Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); spans:
@@ -184,7 +184,7 @@ def align(
     unmatched = len(ours)
     for one, other in _partners(ours, theirs):
         same = identity and one.ids == other.ids
-        common = _match(one, other) if not same and (spans or pairing in ("exact", "starts", "all")) else None
+        common = _match(one, other) if not same and (with_spans or pairing in ("exact", "starts", "all")) else None
         found: list[tuple[int, int]] = []
         if pairing == "position":
             found = list(zip(one.run, other.run, strict=False))
@@ -206,7 +206,7 @@ def align(
         else:
             student_N.extend(i for i, _ in found)
             teacher_N.extend(j for _, j in found)
-        if spans and common is not None:
+        if with_spans and common is not None:
             first, start = one.run.start, other.run.start
             spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _spans(one, other, common))
     return Alignment(student_N, teacher_N, sum(map(bool, student_response)), len(ours), unmatched, spans)

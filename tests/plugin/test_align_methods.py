@@ -27,7 +27,7 @@ PAIRS = [("smollm2", "mistral"), ("mistral", "qwen"), ("unigram", "tekken"), ("g
 def spans_of(one, other, ids, other_ids, **options):
     ids, other_ids = closed(one, ids), closed(other, other_ids)
     found = align(
-        ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table, spans=True, **options
+        ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table, with_spans=True, **options
     )
     return found, found.spans
 
@@ -105,12 +105,12 @@ def test_spans_of_every_ordered_pair_match_the_brute_force(whole_zoo, text):
         sides.append((entry, ids, spans_in(entry, ids, text), [entry.table.bytes[i] is None for i in ids]))
     for one, ids, spans, doubt in sides:
         for other, other_ids, other_spans, other_doubt in sides:
-            found, spans = spans_of(one, other, ids, other_ids)
+            found, left_over = spans_of(one, other, ids, other_ids)
             check_spans(one, other, ids, other_ids, found)
             if spans is not None and other_spans is not None:
                 parts = spell(one, ids), spell(other, other_ids)
                 expected = brute_spans(spans, other_spans, doubt, other_doubt, *parts)
-                assert spans == expected, (one.name, other.name, text)
+                assert left_over == expected, (one.name, other.name, text)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
@@ -171,7 +171,7 @@ def test_no_span_crosses_a_special_token_the_end_of_turn_or_another_segment(zoo)
         [True] * len(yours) + [False] + [True] * (len(yours) - 1),
         one.table,
         other.table,
-        spans=True,
+        with_spans=True,
     )
     assert found.segments == 2
     special = {k for k, token in enumerate(mine * 2) if token in one.table.special}

@@ -101,7 +101,7 @@ def check(one, other, ours, theirs):
     why = one.name, other.name, ours, theirs, words
     for pairing in ("exact", "starts"):
         masks = [True] * len(mine), [True] * len(yours)
-        found = align(mine, masks[0], yours, masks[1], one.table, other.table, pairing=pairing, spans=True)
+        found = align(mine, masks[0], yours, masks[1], one.table, other.table, pairing=pairing, with_spans=True)
         pairs = list(zip(found.student_N, found.teacher_N, strict=True))
         for start, stop, begin, end in found.spans:
             spans = b"".join(words[0][start:stop]), b"".join(words[1][begin:end])
