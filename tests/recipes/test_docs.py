@@ -88,7 +88,7 @@ def test_default_and_bounds_of_a_setting_are_those_of_the_schema(setting):
 
 def test_every_logged_name_is_explained():
     explained = {row[0] for row in table(PAGES["metrics"], "What is logged")}
-    tree = ast.parse((ROOT / "dskd_plugin" / "rollout.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "dskd_plugin" / "generation" / "rollout.py").read_text(encoding="utf-8"))
     (counts,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "COUNTS")
     sampled = [f"rollout_{name}" for name in ast.literal_eval(counts)]
     assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, "kd", "align_ratio", *sampled)}
