@@ -5,34 +5,32 @@ imported, then wraps one function in each; and before the first of Axolotl's com
 looked at, so that a mistake in it is told at once. Without Axolotl it never does anything.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
-TYPE_CHECKING = False  # typing itself would be loaded by every interpreter
+TYPE_CHECKING = False  # every interpreter would load typing, and __future__ for names without quotes
 if TYPE_CHECKING:
     from typing import Any
 
 NAME, TARGET = "dskd", "dskd_plugin.DSKDPlugin"
 
 
-def _wrap_load_plugin(module: Any) -> None:
+def _wrap_load_plugin(module: "Any") -> None:
     from dskd_plugin import last_words
 
     last_words.follow()
     original = module.load_plugin
 
-    def load_plugin(plugin_name: str, *args: Any, **kwargs: Any) -> Any:
+    def load_plugin(plugin_name: str, *args: "Any", **kwargs: "Any") -> "Any":
         return original(TARGET if plugin_name == NAME else plugin_name, *args, **kwargs)
 
     module.load_plugin = load_plugin
 
 
-def _wrap_validate_config(module: Any) -> None:
+def _wrap_validate_config(module: "Any") -> None:
     original = module.validate_config
 
-    def validate_config(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    def validate_config(cfg: "Any", *args: "Any", **kwargs: "Any") -> "Any":
         from dskd_plugin.preflight import check_listed
 
         check_listed(cfg)
@@ -70,7 +68,7 @@ class _Finder:
         self.waiting = dict(WRAPPERS)
         self.commands = COMMANDS
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
         if fullname in self.commands:
             self.commands = set()
             _look_at_recipe(fullname)
@@ -84,7 +82,7 @@ class _Finder:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def exec_module(module: Any) -> None:
+            def exec_module(module: "Any") -> None:
                 execute(module)
                 wrap(module)
 

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOOK_FILES = {"dskd_plugin.pth", "dskd_plugin.start"}
-BUDGET_US = 2000
+BUDGET_US = 1000
 QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -140,7 +140,7 @@ def test_start_imports_only_the_standard_library(installed):
     assert own == {"dskd_plugin", "dskd_plugin._bootstrap"}
 
 
-def test_start_costs_less_than_two_milliseconds(installed):
+def test_start_costs_less_than_a_millisecond(installed):
     """The best of several starts: everything above the best is the machine's business."""
 
     def cost() -> int:

@@ -123,7 +123,10 @@ def generate(
     rows = _asked(every, ask, limit)
     kept = _answerable(rows, source, max_new_tokens, skip_long)
     _check_tokens(kept, source)
-    _tell_one_sided(kept, source, written)
+    template = _template_setting(written, source)
+    student = _student_rendering(source, written, template)
+    if student is not None:
+        _tell_one_sided(kept, source, student)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
     size = batch_size or (32 if target.startswith("cuda") else 8)
     lengths = [len(ids) for ids in kept["prompt_ids"]]
@@ -151,8 +154,7 @@ def generate(
         skipped=len(rows) - len(kept),
     )
     entry = _entry(out, counts, written)
-    template = _template_setting(written, source)
-    if reasoning == "field" and counts["reasoned"] and not _student_reads_field(written, source):
+    if reasoning == "field" and counts["reasoned"] and student is not None and field not in student.template:
         click.echo(f"The student's chat template does not read {field}: it will not see the reasoning.")
     if write_recipe is None:
         click.echo("In the recipe, beside or in place of its datasets:\n")
@@ -265,29 +267,24 @@ class _Rendering:
         return text
 
 
-def _tell_one_sided(rows: Any, source: "Source", recipe: dict[str, Any]) -> None:
+def _tell_one_sided(rows: Any, source: "Source", student: _Rendering) -> None:
     """Warn, as a run does, of what in the prompts the teacher or the student will not read."""
     from dskd_plugin.host.dataset_report import one_sided, one_sided_line, one_sided_note
     from dskd_plugin.text.read_by import Names, OneSided
 
-    student = _student_rendering(source, recipe)
-    if student is None:
-        return
     teacher = _Rendering(source.tokenizer, source.template, source.template_options)
     reads = OneSided(student, teacher, Names())
-    notes: dict[int, list[str]] = {}
-    numbers: dict[int, list[int]] = {}
-    for row in rows:
-        notes.setdefault(row["entry"], []).append(one_sided_note(reads.find(_conversation(row))))
-        numbers.setdefault(row["entry"], []).append(row["row"])
-    for entry, said in notes.items():
-        if (found := one_sided(said)) is None:
+    by_entry: dict[int, list[dict[str, Any]]] = {}
+    for row in rows.select_columns(["messages", "tools", "entry", "row"]):
+        by_entry.setdefault(row["entry"], []).append(row)
+    for entry, listed in by_entry.items():
+        found = one_sided([one_sided_note(reads.find(_conversation(row))) for row in listed])
+        if found is None:
             continue
         place, texts, summary = found
-        number = numbers[entry][place]
-        first = next(row for row in rows if (row["entry"], row["row"]) == (entry, number))
-        renderings = student(_conversation(first)), teacher(_conversation(first))
-        line = one_sided_line(summary, number, texts[0].text, renderings)
+        conversation = _conversation(listed[place])
+        renderings = student(conversation), teacher(conversation)
+        line = one_sided_line(summary, listed[place]["row"], texts[0].text, renderings)
         click.echo(f"Warning: {_name(source, entry)}: {line}.", err=True)
 
 
@@ -539,25 +536,21 @@ def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[s
     click.echo(f"The recipe trains on: {sources}\nNext: axolotl train {path}")
 
 
-def _student_reads_field(recipe: dict[str, Any], source: "Source") -> bool:
-    """Whether the template in which the student will read the rows has a place for their reasoning."""
-    student = _student_rendering(source, recipe)
-    return student is None or _thinking_field(recipe) in student.template
+def _student_rendering(source: "Source", recipe: dict[str, Any], template: dict[str, Any]) -> _Rendering | None:
+    """How the student will read the rows; None where it has no template, or one for `axolotl train` to explain.
 
-
-def _student_rendering(source: "Source", recipe: dict[str, Any]) -> _Rendering | None:
-    """How the student will read the rows; None where it has no template, or one for `axolotl train` to explain."""
+    template: the setting that a student without a template gets.
+    """
     from dskd_plugin.host.dataset import student_template
     from dskd_plugin.host.named_templates import named_template
 
-    entry = (_chats(recipe) or [{}])[0]
+    entry, named = (_chats(recipe) or [{}])[0], template.get("chat_template")
     try:
         tokenizer = _student_tokenizer(source)
-        named = _template_setting(recipe, source).get("chat_template")
-        template = named_template(named) if named else student_template(source.cfg, entry, tokenizer)
+        text = named_template(named) if named else student_template(source.cfg, entry, tokenizer)
     except (OSError, ValueError):
         return None
-    return _Rendering(tokenizer, template, dict(source.cfg.get("chat_template_kwargs") or {}))
+    return _Rendering(tokenizer, text, dict(source.cfg.get("chat_template_kwargs") or {}))
 
 
 def _student_has_template(source: "Source") -> bool:

@@ -504,15 +504,16 @@ class Spans(NamedTuple):
     ends: Ends
 
 
-_SAME = (same, same_ink)  # likeliest first
+# Whether a reading is cut, as where an added token swallows white space, and how it is compared; likeliest first. What
+# such a token shows is text as long as white space alone tells the texts apart.
+_WHOLE = tuple(product((False, True), (same, same_ink)))
+_PARTS = tuple(product((False, True), (beginning, contained)))
 
 
 def _match(one: _Segment, other: _Segment, whole: bool = False) -> Spans | None:
     """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
     changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
-    locators = _SAME if whole else (*_SAME, beginning, contained)
-    # What an added token that swallows white space shows is text as long as white space alone tells the texts apart.
-    for is_cut, locate in sorted(product((False, True), locators), key=lambda one: (one[1] not in _SAME, one[0])):
+    for is_cut, locate in _WHOLE if whole else _WHOLE + _PARTS:
         for steps in ((), changes) if changes else ((),):
             for mine, yours in product(one.readings, other.readings):
                 doubtful = locate is contained or is_cut

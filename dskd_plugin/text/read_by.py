@@ -4,6 +4,7 @@ In the shape of a row each text is replaced by a mark, so that it shows in a ren
 rows of one shape need one rendering. Tags stay, since templates look for them.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -165,10 +166,15 @@ def hand_over(strategy: Any, row: dict[str, Any], *, calls: bool = False) -> Non
     prompter = strategy.prompter
     apart = _MASKS | set(prompter.message_property_mappings)
     # Axolotl parses their arguments, and a row whose arguments are no JSON is no fault where nobody reads them.
-    if not calls and not _SHOWS_CALLS.search(prompter.chat_template or ""):
+    if not calls and not _shows_calls(prompter.chat_template or ""):
         apart = apart | {"tool_calls"}
     fields = {name for message in _messages(row.get(prompter.field_messages)) for name in message}
     prompter._chat_template_msg_variables = prompter.chat_template_msg_variables | (fields - apart)
+
+
+@functools.lru_cache  # asked for every row
+def _shows_calls(template: str) -> bool:
+    return _SHOWS_CALLS.search(template) is not None
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -635,6 +635,7 @@ _FILTERED = re.compile(r"([^\W\d]\w*)\s*\|.*")
 _OBJECT = re.compile(
     r"<(?:(?:built-in|bound|class|function|generator|method|module|Macro)\b|[\w.]+ object\b).*>", re.DOTALL
 )
+METHOD_NAMES = "Where a field has the name of a method, write {{ q['items'] }} for {{ q.items }}"
 # {name} of Python's format strings; not the argument of a LaTeX command, a power or an index.
 _SINGLE_BRACES = re.compile(r"(\\[A-Za-z]+\s*|[_^])?(?<!\{)\{\s*([^\W\d]\w*)\s*(?:[.\[|:!][^{}]*)?\}(?!\})")
 
@@ -758,8 +759,7 @@ def _no_object(value: Any) -> Any:
             "template",
             expected="texts or numbers",
             got=f"{text[:80]!r}: it prints a method or another object of Python",
-            fix="Where a field has the name of a method, write {{ q['items'] }} for {{ q.items }}; call a method with "
-            "(); end a generator with | list or | join.",
+            fix=f"{METHOD_NAMES}; call a method with (); end a generator with | list or | join.",
         )
     return value
 

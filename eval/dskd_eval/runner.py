@@ -295,7 +295,7 @@ def _check_native(task: ConfigurableTask, plan: Plan) -> list[str]:
                 f"task file {plan.spec.path.name}, row {number}, `doc_to_text`",
                 expected="texts or numbers",
                 got=f"{printed[:80]!r}: the prompt prints a method or another object of Python",
-                fix="Where a field has the name of a method, write {{ q['items'] }} for {{ q.items }}.",
+                fix=f"{catalog.METHOD_NAMES}.",
             )
         notes.see_prompt(row, prompt)
     return notes.texts()

@@ -20,6 +20,7 @@ from dskd_eval.programs.row_tests import why_untested
 from dskd_eval.programs.syntax import (
     BUILTINS,
     bound,
+    first_full_line,
     foreign,
     free,
     full_lines,
@@ -176,7 +177,7 @@ def _chosen(found: Sequence[Block], wanted: frozenset[str], maybe: frozenset[str
 
 def _body_first(prompt: Prompt, text: str) -> _Choice | None:
     """An answer that begins with white space and goes on from the prompt."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
+    first = first_full_line(text)
     if not prompt.text or not first[:1].isspace() or first.strip().startswith(("```", "~~~")):
         return None
     found = completion(prompt, text)

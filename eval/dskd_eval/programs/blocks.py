@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from dskd_eval.programs.syntax import (
+    DEFINITIONS,
     bound,
     first_full_line,
     full_lines,
@@ -57,8 +58,7 @@ class Block:
 
     def of_functions(self) -> Block:
         """The block as one that defines functions and classes only."""
-        definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        named = {item.name for item in statements_of(self.code) or [] if isinstance(item, definitions)}
+        named = {item.name for item in statements_of(self.code) or [] if isinstance(item, DEFINITIONS)}
         return replace(self, defined=self.defined & named)
 
 
@@ -230,7 +230,7 @@ def _dedented(lines: Sequence[str], indent: int) -> list[str]:
     """Lines without their common indentation, up to one that has less."""
     found = []
     for line in lines:
-        if line.strip() and len(line) - len(line.lstrip()) < indent:
+        if line.strip() and len(indent_of(line)) < indent:
             break
         found.append(line[indent:])
     return found

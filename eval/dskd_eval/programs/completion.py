@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from dskd_eval.programs.syntax import (
+    DEFINITIONS,
+    first_line,
     full_lines,
     indent_of,
     lines_of,
@@ -84,7 +86,7 @@ def _prompt(text: str, closed: str, statements: Sequence[ast.stmt]) -> Prompt:
     if not path:
         return Prompt(text, head=text)
     lines = lines_of(closed)
-    before = ["".join(lines[: _first_line(node) - 1]) for node in path]
+    before = ["".join(lines[: first_line(node) - 1]) for node in path]
     own = path[-1].body
     is_method = len(path) > 1 and isinstance(path[-2], ast.ClassDef)
     return Prompt(
@@ -99,17 +101,13 @@ def _prompt(text: str, closed: str, statements: Sequence[ast.stmt]) -> Prompt:
 
 
 def _is_definition(node: ast.AST) -> TypeGuard[_Definition]:
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    return isinstance(node, DEFINITIONS)
 
 
 def _is_stub(statement: ast.stmt) -> bool:
     """A docstring, `pass` or `...`."""
     is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return is_constant or isinstance(statement, ast.Pass)
-
-
-def _first_line(node: _Definition) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
 def completion(prompt: Prompt, answer: str) -> Completion | None:
@@ -216,7 +214,7 @@ def _after_return(function: _Definition) -> int:
     """The line of the first statement after a `return` of a function's own body; 0 where there is none."""
     for statement, following in zip(function.body, function.body[1:], strict=False):
         if isinstance(statement, (ast.Return, ast.Raise)):
-            return _first_line(following) if _is_definition(following) else following.lineno
+            return first_line(following)
     return 0
 
 
@@ -248,7 +246,7 @@ def under_class(prompt: Prompt, code: str) -> str:
     in_strings = _lines_in_strings(code)
     before = inside = ""
     for node in statements_of(code) or []:
-        first = _first_line(node) if _is_definition(node) else node.lineno
+        first = first_line(node)
         for number in range(first, (node.end_lineno or first) + 1):
             line = lines[number - 1]
             if not _is_method(node, prompt.method):

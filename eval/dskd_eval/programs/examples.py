@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from dskd_eval.programs.syntax import (
     BUILTINS,
+    DEFINITIONS,
     LOOKUPS,
     Names,
     calls,
+    first_line,
     foreign,
     imports,
     lines_of,
@@ -60,7 +62,7 @@ def _closure(wanted: frozenset[str], names: Sequence[Names]) -> frozenset[str]:
 
 def _runs(statement: ast.stmt) -> bool:
     """Whether a statement does something when the program starts, other than to define or import."""
-    return not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+    return not isinstance(statement, (*DEFINITIONS, ast.Import, ast.ImportFrom))
 
 
 def _examples(
@@ -124,15 +126,9 @@ def _is_unused(
 def _less(code: str, statements: Sequence[ast.stmt], dropped: Iterable[int]) -> str:
     """The code without the lines of some statements. ValueError or RecursionError for what Python cannot write."""
     gone = set(dropped)
-    spans = [_span(statement) for statement in statements]
+    spans = [(first_line(statement), statement.end_lineno or statement.lineno) for statement in statements]
     if any(before[1] >= after[0] for before, after in itertools.pairwise(spans)):
         kept = [statement for place, statement in enumerate(statements) if place not in gone]
         return "".join(f"{ast.unparse(statement)}\n" for statement in kept)
     lines = {line for place in gone for line in range(spans[place][0], spans[place][1] + 1)}
     return "".join(line for number, line in enumerate(lines_of(code), 1) if number not in lines)
-
-
-def _span(statement: ast.stmt) -> tuple[int, int]:
-    decorators = getattr(statement, "decorator_list", [])
-    first = min([statement.lineno, *(decorator.lineno for decorator in decorators)])
-    return first, statement.end_lineno or statement.lineno

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dskd_eval.programs.syntax import LOOKUPS, calls, dotted, foreign, names_of, statements_of
+from dskd_eval.programs.syntax import DEFINITIONS, LOOKUPS, calls, dotted, foreign, names_of, statements_of
 
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _RUN_FUNCTIONS = "for name, run in list(globals().items()): name.startswith('test') and run()"
 _RUN_CLASSES = (
     "import unittest; assert unittest.TextTestRunner().run("
@@ -31,10 +30,12 @@ def why_untested(tests: str, setup: str = "") -> Untested | None:
     for statement in statements:
         if found := _cannot_run(statement, setup + tests):
             return found
-    if not any(_tests_something(statement) for statement in statements):
-        fix = "Join a list of tests with {{ tests | join('\\n') }}; call a function of tests, as in check(f)."
-        return _never_called(statements) or Untested(beginning(tests), fix)
-    return _never_called(statements)
+    if found := _never_called(statements):
+        return found
+    if any(_tests_something(statement) for statement in statements):
+        return None
+    fix = "Join a list of tests with {{ tests | join('\\n') }}; call a function of tests, as in check(f)."
+    return Untested(beginning(tests), fix)
 
 
 def beginning(text: str) -> str:
@@ -49,9 +50,9 @@ def _tests_something(statement: ast.stmt) -> bool:
         node = waiting.pop()
         if isinstance(node, ast.Call) or (isinstance(node, ast.Assert) and _has_name(node.test)):
             return True
-        if isinstance(node, _DEFINITIONS) and node.decorator_list:
+        if isinstance(node, DEFINITIONS) and node.decorator_list:
             return True
-        if not isinstance(node, (*_DEFINITIONS, ast.Lambda)):
+        if not isinstance(node, (*DEFINITIONS, ast.Lambda)):
             waiting += ast.iter_child_nodes(node)
     return False
 
@@ -95,7 +96,7 @@ def _never_called(statements: Sequence[ast.stmt]) -> Untested | None:
     if frozenset().union(*(item.read for item in names)) & LOOKUPS:
         return None
     for statement in statements:
-        if not isinstance(statement, _DEFINITIONS) or statement.decorator_list or not _is_test(statement):
+        if not isinstance(statement, DEFINITIONS) or statement.decorator_list or not _is_test(statement):
             continue
         others = [
             item.read

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "__doc__"}
 # Code that looks names up by their text: nothing around it can be called unused.
 LOOKUPS = frozenset({"globals", "locals", "vars", "eval", "exec"})
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _MOST_CUTS = 500
 
 
@@ -70,6 +71,12 @@ def statements_of(code: str) -> list[ast.stmt] | None:
         return None
 
 
+def first_line(statement: ast.stmt) -> int:
+    """The number of a statement's first line, that of its first decorator where it has one."""
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+
+
 def names_of(statement: ast.stmt) -> Names:
     """Names of the module that a statement binds and reads, also within the functions that it defines."""
     try:
@@ -91,7 +98,7 @@ def names_of(statement: ast.stmt) -> Names:
                 read.add(symbol.get_name())
                 if symbol.is_declared_global() and symbol.is_assigned():
                     bound.add(symbol.get_name())
-    if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if not isinstance(statement, DEFINITIONS):
         bound |= {base for node in ast.walk(statement) if (base := _changed(node))}
     return Names(frozenset(bound), frozenset(read))
 
@@ -101,7 +108,7 @@ def _all_names(statement: ast.stmt) -> Names:
     nodes = list(ast.walk(statement))
     names = [node for node in nodes if isinstance(node, ast.Name)]
     read = frozenset(node.id for node in names if isinstance(node.ctx, ast.Load))
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(statement, DEFINITIONS):
         inside = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
         inside |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         return Names(frozenset({statement.name}), read - inside)
