@@ -39,8 +39,15 @@ def answer_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> l
     return [i for i, (first, last) in enumerate(offsets) if first < last and first < end and last > start]
 
 
-def measure(folder: str | Path, rows_file: Path, *, title: str, limit: int | None = None) -> list[Answered]:
-    """Let the model in `folder` answer the conversations of a JSON-lines file, in its own chat template."""
+def measure(
+    folder: str | Path, rows_file: Path, *, title: str, limit: int | None = None, threads: int | None = None
+) -> list[Answered]:
+    """Let the model in `folder` answer the conversations of a JSON-lines file, in its own chat template.
+
+    threads: of this process from now on; None leaves them as they are.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

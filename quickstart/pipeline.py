@@ -64,7 +64,8 @@ class Pipeline:
         _, teacher = self.commands.side_by_side(*runs)
         search = self._search()
         folders = {"student": "student", "sft": search[0].folder, "seqkd": "seqkd", "dskd": "dskd"}
-        answered = {name: self._measured(folder) for name, folder in (folders | {"sft_all": "sft_all"}).items()}
+        folders |= {"sft_all": "sft_all"}
+        answered = {name: self._measured(folder, cores()) for name, folder in folders.items()}
         return Done(self.costs, search, answered | {"teacher": teacher})
 
     def _stage(self, name: str, title: str, key: str, build: Callable[[Path], float | None]) -> None:
@@ -123,11 +124,12 @@ class Pipeline:
         self._distilled("seqkd", threads, place=1)
         title = "SFT on six times the gold answers"
         self._trained("sft_all", "sft_all", title, after=("student",), threads=threads, place=1)
-        return self._measured("teacher-tuned")
+        # More threads than its share would make the distillation beside it wait.
+        return self._measured("teacher-tuned", threads)
 
-    def _measured(self, folder: str) -> list[Answered]:
-        title = f"Held-out questions, {folder}"
-        return measure.measure(self.out / folder, self.out / "data" / "heldout.jsonl", title=title)
+    def _measured(self, folder: str, threads: int) -> list[Answered]:
+        title, heldout = f"Held-out questions, {folder}", self.out / "data" / "heldout.jsonl"
+        return measure.measure(self.out / folder, heldout, title=title, threads=threads)
 
     def _distilled(self, name: str, threads: int, *, place: int) -> None:
         titles = {"seqkd": "SFT on gold and teacher's answers", "dskd": "DSKD on gold and teacher's answers"}
