@@ -401,7 +401,7 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
             f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
         )
     if over_long and strategy == "truncate":
-        cut = _Truncate(limit, pairs=method_of(reader.settings).pairing(reader.settings) != "all")
+        cut = _Truncate(limit, pairs=method_of(reader.settings).in_pairs)
         dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
     elif over_long:
         dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")

@@ -92,7 +92,7 @@ def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: 
         )
     said = f"{said} The texts are the same, but no token of one side is a token of the other at the same place."
     method = method_of(settings)
-    has_no_spans = "span_weight" in method.ignores or method.pairing(settings) == "all"
+    has_no_spans = "span_weight" in method.ignores or not method.in_pairs
     if pair.identity or settings.span_weight > 0 or has_no_spans:
         return f"{said} Name a template that puts the same white space around the answers (dskd.teacher.chat_template)."
     return (

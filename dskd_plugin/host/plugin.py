@@ -105,7 +105,8 @@ class DSKDPlugin(BasePlugin):
             return None
         from dskd_plugin.host.collator import collator_class
 
-        return collator_class(cfg, is_eval), {}
+        attends = not method_of(self.reader.settings).in_pairs
+        return collator_class(cfg, is_eval), {"cross_attention": attends}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.reader is not None:

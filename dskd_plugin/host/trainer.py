@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, state
 from dskd_plugin.assemble import distillation_loss
-from dskd_plugin.batch import MicroBatch, micro_batch
+from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
@@ -39,7 +40,6 @@ SUMS = (*TERMS, *RATES)
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
 on_create: list[Callable[["DSKDTrainer"], None]] = []
-OWN_PREFIXES = ("dskd_", "teacher_")
 
 
 class _WithoutPerplexity(dict[str, Any]):
@@ -106,8 +106,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.add_callback(_AfterStep(self))
         in_student_space = self.distillation.objective.in_student_space
         self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
-        # Attention has no pairs to count.
-        self._logged |= set() if method.pairing(settings) == "all" else {"align_ratio"}
+        self._logged |= {"align_ratio"} if method.in_pairs else set()
         self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -217,11 +216,10 @@ class DSKDTrainer(AxolotlTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
 
-    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
-        """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""
-        inputs.pop("dskd_samples", None)
-        own = {key: inputs.pop(key).to(self.args.device) for key in list(inputs) if key.startswith(OWN_PREFIXES)}
-        return micro_batch(own, self.teacher)
+    def _asked(self, batch: StepBatch) -> StepBatch:
+        """The batch on the trainer's device with what the teacher says of it."""
+        # The rows of the dataset have done their service: answers to their prompts are in the batch, if any.
+        return ask(replace(batch, samples=None).to(self.args.device), self.teacher)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -232,9 +230,10 @@ class DSKDTrainer(AxolotlTrainer):
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
-        window = [self._micro_batch(batch) for batch in batches]
-        for batch, paired in zip(batches, window, strict=True):
-            batch["dskd"] = paired
+        window = []
+        for batch in batches:
+            batch[KEY] = self._asked(batch[KEY])
+            window.append(batch[KEY])
         if window:
             window[0].window = window
         # Not None, or the host would divide by the number of accumulation steps.
@@ -242,7 +241,7 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _with_answers(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
-        features = batch["dskd_samples"]
+        features = batch[KEY].samples
         packed = isinstance(features[0], list)
         bins = features if packed else [features]
         tokens = self._rollout.counts["tokens"]
@@ -265,7 +264,7 @@ class DSKDTrainer(AxolotlTrainer):
         else:
             features = [*gold, *pack(answers, self.cfg.sequence_len)]
         new = self.data_collator(features)
-        new["dskd_responses"] = torch.tensor(self._rollout.counts["tokens"] - tokens)
+        new[KEY].sampled = int(self._rollout.counts["tokens"] - tokens)
         return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
@@ -275,10 +274,12 @@ class DSKDTrainer(AxolotlTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        training = "dskd" in inputs
         inputs = dict(inputs)
-        paired = inputs.pop("dskd") if training else self._micro_batch(inputs)
+        paired = inputs.pop(KEY)
+        # In training the teacher was asked for a whole step at once; a batch of an evaluation stands alone.
+        training = paired.teacher_MD is not None
         if not training:
+            paired = self._asked(paired)
             paired.window = [paired]
         inputs.pop("labels", None)
         inputs.pop("length", None)
