@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.log import LOG
 from dskd_plugin.methods import method_of
 from dskd_plugin.methods import names as method_names
@@ -169,7 +170,7 @@ class Settings(_Block):
         for old, new in _RENAMED.items():
             if isinstance(block, dict) and old in block:
                 if new in block:
-                    raise ValueError(f"{old}: expected {new} alone, its new name, got both. Remove {old}.")
+                    raise SettingError(f"dskd.{old}", f"{new} alone, its new name", "both", f"Remove {old}.")
                 _notice(old, new)
                 block = {new if key == old else key: value for key, value in block.items()}
         return block
@@ -189,14 +190,18 @@ class Settings(_Block):
         method = method_of(self)
         unused = method.ignored(self)
         if unused:
-            raise ValueError(
-                f"expected only settings that have an effect, got {', '.join(unused)} which {method.chosen_by()} "
-                "ignores. Remove them."
+            raise SettingError(
+                "dskd",
+                "only settings that have an effect",
+                f"{', '.join(unused)} which {method.chosen_by()} ignores",
+                "Remove them.",
             )
         if self.alignment == "cma" and method.alignment != "cma":
-            raise ValueError(
-                f"alignment: expected auto, identity or eta beside {method.chosen_by()}, got 'cma': cross-model "
-                "attention belongs to dskd. Remove it."
+            raise SettingError(
+                "dskd.alignment",
+                f"auto, identity or eta beside {method.chosen_by()}",
+                "'cma': cross-model attention belongs to dskd",
+                "Remove it.",
             )
         method.check(self)
         return self
@@ -211,15 +216,16 @@ class DSKDArgs(BaseModel):
 def parse_settings(block: Any) -> Settings:
     """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
     if not isinstance(block, dict):
-        raise ValueError(
-            f"dskd: expected a block of settings, got {block!r}. "
-            "Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        raise SettingError(
+            "dskd",
+            "a block of settings",
+            f"{block!r}",
+            "Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>",
         )
     try:
         return Settings.model_validate(block)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise Mistakes([_explain(item) for item in error.errors()]) from None
 
 
 _KINDS = {
@@ -255,7 +261,7 @@ def _model_at(path: list[str]) -> type[BaseModel]:
     return model
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any) -> SettingError:
     path = [str(part) for part in item["loc"]]
     name = ".".join(["dskd", *(part for part in path if part not in _KINDS)])
     got = item.get("input")
@@ -263,21 +269,22 @@ def _explain(item: Any) -> str:
         keys = sorted(_model_at(path).model_fields)
         near = get_close_matches(path[-1], keys, n=1, cutoff=0.5)
         advice = f"Did you mean '{near[0]}'?" if near else "Remove it."
-        return f"{name}: expected one of {', '.join(keys)}, got the unknown setting '{path[-1]}'. {advice}"
+        return SettingError(name, f"one of {', '.join(keys)}", f"the unknown setting '{path[-1]}'", advice)
     if item["type"] == "missing":
-        return f"{name}: expected a value, got nothing. Add it to the recipe."
+        return SettingError(name, "a value", "nothing", "Add it to the recipe.")
     if item["type"] == "union_tag_invalid" or item["type"] == "union_tag_not_found":
         kind = got.get("kind") if isinstance(got, dict) else getattr(got, "kind", None)
         near = get_close_matches(str(kind), list(_KINDS), n=1, cutoff=0.5)
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return f"{name}.kind: expected one of {', '.join(_KINDS)}, got {kind!r}. {advice}"
+        return SettingError(f"{name}.kind", f"one of {', '.join(_KINDS)}", f"{kind!r}", advice)
     if item["type"] == "literal_error":
         near = get_close_matches(
             str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
         )
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return f"{name}: expected {item['ctx']['expected']}, got {got!r}. {advice}"
+        return SettingError(name, item["ctx"]["expected"], f"{got!r}", advice)
     if item["type"] == "value_error":
-        return f"{name}: {item['ctx']['error']}"
+        found: SettingError = item["ctx"]["error"]  # of a rule between settings, which names them itself
+        return found
     expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name}: expected {expected}, got {got!r}. Change it in the recipe."
+    return SettingError(name, expected, f"{got!r}", "Change it in the recipe.")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dskd_plugin import __version__
+from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
@@ -75,11 +76,13 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     different = [key for key, value in expected.items() if found.get(key) != value]
     if different:
         lines = _recipe_lines({key: found.get(key) for key in different if key in SETTINGS})
-        raise ValueError(
-            f"{source / STATE}: expected the projectors of this pair, got those of another: "
-            + ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
-            + ". Resume with the teacher and settings of that run, or start a new output_dir."
-            + (f" The lines of that run's recipe:\n{lines}" if lines else "")
+        told = ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
+        advice = "Resume with the teacher and settings of that run, or start a new output_dir."
+        raise SettingError(
+            source / STATE,
+            "the projectors of this pair",
+            f"those of another: {told}",
+            f"{advice} The lines of that run's recipe:\n{lines}" if lines else advice,
         )
 
 
@@ -88,9 +91,11 @@ def _expect(source: Path, file: str) -> None:
     # A run that was killed while it wrote leaves an empty file, or half of one.
     if not there or (file.endswith(".json") and not read_json(source / file)):
         found = f"{source} whose {file} is cut short" if there else f"{source} without {file}"
-        raise ValueError(
-            f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {found}. "
-            "Resume from another checkpoint, or remove this one."
+        raise SettingError(
+            "resume_from_checkpoint",
+            "a finished checkpoint of a dskd run",
+            found,
+            "Resume from another checkpoint, or remove this one.",
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.errors import DSKDSetupError, SettingError
 from dskd_plugin.generation.messages import FIELD, Written, as_message, check_reasoning
 
 if TYPE_CHECKING:
@@ -167,16 +167,18 @@ def generate(
 def _check_target(path: Path, overwrite: bool, recipe: Path) -> None:
     """Refuse now what would fail after hours."""
     if path.exists() and path.samefile(recipe):
-        raise ValueError(f"{path}: expected another file than the recipe, got the recipe itself. Choose another name.")
+        raise SettingError(path, "another file than the recipe", "the recipe itself", "Choose another name.")
     if path.exists() and not overwrite:
-        raise ValueError(
-            f"{path}: expected no file of this name, got an earlier result. "
-            "Name another file with --out, or replace it with --overwrite."
+        raise SettingError(
+            path,
+            "no file of this name",
+            "an earlier result",
+            "Name another file with --out, or replace it with --overwrite.",
         )
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         got = "one without permission to write" if nearest.is_dir() else "a file"
-        raise ValueError(f"{path}: expected a folder to write to, got {got} at {nearest}. Choose another file.")
+        raise SettingError(path, "a folder to write to", f"{got} at {nearest}", "Choose another file.")
 
 
 def _device(name: str) -> str:
@@ -187,9 +189,11 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: expected auto or a device that torch has here, got {name!r}: {str(error).splitlines()[0]}. "
-            "Choose another device."
+        raise SettingError(
+            "--device",
+            "auto or a device that torch has here",
+            f"{name!r}: {str(error).splitlines()[0]}",
+            "Choose another device.",
         ) from None
     return name
 
@@ -200,9 +204,11 @@ def _asked(rows: Any, ask: str, limit: int | None) -> Any:
         return rows
     unanswered = [row for row, answered in enumerate(rows["answered"]) if not answered]
     if not unanswered:
-        raise ValueError(
-            f"--ask unanswered: expected rows without an answer, got one in each of {len(rows)} rows. "
-            "Add a dataset of prompts, or leave the option out."
+        raise SettingError(
+            "--ask unanswered",
+            "rows without an answer",
+            f"one in each of {len(rows)} rows",
+            "Add a dataset of prompts, or leave the option out.",
         )
     return rows.select(unanswered[:limit])
 
@@ -211,24 +217,32 @@ def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: boo
     """The rows with a prompt that leaves room for an answer; ``ValueError`` when some do not and should."""
     lengths = [len(ids) for ids in rows["prompt_ids"]]
     if not any(lengths):
-        raise ValueError(
-            f"datasets: expected conversations with a user turn to answer, got none in {len(rows)} rows. "
-            "Check field_messages, message_property_mappings and roles."
+        raise SettingError(
+            "datasets",
+            "conversations with a user turn to answer",
+            f"none in {len(rows)} rows",
+            "Check field_messages, message_property_mappings and roles.",
         )
     room = float("inf") if source.positions is None else source.positions - max_new_tokens
     long = [row for row, length in enumerate(lengths) if length > room]
     if long and not skip_long:
         row = max(long, key=lambda row: lengths[row])
-        raise ValueError(
-            f"datasets: expected prompts that leave room for --max-new-tokens {max_new_tokens} in the "
-            f"{source.positions} positions of the teacher, got {len(long)} longer ones, up to {lengths[row]} tokens "
-            f"(row {row}). Lower --max-new-tokens, or leave them out with --skip-long."
+        raise SettingError(
+            "datasets",
+            (
+                f"prompts that leave room for --max-new-tokens {max_new_tokens} in the {source.positions} "
+                "positions of the teacher"
+            ),
+            f"{len(long)} longer ones, up to {lengths[row]} tokens (row {row})",
+            "Lower --max-new-tokens, or leave them out with --skip-long.",
         )
     kept = [row for row, length in enumerate(lengths) if 0 < length <= room]
     if not kept:
-        raise ValueError(
-            f"--skip-long: expected some prompt that leaves room for an answer, got {len(long)} too long ones and no "
-            "other. Lower --max-new-tokens."
+        raise SettingError(
+            "--skip-long",
+            "some prompt that leaves room for an answer",
+            f"{len(long)} too long ones and no other",
+            "Lower --max-new-tokens.",
         )
     return rows.select(kept)
 
@@ -240,7 +254,7 @@ def _check_tokens(rows: Any, source: "Source") -> None:
     for place, ids in enumerate(rows["prompt_ids"]):
         if max(ids) >= source.rows:
             row = rows[place]
-            raise ValueError(beyond_rows(_name(source, row["entry"]), row["row"], ids, source.tokenizer, source.rows))
+            raise beyond_rows(_name(source, row["entry"]), row["row"], ids, source.tokenizer, source.rows)
 
 
 def _name(source: "Source", entry: int) -> str:
@@ -377,8 +391,10 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
                 answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch], progress.told)
             except torch.OutOfMemoryError as error:
                 raise DSKDSetupError(
-                    f"--batch-size: expected a batch that fits on {device}, got {len(batch)} prompts that do not "
-                    f"({str(error).splitlines()[0]}). Lower --batch-size or --max-new-tokens."
+                    "--batch-size",
+                    f"a batch that fits on {device}",
+                    f"{len(batch)} prompts that do not ({str(error).splitlines()[0]})",
+                    "Lower --batch-size or --max-new-tokens.",
                 ) from error
             partial.append(answers)
         return progress.speed
@@ -402,10 +418,14 @@ def _write_dataset(
         "tokens": tokens,
     }
     if not used:
-        raise ValueError(
-            f"{out}: expected some whole answer, got {counts['unfinished']} cut at the limit, {counts['empty']} "
-            f"empty ones and {counts['reasoning_without_answer']} of reasoning alone. Raise --max-new-tokens, keep cut "
-            "answers with --keep-unfinished, or choose another teacher."
+        raise SettingError(
+            out,
+            "some whole answer",
+            (
+                f"{counts['unfinished']} cut at the limit, {counts['empty']} empty ones and "
+                f"{counts['reasoning_without_answer']} of reasoning alone"
+            ),
+            "Raise --max-new-tokens, keep cut answers with --keep-unfinished, or choose another teacher.",
         )
     earlier = any(message["role"] == "assistant" for text in rows["messages"] for message in json.loads(text))
     manifest = {

@@ -18,6 +18,7 @@ from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrat
 from axolotl.utils.chat_templates import get_chat_template_from_config
 
 from dskd_plugin import advice
+from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.host.turn_end_warning import names_the_side, template_end
@@ -223,10 +224,11 @@ def student_template(cfg: Any, entry: Any, tokenizer: Any) -> str:
     found = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
     template = one_template(found)
     if template is None:
-        raise ValueError(
-            f"chat_template: expected a student with a chat template named 'default', got one with "
-            f"{', '.join(names(found))}. Write the one to use into a jinja file: chat_template: jinja, "
-            "chat_template_jinja: <file>."
+        raise SettingError(
+            "chat_template",
+            "a student with a chat template named 'default'",
+            f"one with {', '.join(names(found))}",
+            "Write the one to use into a jinja file: chat_template: jinja, chat_template_jinja: <file>.",
         )
     return template
 
@@ -304,9 +306,11 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
         with _each_strategy(captured.append), names_the_side("teacher"):
             original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
         if len(captured) != 1:
-            raise ValueError(
-                f"{name}: expected a dataset type that Axolotl tokenizes row by row, got {dataset_config['type']!r}. "
-                "Use chat_template, alpaca, completion or a custom type with raw text."
+            raise SettingError(
+                name,
+                "a dataset type that Axolotl tokenizes row by row",
+                f"{dataset_config['type']!r}",
+                "Use chat_template, alpaca, completion or a custom type with raw text.",
             )
         settings = _reader.settings
         pair = make_pair(tokenizer, _reader.table, settings)
@@ -315,10 +319,11 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
                 [tokens.convert_ids_to_tokens(end) for end in one if end is not None]
                 for tokens, one in zip((tokenizer, _reader.tokenizer), zip(*ends, strict=True), strict=True)
             ]
-            raise ValueError(
-                "datasets: expected one end of turn in all entries, since sampled answers have one (dskd.on_policy), "
-                f"got {' and '.join(sides[0])} of the student, {' and '.join(sides[1])} of the teacher. "
-                "Use one type and one chat template for all of them, or remove dskd.on_policy."
+            raise SettingError(
+                "datasets",
+                "one end of turn in all entries, since sampled answers have one (dskd.on_policy)",
+                f"{' and '.join(sides[0])} of the student, {' and '.join(sides[1])} of the teacher",
+                "Use one type and one chat template for all of them, or remove dskd.on_policy.",
             )
         paired = functools.partial(
             PairedStrategy,
@@ -386,9 +391,9 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     limit = reader.sequence_len
     rows = len(dataset)
     if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
-        raise ValueError(refusal)
+        raise refusal
     if refusal := _beyond_rows(name, dataset, reader):
-        raise ValueError(refusal)
+        raise refusal
     _tell_one_sided(name, dataset, tokenizer, reader.tokenizer)
     notes = list(dataset[PARTED]) if rows else []
     if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
@@ -396,9 +401,11 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
     strategy = (cfg.excess_length_strategy or "drop").lower()
     if over_long and strategy == "raise":
-        raise ValueError(
-            f"{name}: expected teacher rows of at most {limit} tokens (excess_length_strategy: raise), "
-            f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
+        raise SettingError(
+            name,
+            f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
+            f"{over_long} longer ones",
+            "Raise dskd.teacher.sequence_len or shorten the rows.",
         )
     if over_long and strategy == "truncate":
         cut = _Truncate(limit, pairs=method_of(reader.settings).in_pairs)
@@ -413,14 +420,18 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
     in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
     unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
     if rows and not len(dataset):
-        raise ValueError(
-            f"{name}: expected rows that fit the teacher ({limit} tokens), got none: all {rows} are longer. Raise "
-            "dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate."
+        raise SettingError(
+            name,
+            f"rows that fit the teacher ({limit} tokens)",
+            f"none: all {rows} are longer",
+            "Raise dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate.",
         )
     if responses == 0:
-        raise ValueError(
-            f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
-            "roles_to_train, train_on_inputs and the chat template."
+        raise SettingError(
+            name,
+            "rows with response tokens to train on",
+            f"none in {rows} rows",
+            "Check the field names, roles_to_train, train_on_inputs and the chat template.",
         )
     of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
     LOG.info(
@@ -433,15 +444,21 @@ def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pai
         _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
     if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
         _promptless.append(
-            f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
-            "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
-            "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
+            SettingError(
+                name,
+                "rows with a prompt that the student can answer (dskd.on_policy)",
+                f"none in {rows} rows",
+                (
+                    "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
+                    "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
+                ),
+            )
         )
     return dataset.remove_columns(list(NOTES))
 
 
-def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> str | None:
-    """The message about a row with a token that the teacher has no embedding for; None where there is none."""
+def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> SettingError | None:
+    """The error about a row with a token that the teacher has no embedding for; None where there is none."""
     first = 0
     for batch in dataset.select_columns(["teacher_input_ids"]).with_format("arrow").iter(1000):
         ids = batch["teacher_input_ids"].combine_chunks()
@@ -463,8 +480,8 @@ def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: 
 
 
 # What is said of the entries without a pair and of those without a prompt, until all entries of a split are read.
-_unpaired: list[str] = []
-_promptless: list[str] = []
+_unpaired: list[SettingError] = []
+_promptless: list[SettingError] = []
 
 
 def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -478,7 +495,7 @@ def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
         for lines, consequence in lacking:
             said, lines[:] = lines[:], []
             if _reader is not None and said and len(said) == len(datasets):
-                raise ValueError("\n".join(said))
+                raise Mistakes(said)
             for line in said:
                 LOG.warning("dskd: %s %s", line, consequence)
         return original(datasets, *args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import hand_over
 from dskd_plugin.text.reasoning import AssistantForm, form_of
@@ -38,16 +39,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected an Axolotl recipe in YAML, got {error}. Correct the file.") from None
+        raise SettingError(path, "an Axolotl recipe in YAML", error, "Correct the file.") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected an Axolotl recipe, got {type(recipe).__name__}. Name another file.")
+        raise SettingError(path, "an Axolotl recipe", type(recipe).__name__, "Name another file.")
     if not recipe.get("dskd"):
-        raise ValueError(
-            f"{path}: expected a `dskd:` block that names the teacher, got none. "
-            "Add at least:\n  plugins: [dskd]\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        raise SettingError(
+            path,
+            "a `dskd:` block that names the teacher",
+            "none",
+            "Add at least:\n  plugins: [dskd]\n  dskd:\n    teacher:\n      model: <hub id or folder>",
         )
     if not recipe.get("datasets"):
-        raise ValueError(f"{path}: expected `datasets` with the prompts, got none. List at least one.")
+        raise SettingError(path, "`datasets` with the prompts", "none", "List at least one.")
     return recipe
 
 
@@ -81,8 +84,8 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         from axolotl.integrations.base import PluginManager
         from axolotl.utils import tee
     except ImportError as error:
-        raise ValueError(
-            f"axolotl: expected an installed Axolotl, got {error}. Install it: pip install 'dskd[train]'."
+        raise SettingError(
+            "axolotl", "an installed Axolotl", error, "Install it: pip install 'dskd[train]'."
         ) from error
 
     from dskd_plugin.host import dataset
@@ -98,12 +101,12 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
             wrong = "; ".join(
                 f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()
             )
-            raise ValueError(
-                f"{path}: expected a recipe that Axolotl accepts, got {wrong}. Correct it: it could not train either."
+            raise SettingError(
+                path, "a recipe that Axolotl accepts", wrong, "Correct it: it could not train either."
             ) from error
         except OSError as error:
-            raise ValueError(
-                f"{path}: expected models and files that can be read, got {error}. Check the names and the network."
+            raise SettingError(
+                path, "models and files that can be read", error, "Check the names and the network."
             ) from error
         tee.close_debug_log()
     dataset.install(None)
@@ -161,9 +164,11 @@ def read_prompts(source: Source, limit: int | None) -> Any:
             try:
                 sft._load_and_process_single_dataset(entry, cfg, source.tokenizer, split="train", seed=cfg.seed)
             except Exception as error:
-                raise ValueError(
-                    f"{name}: expected data that Axolotl reads, got {type(error).__name__}: {error}. "
-                    "Check path, split, ds_type and type of the entry."
+                raise SettingError(
+                    name,
+                    "data that Axolotl reads",
+                    f"{type(error).__name__}: {error}",
+                    "Check path, split, ds_type and type of the entry.",
                 ) from error
         if len(found) != 1:
             raise _unreadable(name, entry)
@@ -188,11 +193,13 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
 
 
-def _unreadable(name: str, entry: Any) -> ValueError:
+def _unreadable(name: str, entry: Any) -> SettingError:
     kind = entry["type"] if isinstance(entry["type"], str) else "a custom type"
-    return ValueError(
-        f"{name}: expected type chat_template or an alpaca type, whose prompt and answer are apart, got {kind!r}. "
-        "Convert the rows to conversations (`messages`, type: chat_template), or remove the entry."
+    return SettingError(
+        name,
+        "type chat_template or an alpaca type, whose prompt and answer are apart",
+        f"{kind!r}",
+        "Convert the rows to conversations (`messages`, type: chat_template), or remove the entry.",
     )
 
 
@@ -241,9 +248,11 @@ class _Reader:
             turns = turns[: asked[-1] + 1] if asked else []
             ids = [] if not turns else self._render(turns, tools)
         except Exception as error:
-            raise ValueError(
-                f"{self.name}, row {index}: expected a conversation that the teacher's template renders, got "
-                f"{type(error).__name__}: {error}. Correct the row, its field names or dskd.teacher.chat_template."
+            raise SettingError(
+                f"{self.name}, row {index}",
+                "a conversation that the teacher's template renders",
+                f"{type(error).__name__}: {error}",
+                "Correct the row, its field names or dskd.teacher.chat_template.",
             ) from error
         return {
             "messages": json.dumps(turns, ensure_ascii=False),

@@ -15,6 +15,7 @@ from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, Sums
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import gram_inverse
+from dskd_plugin.errors import SettingError
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import causal_lm, gathered
 
@@ -43,9 +44,11 @@ class CrossAttentionLoss(Projecting):
             ("dskd.teacher.model", teacher_embedding_VD.shape[1], teacher_width),
         ):
             if found != expected:
-                raise ValueError(
-                    f"{name}: expected input embeddings as wide as the output head ({expected}) for alignment: cma, "
-                    f"got {found}. Use another alignment."
+                raise SettingError(
+                    name,
+                    f"input embeddings as wide as the output head ({expected}) for alignment: cma",
+                    found,
+                    "Use another alignment.",
                 )
         self._teacher_embedding_VD = teacher_embedding_VD
         self._embedding = (embedding,)  # a tuple, because it must not become a child of this module

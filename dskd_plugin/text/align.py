@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dskd_plugin.core.spans import match_spans, match_starts
+from dskd_plugin.errors import SettingError
 from dskd_plugin.text.regions import Common, Text, beginning, contained, first_difference, same, same_ink
 from dskd_plugin.text.tokens import Canonical, TokenTable, canonical
 
@@ -172,9 +173,11 @@ def align(
         ("teacher", teacher_ids, teacher_response),
     ):
         if len(ids) != len(response):
-            raise ValueError(
-                f"{side} response mask: expected one value per token ({len(ids)}), got {len(response)}. "
-                "Give the mask of these ids."
+            raise SettingError(
+                f"{side} response mask",
+                f"one value per token ({len(ids)})",
+                len(response),
+                "Give the mask of these ids.",
             )
     ours = [_Segment(student_ids, run, student, student_end) for run in _runs(student_response)]
     theirs = [_Segment(teacher_ids, run, teacher, teacher_end) for run in _runs(teacher_response)]
@@ -272,9 +275,11 @@ def end_of_turn(
     try:
         text = tokenizer.apply_chat_template(PROBE, chat_template=chat_template, tokenize=False, **(options or {}))
     except Exception as error:
-        raise ValueError(
-            f"chat template: expected one that renders a user and an assistant message, got {error!r}. "
-            "Choose another chat template."
+        raise SettingError(
+            "chat template",
+            "one that renders a user and an assistant message",
+            f"{error!r}",
+            "Choose another chat template.",
         ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     answer = PROBE[1]["content"].encode()
@@ -361,9 +366,11 @@ class _Segment:
     def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
         self.ids = list(ids[run.start : run.stop])
         if self.ids and not 0 <= min(self.ids) <= max(self.ids) < table.vocab_size:
-            raise ValueError(
-                f"response token ids: expected ids below {table.vocab_size}, got {min(self.ids)} to "
-                f"{max(self.ids)}. Tokenize with the tokenizer of this table."
+            raise SettingError(
+                "response token ids",
+                f"ids below {table.vocab_size}",
+                f"{min(self.ids)} to {max(self.ids)}",
+                "Tokenize with the tokenizer of this table.",
             )
         self.run, self.table, self.length = run, table, len(ids)
         self.before = (table.literal[ids[run.start - 1]] if run.start else None) or b""

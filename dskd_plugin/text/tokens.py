@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dskd_plugin.core.overlap import Overlap, shared_vocabulary
+from dskd_plugin.errors import SettingError
 
 SPACE_MARK = "\u2581"
 WHITE = b" \t\n\r\x0b\f"
@@ -256,11 +257,13 @@ def _parts(owner: Any) -> list[Any]:
     return [owner, *getattr(owner, "__dict__", {}).values()]
 
 
-def _refusal(tokenizer: Any, came: str, what: str) -> ValueError:
+def _refusal(tokenizer: Any, came: str, what: str) -> SettingError:
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    return ValueError(
-        f"tokenizer {name}: expected a vocabulary whose token bytes are known (byte-level BPE, "
-        f"SentencePiece, tiktoken), got {what}: {came}. Use a model with such a tokenizer."
+    return SettingError(
+        f"tokenizer {name}",
+        "a vocabulary whose token bytes are known (byte-level BPE, SentencePiece, tiktoken)",
+        f"{what}: {came}",
+        "Use a model with such a tokenizer.",
     )
 
 

@@ -822,4 +822,4 @@ def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
     from dskd_plugin.host import dataset_report
 
     note = json.dumps({"side": "teacher", "error": error, "row": "x", "roles": roles})
-    assert advice in dataset_report.refused("datasets: d", ["", note], 2)
+    assert advice in str(dataset_report.refused("datasets: d", ["", note], 2))
