@@ -92,7 +92,7 @@ def shared_ids(
 ) -> Overlap:
     """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher).
 
-    ends: of the run's datasets, see `turn_ends`.
+    ends: of the run's datasets, see `run.Sides.ends`.
     """
     student_bytes = pair.student.bytes[: head_rows[0]]
     teacher_bytes = pair.teacher.bytes[: head_rows[1]]

@@ -223,14 +223,14 @@ def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: boo
             f"none in {len(rows)} rows",
             "Check field_messages, message_property_mappings and roles.",
         )
-    room = float("inf") if source.positions is None else source.positions - max_new_tokens
+    room = float("inf") if source.teacher.positions is None else source.teacher.positions - max_new_tokens
     long = [row for row, length in enumerate(lengths) if length > room]
     if long and not skip_long:
         row = max(long, key=lambda row: lengths[row])
         raise SettingError(
             "datasets",
             (
-                f"prompts that leave room for --max-new-tokens {max_new_tokens} in the {source.positions} "
+                f"prompts that leave room for --max-new-tokens {max_new_tokens} in the {source.teacher.positions} "
                 "positions of the teacher"
             ),
             f"{len(long)} longer ones, up to {lengths[row]} tokens (row {row})",
@@ -252,13 +252,15 @@ def _check_tokens(rows: Any, source: "Source") -> None:
     from dskd_plugin.host.dataset_report import beyond_rows
 
     for place, ids in enumerate(rows["prompt_ids"]):
-        if max(ids) >= source.rows:
+        if max(ids) >= source.teacher.rows:
             row = rows[place]
-            raise beyond_rows(_name(source, row["entry"]), row["row"], ids, source.tokenizer, source.rows)
+            raise beyond_rows(
+                _name(source, row["entry"]), row["row"], ids, source.teacher.tokenizer, source.teacher.rows
+            )
 
 
 def _name(source: "Source", entry: int) -> str:
-    return f"datasets: {source.cfg.datasets[entry]['path']}"
+    return f"datasets: {source.run.recipe['datasets'][entry]['path']}"
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def _tell_one_sided(rows: Any, source: "Source", student: _Rendering) -> None:
     from dskd_plugin.host.dataset_report import one_sided, one_sided_line, one_sided_note
     from dskd_plugin.text.read_by import Names, OneSided
 
-    teacher = _Rendering(source.tokenizer, source.template, source.template_options)
+    teacher = _Rendering(source.teacher.tokenizer, source.template, source.teacher.template_options)
     reads = OneSided(student, teacher, Names())
     by_entry: dict[int, list[dict[str, Any]]] = {}
     for row in rows.select_columns(["messages", "tools", "entry", "row"]):
@@ -317,10 +319,10 @@ def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: 
 
     from dskd_plugin import __version__
 
-    teacher = source.settings.teacher
-    parts = source.parts
+    teacher = source.run.settings.teacher
+    parts = source.teacher.parts
     config = AutoConfig.from_pretrained(
-        parts.weights, revision=parts.revision, trust_remote_code=source.trust_remote_code
+        parts.weights, revision=parts.revision, trust_remote_code=source.run.trust_remote_code
     )
     return {
         "teacher": {
@@ -329,7 +331,7 @@ def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: 
             "files": _folder_digest(parts.weights),
             "adapter_files": _folder_digest(str(parts.adapter or "")),
             "chat_template": hashlib.sha256(
-                json.dumps([source.template, source.template_options], sort_keys=True).encode()
+                json.dumps([source.template, source.teacher.template_options], sort_keys=True).encode()
             ).hexdigest(),
             "ends": source.ends,
             "answers": "with special tokens",
@@ -371,17 +373,17 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
     if not remaining:
         return None
     teacher = Teacher(
-        source.settings.teacher,
-        vocab_size=source.vocab_size,
+        source.run.settings.teacher,
+        vocab_size=source.teacher.table.vocab_size,
         device=torch.device(device),
         attn_implementation=None,
         packed=False,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.run.trust_remote_code,
     )
     writer = Writer(
         teacher.model,
-        source.tokenizer,
-        vocab_size=source.vocab_size,
+        source.teacher.tokenizer,
+        vocab_size=source.teacher.table.vocab_size,
         ends=source.ends,
         sampling=sampling,
     )
@@ -561,27 +563,18 @@ def _student_rendering(source: "Source", recipe: dict[str, Any], template: dict[
 
     template: the setting that a student without a template gets.
     """
-    from dskd_plugin.host.dataset import student_template
-    from dskd_plugin.host.named_templates import named_template
-
+    run = source.run
     entry, named = (_chats(recipe) or [{}])[0], template.get("chat_template")
     try:
-        tokenizer = _student_tokenizer(source)
-        text = named_template(named) if named else student_template(source.cfg, entry, tokenizer)
+        tokenizer = run.student_tokenizer()
+        text = run.templates.named(named, tokenizer) if named else run.student_template(entry, tokenizer)
     except (OSError, ValueError):
         return None
-    return _Rendering(tokenizer, text, dict(source.cfg.get("chat_template_kwargs") or {}))
+    return _Rendering(tokenizer, text, run.student_template_options)
 
 
 def _student_has_template(source: "Source") -> bool:
     try:
-        return _student_tokenizer(source).chat_template is not None
+        return source.run.student_tokenizer().chat_template is not None
     except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
         return True
-
-
-def _student_tokenizer(source: "Source") -> Any:
-    from transformers import AutoTokenizer
-
-    name = source.cfg.get("tokenizer_config") or source.cfg["base_model"]
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=source.trust_remote_code)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
-from axolotl.utils.chat_templates import get_chat_template_from_config
 
 from dskd_plugin import advice
 from dskd_plugin.errors import Mistakes, SettingError
@@ -23,13 +22,12 @@ from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.host.turn_end_warning import names_the_side, template_end
 from dskd_plugin.log import LOG
-from dskd_plugin.methods import method_of
-from dskd_plugin.pair import Pair, aligner, make_pair
+from dskd_plugin.pair import Pair, aligner
+from dskd_plugin.run import Run, Sides, is_chat
 from dskd_plugin.settings import Settings
 from dskd_plugin.teachers.reader import TeacherReader
-from dskd_plugin.text.align import Ends, answers, end_of_turn
+from dskd_plugin.text.align import answers, end_of_turn
 from dskd_plugin.text.read_by import OneSided, hand_over
-from dskd_plugin.text.templates import names, one_template
 from dskd_plugin.text.tokens import TokenTable, overlap, places, spell
 
 IGNORE = -100
@@ -200,46 +198,12 @@ def _starts(inside: list[bool]) -> list[int]:
     return [k for k, here in enumerate(inside) if here and (k == 0 or not inside[k - 1])]
 
 
-def turn_ends(cfg: Any, tokenizer: Any, table: TokenTable, reader: TeacherReader) -> list[Ends]:
-    """The end-of-turn ids of the recipe's datasets, each once; plain-text types end with the end of sequence.
-
-    tokenizer, table: the student's.
-    """
-    found = []
-    for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
-        chat = str(entry.get("type")).startswith("chat_template")
-        ours = student_template(cfg, entry, tokenizer) if chat else None
-        theirs = reader.template if chat else None
-        options = cfg.get("chat_template_kwargs")
-        student_end = end_of_turn(tokenizer, ours, table, options)
-        found.append((student_end, end_of_turn(reader.tokenizer, theirs, reader.table, reader.template_options)))
-    return list(dict.fromkeys(found))
-
-
-def student_template(cfg: Any, entry: Any, tokenizer: Any) -> str:
-    """The chat template in which the student reads a dataset entry, as one text.
-
-    ``ValueError`` where its tokenizer has several under names and none that holds for every conversation.
-    """
-    found = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
-    template = one_template(found)
-    if template is None:
-        raise SettingError(
-            "chat_template",
-            "a student with a chat template named 'default'",
-            f"one with {', '.join(names(found))}",
-            "Write the one to use into a jinja file: chat_template: jinja, chat_template_jinja: <file>.",
-        )
-    return template
-
-
-def _with_one_template(entry: Any, cfg: Any, tokenizer: Any) -> Any:
+def _with_one_template(entry: Any, sides: Sides) -> Any:
     """A dataset entry whose template is one text, also where the student's tokenizer has several under names."""
-    chat = str(entry.get("type")).startswith("chat_template")
-    if not chat or not isinstance(getattr(tokenizer, "chat_template", None), dict):
+    if not is_chat(entry) or not isinstance(getattr(sides.tokenizer, "chat_template", None), dict):
         return entry
     entry = copy.deepcopy(entry)
-    template = student_template(cfg, entry, tokenizer)
+    template = sides.run.student_template(entry, sides.tokenizer)
     entry["chat_template"], entry["chat_template_jinja"] = "jinja", template
     return entry
 
@@ -279,32 +243,32 @@ def _trained(labels: list[int]) -> list[bool]:
     return [label != IGNORE for label in labels]
 
 
-_reader: TeacherReader | None = None
-_on_strategy: Callable[[Any], Any] | None = None
+class ReadTwice:
+    """Stands in for three functions of Axolotl in one run: what they do, for both sides.
 
+    Each takes the original and the arguments of a call.
+    """
 
-def install(reader: TeacherReader | None) -> None:
-    """Let Axolotl's datasets carry the teacher's side; None switches it off again."""
-    global _reader
-    _reader = reader
-    _unpaired.clear()
-    _promptless.clear()
-    from axolotl.utils.data import sft, wrappers
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._sides: Sides | None = None
+        # What takes a strategy that Axolotl has just built, and gives back the one to use.
+        self._exchange: Callable[[Any], Any] | None = None
+        # What is said of the entries without a pair and of those without a prompt, until all of a split are read.
+        self._unpaired: list[SettingError] = []
+        self._promptless: list[SettingError] = []
 
-    if not hasattr(sft.get_dataset_wrapper, "reads_twice"):
-        sft.get_dataset_wrapper = _read_twice(sft.get_dataset_wrapper)
-        sft.merge_datasets = _with_any_pair(sft.merge_datasets)
-        wrappers.wrap_dataset_for_tokenized_prompt = _exchange_strategy(wrappers.wrap_dataset_for_tokenized_prompt)
-
-
-def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_dataset_wrapper(dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        if _reader is None:
-            return original(dataset_config, tokenizer, cfg, *args, **kwargs)
+    def get_dataset_wrapper(
+        self, original: Callable[..., Any], dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A dataset entry tokenized for both sides."""
+        if self._sides is None or self._sides.tokenizer is not tokenizer:
+            self._sides = self._run.on(cfg).with_student(tokenizer)
+        sides, teacher = self._sides, self._run.teacher
         name = f"datasets: {dataset_config['path']}"
         captured: list[Any] = []
-        with _each_strategy(captured.append), names_the_side("teacher"):
-            original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
+        with self._each_strategy(captured.append), names_the_side("teacher"):
+            original(*_for_teacher(dataset_config, cfg, teacher), *args, **kwargs)
         if len(captured) != 1:
             raise SettingError(
                 name,
@@ -312,35 +276,146 @@ def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{dataset_config['type']!r}",
                 "Use chat_template, alpaca, completion or a custom type with raw text.",
             )
-        settings = _reader.settings
-        pair = make_pair(tokenizer, _reader.table, settings)
-        if settings.on_policy is not None and len(ends := turn_ends(cfg, tokenizer, pair.student, _reader)) > 1:
-            sides = [
-                [tokens.convert_ids_to_tokens(end) for end in one if end is not None]
-                for tokens, one in zip((tokenizer, _reader.tokenizer), zip(*ends, strict=True), strict=True)
-            ]
-            raise SettingError(
-                "datasets",
-                "one end of turn in all entries, since sampled answers have one (dskd.on_policy)",
-                f"{' and '.join(sides[0])} of the student, {' and '.join(sides[1])} of the teacher",
-                "Use one type and one chat template for all of them, or remove dskd.on_policy.",
-            )
+        settings, pair = self._run.settings, sides.pair
+        if settings.on_policy is not None:
+            _check_one_end(sides)
         paired = functools.partial(
             PairedStrategy,
             pair=pair,
             settings=settings,
             student_len=cfg.sequence_len,
-            teacher_len=_reader.sequence_len,
+            teacher_len=teacher.sequence_len,
         )
-        dataset_config = _with_one_template(dataset_config, cfg, tokenizer)
+        dataset_config = _with_one_template(dataset_config, sides)
         turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
-        with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
+        with self._each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
-        return _checked(name, dataset, cfg, _reader, pair, tokenizer), prompter
+        return self._checked(name, dataset, sides), prompter
 
-    get_dataset_wrapper.reads_twice = True  # type: ignore[attr-defined]
-    return get_dataset_wrapper
+    def wrap_dataset_for_tokenized_prompt(
+        self, original: Callable[..., Any], strategy: Any, dataset: Any, **kwargs: Any
+    ) -> Any:
+        """A dataset tokenized with the strategy that is wanted at this time."""
+        if self._exchange is not None:
+            strategy = self._exchange(strategy)
+        return dataset if strategy is None else original(strategy, dataset, **kwargs)
+
+    def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
+        lacking = (
+            (self._unpaired, "The rows of this entry teach by cross-entropy alone."),
+            (self._promptless, "The student answers the prompts of the other entries."),
+        )
+        for lines, consequence in lacking:
+            said, lines[:] = lines[:], []
+            if said and len(said) == len(datasets):
+                raise Mistakes(said)
+            for line in said:
+                LOG.warning("dskd: %s %s", line, consequence)
+        return original(datasets, *args, **kwargs)
+
+    @contextmanager
+    def _each_strategy(self, exchange: Callable[[Any], Any]) -> Iterator[None]:
+        """Hand every strategy that Axolotl builds to ``exchange``; where that returns None, nothing is tokenized."""
+        self._exchange = exchange
+        try:
+            yield
+        finally:
+            self._exchange = None
+
+    def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
+        """Apply Axolotl's rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
+        cfg, reader, pair, settings = sides.run.recipe, self._run.teacher, sides.pair, self._run.settings
+        limit = reader.sequence_len
+        rows = len(dataset)
+        if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
+            raise refusal
+        if refusal := _beyond_rows(name, dataset, reader):
+            raise refusal
+        _tell_one_sided(name, dataset, *sides.tokenizers)
+        notes = list(dataset[PARTED]) if rows else []
+        if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
+            LOG.warning("dskd: %s: %s.", name, line)
+        over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
+        strategy = (cfg.excess_length_strategy or "drop").lower()
+        if over_long and strategy == "raise":
+            raise SettingError(
+                name,
+                f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
+                f"{over_long} longer ones",
+                "Raise dskd.teacher.sequence_len or shorten the rows.",
+            )
+        if over_long and strategy == "truncate":
+            cut = _Truncate(limit, pairs=self._run.method.in_pairs)
+            dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
+        elif over_long:
+            dataset = dataset.filter(
+                _Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows"
+            )
+        responses = sum(
+            int(np.count_nonzero(batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != IGNORE))
+            for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
+        )
+        aligned = int(_lengths(dataset, "aligned_student").sum())
+        in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
+        unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+        if rows and not len(dataset):
+            raise SettingError(
+                name,
+                f"rows that fit the teacher ({limit} tokens)",
+                f"none: all {rows} are longer",
+                "Raise dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate.",
+            )
+        if responses == 0:
+            raise SettingError(
+                name,
+                "rows with response tokens to train on",
+                f"none in {rows} rows",
+                "Check the field names, roles_to_train, train_on_inputs and the chat template.",
+            )
+        of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
+        LOG.info(
+            "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
+            "%d response segments without a counterpart",
+            *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
+            *(over_long, strategy if over_long else "none", unmatched),
+        )
+        if not aligned and not in_spans and self._run.method.needs_teacher:
+            self._unpaired.append(dataset_report.unpaired(name, responses, notes, pair, settings))
+        if settings.on_policy is not None and not any(dataset["teacher_prompt"]):
+            self._promptless.append(
+                SettingError(
+                    name,
+                    "rows with a prompt that the student can answer (dskd.on_policy)",
+                    f"none in {rows} rows",
+                    (
+                        "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type "
+                        "with prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
+                    ),
+                )
+            )
+        return dataset.remove_columns(list(NOTES))
+
+
+def install(run: Run | None) -> None:
+    """Let Axolotl's datasets carry the teacher's side of a run; None gives Axolotl its own functions back."""
+    from axolotl.utils.data import sft, wrappers
+
+    both = None if run is None else ReadTwice(run)
+    for module, name in (
+        (sft, "get_dataset_wrapper"),
+        (sft, "merge_datasets"),
+        (wrappers, "wrap_dataset_for_tokenized_prompt"),
+    ):
+        found = getattr(module, name)
+        original = getattr(found, "axolotls_own", found)
+        if both is None:
+            setattr(module, name, original)
+            continue
+        replaced = functools.partial(getattr(both, name), original)
+        replaced.axolotls_own = original  # type: ignore[attr-defined]
+        setattr(module, name, replaced)
 
 
 @functools.cache
@@ -349,24 +424,20 @@ def _say_once(line: str) -> None:
     LOG.info("dskd: %s", line)
 
 
-def _exchange_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrap_dataset_for_tokenized_prompt(strategy: Any, dataset: Any, **kwargs: Any) -> Any:
-        if _on_strategy is not None:
-            strategy = _on_strategy(strategy)
-        return dataset if strategy is None else original(strategy, dataset, **kwargs)
-
-    return wrap_dataset_for_tokenized_prompt
-
-
-@contextmanager
-def _each_strategy(exchange: Callable[[Any], Any]) -> Iterator[None]:
-    """Hand every strategy that Axolotl builds to ``exchange``; where that returns None, nothing is tokenized."""
-    global _on_strategy
-    _on_strategy = exchange
-    try:
-        yield
-    finally:
-        _on_strategy = None
+def _check_one_end(sides: Sides) -> None:
+    """Raise ``SettingError`` where the datasets' turns end in several ways; sampled answers end in one."""
+    if len(sides.ends) < 2:
+        return
+    told = []
+    for tokenizer, ends in zip(sides.tokenizers, zip(*sides.ends, strict=True), strict=True):
+        tokens = tokenizer.convert_ids_to_tokens([end for end in ends if end is not None])
+        told.append(" and ".join(tokens))
+    raise SettingError(
+        "datasets",
+        "one end of turn in all entries, since sampled answers have one (dskd.on_policy)",
+        f"{told[0]} of the student, {told[1]} of the teacher",
+        "Use one type and one chat template for all of them, or remove dskd.on_policy.",
+    )
 
 
 def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any, Any]:
@@ -384,77 +455,6 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
         teacher_cfg["eot_tokens"] = [reader.tokenizer.convert_ids_to_tokens(turn_end)]
     return config, reader.tokenizer, teacher_cfg
-
-
-def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pair, tokenizer: Any) -> Any:
-    """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
-    limit = reader.sequence_len
-    rows = len(dataset)
-    if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
-        raise refusal
-    if refusal := _beyond_rows(name, dataset, reader):
-        raise refusal
-    _tell_one_sided(name, dataset, tokenizer, reader.tokenizer)
-    notes = list(dataset[PARTED]) if rows else []
-    if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
-        LOG.warning("dskd: %s: %s.", name, line)
-    over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
-    strategy = (cfg.excess_length_strategy or "drop").lower()
-    if over_long and strategy == "raise":
-        raise SettingError(
-            name,
-            f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
-            f"{over_long} longer ones",
-            "Raise dskd.teacher.sequence_len or shorten the rows.",
-        )
-    if over_long and strategy == "truncate":
-        cut = _Truncate(limit, pairs=method_of(reader.settings).in_pairs)
-        dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
-    elif over_long:
-        dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")
-    responses = sum(
-        int(np.count_nonzero(batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != IGNORE))
-        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
-    )
-    aligned = int(_lengths(dataset, "aligned_student").sum())
-    in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
-    unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
-    if rows and not len(dataset):
-        raise SettingError(
-            name,
-            f"rows that fit the teacher ({limit} tokens)",
-            f"none: all {rows} are longer",
-            "Raise dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate.",
-        )
-    if responses == 0:
-        raise SettingError(
-            name,
-            "rows with response tokens to train on",
-            f"none in {rows} rows",
-            "Check the field names, roles_to_train, train_on_inputs and the chat template.",
-        )
-    of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
-    LOG.info(
-        "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
-        "%d response segments without a counterpart",
-        *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
-        *(over_long, strategy if over_long else "none", unmatched),
-    )
-    if not aligned and not in_spans and method_of(reader.settings).needs_teacher:
-        _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
-    if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
-        _promptless.append(
-            SettingError(
-                name,
-                "rows with a prompt that the student can answer (dskd.on_policy)",
-                f"none in {rows} rows",
-                (
-                    "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
-                    "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
-                ),
-            )
-        )
-    return dataset.remove_columns(list(NOTES))
 
 
 def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> SettingError | None:
@@ -477,30 +477,6 @@ def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: 
     row = dataset[place]
     renderings = tokenizer.decode(row["input_ids"]), teacher_tokenizer.decode(row["teacher_input_ids"])
     LOG.warning("dskd: %s: %s.", name, dataset_report.one_sided_line(said, place, texts[0].text, renderings))
-
-
-# What is said of the entries without a pair and of those without a prompt, until all entries of a split are read.
-_unpaired: list[SettingError] = []
-_promptless: list[SettingError] = []
-
-
-def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
-    """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
-
-    def merge_datasets(datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
-        lacking = (
-            (_unpaired, "The rows of this entry teach by cross-entropy alone."),
-            (_promptless, "The student answers the prompts of the other entries."),
-        )
-        for lines, consequence in lacking:
-            said, lines[:] = lines[:], []
-            if _reader is not None and said and len(said) == len(datasets):
-                raise Mistakes(said)
-            for line in said:
-                LOG.warning("dskd: %s %s", line, consequence)
-        return original(datasets, *args, **kwargs)
-
-    return merge_datasets
 
 
 def _span_tokens(dataset: Any) -> int:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from dskd_plugin.errors import SettingError
-from dskd_plugin.settings import Settings
+from dskd_plugin.run import Run
+from dskd_plugin.teachers.reader import TeacherReader, answer_ends, resolve_template
 from dskd_plugin.text.read_by import hand_over
 from dskd_plugin.text.reasoning import AssistantForm, form_of
 
@@ -54,25 +55,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A checked recipe, and its teacher's way to read and end a conversation."""
+    """A checked recipe whose teacher answers. template: it reads all entries in this one, of whatever type.
 
-    cfg: Any
-    settings: Settings
-    tokenizer: Any
-    parts: Any
+    ends: ids that end its answers; form: how it lays out an answer, see `reasoning.AssistantForm`.
+    """
+
+    run: Run
     template: str
-    template_options: dict[str, Any]
-    vocab_size: int
-    rows: int
-    positions: int | None
-    ends: list[int] = field(default_factory=list)
-    form: AssistantForm = field(default_factory=AssistantForm)
+    ends: list[int]
+    form: AssistantForm
 
     @property
-    def trust_remote_code(self) -> bool:
-        return bool(self.cfg.get("trust_remote_code"))
+    def teacher(self) -> TeacherReader:
+        return self.run.teacher
 
 
 def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
@@ -81,7 +78,6 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"
     try:
         from axolotl.cli.config import load_cfg
-        from axolotl.integrations.base import PluginManager
         from axolotl.utils import tee
     except ImportError as error:
         raise SettingError(
@@ -89,9 +85,7 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
         ) from error
 
     from dskd_plugin.host import dataset
-    from dskd_plugin.host.named_templates import named_template
-    from dskd_plugin.host.plugin import DSKDPlugin
-    from dskd_plugin.teachers.reader import answer_ends, positions_of, resolve_template
+    from dskd_plugin.host.plugin import registered
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
     with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
@@ -110,25 +104,15 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
             ) from error
         tee.close_debug_log()
     dataset.install(None)
-    (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
-    reader = plugin.reader
+    resolved = registered().run
+    assert resolved is not None
+    run = resolved.on(cfg)
+    teacher = run.teacher
     # Entries of other types than chat_template are answered in the teacher's template as well.
-    template = resolve_template(reader.settings.teacher, reader.tokenizer, named_template, needed=True)
+    template = resolve_template(run.settings.teacher, teacher.tokenizer, run.templates.named, needed=True)
     assert template is not None
-    source = Source(
-        cfg=cfg,
-        settings=reader.settings,
-        tokenizer=reader.tokenizer,
-        parts=reader.parts,
-        template=template,
-        template_options=reader.template_options,
-        vocab_size=reader.table.vocab_size,
-        rows=reader.rows,
-        positions=positions_of(reader.config),
-    )
-    source.ends = answer_ends(reader, template)
-    source.form = form_of(source.tokenizer, template, source.template_options)
-    return source
+    form = form_of(teacher.tokenizer, template, teacher.template_options)
+    return Source(run, template, answer_ends(teacher, template), form)
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:
@@ -152,7 +136,8 @@ def read_prompts(source: Source, limit: int | None) -> Any:
             "answered": Value("bool"),
         }
     )
-    cfg = copy.deepcopy(source.cfg)
+    teacher = source.teacher
+    cfg = copy.deepcopy(source.run.recipe)
     cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
     cfg["tokenizer_use_mistral_common"] = None
     parts: list[Any] = []
@@ -162,7 +147,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
         entry["chat_template"], entry["chat_template_jinja"] = "jinja", source.template
         with _captured() as found:
             try:
-                sft._load_and_process_single_dataset(entry, cfg, source.tokenizer, split="train", seed=cfg.seed)
+                sft._load_and_process_single_dataset(entry, cfg, teacher.tokenizer, split="train", seed=cfg.seed)
             except Exception as error:
                 raise SettingError(
                     name,
@@ -173,7 +158,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
         if len(found) != 1:
             raise _unreadable(name, entry)
         strategy, rows = found[0]
-        reader = _Reader(name, number, strategy, source.tokenizer, source.template, source.template_options)
+        reader = _Reader(name, number, strategy, teacher.tokenizer, source.template, teacher.template_options)
         if not reader.understands:
             raise _unreadable(name, entry)
         if limit is not None:

@@ -21,19 +21,16 @@ from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
-from dskd_plugin.host.dataset import student_template, turn_ends
 from dskd_plugin.host.watch import Watch
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
-from dskd_plugin.methods import method_of
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.pair import Pair, pair_events, shared_ids
+from dskd_plugin.run import Run, Sides
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.base import HiddenStates
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.teachers.reader import TeacherReader
-from dskd_plugin.text.reasoning import markers_of
 
 SUMS = (*TERMS, *RATES)
 
@@ -70,26 +67,29 @@ class _AfterStep(TrainerCallback):
 class DSKDTrainer(AxolotlTrainer):
     """Trains the student on (1 - kd_ratio) CE + kd_ratio KD against a frozen teacher."""
 
-    reader: TeacherReader
-    cfg: Any
+    run: Run
     teacher: HiddenStates | None
     _rollout: Any
     distillation: DistillationLoss
     reports_token_perplexity = False
 
     @classmethod
-    def configured(cls, reader: TeacherReader, cfg: Any) -> type["DSKDTrainer"]:
+    def configured(cls, run: Run) -> type["DSKDTrainer"]:
         """The trainer class of one run; Axolotl instantiates it with arguments of its own."""
-        return type(cls.__name__, (cls,), {"reader": reader, "cfg": cfg})
+        return type(cls.__name__, (cls,), {"run": run})
+
+    @property
+    def cfg(self) -> Any:
+        """The recipe as Axolotl has completed it."""
+        return self.run.recipe
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
-        settings = self.reader.settings
-        pair = make_pair(tokenizer, self.reader.table, settings)
-        method = method_of(settings)
-        teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
+        settings, method = self.run.settings, self.run.method
+        sides = self.run.with_student(tokenizer)
+        teacher = self._load_teacher(model, sides.pair, training_args) if method.needs_teacher else None
         self.teacher = teacher
-        self.distillation = self._distillation_loss(model, tokenizer, pair, teacher, training_args)
+        self.distillation = self._distillation_loss(model, sides, teacher, training_args)
         attach(model, self.distillation)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
@@ -101,7 +101,7 @@ class DSKDTrainer(AxolotlTrainer):
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
-        self._rollout = self._make_rollout(tokenizer, pair)
+        self._rollout = self._make_rollout(sides)
         self._logged = active_names(self.distillation.objective) | ({"t2s_inside"} if settings.exact else set())
         self.add_callback(_AfterStep(self))
         in_student_space = self.distillation.objective.in_student_space
@@ -115,21 +115,21 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
         teacher = Teacher(
-            self.reader.settings.teacher,
+            self.run.settings.teacher,
             vocab_size=pair.teacher.vocab_size,
             device=args.device,
             attn_implementation=causal_lm(model).config._attn_implementation,
             packed=bool(self.cfg.sample_packing),
-            trust_remote_code=bool(self.cfg.trust_remote_code),
+            trust_remote_code=self.run.trust_remote_code,
         )
         if self.cfg.sample_packing and not teacher.packed:
             LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
         return teacher
 
     def _distillation_loss(
-        self, model: nn.Module, tokenizer: Any, pair: Pair, teacher: Teacher | None, args: Any
+        self, model: nn.Module, sides: Sides, teacher: Teacher | None, args: Any
     ) -> DistillationLoss:
-        settings, head = self.reader.settings, output_head(model).weight
+        settings, pair, head = self.run.settings, sides.pair, output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)
         self._pair_state = {
             "teacher": settings.teacher.model,
@@ -147,16 +147,15 @@ class DSKDTrainer(AxolotlTrainer):
         }
         overlap = events = None
         if teacher is not None:
-            ends = turn_ends(self.cfg, tokenizer, pair.student, self.reader)
             overlap = shared_ids(
                 pair,
-                ends,
+                sides.ends,
                 head_rows=(rows, teacher.head.weight_VD.shape[0]),
                 top_vocab=settings.projector.top_vocab,
             )
             if settings.exact or settings.by_events:
                 ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
-                events = pair_events(pair, (tokenizer, self.reader.tokenizer), overlap, settings, ends, ids)
+                events = pair_events(pair, sides.tokenizers, overlap, settings, sides.ends, ids)
             LOG.info(
                 "dskd: method %s; widths %d and %d; %s",
                 *(settings.method, width, teacher.width, advice.of_pair(pair, settings, overlap.student_share)),
@@ -173,27 +172,19 @@ class DSKDTrainer(AxolotlTrainer):
             seed=args.seed,
         )
 
-    def _make_rollout(self, tokenizer: Any, pair: Pair) -> Rollout | None:
-        settings, reader = self.reader.settings, self.reader
+    def _make_rollout(self, sides: Sides) -> Rollout | None:
+        settings, teacher = self.run.settings, self.run.teacher
         if settings.on_policy is None:
             return None
-        templates = [(reader.tokenizer, reader.template, reader.template_options)]
-        options = self.cfg.get("chat_template_kwargs") or {}
-        templates += [
-            (tokenizer, student_template(self.cfg, entry, tokenizer), options)
-            for entry in self.cfg.datasets
-            if str(entry.get("type")).startswith("chat_template")
-        ]
         return Rollout(
             settings.on_policy,
-            tokenizer,
-            reader.tokenizer,
-            aligner(pair, settings, turn_ends(self.cfg, tokenizer, pair.student, reader)[0]),
+            *sides.tokenizers,
+            sides.aligner(),
             seed=self.args.seed,
-            teacher_len=reader.sequence_len,
-            student_len=self.cfg.sequence_len,
-            teacher_rows=reader.rows,
-            markers=markers_of(templates),
+            teacher_len=teacher.sequence_len,
+            student_len=self.run.student_len,
+            teacher_rows=teacher.rows,
+            markers=sides.markers,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -206,7 +197,7 @@ class DSKDTrainer(AxolotlTrainer):
                 group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
             )
             home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
-            learning_rate = self.reader.settings.projector.learning_rate
+            learning_rate = self.run.settings.projector.learning_rate
             optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
         return optimizer
 
@@ -368,7 +359,7 @@ class DSKDTrainer(AxolotlTrainer):
         elif (
             not resume_from_checkpoint
             and isinstance(self.distillation, DualSpaceLoss)
-            and self.reader.settings.projector.init == "fitted"
+            and self.run.settings.projector.init == "fitted"
         ):
             quiet = not self.is_world_process_zero()
             assert self.teacher is not None

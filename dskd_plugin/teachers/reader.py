@@ -150,6 +150,11 @@ class TeacherReader:
     sequence_len: int
     rows: int
 
+    @property
+    def positions(self) -> int | None:
+        """The number of positions that the model knows, None without a limit."""
+        return positions_of(self.config)
+
 
 def read_teacher(settings: Settings, cfg: Any, named: Named) -> TeacherReader:
     """Find all parts of the teacher of a recipe, without its weights; ``ValueError`` for what is wrong with them.

@@ -12,6 +12,7 @@ def prepare(recipe, tmp_path):
     from axolotl.integrations.base import PluginManager
 
     from dskd_plugin.host import dataset
+    from dskd_plugin.host.plugin import registered
 
     PluginManager._instance = None
 
@@ -33,8 +34,7 @@ def prepare(recipe, tmp_path):
         file.write_text(yaml.safe_dump(changed))
         cfg = load_cfg(str(file))
         data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).train_dataset
-        reader = dataset._reader
-        return sorted(data, key=lambda row: row["input_ids"]), load_tokenizer(cfg), reader.tokenizer
+        return sorted(data, key=lambda row: row["input_ids"]), load_tokenizer(cfg), registered().run.teacher.tokenizer
 
     yield prepare
     PluginManager._instance = None
@@ -639,7 +639,7 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     from axolotl.utils.dict import DictDefault
 
     from dskd_plugin.host import dataset
-    from dskd_plugin.text.tokens import token_table
+    from dskd_plugin.host.plugin import registered
 
     seen = []
     original = dataset.aligner
@@ -656,9 +656,8 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     monkeypatch.setattr(dataset, "aligner", spy)
     ends = {"special_tokens": {"eos_token": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
     _, student, teacher = prepare(datasets=entries, sequence_len=128, **ends)
-    found = dataset.turn_ends(
-        DictDefault(recipe | ends | {"datasets": entries}), student, token_table(student), dataset._reader
-    )
+    changed = DictDefault(recipe | ends | {"datasets": entries})
+    found = registered().run.on(changed).with_student(student).ends
     assert len(seen) == len(entries) and found == list(dict.fromkeys(seen))
     chat, text = (student.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
     assert found[0] == (chat, teacher.eos_token_id) and found[-1] == (text, teacher.eos_token_id)

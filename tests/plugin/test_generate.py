@@ -799,7 +799,8 @@ def test_the_student_reads_earlier_reasoning_of_the_written_rows_as_before(case,
 
     def prompts(one):
         path = Path(written({"datasets": [{"ds_type": "json", **one}]}, block))
-        return read_prompts(source := load_recipe(path, read_recipe(path)), None)["prompt_ids"], source.tokenizer
+        source = load_recipe(path, read_recipe(path))
+        return read_prompts(source, None)["prompt_ids"], source.teacher.tokenizer
 
     before, tokenizer = prompts({"path": data, "type": "chat_template", **options})
     assert f"(it is red){TOLD}" in tokenizer.decode(before[0])
