@@ -17,7 +17,7 @@ from dskd_plugin.methods import method_of
 from dskd_plugin.models import head_rows
 from dskd_plugin.pair import Pair
 from dskd_plugin.settings import Settings
-from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.teachers.base import TeacherParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Parts:
     student: nn.Module
     objective: Objective
     pair: Pair
-    teacher: Teacher | None = None
+    teacher: TeacherParts | None = None
     overlap: Overlap | None = None
     events: Events | None = None
     projector_dtype: torch.dtype = torch.float32
@@ -68,7 +68,7 @@ class Parts:
 def distillation_loss(
     settings: Settings,
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: TeacherParts | None,
     pair: Pair,
     overlap: Overlap | None,
     events: Events | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
+from dskd_plugin.cache.place import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.teachers.files import check_pair, check_teacher
@@ -186,8 +187,10 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
     if module == "axolotl.cli.main":
         last_words.begin()
     given = _overridden(words)
+    # The rows are prepared first, then the cache is made of them.
+    trains = module != "axolotl.cli.preprocess" and argv[1:2] != ["preprocess"]
     try:
-        _check(recipe, given)
+        _check(recipe, given, _file(words) if trains else None)
     except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
@@ -201,9 +204,13 @@ def _words(module: str, argv: list[str], original: list[str]) -> list[str]:
     return argv[1:] if module in original else []
 
 
+def _file(words: list[str]) -> str | None:
+    return next((word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()), None)
+
+
 def _recipe(words: list[str]) -> dict[str, Any] | None:
     """The recipe, if it lies here and has to do with this plugin."""
-    file = next((word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()), None)
+    file = _file(words)
     if file is None or "--help" in words or any(word.startswith(("--cloud", "--sweep")) for word in words):
         return None
     text = Path(file).read_text(encoding="utf-8")
@@ -228,7 +235,8 @@ def _overridden(words: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+def _check(recipe: dict[str, Any], given: dict[str, Any], trains_by: str | None = None) -> None:
+    """trains_by: the recipe's file, where the command reads the teacher's states."""
     for key in ("base_model", "resume_from_checkpoint"):
         if key in given:
             recipe = {**recipe, key: given[key]}
@@ -248,10 +256,18 @@ def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     parts = parts_of(settings.teacher)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
     needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
-    check_teacher(settings.teacher, parts, needs_template=needs_template, cached=cached)
+    check_teacher(
+        settings.teacher,
+        parts,
+        needs_template=needs_template,
+        needs_weights=settings.needs_weights,
+        cached=cached,
+    )
     if recipe.get("base_model"):
         check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
         check_pair(str(recipe.get("base_model")), settings, parts)
     check_datasets(recipe)
     check_checkpoint(recipe)
+    if trains_by is not None:
+        check_there(settings.teacher.cache, trains_by)

@@ -41,6 +41,11 @@ class TeacherSettings(_Block):
         None, description="variables of the teacher's template, such as enable_thinking; null: the recipe's own"
     )
     sequence_len: int | None = Field(None, ge=8, description="longest teacher row in tokens; null: twice the student's")
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of the teacher's states, made by dskd cache build; auto: made before the first step",
+    )
 
 
 class ForwardKL(_Block):
@@ -154,6 +159,11 @@ class Settings(_Block):
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether the teacher's decoder may have to be loaded: not where all of its states are in a folder."""
+        return self.teacher.cache in (None, "auto") or self.on_policy is not None
+
+    @property
     def exact(self) -> bool:
         """Whether the student-space target is the teacher's own between events."""
         return method_of(self).exact(self)
@@ -201,6 +211,13 @@ class Settings(_Block):
                 "dskd.alignment",
                 f"auto, identity or eta beside {method.chosen_by()}",
                 "'cma': cross-model attention belongs to dskd",
+                "Remove it.",
+            )
+        if self.teacher.cache is not None and not method.needs_teacher:
+            raise SettingError(
+                "dskd.teacher.cache",
+                f"it unset beside {method.chosen_by()}",
+                f"{self.teacher.cache!r}: no state of the teacher is read",
                 "Remove it.",
             )
         method.check(self)

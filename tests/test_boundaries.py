@@ -86,9 +86,10 @@ INWARDS = {
     "text": {"core"},
     "losses": {"core", "teachers"},
     "teachers": {"core", "methods", "text"},
+    "cache": {"core", "methods", "teachers", "text"},
     "generation": {"core", "text"},
-    "host": {"core", "methods", "text", "losses", "teachers", "generation"},
-    "cli": {"methods", "text", "teachers", "generation", "host"},
+    "host": {"core", "methods", "text", "losses", "teachers", "generation", "cache"},
+    "cli": {"methods", "text", "teachers", "generation", "host", "cache"},
 }
 
 

@@ -72,7 +72,7 @@ class Source:
         return self.run.teacher
 
 
-def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
+def load_run(path: Path, recipe: dict[str, Any]) -> Run:
     """Validate the recipe as ``axolotl train`` does, with the plugin's own checks; nothing is written for the run."""
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"
@@ -84,7 +84,6 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
             "axolotl", "an installed Axolotl", error, "Install it: pip install 'dskd[train]'."
         ) from error
 
-    from dskd_plugin.host import dataset
     from dskd_plugin.host.plugin import registered
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
@@ -103,10 +102,17 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
                 path, "models and files that can be read", error, "Check the names and the network."
             ) from error
         tee.close_debug_log()
-    dataset.install(None)
     resolved = registered().run
     assert resolved is not None
-    run = resolved.on(cfg)
+    return resolved.on(cfg)
+
+
+def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
+    """`load_run` for a teacher that answers: Axolotl's loaders read the rows as they are, without the other side."""
+    run = load_run(path, recipe)
+    from dskd_plugin.host import dataset
+
+    dataset.install(None)
     teacher = run.teacher
     # Entries of other types than chat_template are answered in the teacher's template as well.
     template = resolve_template(run.settings.teacher, teacher.tokenizer, run.templates.named, needed=True)

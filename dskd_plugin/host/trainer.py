@@ -21,16 +21,17 @@ from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
+from dskd_plugin.host.prepared import named
+from dskd_plugin.host.teacher_source import teacher_source
 from dskd_plugin.host.watch import Watch
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import Pair, pair_events, shared_ids
+from dskd_plugin.pair import pair_events, shared_ids
 from dskd_plugin.run import Run, Sides
 from dskd_plugin.student import attach
-from dskd_plugin.teachers.base import HiddenStates
-from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.teachers.base import HiddenStates, TeacherParts
 
 SUMS = (*TERMS, *RATES)
 
@@ -87,7 +88,8 @@ class DSKDTrainer(AxolotlTrainer):
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
         settings, method = self.run.settings, self.run.method
         sides = self.run.with_student(tokenizer)
-        teacher = self._load_teacher(model, sides.pair, training_args) if method.needs_teacher else None
+        rows = named(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        teacher = teacher_source(sides, model, training_args.device, rows) if method.needs_teacher else None
         self.teacher = teacher
         self.distillation = self._distillation_loss(model, sides, teacher, training_args)
         attach(model, self.distillation)
@@ -113,21 +115,8 @@ class DSKDTrainer(AxolotlTrainer):
         for created in on_create:
             created(self)
 
-    def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
-        teacher = Teacher(
-            self.run.settings.teacher,
-            vocab_size=pair.teacher.vocab_size,
-            device=args.device,
-            attn_implementation=causal_lm(model).config._attn_implementation,
-            packed=bool(self.cfg.sample_packing),
-            trust_remote_code=self.run.trust_remote_code,
-        )
-        if self.cfg.sample_packing and not teacher.packed:
-            LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
-        return teacher
-
     def _distillation_loss(
-        self, model: nn.Module, sides: Sides, teacher: Teacher | None, args: Any
+        self, model: nn.Module, sides: Sides, teacher: TeacherParts | None, args: Any
     ) -> DistillationLoss:
         settings, pair, head = self.run.settings, sides.pair, output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)

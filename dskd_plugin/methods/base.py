@@ -25,7 +25,8 @@ class Method:
     name: the value of ``dskd.method``. alignment: the value of ``dskd.alignment`` that chooses this one among methods
     of the same name; None for all others. ignores: settings that mean nothing to it. compares: what its KD terms
     compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
-    needs_teacher: whether the teacher's model is loaded. needs_one_tokenizer: whether it works with one alone.
+    needs_teacher: whether the teacher's states are compared. needs_embedding: whether its input embeddings are read
+    too. needs_one_tokenizer: whether it works with one alone.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Method:
     compares: ClassVar[Literal["nothing", "distributions", "spaces"]] = "distributions"
     pairs_by: ClassVar[Pairing] = "exact"
     needs_teacher: ClassVar[bool] = True
+    needs_embedding: ClassVar[bool] = False
     needs_one_tokenizer: ClassVar[bool] = False
 
     def pairing(self, settings: Settings) -> Pairing:

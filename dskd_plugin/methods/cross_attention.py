@@ -19,6 +19,7 @@ class CrossAttention(DualSpace):
     alignment = "cma"
     ignores = ("unmapped_argmax", "shared")
     pairs_by = "all"
+    needs_embedding = True
 
     def exact(self, settings: Settings) -> bool:
         return False

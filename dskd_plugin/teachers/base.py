@@ -4,9 +4,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dskd_plugin.core.heads import Head
+
 
 class HiddenStates(Protocol):
-    """A source of the teacher's last hidden states; `teacher.Teacher` is the one that computes them."""
+    """A source of the teacher's last hidden states; `live.Teacher` is the one that computes them."""
 
     def rows(self, ids_T: Tensor, lengths: Tensor, bins: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states [N, E] at flat positions ``rows_N`` of the concatenated samples ``ids_T``, without gradient.
@@ -14,3 +16,18 @@ class HiddenStates(Protocol):
         lengths: tokens of each sample; bins: how many samples share each packed row.
         """
         ...
+
+
+class TeacherParts(HiddenStates, Protocol):
+    """What a loss needs of a teacher: its states, and the maps from ids to them and from them to ids.
+
+    embedding: input embeddings [V, D]; D need not be the width of the head in every family.
+    """
+
+    head: Head
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def embedding(self) -> Tensor: ...

@@ -17,16 +17,20 @@ from dskd_plugin.text.templates import DEFAULT, Found, names, templates_in
 ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: bool = True) -> None:
+def check_teacher(
+    settings: Any, parts: Parts, *, needs_template: bool, needs_weights: bool = True, cached: bool = True
+) -> None:
     """Raise ``ValueError`` for a teacher whose files show that it cannot teach.
 
-    settings: `args.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
+    settings: `args.TeacherSettings`; needs_weights: whether it is loaded; cached: whether a hub id has to be in the
+    cache where the hub is off.
     """
     check_packages(settings)
     check_files(parts.named_by, parts.weights, cached=cached)
     folder = Path(parts.weights)
     if folder.is_dir():
-        check_whole(parts.named_by, folder)
+        if needs_weights:
+            check_whole(parts.named_by, folder)
         _check_kind(settings, read_json(folder / "config.json"))
         if parts.tokenizer == parts.weights and not holds_vocabulary(folder):
             raise SettingError(

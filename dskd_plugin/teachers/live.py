@@ -6,6 +6,7 @@ Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher wi
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
 
 
 def _load(
-    settings: TeacherSettings, attn_implementation: str | None, device: torch.device, trust_remote_code: bool
+    settings: TeacherSettings, attn_implementation: str | None, device: torch.device | str, trust_remote_code: bool
 ) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -37,7 +38,7 @@ def _load(
         parts.weights,
         revision=parts.revision,
         dtype=dtype,
-        device_map={"": device},
+        device_map=device if isinstance(device, str) else {"": device},
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
         **options,
@@ -55,14 +56,17 @@ def _load(
 
 
 class Teacher:
-    """A frozen decoder that answers with the hidden states of chosen positions, never with logits."""
+    """A frozen decoder that answers with the hidden states of chosen positions, never with logits.
+
+    device: where it is, or a device map of transformers, such as ``auto``.
+    """
 
     def __init__(
         self,
         settings: TeacherSettings,
         *,
         vocab_size: int,
-        device: torch.device,
+        device: torch.device | str,
         attn_implementation: str | None,
         packed: bool,
         trust_remote_code: bool,
@@ -92,7 +96,9 @@ class Teacher:
                 ) from error
         self.model = model.requires_grad_(False).eval()
         self.decoder = decoder(self.model)
-        self.head: Head = read_head(self.model, output_head(self.model), vocab_size).detach()
+        head = output_head(self.model)
+        with align_module_device(head):  # of weights that a device map keeps elsewhere
+            self.head: Head = read_head(self.model, head, vocab_size).detach()
         self.packed = packed and self._packing_is_exact()
         self._check_head()
 
@@ -103,14 +109,24 @@ class Teacher:
     @property
     def embedding(self) -> Tensor:
         """Input embeddings [V, D]; D need not be the width of the head in every family."""
-        weight: Tensor = self.model.get_input_embeddings().weight
+        embedding = self.model.get_input_embeddings()
+        with align_module_device(embedding):
+            weight: Tensor = embedding.weight
         return weight.detach()
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where it expects its tokens."""
+        embedding = self.model.get_input_embeddings()
+        at = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if at is None else torch.device(at)
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        ids = torch.arange(1, 9, device=self.model.device)[None] % self.head.vocab_size
+        ids = torch.arange(1, 9, device=self.input_device)[None] % self.head.vocab_size
         logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        check_head(self._hidden(input_ids=ids)[0], logits, self.head, "dskd.teacher.model")
+        hidden = self._hidden(input_ids=ids)[0].to(self.head.weight_VD.device)
+        check_head(hidden, logits.to(hidden.device), self.head, "dskd.teacher.model")
 
     @torch.no_grad()
     def _packing_is_exact(self) -> bool:
@@ -124,7 +140,8 @@ class Teacher:
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         # With a cache, transformers does not see the packing and neighbours leak into each other.
-        return self.decoder(**inputs, use_cache=False).last_hidden_state
+        # A device map may end on another device.
+        return self.decoder(**inputs, use_cache=False).last_hidden_state.to(inputs["input_ids"].device)
 
     def _packed_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
         position_ids = torch.cat([torch.arange(int(length)) for length in lengths]).to(ids_T.device)

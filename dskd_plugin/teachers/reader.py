@@ -163,7 +163,7 @@ def read_teacher(settings: Settings, cfg: Any, named: Named) -> TeacherReader:
     """
     teacher, trust_remote_code = settings.teacher, bool(cfg.get("trust_remote_code"))
     parts = parts_of(teacher, fetched_adapter)
-    check_teacher(teacher, parts, needs_template=False)
+    check_teacher(teacher, parts, needs_template=False, needs_weights=settings.needs_weights)
     config = check_config(teacher, parts, trust_remote_code)
     limit = teacher_sequence_len(teacher, cfg.get("sequence_len") or 512, positions_of(config))
     rows = config.get_text_config().vocab_size

@@ -104,6 +104,7 @@ def test_defaults():
             "chat_template": "tokenizer_default",
             "chat_template_kwargs": None,
             "sequence_len": None,
+            "cache": None,
         },
         "method": "dskd",
         "alignment": "auto",

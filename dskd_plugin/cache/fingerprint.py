@@ -1,0 +1,75 @@
+"""A teacher known by its content: the same model under another path is the same, a retrained one in place is not."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from dskd_plugin.teachers.resolve import Parts
+
+_BLOCK, _BLOCKS = 1 << 16, 64
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def fingerprint(parts: Parts) -> dict[str, Any]:
+    """Digests of config.json, of each weight file, and of the adapter; those of files that are here.
+
+    Of a weight file the size, the start, which in safetensors has the names and shapes of all tensors, and 64 blocks of
+    64 KiB spread evenly over it: to read 140 GB takes minutes at every start, and training a model changes all of its
+    weights. A few bytes changed between the blocks are not seen. An adapter is small and is read whole.
+    """
+    folder = _folder(parts)
+    weights: dict[str, str] = {}
+    config = ""
+    if folder is not None:
+        config = _whole([folder / "config.json"])
+        files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+        weights = {file.name: _sampled(file) for file in files if not file.name.startswith(("adapter_", "dskd_"))}
+    adapter = None if parts.adapter is None else _whole(sorted(parts.adapter.glob("adapter_*")))
+    return {"config": config, "weights": weights, "adapter": adapter}
+
+
+def difference(kept: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first difference of two fingerprints, as (name of the part, kept, now).
+
+    Weights that are not here any more cannot differ.
+    """
+    for part in ("config", "adapter"):
+        if kept.get(part) != now[part] and now[part] != "":
+            return ("config.json" if part == "config" else part), str(kept.get(part)), str(now[part])
+    for file, digest in now["weights"].items():
+        if kept["weights"].get(file) != digest:
+            return file, str(kept["weights"].get(file)), digest
+    return None
+
+
+def _folder(parts: Parts) -> Path | None:
+    """The folder of the weights; of a hub id that in the cache, None where it is not there."""
+    if Path(parts.weights).is_dir():
+        return Path(parts.weights)
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(parts.weights, "config.json", revision=parts.revision)
+    except OSError:
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _whole(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _sampled(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header = int.from_bytes(start, "little") if file.suffix == ".safetensors" else 0
+        digest.update(start + stream.read(min(header, size)))
+        for number in range(_BLOCKS):
+            stream.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,50 @@
+"""The processes that share a cache: torchrun's for a build, the trainer's in a run, or one alone."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. local: its number on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def here(cls) -> "Ranks":
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def everyones(self, mine: Any) -> list[Any]:
+        """What each rank has to say. All ranks must call it."""
+        if self.world == 1:
+            return [mine]
+        said: list[Any] = [None] * self.world
+        dist.all_gather_object(said, mine)
+        return said
+
+    def agree(self, result: Any = None, error: Exception | None = None) -> Any:
+        """The first rank's result on all; where any of them has failed, its error on all. All ranks must call it."""
+        said = self.everyones((result if self.first else None, error))
+        for _, failed in said:
+            if failed is not None:
+                raise failed
+        return said[0][0]
+
+    def first_does(self, work: Any) -> Any:
+        """The result of ``work()``, which the first rank does, on all; its error likewise."""
+        try:
+            result = work() if self.first else None
+        except Exception as error:
+            return self.agree(error=error)
+        return self.agree(result)

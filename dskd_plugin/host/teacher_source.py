@@ -1,0 +1,106 @@
+"""Where a run's teacher states come from: the teacher itself, a cache, or a cache that the run makes first."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd_plugin.cache.build import Order, build
+from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.manifest import made_for, teacher_of
+from dskd_plugin.cache.open import open_cache
+from dskd_plugin.cache.place import AUTO, check_there, command, folder_of
+from dskd_plugin.cache.ranks import Ranks
+from dskd_plugin.cache.rows import wanted
+from dskd_plugin.log import LOG
+from dskd_plugin.models import causal_lm
+from dskd_plugin.run import Run, Sides
+from dskd_plugin.teachers.live import Teacher
+
+
+def live(run: Run, *, device: torch.device | str, packed: bool, attn_implementation: str | None) -> Teacher:
+    """The teacher of a run, in memory. attn_implementation: of the student."""
+    return Teacher(
+        run.settings.teacher,
+        vocab_size=run.teacher.table.vocab_size,
+        device=device,
+        attn_implementation=attn_implementation,
+        packed=packed,
+        trust_remote_code=run.trust_remote_code,
+    )
+
+
+def teacher_source(
+    sides: Sides, student: Any, device: torch.device, datasets: dict[str, Any]
+) -> Teacher | CachedTeacher:
+    """The teacher of a training run. datasets: its prepared rows, by what they are for."""
+    run = sides.run
+    packed = bool(run.recipe.get("sample_packing"))
+    attention = causal_lm(student).config._attn_implementation
+
+    def in_memory(packed: bool) -> Teacher:
+        return live(run, device=device, packed=packed, attn_implementation=attention)
+
+    cache = run.settings.teacher.cache
+    if cache is None:
+        teacher = in_memory(packed)
+        if packed and not teacher.packed:
+            LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
+        return teacher
+    recipe, ranks = run.recipe.get("axolotl_config_path"), Ranks.here()
+    check_there(cache, recipe)
+    folder = folder_of(cache)
+    if folder is None:
+        folder = ranks.first_does(lambda: automatic_folder(sides))
+        order = order_of(
+            sides, folder, datasets, load=lambda: in_memory(False), say=lambda text: LOG.info("dskd: %s", text)
+        )
+        build(order, ranks)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    fallback = in_memory(packed) if run.settings.on_policy is not None else None
+    return open_cache(folder, sides, datasets, ranks=ranks, device=device, advice=command(recipe), fallback=fallback)
+
+
+def order_of(
+    sides: Sides,
+    folder: Path,
+    datasets: dict[str, Any],
+    *,
+    load: Callable[[], Teacher],
+    say: Callable[[str], None],
+    states: str | None = None,
+    batch_tokens: int | None = None,
+) -> Order:
+    """What is to be built for a run. states: None for half precision, that of the teacher where it has it."""
+    run, teacher = sides.run, sides.run.settings.teacher
+    config = run.teacher.config.get_text_config()
+    return Order(
+        folder=folder,
+        teacher=lambda: teacher_of(sides),
+        made_for=made_for(sides),
+        # OPT's head reads another width than its decoder works in.
+        width=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        embedding=run.method.needs_embedding,
+        wanted=wanted(datasets.values()),
+        datasets=list(datasets.values()),
+        states=states or ("float16" if teacher.dtype == "float16" else "bfloat16"),
+        batch_tokens=batch_tokens,
+        load=load,
+        say=say,
+        advice=command(run.recipe.get("axolotl_config_path")),
+    )
+
+
+def automatic_folder(sides: Sides) -> Path:
+    """The folder of ``cache: auto``, beside the prepared rows: one for each teacher, whatever it is read for."""
+    who = teacher_of(sides)
+    content = {key: who[key] for key in ("dtype", "quantization", "fingerprint")}
+    digest = hashlib.sha256(json.dumps([AUTO, content], sort_keys=True).encode()).hexdigest()[:16]
+    # The plugin has given the prepared rows a folder of their own inside that of the recipe.
+    return Path(sides.run.recipe["dataset_prepared_path"]).parent / f"dskd-cache-{digest}"
