@@ -1,0 +1,255 @@
+"""`python -m benchmarks.cache`: what building a teacher cache costs, and what a step costs that reads it.
+
+The build is compared with the bare decoder on the same batches: no head, nothing kept. A step with the cache is
+compared with the same step with the teacher in memory, and with fine-tuning. Models have random weights. Seconds are
+this process's CPU seconds, on a GPU the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.results import Row
+from benchmarks.timing import Spread, ratios, taking_turns
+from dskd_plugin.assemble import distillation_loss
+from dskd_plugin.batch import StepBatch, TeacherText, ask
+from dskd_plugin.cache.build import BATCH_TOKENS, Order, batches, build
+from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.ranks import Ranks
+from dskd_plugin.cache.rows import wanted
+from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.models import decoder, output_head, read_head
+from dskd_plugin.settings import parse_settings
+from dskd_plugin.student import attach
+from dskd_plugin.teachers.base import TeacherParts
+from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.text.pieces import shared_id_events
+
+
+class RandomTeacher(Teacher):
+    """The live teacher with a model that is handed in, in place of one that is loaded."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.decoder = decoder(model)
+        self.head = read_head(model, output_head(model), model.config.vocab_size).detach()
+        self.packed = False
+
+
+@dataclass(frozen=True)
+class Size:
+    """Layers, width, heads and ids of both sides; samples of the build, their tokens from and to, rows of a step."""
+
+    teacher: tuple[int, int, int, int]
+    student: tuple[int, int, int, int]
+    samples: int
+    tokens: tuple[int, int]
+    rows: int
+
+    def text(self) -> str:
+        sides = [f"{side[0]} x {side[1]}, V {side[3]}" for side in (self.teacher, self.student)]
+        build = f"build of {self.samples} samples of {self.tokens[0]} to {self.tokens[1]} tokens"
+        return f"{sides[0]} -> {sides[1]}; {build}, step of {self.rows}"
+
+
+SIZES = {
+    "tiny": Size((2, 32, 2, 300), (2, 16, 2, 200), 6, (10, 20), 2),
+    "small": Size((12, 512, 8, 32000), (8, 256, 4, 16000), 32, (100, 400), 4),
+    "true": Size((28, 3584, 28, 152064), (16, 2048, 32, 128256), 512, (256, 1024), 4),
+}
+
+
+def random_model(side: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers, width, heads, ids = side
+    config = AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=ids,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(seed)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+@dataclass
+class Bench:
+    """Two models and rows in random ids whose second half is the answer, each of its tokens paired."""
+
+    size: Size
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+
+    @cached_property
+    def teacher(self) -> RandomTeacher:
+        return RandomTeacher(random_model(self.size.teacher, self.device, self.dtype, 1))
+
+    @cached_property
+    def student(self) -> Any:
+        return random_model(self.size.student, self.device, self.dtype, 0)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        generator = torch.Generator().manual_seed(2)
+        low, high = self.size.tokens
+        lengths = torch.randint(low, high + 1, (self.size.samples,), generator=generator).tolist()
+        ids = [torch.randint(self.size.teacher[3], (length,), generator=generator).tolist() for length in lengths]
+        targets = [list(range(length // 2, length)) for length in lengths]
+        return Dataset.from_dict({"teacher_input_ids": ids, "aligned_teacher": targets})
+
+    def order(self, folder: Path) -> Order:
+        return Order(
+            folder=folder,
+            teacher=lambda: {"fingerprint": {"config": "", "weights": {}, "adapter": None}, "dtype": "", "model": ""},
+            made_for={},
+            width=self.size.teacher[1],
+            embedding=False,
+            wanted=wanted([self.dataset]),
+            datasets=[self.dataset],
+            states="bfloat16",
+            batch_tokens=None,
+            load=lambda: self.teacher,
+            say=lambda _: None,
+            advice="",
+        )
+
+    def build(self) -> None:
+        """A whole build, checksums and all, into an empty folder."""
+        shutil.rmtree(self.folder / "built", ignore_errors=True)
+        build(self.order(self.folder / "built"), Ranks())
+
+    @torch.no_grad()
+    def bare(self) -> None:
+        """The decoder on the batches of the build."""
+        wants = wanted([self.dataset])
+        for batch in batches(wants, BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])):
+            ids = [torch.tensor(self.dataset[wants[key].at[1]]["teacher_input_ids"]) for key in batch]
+            lengths = torch.tensor([wants[key].length for key in batch])
+            self.teacher._padded_hidden(torch.cat(ids).to(self.device), lengths)
+
+    @cached_property
+    def cached(self) -> CachedTeacher:
+        found = build(self.order(self.folder / "kept"), Ranks())
+        return CachedTeacher(self.folder / "kept", found, device=self.device, advice="")
+
+    @cached_property
+    def batch(self) -> tuple[Tensor, StepBatch]:
+        """The student's ids and what the collator adds: the first samples, cut to the shortest of them."""
+        rows = self.dataset[: self.size.rows]
+        length = min(len(ids) for ids in rows["teacher_input_ids"])
+        theirs = [torch.tensor(ids) for ids in rows["teacher_input_ids"]]
+        ids = torch.stack([part[:length] % self.size.student[3] for part in theirs])
+        mine, teachers, start = [], [], 0
+        for number, part in enumerate(theirs):
+            targets = torch.arange(len(part) // 2, min(len(part), length))
+            mine.append(targets - 1 + number * length)
+            teachers.append(targets - 1 + start)
+            start += len(part)
+        rows_R = torch.cat(mine)
+        text = TeacherText(
+            torch.cat(theirs),
+            torch.tensor([len(part) for part in theirs]),
+            torch.ones(len(theirs), dtype=torch.long),
+            torch.cat(teachers),
+        )
+        step = StepBatch(rows_R, ids.flatten()[rows_R + 1], teacher_text=text)
+        return ids.to(self.device), step.to(self.device)
+
+    def loss(self, method: str) -> DistillationLoss:
+        """The loss of a method, inside the student."""
+        settings = parse_settings({"teacher": {"model": "random"}, "method": method})
+        ours, theirs = self.size.student[3], self.size.teacher[3]
+        sides = [SimpleNamespace(vocab_size=ids) for ids in (ours, theirs)]
+        pair: Any = SimpleNamespace(student=sides[0], teacher=sides[1], identity=False)
+        shared = torch.arange(int(0.8 * ours))
+        to_student = torch.full((theirs,), -1)
+        to_student[: len(shared)] = shared
+        overlap = Overlap(shared, shared.clone(), to_student, 0.8, 0.8, 0)
+        events = shared_id_events(overlap, (ours, theirs)).to(self.device)
+        teacher = None if method == "sft" else self.teacher
+        found = distillation_loss(settings, self.student, teacher, pair, overlap, events, seed=0)
+        attach(self.student, found)
+        return found
+
+    def step(self, loss: DistillationLoss, teacher: TeacherParts | None) -> None:
+        """One micro-batch, forward and backward, gradients thrown away."""
+        ids, step = self.batch
+        asked = ask(step, teacher)
+        asked.window = [asked]
+        loss.micro_batch = asked
+        try:
+            value = self.student(input_ids=ids, use_cache=False, logits_to_keep=1)["loss"]
+        finally:
+            loss.micro_batch = None
+        value.backward()
+        self.student.zero_grad(set_to_none=True)
+
+
+def measure(bench: Bench, repeats: int) -> list[Row]:
+    built = taking_turns({"bare decoder": bench.bare, "build": bench.build}, repeats, bench.device)
+    tokens = sum(map(len, bench.dataset["teacher_input_ids"]))
+    speed = {name: [tokens / value for value in seconds] for name, seconds in built.items()}
+    rows = [
+        Row("bare decoder, tokens/s", str(Spread.of(speed["bare decoder"]))),
+        Row(
+            "build, tokens/s",
+            str(Spread.of(speed["build"])),
+            "bare decoder",
+            str(ratios(speed["build"], speed["bare decoder"])),
+        ),
+    ]
+    sft, dskd = bench.loss("sft"), bench.loss("dskd")
+    steps = {
+        "sft": lambda: bench.step(sft, None),
+        "dskd, live": lambda: bench.step(dskd, bench.teacher),
+        "dskd, cached": lambda: bench.step(dskd, bench.cached),
+        "states, live": lambda: ask(bench.batch[1], bench.teacher),
+        "states, cached": lambda: ask(bench.batch[1], bench.cached),
+    }
+    seconds = taking_turns(steps, repeats, bench.device)
+    rows += [Row(f"{name}, s", str(Spread.of(values))) for name, values in seconds.items()]
+    for name, base in (("dskd, cached", "sft"), ("dskd, cached", "dskd, live"), ("states, cached", "states, live")):
+        middle = f"{Spread.of(seconds[name]).median:.3g}"
+        rows.append(Row(f"{name}, s", middle, base, str(ratios(seconds[name], seconds[base]))))
+    return rows
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    options = parser.parse_args(words)
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(SIZES[options.size], device, dtype, Path(folder))
+        rows = measure(bench, options.repeats)
+    setting = f"{bench.size.text()}, {str(dtype).removeprefix('torch.')}"
+    results.append("cache", device, setting, rows, results.command_of("benchmarks.cache", words), options.results)
+
+
+if __name__ == "__main__":
+    main()
