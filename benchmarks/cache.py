@@ -154,10 +154,9 @@ class Bench:
 
     @cached_property
     def batch(self) -> tuple[Tensor, StepBatch]:
-        """The student's ids and what the collator adds: the first samples, cut to the shortest of them."""
-        rows = self.dataset[: self.size.rows]
-        length = min(len(ids) for ids in rows["teacher_input_ids"])
-        theirs = [torch.tensor(ids) for ids in rows["teacher_input_ids"]]
+        """The student's ids and what the collator adds: the longest samples, for the student cut to one length."""
+        theirs = [torch.tensor(ids) for ids in sorted(self.dataset["teacher_input_ids"], key=len)[-self.size.rows :]]
+        length = len(theirs[0])
         ids = torch.stack([part[:length] % self.size.student[3] for part in theirs])
         mine, teachers, start = [], [], 0
         for number, part in enumerate(theirs):
