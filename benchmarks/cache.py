@@ -68,6 +68,8 @@ class Size:
 SIZES = {
     "tiny": Size((2, 32, 2, 300), (2, 16, 2, 200), 6, (10, 20), 2),
     "small": Size((12, 512, 8, 32000), (8, 256, 4, 16000), 32, (100, 400), 4),
+    # A student whose layers, not whose vocabulary, cost the most, as those of real pairs.
+    "deep": Size((8, 512, 8, 8000), (16, 384, 6, 8000), 8, (100, 300), 2),
     "true": Size((28, 3584, 28, 152064), (16, 2048, 32, 128256), 512, (256, 1024), 4),
 }
 
@@ -174,6 +176,18 @@ class Bench:
         step = StepBatch(rows_R, ids.flatten()[rows_R + 1], teacher_text=text)
         return ids.to(self.device), step.to(self.device)
 
+    def head_work(self) -> int:
+        """Multiplications of one product with the teacher's head and one with the student's, of all paired rows."""
+        (_, theirs, _, their_ids), (_, ours, _, our_ids) = self.size.teacher, self.size.student
+        return len(self.batch[1].rows_R) * (theirs * their_ids + ours * our_ids)
+
+    def student_work(self) -> int:
+        """Multiplications of fine-tuning, forward and backward: three times those of the weights."""
+        ids, step = self.batch
+        head = output_head(self.student).weight.numel()
+        body = sum(parameter.numel() for parameter in decoder(self.student).layers.parameters())
+        return 3 * (ids.numel() * body + len(step.rows_R) * head)
+
     def loss(self, method: str) -> DistillationLoss:
         """The loss of a method, inside the student."""
         settings = parse_settings({"teacher": {"model": "random"}, "method": method})
@@ -227,6 +241,8 @@ def measure(bench: Bench, repeats: int) -> list[Row]:
     }
     seconds = taking_turns(steps, repeats, bench.device)
     rows += [Row(f"{name}, s", str(Spread.of(values))) for name, values in seconds.items()]
+    heads, student = bench.head_work(), bench.student_work()
+    rows.append(Row("one product with each head on the pairs", f"{heads / student:.2g} of sft"))
     for name, base in (("dskd, cached", "sft"), ("dskd, cached", "dskd, live"), ("states, cached", "states, live")):
         middle = f"{Spread.of(seconds[name]).median:.3g}"
         rows.append(Row(f"{name}, s", middle, base, str(ratios(seconds[name], seconds[base]))))
