@@ -187,7 +187,7 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
         last_words.begin()
     given = _overridden(words)
     try:
-        _check(recipe, given)
+        check_started(recipe, given)
     except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
@@ -228,7 +228,7 @@ def _overridden(words: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+def check_started(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     for key in ("base_model", "resume_from_checkpoint"):
         if key in given:
             recipe = {**recipe, key: given[key]}

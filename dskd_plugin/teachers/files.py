@@ -20,7 +20,7 @@ ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"
 def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: bool = True) -> None:
     """Raise ``ValueError`` for a teacher whose files show that it cannot teach.
 
-    settings: `args.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
+    settings: `settings.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
     """
     check_packages(settings)
     check_files(parts.named_by, parts.weights, cached=cached)
@@ -128,7 +128,7 @@ def unknown_choice(choice: str, found: Found) -> SettingError:
 def check_pair(student: str, settings: Any, parts: Parts) -> None:
     """Raise ``ValueError`` where the settings need one tokenizer and the vocabularies are plainly two.
 
-    settings: `args.Settings`.
+    settings: `settings.Settings`.
     """
     asks = None
     if method_of(settings).needs_one_tokenizer:
