@@ -14,6 +14,33 @@ from dskd_plugin.generation.rollout import COUNTS
 NAMES = (*TERMS, *RATES, "align_ratio")
 
 
+# What each name under ``dskd/`` says, in the order of docs/metrics.md (`make docs`).
+MEANINGS = {
+    "ce": "cross-entropy of the gold tokens, nats per response token",
+    "t2s_kd": "divergence in the student's space, per row that takes part",
+    "t2s_ce": "how far the projected teacher is from its labels, the teacher's distribution "
+    "(`projector.labels: soft`, a divergence) or argmax (`hard`, a cross-entropy): how good the "
+    "projector is",
+    "s2t_kd": "divergence in the teacher's space",
+    "kd": "the sum of the KD terms; with a method other than dskd its one term",
+    "span_kl": "divergence of the likelihoods of a span, per span; enters `dskd/kd` with its weight",
+    "t2s_agreement": "share of aligned rows where the projected teacher predicts its own token; with `target: exact` "
+    "the event of it",
+    "t2s_inside": "`target: exact`: how much likelier, in nats, the projected teacher finds the gold token, given "
+    "its event, than the student does; it shares out inside events while the mean of the last steps "
+    "is above 0",
+    "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
+    "align_ratio": "aligned rows / response rows",
+    "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",
+    "rollout_tokens": "their tokens",
+    "rollout_seconds": "time spent on sampling, per rank",
+    "rollout_empty": "answers without text",
+    "rollout_cut": "answers without an end of turn, e.g. at `max_new_tokens`",
+    "rollout_unaligned": "answers without an aligned row",
+    "rollout_skipped": "rows without a prompt, or with one that leaves no room for an answer",
+}
+
+
 class WithoutPerplexity(dict[str, Any]):
     """Axolotl adds ppl = exp(loss), which means nothing for a mixture of losses."""
 
