@@ -120,45 +120,22 @@ class ReadTwice:
             self._exchange = None
 
     def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
-        """Apply Axolotl's rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
-        cfg, reader, pair, settings = sides.run.recipe, self._run.teacher, sides.pair, self._run.settings
-        limit = reader.sequence_len
-        rows = len(dataset)
-        if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
-            raise refusal
-        if refusal := _beyond_rows(name, dataset, reader):
-            raise refusal
-        _tell_one_sided(name, dataset, *sides.tokenizers)
+        """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing."""
+        run, rows = sides.run, len(dataset)
+        _check_readable(name, dataset, sides)
         notes = list(dataset[PARTED]) if rows else []
-        if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
-            LOG.warning("dskd: %s: %s.", name, line)
-        over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
-        strategy = (cfg.excess_length_strategy or "drop").lower()
-        if over_long and strategy == "raise":
-            raise SettingError(
-                name,
-                f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
-                f"{over_long} longer ones",
-                "Raise dskd.teacher.sequence_len or shorten the rows.",
-            )
-        if over_long and strategy == "truncate":
-            cut = _Truncate(limit, pairs=self._run.method.in_pairs)
-            dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
-        elif over_long:
-            dataset = dataset.filter(
-                _Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows"
-            )
-        responses = sum(
-            int(np.count_nonzero(batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != IGNORE))
-            for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
-        )
-        aligned = int(_lengths(dataset, "aligned_student").sum())
-        in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
         unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+        if line := dataset_report.parted(notes, unmatched):
+            LOG.warning("dskd: %s: %s.", name, line)
+        dataset, over_long = _fitting(name, dataset, run)
+        if rows:
+            unmatched = int(np.sum(dataset[UNMATCHED]))
+        responses, aligned = _responses_in(dataset), int(_lengths(dataset, "aligned_student").sum())
+        in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
         if rows and not len(dataset):
             raise SettingError(
                 name,
-                f"rows that fit the teacher ({limit} tokens)",
+                f"rows that fit the teacher ({run.teacher.sequence_len} tokens)",
                 f"none: all {rows} are longer",
                 "Raise dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate.",
             )
@@ -174,22 +151,12 @@ class ReadTwice:
             "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
             "%d response segments without a counterpart",
             *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
-            *(over_long, strategy if over_long else "none", unmatched),
+            *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )
-        if not aligned and not in_spans and self._run.method.needs_teacher:
-            self._unpaired.append(dataset_report.unpaired(name, responses, notes, pair, settings))
-        if settings.on_policy is not None and not any(dataset["teacher_prompt"]):
-            self._promptless.append(
-                SettingError(
-                    name,
-                    "rows with a prompt that the student can answer (dskd.on_policy)",
-                    f"none in {rows} rows",
-                    (
-                        "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type "
-                        "with prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
-                    ),
-                )
-            )
+        if not aligned and not in_spans and run.method.needs_teacher:
+            self._unpaired.append(dataset_report.unpaired(name, responses, notes, sides.pair, run.settings))
+        if run.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
+            self._promptless.append(dataset_report.promptless(name, rows))
         return dataset.remove_columns(list(NOTES))
 
 
@@ -250,6 +217,49 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     if turn_end is not None and turn_end != reader.tokenizer.eos_token_id:
         teacher_cfg["eot_tokens"] = [reader.tokenizer.convert_ids_to_tokens(turn_end)]
     return config, reader.tokenizer, teacher_cfg
+
+
+def _check_readable(name: str, dataset: Any, sides: Sides) -> None:
+    """Refuse rows that a side cannot read, and tell of what one side alone reads."""
+    teacher = sides.run.teacher
+    refusals = list(dataset[REFUSED]) if len(dataset) else []
+    if refusal := dataset_report.refused(name, refusals, len(dataset)):
+        raise refusal
+    if refusal := _beyond_rows(name, dataset, teacher):
+        raise refusal
+    _tell_one_sided(name, dataset, *sides.tokenizers)
+
+
+def _excess_strategy(run: Run) -> str:
+    return str(run.recipe.excess_length_strategy or "drop").lower()
+
+
+def _fitting(name: str, dataset: Any, run: Run) -> tuple[Any, int]:
+    """The dataset by Axolotl's own rule for rows that are too long, and how many were too long for the teacher."""
+    limit, processes = run.teacher.sequence_len, run.recipe.dataset_num_proc
+    over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
+    if not over_long:
+        return dataset, 0
+    if _excess_strategy(run) == "raise":
+        raise SettingError(
+            name,
+            f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
+            f"{over_long} longer ones",
+            "Raise dskd.teacher.sequence_len or shorten the rows.",
+        )
+    if _excess_strategy(run) == "truncate":
+        cut = _Truncate(limit, pairs=run.method.in_pairs)
+        return dataset.map(cut, num_proc=processes, desc="Truncating teacher rows"), over_long
+    return dataset.filter(_Fits(limit), num_proc=processes, desc="Dropping over-long teacher rows"), over_long
+
+
+def _responses_in(dataset: Any) -> int:
+    """Response tokens to train on."""
+    count = 0
+    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000):
+        labels = batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        count += int(np.count_nonzero(labels != IGNORE))
+    return count
 
 
 def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> SettingError | None:

@@ -51,6 +51,7 @@ class DSKDTrainer(AxolotlTrainer):
     """Trains the student on (1 - kd_ratio) CE + kd_ratio KD against a frozen teacher."""
 
     run: Run
+    cfg: Any
     teacher: HiddenStates | None
     _rollout: Rollout | None
     distillation: DistillationLoss
@@ -59,12 +60,7 @@ class DSKDTrainer(AxolotlTrainer):
     @classmethod
     def configured(cls, run: Run) -> type["DSKDTrainer"]:
         """The trainer class of one run; Axolotl instantiates it with arguments of its own."""
-        return type(cls.__name__, (cls,), {"run": run})
-
-    @property
-    def cfg(self) -> Any:
-        """The recipe as Axolotl has completed it."""
-        return self.run.recipe
+        return type(cls.__name__, (cls,), {"run": run, "cfg": run.recipe})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
