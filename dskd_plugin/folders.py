@@ -1,6 +1,6 @@
 """What the files of a model folder tell without a model library; hub ids are left to the later checks.
 
-The messages about a teacher are those of `teacher` and `pair`, which see hub models and unusual tokenizers as well.
+The messages about a teacher are those of `teachers` and `pair`, which see hub models and unusual tokenizers as well.
 """
 
 import json

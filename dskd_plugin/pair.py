@@ -12,9 +12,11 @@ from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
 from dskd_plugin.errors import SettingError
 from dskd_plugin.methods import method_of
 from dskd_plugin.settings import Settings
-from dskd_plugin.text.align import Aligner, Ends, role_pairs
+from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer, token_table
+from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer
+from dskd_plugin.text.turn_ends import Ends, role_pairs
+from dskd_plugin.text.vocabularies import token_table
 
 
 @dataclass(frozen=True)

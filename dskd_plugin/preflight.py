@@ -190,7 +190,7 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
     # The rows are prepared first, then the cache is made of them.
     trains = module != "axolotl.cli.preprocess" and argv[1:2] != ["preprocess"]
     try:
-        _check(recipe, given, _file(words) if trains else None)
+        check_started(recipe, given, _file(words) if trains else None)
     except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
@@ -235,7 +235,7 @@ def _overridden(words: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check(recipe: dict[str, Any], given: dict[str, Any], trains_by: str | None = None) -> None:
+def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str | None = None) -> None:
     """trains_by: the recipe's file, where the command reads the teacher's states."""
     for key in ("base_model", "resume_from_checkpoint"):
         if key in given:

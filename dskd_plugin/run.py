@@ -18,9 +18,10 @@ from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.preflight import check_recipe
 from dskd_plugin.settings import Settings, parse_settings
 from dskd_plugin.teachers.reader import Named, TeacherReader, check_reachable, read_teacher
-from dskd_plugin.text.align import Aligner, Ends, end_of_turn
+from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import Markers, markers_of
 from dskd_plugin.text.templates import names, one_template
+from dskd_plugin.text.turn_ends import Ends, end_of_turn
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
+from dskd_plugin.run import Sides
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"
@@ -59,6 +60,28 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
     content = {"dskd": __version__, "projectors": sorted(weights), **pair}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, target / STATE)
+
+
+def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, Any]:
+    """What projectors belong to: a run may go on from a checkpoint only where all of it is the same.
+
+    widths: of the student's and the teacher's hidden states.
+    """
+    settings, pair = sides.run.settings, sides.pair
+    return {
+        "teacher": settings.teacher.model,
+        "teacher_revision": settings.teacher.revision,
+        "teacher_adapter": settings.teacher.adapter,
+        "student_tokenizer": pair.student.digest,
+        "teacher_tokenizer": pair.teacher.digest,
+        "widths": widths,
+        "method": settings.method,
+        "alignment": settings.alignment,
+        "spaces": settings.spaces,
+        "target": "exact" if settings.exact else "projected",
+        "shared": "events" if settings.by_events else "ids",
+        "projector_init": settings.projector.init,
+    }
 
 
 def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dskd_plugin.cli.device import device_named
 from dskd_plugin.errors import SettingError
 
 if TYPE_CHECKING:
@@ -137,8 +138,6 @@ def _join() -> "Ranks":
 def _device(name: str, ranks: "Ranks") -> "torch.device | str":
     import torch
 
-    from dskd_plugin.cli.generate import _device as known
-
     if name == "auto-map":
         if ranks.world > 1:
             raise SettingError(
@@ -148,5 +147,5 @@ def _device(name: str, ranks: "Ranks") -> "torch.device | str":
                 "Start one process.",
             )
         return "auto"
-    found = known(name)
+    found = device_named(name)
     return torch.device(f"cuda:{ranks.local}" if found == "cuda" else found)

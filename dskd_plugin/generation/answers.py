@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from dskd_plugin.errors import SettingError
-from dskd_plugin.text.tokens import spell, token_table
+from dskd_plugin.text.tokens import spell
+from dskd_plugin.text.vocabularies import token_table
 
 Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 

@@ -112,6 +112,17 @@ def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: 
     return SettingError(name, "response tokens that student and teacher share", f"none aligned of {responses}", do)
 
 
+def promptless(name: str, rows: int) -> SettingError:
+    """What is to be done about a dataset without a prompt that the student can answer."""
+    return SettingError(
+        name,
+        "rows with a prompt that the student can answer (dskd.on_policy)",
+        f"none in {rows} rows",
+        "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with prompts, "
+        "raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy.",
+    )
+
+
 def one_sided_note(found: list[Unread]) -> str:
     return json.dumps(found) if found else ""
 

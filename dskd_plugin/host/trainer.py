@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, state
-from dskd_plugin.assemble import distillation_loss
+from dskd_plugin.assemble import distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, ask
-from dskd_plugin.core.objective import RATES, TERMS, Objective
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
+from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
 from dskd_plugin.host.watch import Watch
@@ -28,31 +28,13 @@ from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import pair_events, shared_ids
 from dskd_plugin.run import Run, Sides
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.base import HiddenStates, TeacherParts
 
-SUMS = (*TERMS, *RATES)
-
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
 on_create: list[Callable[["DSKDTrainer"], None]] = []
-
-
-class _WithoutPerplexity(dict[str, Any]):
-    """Axolotl adds ppl = exp(loss), which means nothing for a mixture of losses."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key not in ("ppl", "eval_ppl"):
-            super().__setitem__(key, value)
-
-
-def active_names(objective: Objective) -> set[str]:
-    """Terms and rates that the objective computes."""
-    rates = {"t2s_agreement"} if objective.in_student_space else set()
-    rates |= {"s2t_agreement"} if objective.in_teacher_space else set()
-    return {*objective.terms, *rates}
 
 
 class _AfterStep(TrainerCallback):
@@ -69,20 +51,16 @@ class DSKDTrainer(AxolotlTrainer):
     """Trains the student on (1 - kd_ratio) CE + kd_ratio KD against a frozen teacher."""
 
     run: Run
+    cfg: Any
     teacher: HiddenStates | None
-    _rollout: Any
+    _rollout: Rollout | None
     distillation: DistillationLoss
     reports_token_perplexity = False
 
     @classmethod
     def configured(cls, run: Run) -> type["DSKDTrainer"]:
         """The trainer class of one run; Axolotl instantiates it with arguments of its own."""
-        return type(cls.__name__, (cls,), {"run": run})
-
-    @property
-    def cfg(self) -> Any:
-        """The recipe as Axolotl has completed it."""
-        return self.run.recipe
+        return type(cls.__name__, (cls,), {"run": run, "cfg": run.recipe})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
@@ -103,13 +81,13 @@ class DSKDTrainer(AxolotlTrainer):
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
-        self._rollout = self._make_rollout(sides)
-        self._logged = active_names(self.distillation.objective) | ({"t2s_inside"} if settings.exact else set())
+        self._rollout = sampler(sides, seed=self.args.seed)
+        objective = self.distillation.objective
+        logged = active_names(objective, exact=settings.exact, in_pairs=method.in_pairs)
+        self._totals = Totals(logged, self.args.device, self._over_ranks)
         self.add_callback(_AfterStep(self))
-        in_student_space = self.distillation.objective.in_student_space
-        self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
-        self._logged |= {"align_ratio"} if method.in_pairs else set()
-        self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
+        target = "exact" if settings.exact else "projected"
+        self._watch = Watch(target=target if objective.in_student_space else None)
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
         for created in on_create:
@@ -118,62 +96,24 @@ class DSKDTrainer(AxolotlTrainer):
     def _distillation_loss(
         self, model: nn.Module, sides: Sides, teacher: TeacherParts | None, args: Any
     ) -> DistillationLoss:
-        settings, pair, head = self.run.settings, sides.pair, output_head(model).weight
+        settings, head = self.run.settings, output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)
-        self._pair_state = {
-            "teacher": settings.teacher.model,
-            "teacher_revision": settings.teacher.revision,
-            "teacher_adapter": settings.teacher.adapter,
-            "student_tokenizer": pair.student.digest,
-            "teacher_tokenizer": pair.teacher.digest,
-            "widths": [width, None if teacher is None else teacher.width],
-            "method": settings.method,
-            "alignment": settings.alignment,
-            "spaces": settings.spaces,
-            "target": "exact" if settings.exact else "projected",
-            "shared": "events" if settings.by_events else "ids",
-            "projector_init": settings.projector.init,
-        }
+        self._pair_state = state.pair_state(sides, [width, None if teacher is None else teacher.width])
         overlap = events = None
         if teacher is not None:
-            overlap = shared_ids(
-                pair,
-                sides.ends,
-                head_rows=(rows, teacher.head.weight_VD.shape[0]),
-                top_vocab=settings.projector.top_vocab,
-            )
-            if settings.exact or settings.by_events:
-                ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
-                events = pair_events(pair, sides.tokenizers, overlap, settings, sides.ends, ids)
-            LOG.info(
-                "dskd: method %s; widths %d and %d; %s",
-                *(settings.method, width, teacher.width, advice.of_pair(pair, settings, overlap.student_share)),
-            )
+            overlap, events = in_common(sides, teacher, rows)
+            told = advice.of_pair(sides.pair, settings, overlap.student_share)
+            LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
         return distillation_loss(
             settings,
             model,
             teacher,
-            pair,
+            sides.pair,
             overlap,
             events,
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
-        )
-
-    def _make_rollout(self, sides: Sides) -> Rollout | None:
-        settings, teacher = self.run.settings, self.run.teacher
-        if settings.on_policy is None:
-            return None
-        return Rollout(
-            settings.on_policy,
-            *sides.tokenizers,
-            sides.aligner(),
-            seed=self.args.seed,
-            teacher_len=teacher.sequence_len,
-            student_len=self.run.student_len,
-            teacher_rows=teacher.rows,
-            markers=sides.markers,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -206,7 +146,7 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
-            batches = [self._with_answers(batch, k) for k, batch in enumerate(batches)]
+            batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
@@ -219,14 +159,14 @@ class DSKDTrainer(AxolotlTrainer):
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
 
-    def _with_answers(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+    def _with_answers(self, rollout: Rollout, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
         features = batch[KEY].samples
         packed = isinstance(features[0], list)
         bins = features if packed else [features]
-        tokens = self._rollout.counts["tokens"]
+        tokens = rollout.counts["tokens"]
         answered = [
-            self._rollout.answer(
+            rollout.answer(
                 self.model,
                 samples,
                 step=self.state.global_step,
@@ -244,7 +184,7 @@ class DSKDTrainer(AxolotlTrainer):
         else:
             features = [*gold, *pack(answers, self.cfg.sequence_len)]
         new = self.data_collator(features)
-        new[KEY].sampled = int(self._rollout.counts["tokens"] - tokens)
+        new[KEY].sampled = int(rollout.counts["tokens"] - tokens)
         return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
@@ -273,10 +213,7 @@ class DSKDTrainer(AxolotlTrainer):
         finally:
             self.distillation.micro_batch = None
         loss = outputs["loss"]
-        self._totals["train" if training else "eval"] += torch.stack(
-            [torch.stack([value.double() for value in paired.sums[name]]) for name in SUMS]
-            + [loss.new_tensor([paired.aligned, paired.responses], dtype=torch.double)]
-        )
+        self._totals.add("train" if training else "eval", paired, loss)
         if training:
             # Engines average gradients over ranks; our divisor is already that of all ranks.
             loss = loss * self.accelerator.num_processes
@@ -291,21 +228,12 @@ class DSKDTrainer(AxolotlTrainer):
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 
-    def _no_totals(self) -> Tensor:
-        return torch.zeros(len(SUMS) + 1, 2, dtype=torch.double, device=self.args.device)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms, exact over accumulation, ranks and the steps since the last log."""
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
-            totals = self._over_ranks(self._totals[kind]).tolist()
-            self._totals[kind] = self._no_totals()
             prefix = "eval_" if kind == "eval" else ""
-            means = {
-                name: total / max(count, 1.0)
-                for name, (total, count) in zip((*SUMS, "align_ratio"), totals, strict=True)
-                if name in self._logged
-            }
+            means = self._totals.means(kind)
             objective = self.distillation.objective
             shares = objective.shares()
             if kind == "eval":
@@ -316,10 +244,10 @@ class DSKDTrainer(AxolotlTrainer):
             if kind == "train":
                 self._warn(means)
             if kind == "train" and self._rollout is not None:
-                means |= self._rollout_totals()
+                means |= self._rollout_totals(self._rollout)
             for name, value in means.items():
                 logs[f"{prefix}dskd/{name}"] = round(value, 6)
-        quiet = _WithoutPerplexity(logs)
+        quiet = WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
 
@@ -328,15 +256,11 @@ class DSKDTrainer(AxolotlTrainer):
             if self.is_world_process_zero():
                 LOG.warning(warning)
 
-    def _rollout_totals(self) -> dict[str, float]:
-        """Counts of the sampled answers since the last log over all ranks; seconds per rank."""
-        counts = self._over_ranks(
-            torch.tensor([self._rollout.counts[name] for name in COUNTS], dtype=torch.double, device=self.args.device)
-        ).tolist()
-        self._rollout.reset_counts()
-        found = {f"rollout_{name}": value for name, value in zip(COUNTS, counts, strict=True)}
-        found["rollout_seconds"] /= self.accelerator.num_processes
-        return found
+    def _rollout_totals(self, rollout: Rollout) -> dict[str, float]:
+        counts = [rollout.counts[name] for name in COUNTS]
+        totals = self._over_ranks(torch.tensor(counts, dtype=torch.double, device=self.args.device)).tolist()
+        rollout.reset_counts()
+        return of_answers(totals, self.accelerator.num_processes)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ def check_teacher(
 ) -> None:
     """Raise ``ValueError`` for a teacher whose files show that it cannot teach.
 
-    settings: `args.TeacherSettings`; needs_weights: whether it is loaded; cached: whether a hub id has to be in the
+    settings: `settings.TeacherSettings`; needs_weights: whether it is loaded; cached: whether a hub id has to be in the
     cache where the hub is off.
     """
     check_packages(settings)
@@ -132,7 +132,7 @@ def unknown_choice(choice: str, found: Found) -> SettingError:
 def check_pair(student: str, settings: Any, parts: Parts) -> None:
     """Raise ``ValueError`` where the settings need one tokenizer and the vocabularies are plainly two.
 
-    settings: `args.Settings`.
+    settings: `settings.Settings`.
     """
     asks = None
     if method_of(settings).needs_one_tokenizer:

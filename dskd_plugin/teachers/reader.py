@@ -14,9 +14,9 @@ from dskd_plugin.teachers import adapted
 from dskd_plugin.teachers.files import check_default, check_teacher, unknown_choice
 from dskd_plugin.teachers.outside_engines import outside_engines
 from dskd_plugin.teachers.resolve import Parts, fetched_adapter, parts_of
-from dskd_plugin.text.align import PROBE, end_of_turn
 from dskd_plugin.text.templates import names, one_template, templates_in
 from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.turn_ends import PROBE, end_of_turn
 
 Named = Callable[[str, Any], Any]
 """Template of a name, and of a tokenizer where the name asks for its own; ``ValueError`` for an unknown name."""

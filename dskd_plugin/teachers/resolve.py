@@ -65,8 +65,8 @@ class Parts:
 def parts_of(settings: Any, fetch: Fetch | None = None) -> Parts:
     """The parts of the teacher; ``ValueError`` for an adapter that has no base or cannot be merged.
 
-    settings: `args.TeacherSettings`. fetch: brings the adapter of a hub id here; without it a hub id of whole weights
-    is taken for granted, and that of an adapter is left for later.
+    settings: `settings.TeacherSettings`. fetch: brings the adapter of a hub id here; without it a hub id of whole
+    weights is taken for granted, and that of an adapter is left for later.
     """
     own = _adapter_in("dskd.teacher.model", settings.model, settings.revision, fetch)
     given = None

@@ -583,14 +583,15 @@ def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path):
 
     file, folder = tmp_path / "r.yaml", tmp_path / "states"
     written = yaml.safe_load(Path(run.sides.run.recipe["axolotl_config_path"]).read_text())
-    file.write_text(yaml.safe_dump(written))
+    named = {"teacher": {**written["dskd"]["teacher"], "cache": str(folder)}}  # which is not there yet
+    file.write_text(yaml.safe_dump({**written, "dskd": {**written["dskd"], **named}}))
     PluginManager._instance = None
     with contextlib.ExitStack() as after:
         after.callback(dataset.install, None)
-        result = CliRunner().invoke(main, ["cache", "build", str(file), "--out", str(folder), "--device", "cpu"])
+        result = CliRunner().invoke(main, ["cache", "build", str(file), "--device", "cpu"])
         assert result.exit_code == 0, result.output
     assert "rows of 48 x bfloat16" in result.output and "Done: 48 samples, " in result.output
-    assert f"    cache: {folder}" in result.output
+    assert "In the recipe" not in result.output
     told = CliRunner().invoke(main, ["cache", "info", str(folder)]).output
     assert "48 samples" in told and f"teacher: {written['dskd']['teacher']['model']}, float32" in told
     assert "states: bfloat16, 48 wide, in 1 shards" in told and "made for: rules " in told

@@ -196,7 +196,7 @@ def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher,
 
     from tokenizer_zoo import load_tagged, spell
 
-    from dskd_plugin.host.dataset import PairedStrategy
+    from dskd_plugin.host.strategy import PairedStrategy
     from dskd_plugin.pair import Pair
 
     one, other = load_tagged(student), load_tagged(teacher)
@@ -206,7 +206,7 @@ def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher,
     for text in ("red <think>four</think> The  lamp\n x", "  <think> four </think>The", "<think>x</think>"):
         ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]
         rows = [ids[start : start + length] for start in range(0, len(ids), length)]
-        read = [b"".join(spell(other, row)) for row, _ in strategy._reread(rows, text)]
+        read = [b"".join(spell(other, row)) for row, _ in strategy.reread(rows, text)]
         if other.table.kind == "byte-level":
             assert b"".join(read) == text.encode(), (text, read)
         elif length == 100:
@@ -638,11 +638,11 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     """What the run takes for the ends, from the recipe alone, is what the rows were aligned with."""
     from axolotl.utils.dict import DictDefault
 
-    from dskd_plugin.host import dataset
+    from dskd_plugin.host import strategy
     from dskd_plugin.host.plugin import registered
 
     seen = []
-    original = dataset.aligner
+    original = strategy.aligner
 
     def spy(pair, settings, ends):
         seen.append(ends)
@@ -653,7 +653,7 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
         {**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": LLAMA_2},
         *({"path": tiny["data"], "ds_type": "json", "type": kind} for kind in TYPES.values()),
     ]
-    monkeypatch.setattr(dataset, "aligner", spy)
+    monkeypatch.setattr(strategy, "aligner", spy)
     ends = {"special_tokens": {"eos_token": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
     _, student, teacher = prepare(datasets=entries, sequence_len=128, **ends)
     changed = DictDefault(recipe | ends | {"datasets": entries})
@@ -747,7 +747,7 @@ def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
     ],
 )
 def test_prompt_by_hand(kept, labels, teacher, prompt):
-    from dskd_plugin.host.dataset import prompt_end
+    from dskd_plugin.host.strategy import prompt_end
 
     assert prompt_end(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt
 

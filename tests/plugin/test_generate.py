@@ -338,7 +338,7 @@ def test_the_bar_moves_within_a_batch(written, monkeypatch):
     """One batch only: a log file already has speed and time left before any answer has ended."""
     from dskd_plugin.cli import progress
 
-    monkeypatch.setattr(progress, "_PAUSE", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(progress, "PAUSE", {True: 0.0, False: 0.0})
     output = run(written(), "--max-new-tokens", 30, "--batch-size", 48, "--keep-unfinished")
     bars = re.findall(r"\| (\d+)/48 answers \[[\d:]+, ([\d.]+) tokens/s, (at most )?([\d:]+) left\]", output)
     assert len(bars) >= 30

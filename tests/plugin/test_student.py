@@ -17,8 +17,8 @@ from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.text.align import end_of_turn
-from dskd_plugin.text.tokens import token_table
+from dskd_plugin.text.turn_ends import end_of_turn
+from dskd_plugin.text.vocabularies import token_table
 
 
 def split(batch):
