@@ -600,6 +600,15 @@ def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path):
     assert result.exit_code == 1 and "expected a teacher cache of format 1, got none" in result.output
 
 
+def test_the_benchmark_runs(tmp_path):
+    from benchmarks.cache import main
+
+    main(["--size", "tiny", "--repeats", "1", "--results", str(tmp_path / "results.csv")])
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert any(",cache," in row and '"build, tokens/s"' in row and "bare decoder" in row for row in rows)
+    assert rows[-1].endswith("python -m benchmarks.cache --size tiny --repeats 1")
+
+
 # -- a teacher by its content ------------------------------------------------------------------------------------------
 
 
