@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dskd_eval.reasoning import Pair
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Ends of turn of models that show none: with a template, such a token may stand inside an answer.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
@@ -87,7 +89,13 @@ def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            # It hides its vocabulary and takes no template; the same file reads as an ordinary tokenizer.
+            names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+            ordinary: Any = transformers.PreTrainedTokenizerFast
+            tokenizer = ordinary.from_pretrained(folder, local_files_only=True, **names)
+        return tokenizer
     except Exception as error:
         raise UserError(
             f"model {folder}",
@@ -141,6 +149,8 @@ def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), 
 
 def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of tokens behind others: SentencePiece takes the first space from what it decodes."""
+    if hasattr(tokenizer, "sp_model"):
+        return _spelled(tokenizer, before, tokens)
 
     def text_of(ids: Sequence[int], skip: bool) -> str:
         text: str = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
@@ -149,6 +159,22 @@ def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) ->
     start = text_of(before, False) if before else ""
     whole = text_of([*before, *tokens], False) if before else ""
     return whole[len(start) :] if before and whole.startswith(start) else text_of(tokens, True)
+
+
+def _spelled(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens of a SentencePiece model that transformers has not converted.
+
+    Its own decoding strips white space and writes a byte as `<0x0A>`.
+    """
+    added = set(tokenizer.get_added_vocab().values())
+    parts, begins = [], not before or before[-1] in added
+    for token, piece in zip(tokens, tokenizer.convert_ids_to_tokens(list(tokens)), strict=True):
+        byte = _BYTE_PIECE.fullmatch(piece)
+        text = bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+        # Where a text begins, the model has put a space before it.
+        parts.append(text.removeprefix(b" ") if begins and token not in added else text)
+        begins = token in added
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:

@@ -65,6 +65,46 @@ def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
     assert hf.decode(tokenizer, ids_of(tokenizer, text), pairs) == text
 
 
+WHITE = ["\tdef f():\n    return 1\n", "\n\n\ty = 'é 日本'", "  lead  two ", "\n", " "]
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral-slow", "unigram-slow", "tekken-fast", "byte-level"])
+@pytest.mark.parametrize("text", WHITE)
+def test_answers_keep_every_byte(zoo: Any, name: str, text: str) -> None:
+    """Also those of SentencePiece models that transformers does not convert: their bytes are no names of bytes."""
+    tokenizer = zoo.ZOO[name][0]()
+    before = ids_of(tokenizer, "Say 5")
+    whole = ids_of(tokenizer, "Say 5" + text)
+    assert whole[: len(before)] == before
+    assert hf.decode(tokenizer, whole[len(before) :], before=before[-1:]) == text
+
+
+@pytest.mark.parametrize("text", WHITE)
+def test_answers_after_a_marker_of_an_unconverted_model_keep_every_byte(zoo: Any, text: str) -> None:
+    tokenizer = zoo.TAGGED["unigram-slow"]()
+    pairs = reasoning.choose("auto", ["<think>"])
+    whole = f"<think>four</think>{text}"
+    assert hf.decode(tokenizer, ids_of(tokenizer, whole), pairs) == whole
+
+
+def test_a_folder_in_the_form_of_mistral_reads_as_an_ordinary_tokenizer(zoo: Any, tmp_path: Path) -> None:
+    """A Mistral model with tekken.json alone: transformers hands out a class without vocabulary or template."""
+    import transformers
+
+    theirs = zoo.ZOO["tekken"][0]()
+    theirs.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.MistralConfig(vocab_size=131072, num_key_value_heads=1, head_dim=8, **sizes)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    assert not hasattr(transformers.AutoTokenizer.from_pretrained(tmp_path), "get_added_vocab")
+    model = hf.HFBackend(models.locate(models.parse_model(str(tmp_path))), dtype="float32", device="cpu")
+    for text in WHITE:
+        ids = model.encode("Say 5" + text, special_tokens=True)
+        assert ids == theirs("Say 5" + text)["input_ids"]
+        assert hf.decode(model.tokenizer, ids) == "Say 5" + text
+    assert model.end_tokens == [theirs.eos_token_id]
+
+
 @pytest.fixture(scope="module")
 def reciting(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> hf.HFBackend:
     """A model that goes on with a prompt of its length by the body of a function."""
