@@ -516,7 +516,7 @@ def test_the_record_says_what_was_dropped(box: Sandbox) -> None:
     assert scored.metrics == {"pass@1": 1.0, "timeout": 0.0, "syntax_error": 0.0}
     assert scored.details["dropped"] == [
         "1 of 2 code blocks",
-        "an end of 1 lines that does not parse, from: print(total([1, 2, 3, 4, 5,",
+        "an end of 1 line that does not parse, from: print(total([1, 2, 3, 4, 5,",
         "1 statements beside the tested code: assert total([1]) == 2",
     ]
 
@@ -598,7 +598,7 @@ def test_an_answer_of_humaneval_94_that_the_limit_cut(box: Sandbox, data_dir: Pa
     parts = catalog.code_parts(spec, row)
     program = programs.program_of(text, parts)
     assert box.run(program.text, parts["tests"]).passed
-    assert "an end of 1 lines that does not parse" in program.dropped[0]
+    assert "an end of 1 line that does not parse" in program.dropped[0]
 
 
 @pytest.mark.parametrize(
