@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests use tiny models: threads beyond one only wait for each other.
 test%: export OMP_NUM_THREADS = 1
 
-.PHONY: install quickstart test test-core test-plugin test-e2e test-newest check format clean
+.PHONY: install quickstart test test-core test-plugin test-e2e test-newest check format docs clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tables of docs/settings.md and docs/metrics.md, from the code.
+docs: install
+	PYTHONPATH=. $(BIN)/python docs/tables.py
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache

@@ -13,9 +13,13 @@ def __getattr__(name: str) -> object:
     try:
         from dskd_plugin.host.plugin import DSKDPlugin
     except ImportError as error:
+        from dskd_plugin.errors import DSKDSetupError
+
         # Axolotl 0.19 swallows ImportError and would go on with plain fine-tuning.
-        raise RuntimeError(
-            f"plugins: expected a working installation of dskd, got {type(error).__name__}: {error}. "
-            "Reinstall it beside Axolotl with: pip install 'dskd[train]'"
+        raise DSKDSetupError(
+            "plugins",
+            "a working installation of dskd",
+            f"{type(error).__name__}: {error}",
+            "Reinstall it beside Axolotl with: pip install 'dskd[train]'",
         ) from error
     return DSKDPlugin

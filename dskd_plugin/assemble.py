@@ -12,10 +12,12 @@ from dskd_plugin.core.events import Events
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.generation.rollout import Rollout
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.methods import method_of
 from dskd_plugin.models import head_rows
-from dskd_plugin.pair import Pair
+from dskd_plugin.pair import Pair, pair_events, shared_ids
+from dskd_plugin.run import Sides
 from dskd_plugin.settings import Settings
 from dskd_plugin.teachers.live import Teacher
 
@@ -107,3 +109,38 @@ def distillation_loss(
         },
     )
     return method.build(parts)
+
+
+def in_common(sides: Sides, teacher: Teacher, rows: int) -> tuple[Overlap, Events | None]:
+    """What the two vocabularies have in common: tokens, and events for settings that compare them.
+
+    rows: of the student's output head.
+    """
+    pair, settings = sides.pair, sides.run.settings
+    overlap = shared_ids(
+        pair,
+        sides.ends,
+        head_rows=(rows, teacher.head.weight_VD.shape[0]),
+        top_vocab=settings.projector.top_vocab,
+    )
+    if not (settings.exact or settings.by_events):
+        return overlap, None
+    ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
+    return overlap, pair_events(pair, sides.tokenizers, overlap, settings, sides.ends, ids)
+
+
+def sampler(sides: Sides, *, seed: int) -> Rollout | None:
+    """What samples answers of the student in training; None without ``dskd.on_policy``."""
+    run, teacher = sides.run, sides.run.teacher
+    if run.settings.on_policy is None:
+        return None
+    return Rollout(
+        run.settings.on_policy,
+        *sides.tokenizers,
+        sides.aligner(),
+        seed=seed,
+        teacher_len=teacher.sequence_len,
+        student_len=run.student_len,
+        teacher_rows=teacher.rows,
+        markers=sides.markers,
+    )

@@ -1,32 +1,60 @@
 """One micro-batch on its way from the collator to the loss: which rows count, and what the teacher says of them.
 
-Shapes: R response rows, N aligned rows (the first N of R), M teacher rows, P and Q rows of the spans on the student's
-and the teacher's side, C spans, T terms, D teacher width.
+The collator builds a `StepBatch` beside the student's own inputs, under the key `KEY`; the trainer has the teacher's
+hidden states filled in; the loss adds which rows count, computes and leaves the sums of its terms.
+
+Shapes: R response rows, N aligned rows (the first N of R), T tokens that the teacher reads, S samples of them, B packed
+rows of them, M teacher rows (N of them unless all rows of a sample meet in attention), P and Q rows of the spans on the
+student's and the teacher's side, D teacher width.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.objective import Sums
+from dskd_plugin.core.objective import Rows, Sums
 from dskd_plugin.teachers.base import HiddenStates
+
+# The key of the step batch in the mapping that the host carries from the collator to the trainer.
+KEY = "dskd"
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """What the teacher reads, unpadded, and which of its hidden states the loss compares.
+
+    ids_T: all samples, one after the other. lengths_S: tokens of each; samples_B: how many samples share each packed
+    row. rows_M: flat positions in ids_T, each before the token that it predicts.
+    """
+
+    ids_T: Tensor
+    lengths_S: Tensor
+    samples_B: Tensor
+    rows_M: Tensor
 
 
 @dataclass(frozen=True)
 class SpanRows:
-    """Where the tokens of the spans are; the teacher's side as hidden states."""
+    """Where the tokens of the spans are.
+
+    rows_P: index into the R response rows; of_P: number of the span. teacher_rows_Q: flat positions in the teacher's
+    text; teacher_targets_Q: ids after them; teacher_of_Q: number of the span. teacher_QD: the hidden states there.
+    """
 
     rows_P: Tensor
     of_P: Tensor
-    teacher_QD: Tensor
+    teacher_rows_Q: Tensor
     teacher_targets_Q: Tensor
     teacher_of_Q: Tensor
+    teacher_QD: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """What cross-model attention reads: sample number, input token and target of each row."""
+    """What cross-model attention reads: sample number and input token of each row; the teacher's targets."""
 
     sample_N: Tensor
     inputs_N: Tensor
@@ -36,30 +64,47 @@ class AttentionRows:
 
 
 @dataclass
-class MicroBatch:
-    """One micro-batch of paired rows; the fields from ``window`` on are filled in before its first use."""
+class StepBatch:
+    """One micro-batch of paired rows; the loss fills in the fields from ``rows`` on before its first use."""
 
     rows_R: Tensor
     """Flat student positions that predict a response token; the paired ones first."""
     targets_R: Tensor
     """Their gold token ids."""
-    teacher_ND: Tensor
-    """Teacher hidden states of the paired rows; with attention those of all M teacher rows."""
     ce_R: Tensor | None = None
-    """Which rows have a gold token; None for all."""
+    """Which rows count for the cross-entropy; None for all."""
+    teacher_text: TeacherText | None = None
+    teacher_MD: Tensor | None = None
+    """Teacher hidden states of the compared rows, empty without a teacher; None before `ask`."""
     spans: SpanRows | None = None
     attention: AttentionRows | None = None
-    aligned: int = 0
-    """Rows with a partner, out of ``responses``."""
-    responses: int = 0
-    window: list["MicroBatch"] = field(default_factory=list)
+    samples: list[Any] | None = None
+    """The rows of the dataset, where the student may answer their prompts in place of the gold answers."""
+    sampled: int | None = None
+    """Tokens that the student has sampled for these rows; None for gold rows."""
+    window: list["StepBatch"] = field(default_factory=list)
     """All micro-batches of the optimizer step; set on the first of them only."""
-    argmax_N: Tensor | None = None
-    label_N: Tensor | None = None
-    agree_N: Tensor | None = None
-    teacher_C: Tensor | None = None
+    rows: Rows | None = None
+    """What the loss takes, but for the student's hidden states."""
+    teacher_argmax_M: Tensor | None = None
     divisors_T: Tensor | None = None
     sums: Sums = field(default_factory=dict)
+
+    @property
+    def aligned(self) -> int:
+        """Rows of the teacher that are compared, out of ``responses``."""
+        return 0 if self.teacher_text is None else len(self.teacher_text.rows_M)
+
+    @property
+    def responses(self) -> int:
+        """Response tokens that could have a partner."""
+        return len(self.rows_R) if self.sampled is None else self.sampled
+
+    @property
+    def teacher_states(self) -> Tensor:
+        """`teacher_MD` of a batch for which the teacher was asked."""
+        assert self.teacher_MD is not None
+        return self.teacher_MD
 
     @property
     def attending(self) -> AttentionRows:
@@ -67,42 +112,42 @@ class MicroBatch:
         assert self.attention is not None
         return self.attention
 
+    # torch and accelerate move whatever has these methods, as they move tensors.
 
-def micro_batch(own: dict[str, Tensor], teacher: HiddenStates | None) -> MicroBatch:
-    """The rows of a batch with the teacher's hidden states. own: the keys that the collator added, on one device."""
-    pairs, in_spans = own["dskd_teacher_rows"], own.get("dskd_span_teacher_rows")
-    hidden = torch.zeros(0, 0, device=pairs.device)
-    if teacher is not None:
-        wanted = pairs if in_spans is None else torch.cat([pairs, in_spans])
-        lengths, bins = own["teacher_lengths"].cpu(), own["teacher_bins"].cpu()
-        hidden = teacher.rows(own["teacher_input_ids"], lengths, bins, wanted)
-    spans = attention = None
-    if in_spans is not None:
-        hidden, of_spans = hidden[: len(pairs)], hidden[len(pairs) :]
-        spans = SpanRows(
-            own["dskd_span_rows"],
-            own["dskd_span_of"],
-            of_spans,
-            own["dskd_span_teacher_targets"],
-            own["dskd_span_teacher_of"],
-        )
-    if "dskd_row_sample" in own:
-        attending = own["dskd_row_sample"] >= 0
-        attention = AttentionRows(
-            own["dskd_row_sample"][attending],
-            own["dskd_row_inputs"][attending],
-            own["dskd_teacher_row_sample"],
-            own["dskd_teacher_row_inputs"],
-            own["dskd_teacher_row_targets"],
-        )
-    rows = own["dskd_rows"]
-    return MicroBatch(
-        rows,
-        own["dskd_targets"],
-        hidden,
-        ce_R=own["dskd_ce"],
-        spans=spans,
-        attention=attention,
-        aligned=len(pairs),
-        responses=int(own.get("dskd_responses", len(rows))),
-    )
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepBatch":
+        return _with_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "StepBatch":
+        return _with_each_tensor(self, lambda tensor: tensor.pin_memory())
+
+
+Part = TypeVar("Part")
+
+
+def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
+    """A copy of a dataclass with each of its tensors changed, and those of the dataclasses inside it."""
+    changed: dict[str, Any] = {}
+    for one in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, one.name)
+        if isinstance(value, Tensor):
+            changed[one.name] = change(value)
+        elif is_dataclass(value):
+            changed[one.name] = _with_each_tensor(value, change)
+    return replace(part, **changed)  # type: ignore[type-var]
+
+
+def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:
+    """The batch with the hidden states of the teacher, of the compared rows and of the spans."""
+    text, spans = batch.teacher_text, batch.spans
+    assert text is not None
+    if teacher is None:
+        nothing = torch.zeros(0, 0, device=batch.rows_R.device)
+        spans = None if spans is None else replace(spans, teacher_QD=nothing)
+        return replace(batch, teacher_MD=nothing, spans=spans)
+    # One question for both: the teacher reads the text once.
+    wanted = text.rows_M if spans is None else torch.cat([text.rows_M, spans.teacher_rows_Q])
+    hidden = teacher.rows(text.ids_T, text.lengths_S.cpu(), text.samples_B.cpu(), wanted)
+    if spans is None:
+        return replace(batch, teacher_MD=hidden)
+    compared = len(text.rows_M)
+    return replace(batch, teacher_MD=hidden[:compared], spans=replace(spans, teacher_QD=hidden[compared:]))

@@ -1,36 +1,48 @@
-"""The error of a run that cannot work, and which errors need no traceback; ``ValueError`` is for settings and files.
+"""The errors that this package raises for its user: four parts, put together here, and printed without a traceback.
 
 Standard library only: the start-up hook reads it.
 """
 
-import re
+TYPE_CHECKING = False  # the start-up hook loads no typing
+if TYPE_CHECKING:
+    from typing import Any
 
-PACKAGE = "dskd_plugin"
+
+class _ForUser(Exception):
+    """An error whose text is all that its reader needs.
+
+    where: the setting or file; expected, got: what belongs there and what came; do: what to do, as one or more
+    sentences with their full stops.
+    """
+
+    def __init__(self, where: "Any", expected: "Any", got: "Any", do: "Any") -> None:
+        super().__init__(f"{where}: expected {expected}, got {got}. {do}")
+        self.parts = (str(where), str(expected), str(got), str(do))
+
+    def __reduce__(self) -> "Any":
+        # Worker processes hand their errors over pickled; an exception would be rebuilt from its text alone.
+        return type(self), self.parts
 
 
-class DSKDSetupError(RuntimeError):
+class SettingError(_ForUser, ValueError):
+    """What the user wrote, in the recipe, in a file or on the command line, cannot be used."""
+
+
+class DSKDSetupError(_ForUser, RuntimeError):
     """The environment or the model cannot run the recipe."""
 
 
-def own_message(error: BaseException) -> str | None:
+class Mistakes(ValueError):
+    """Several errors of one kind, each on a line of its own."""
+
+    def __init__(self, errors: "list[Any]") -> None:
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = errors
+
+    def __reduce__(self) -> "Any":
+        return type(self), (self.errors,)
+
+
+def own_message(error: BaseException) -> "str | None":
     """The text of an error that this package raised for its user; None for any other, which needs its traceback."""
-    if not isinstance(error, ValueError | RuntimeError):
-        return None
-    text = str(error)
-    # Ours say what was expected; a ValueError of Python itself inside our code does not, and is a mistake of ours.
-    own = isinstance(error, DSKDSetupError) or ("expected" in text and _raised_here(error))
-    return text if own else None
-
-
-def _raised_here(error: BaseException) -> bool:
-    cause = error.__cause__
-    if type(cause).__name__ == "RemoteTraceback":
-        # A worker process raised it; its frames came back as text.
-        files = re.findall(r'File "([^"]+)"', str(cause))
-        return bool(files) and f"/{PACKAGE}/" in files[-1].replace("\\", "/")
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] == PACKAGE
+    return str(error) if isinstance(error, _ForUser | Mistakes) else None

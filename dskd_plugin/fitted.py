@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dskd_plugin.core.fitting import Fit
+from dskd_plugin.core.fitting import Fit, NotFalling
+from dskd_plugin.errors import SettingError
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.teachers.base import HiddenStates
@@ -33,8 +34,13 @@ def fit_projector(loss: DualSpaceLoss, teacher: HiddenStates, dataset: Any, *, s
 
         try:
             fit = loss.fit(learned, unseen, generator=torch.Generator().manual_seed(seed), on_batch=show)
-        except ValueError as error:
-            raise ValueError(f"dskd.projector.init: {error}") from error
+        except NotFalling as error:
+            raise SettingError(
+                "dskd.projector.init",
+                "a falling loss while the projector is fitted",
+                error.loss,
+                "Check the teacher's weights and dtype, or use init: ideal.",
+            ) from error
     if not quiet:
         LOG.info(
             "dskd: projector fitted on %d teacher states in %d passes and %.0f s; on %d others it agrees with the "
@@ -60,18 +66,22 @@ def _read(
             if got >= wanted:
                 break
     if got < FEWEST_ROWS:
-        raise ValueError(
-            f"dskd.projector.init: expected at least {FEWEST_ROWS} aligned tokens in the training rows to fit on, "
-            f"got {got}. Use init: ideal, or more rows."
+        raise SettingError(
+            "dskd.projector.init",
+            f"at least {FEWEST_ROWS} aligned tokens in the training rows to fit on",
+            got,
+            "Use init: ideal, or more rows.",
         )
     # Whole samples on either side: neighbouring states of one sample are much alike.
     unseen: list[Tensor] = []
     while sum(map(len, unseen)) < min(UNSEEN_ROWS, got // 5):
         unseen.append(parts.pop(0))
     if not parts:
-        raise ValueError(
-            "dskd.projector.init: expected training rows to fit on beside those that measure the fit, got "
-            f"{got} aligned tokens in {len(dataset)} rows. Use init: ideal, or more rows."
+        raise SettingError(
+            "dskd.projector.init",
+            "training rows to fit on beside those that measure the fit",
+            f"{got} aligned tokens in {len(dataset)} rows",
+            "Use init: ideal, or more rows.",
         )
     return torch.cat(unseen), torch.cat(parts)[:LEARNED_ROWS]
 

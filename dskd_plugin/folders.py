@@ -1,12 +1,14 @@
 """What the files of a model folder tell without a model library; hub ids are left to the later checks.
 
-The messages about a teacher are those of `teacher` and `pair`, which see hub models and unusual tokenizers as well.
+The messages about a teacher are those of `teachers` and `pair`, which see hub models and unusual tokenizers as well.
 """
 
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from dskd_plugin.errors import SettingError
 
 # What a tokenizer is read from; tokenizer_config.json alone is none.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*tekken*", "*.tiktoken")
@@ -36,25 +38,25 @@ def check_files(name: str, model: str, *, cached: bool = True) -> None:
     folder = Path(model).expanduser()
     if not folder.exists():
         if looks_local(model):
-            raise ValueError(
-                f"{name}: expected a model folder or a hub id, got {model!r}, which does not exist. Check the path."
+            raise SettingError(
+                name, "a model folder or a hub id", f"{model!r}, which does not exist", "Check the path."
             )
         if cached:
             _check_cached(name, model)
         return
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{name}: expected a model folder with a config.json, got {model!r} without one. Check the path."
-        )
+        raise SettingError(name, "a model folder with a config.json", f"{model!r} without one", "Check the path.")
     check_weights(folder)
 
 
 def check_student(model: str, *, cached: bool = True) -> None:
     """`check_files` of the student, which Axolotl loads as whole weights."""
     if is_adapter(Path(model).expanduser()):
-        raise ValueError(
-            f"base_model: expected a model with weights of its own, got the adapter {model!r}. Write base_model: <its "
-            f"base> and lora_model_dir: {model}, or merge it first (axolotl merge-lora)."
+        raise SettingError(
+            "base_model",
+            "a model with weights of its own",
+            f"the adapter {model!r}",
+            f"Write base_model: <its base> and lora_model_dir: {model}, or merge it first (axolotl merge-lora).",
         )
     check_files("base_model", model, cached=cached)
 
@@ -67,14 +69,18 @@ def check_whole(name: str, folder: Path) -> None:
         missing = sorted(file for file in listed if not (folder / file).is_file())
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(
-                f"{index}: expected the {len(listed)} weight files that it lists, got no {missing[0]}{more}. "
-                "Copy or download the missing files."
+            raise SettingError(
+                index,
+                f"the {len(listed)} weight files that it lists",
+                f"no {missing[0]}{more}",
+                "Copy or download the missing files.",
             )
     if not indices and not _any(folder, WEIGHTS):
-        raise ValueError(
-            f"{name}: expected a folder with weights (model.safetensors), got {str(folder)!r} without any. "
-            "Give the folder of a saved model."
+        raise SettingError(
+            name,
+            "a folder with weights (model.safetensors)",
+            f"{str(folder)!r} without any",
+            "Give the folder of a saved model.",
         )
 
 
@@ -95,8 +101,8 @@ def check_weights(folder: Path) -> None:
         except ValueError:
             expected = 8 + length
         if size < expected:
-            raise ValueError(
-                f"{file}: expected {expected} bytes, got {size}: the file is cut short. Download or save it again."
+            raise SettingError(
+                file, f"{expected} bytes", f"{size}: the file is cut short", "Download or save it again."
             )
 
 
@@ -108,9 +114,11 @@ def _check_cached(name: str, model: str) -> None:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     if not (cache / f"models--{model.replace('/', '--')}").is_dir():
-        raise ValueError(
-            f"{name}: expected a model of this machine, because HF_HUB_OFFLINE is set, got the hub id {model!r}, which "
-            f"is not in the cache {cache}. {network_advice(name, model)}"
+        raise SettingError(
+            name,
+            "a model of this machine, because HF_HUB_OFFLINE is set",
+            f"the hub id {model!r}, which is not in the cache {cache}",
+            network_advice(name, model),
         )
 
 
@@ -131,10 +139,11 @@ def check_optimizer(checkpoint: Path) -> None:
     missing = {pattern: state for pattern, state in needed.items() if not any(checkpoint.glob(pattern))}
     if missing:
         by = "it was written with save_only_model: true" if len(missing) == len(needed) else "its files were removed"
-        raise ValueError(
-            f"resume_from_checkpoint: expected a checkpoint with the optimizer's state, got {checkpoint} without that "
-            f"of {' and '.join(missing.values())} ({', '.join(missing)}): {by}. Resume from another checkpoint, or "
-            "start a new run with base_model: <that folder>."
+        raise SettingError(
+            "resume_from_checkpoint",
+            "a checkpoint with the optimizer's state",
+            f"{checkpoint} without that of {' and '.join(missing.values())} ({', '.join(missing)}): {by}",
+            "Resume from another checkpoint, or start a new run with base_model: <that folder>.",
         )
 
 

@@ -34,8 +34,10 @@ def output_head(model: nn.Module) -> Any:
     head = causal_lm(model).get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise DSKDSetupError(
-            f"model {causal_lm(model).config.name_or_path!r}: expected a causal language model with a "
-            f"linear output head, got {type(causal_lm(model)).__name__} without one. Use a decoder-only language model."
+            f"model {causal_lm(model).config.name_or_path!r}",
+            "a causal language model with a linear output head",
+            f"{type(causal_lm(model)).__name__} without one",
+            "Use a decoder-only language model.",
         )
     return head
 
@@ -76,9 +78,13 @@ def check_head(hidden_ND: Tensor, logits_NV: Tensor, head: Head, name: str) -> N
     worst = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not worst <= tolerance:
         raise DSKDSetupError(
-            f"{name}: expected logits = output head of the last hidden state, got a difference of {worst:.3g} "
-            f"(shapes {tuple(ours.shape)} and {tuple(theirs.shape)}). This architecture does more between its "
-            "decoder and its logits than dskd knows; please report it with the model's name."
+            name,
+            "logits = output head of the last hidden state",
+            f"a difference of {worst:.3g} (shapes {tuple(ours.shape)} and {tuple(theirs.shape)})",
+            (
+                "This architecture does more between its decoder and its logits than dskd knows; please report it "
+                "with the model's name."
+            ),
         )
 
 

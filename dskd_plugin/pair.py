@@ -9,11 +9,14 @@ import torch
 
 from dskd_plugin.core.events import Events
 from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
+from dskd_plugin.errors import SettingError
 from dskd_plugin.methods import method_of
 from dskd_plugin.settings import Settings
-from dskd_plugin.text.align import Aligner, Ends, role_pairs
+from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer, token_table
+from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer
+from dskd_plugin.text.turn_ends import Ends, role_pairs
+from dskd_plugin.text.vocabularies import token_table
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,32 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
     student = read_table("tokenizer of the student", student_tokenizer)
     same = same_tokenizer(student, teacher)
     if settings.alignment == "identity" and not same:
-        raise ValueError(
-            f"dskd.alignment: expected 'identity' only for one tokenizer, got a student with {student.vocab_size} "
-            f"ids and a teacher with {teacher.vocab_size}, {overlap(student, teacher).student_share:.0%} of the "
-            "student's shared. Use 'eta' or 'auto'."
+        raise SettingError(
+            "dskd.alignment",
+            "'identity' only for one tokenizer",
+            (
+                f"a student with {student.vocab_size} ids and a teacher with {teacher.vocab_size}, "
+                f"{overlap(student, teacher).student_share:.0%} of the student's shared"
+            ),
+            "Use 'eta' or 'auto'.",
         )
     if method_of(settings).needs_one_tokenizer and not same:
-        raise ValueError(
-            f"dskd.method: expected {settings.method!r} only for one tokenizer, got a student with "
-            f"{student.vocab_size} ids and a teacher with {teacher.vocab_size}: their distributions are over "
-            "different tokens. Use 'overlap_kd'."
+        raise SettingError(
+            "dskd.method",
+            f"{settings.method!r} only for one tokenizer",
+            (
+                f"a student with {student.vocab_size} ids and a teacher with {teacher.vocab_size}: their "
+                "distributions are over different tokens"
+            ),
+            "Use 'overlap_kd'.",
         )
     as_one = same and settings.alignment != "eta"
     if settings.span_weight > 0 and as_one:
-        raise ValueError(
-            f"dskd.span_weight: expected 0 for one tokenizer, got {settings.span_weight:g}: every token has a partner "
-            "of its own, so there are no spans. Remove it."
+        raise SettingError(
+            "dskd.span_weight",
+            "0 for one tokenizer",
+            f"{settings.span_weight:g}: every token has a partner of its own, so there are no spans",
+            "Remove it.",
         )
     return Pair(student, teacher, as_one)
 
@@ -67,8 +80,9 @@ def read_table(name: str, tokenizer: Any) -> TokenTable:
     """The token table, with ``name`` in front of a refusal."""
     try:
         return token_table(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except SettingError as error:
+        where, *rest = error.parts
+        raise SettingError(f"{name}: {where}", *rest) from error
 
 
 def shared_ids(
@@ -80,7 +94,7 @@ def shared_ids(
 ) -> Overlap:
     """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher).
 
-    ends: of the run's datasets, see `turn_ends`.
+    ends: of the run's datasets, see `run.Sides.ends`.
     """
     student_bytes = pair.student.bytes[: head_rows[0]]
     teacher_bytes = pair.teacher.bytes[: head_rows[1]]
@@ -104,9 +118,8 @@ def shared_ids(
         teacher_byte_tokens=pair.teacher.byte_tokens,
     )
     if len(shared.student_ids_O) == 0:
-        raise ValueError(
-            "dskd.teacher.model: expected tokenizers that share some tokens, got none in common. "
-            "Choose another teacher."
+        raise SettingError(
+            "dskd.teacher.model", "tokenizers that share some tokens", "none in common", "Choose another teacher."
         )
     return shared
 

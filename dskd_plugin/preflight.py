@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
@@ -43,38 +43,53 @@ UNSUPPORTED = {
 def check_recipe(cfg: Any, settings: Any) -> None:
     """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
     problems = [
-        f"{key}: expected it unset beside a `dskd:` block, got {cfg[key]!r}. {advice}"
+        SettingError(key, "it unset beside a `dskd:` block", repr(cfg[key]), advice)
         for key, advice in UNSUPPORTED.items()
         if cfg.get(key)
     ]
     fsdp = cfg.get("fsdp_config")
     if (fsdp or cfg.get("fsdp")) and str(cfg.get("fsdp_version")) != "2":
-        problems.append(f"fsdp_version: expected 2, got {cfg.get('fsdp_version')!r}. Set fsdp_version: 2.")
+        problems.append(SettingError("fsdp_version", "2", f"{cfg.get('fsdp_version')!r}", "Set fsdp_version: 2."))
     if fsdp and fsdp.get("state_dict_type") != "FULL_STATE_DICT":
         problems.append(
-            f"fsdp_config.state_dict_type: expected FULL_STATE_DICT, got {fsdp.get('state_dict_type')!r}. "
-            "Set it, so that the student is saved without the projectors."
+            SettingError(
+                "fsdp_config.state_dict_type",
+                "FULL_STATE_DICT",
+                f"{fsdp.get('state_dict_type')!r}",
+                "Set it, so that the student is saved without the projectors.",
+            )
         )
     for key in ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"):
         if (cfg.get(key) or 1) > 1:
-            problems.append(f"{key}: expected 1 beside a `dskd:` block, got {cfg[key]}. Use data parallelism.")
+            problems.append(SettingError(key, "1 beside a `dskd:` block", cfg[key], "Use data parallelism."))
     for key in ("dispatch_batches", "split_batches"):
         if (cfg.get("accelerator_config") or {}).get(key):
-            problems.append(f"accelerator_config.{key}: expected false, got true: it cuts batches apart. Remove it.")
+            problems.append(
+                SettingError(f"accelerator_config.{key}", "false", "true: it cuts batches apart", "Remove it.")
+            )
     if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
         problems.append(
-            f"device_map: expected it unset beside a `dskd:` block, got {cfg['device_map']!r}. Use DeepSpeed or FSDP2 "
-            "for a student that does not fit on one device."
+            SettingError(
+                "device_map",
+                "it unset beside a `dskd:` block",
+                f"{cfg['device_map']!r}",
+                "Use DeepSpeed or FSDP2 for a student that does not fit on one device.",
+            )
         )
     if cfg.get("lr_scheduler") == "one_cycle":
         problems.append(
-            "lr_scheduler: expected a schedule that keeps the projectors' own learning rate, got 'one_cycle'. "
-            "Use cosine."
+            SettingError(
+                "lr_scheduler", "a schedule that keeps the projectors' own learning rate", "'one_cycle'", "Use cosine."
+            )
         )
     if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
         problems.append(
-            "dskd.on_policy: expected a student that each process holds whole, got fsdp_config. "
-            "Use DDP or DeepSpeed ZeRO-1 or -2."
+            SettingError(
+                "dskd.on_policy",
+                "a student that each process holds whole",
+                "fsdp_config",
+                "Use DDP or DeepSpeed ZeRO-1 or -2.",
+            )
         )
     deepspeed = cfg.get("deepspeed")
     if deepspeed:
@@ -82,21 +97,30 @@ def check_recipe(cfg: Any, settings: Any) -> None:
         stage = (content.get("zero_optimization") or {}).get("stage", 0)
         if settings.on_policy is not None and stage == 3:
             problems.append(
-                "dskd.on_policy: expected a student that each process holds whole, got DeepSpeed ZeRO-3. "
-                "Use ZeRO-1 or -2."
+                SettingError(
+                    "dskd.on_policy", "a student that each process holds whole", "DeepSpeed ZeRO-3", "Use ZeRO-1 or -2."
+                )
             )
         if "optimizer" in content:
             problems.append(
-                f"deepspeed: expected a file without an optimizer, got {content['optimizer'].get('type')!r}: "
-                "it would give the projectors the student's learning rate. Set `optimizer` in the recipe."
+                SettingError(
+                    "deepspeed",
+                    "a file without an optimizer",
+                    f"{content['optimizer'].get('type')!r}: it would give the projectors the student's learning rate",
+                    "Set `optimizer` in the recipe.",
+                )
             )
         if "scheduler" in content:
             problems.append(
-                f"deepspeed: expected a file without a scheduler, got {content['scheduler'].get('type')!r}: "
-                "it would give the projectors the student's learning rate. Set `lr_scheduler` in the recipe."
+                SettingError(
+                    "deepspeed",
+                    "a file without a scheduler",
+                    f"{content['scheduler'].get('type')!r}: it would give the projectors the student's learning rate",
+                    "Set `lr_scheduler` in the recipe.",
+                )
             )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Mistakes(problems)
 
 
 def check_datasets(recipe: Any) -> None:
@@ -106,9 +130,11 @@ def check_datasets(recipe: Any) -> None:
             path = str(entry.get("path") or "")
             local = looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
             if local and not Path(path).expanduser().exists():
-                raise ValueError(
-                    f"{block}[{number}].path: expected a file, a folder or a hub id, got {path!r}, which does not "
-                    f"exist in {os.getcwd()}. Check the path."
+                raise SettingError(
+                    f"{block}[{number}].path",
+                    "a file, a folder or a hub id",
+                    f"{path!r}, which does not exist in {os.getcwd()}",
+                    "Check the path.",
                 )
 
 
@@ -116,9 +142,11 @@ def check_checkpoint(recipe: Any) -> None:
     """Raise ``ValueError`` for a checkpoint folder that is not there, or without the state of the optimizer."""
     checkpoint = recipe.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint: expected the folder of a checkpoint, got {checkpoint!r}, which does not exist. "
-            "Check the path, or leave it out."
+        raise SettingError(
+            "resume_from_checkpoint",
+            "the folder of a checkpoint",
+            f"{checkpoint!r}, which does not exist",
+            "Check the path, or leave it out.",
         )
     if isinstance(checkpoint, str):
         check_optimizer(Path(checkpoint))
@@ -128,9 +156,11 @@ def check_listed(recipe: Any) -> None:
     """Raise ``ValueError`` for a block without the plugin: Axolotl drops it, and would train plain SFT."""
     listed = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
     if recipe.get("dskd") is not None and not listed & set(NAMES):
-        raise ValueError(
-            f"plugins: expected 'dskd' in the list because the recipe has a `dskd:` block, "
-            f"got {list(recipe.get('plugins') or ())}. Add `plugins: [dskd]`, or remove the block."
+        raise SettingError(
+            "plugins",
+            "'dskd' in the list because the recipe has a `dskd:` block",
+            list(recipe.get("plugins") or ()),
+            "Add `plugins: [dskd]`, or remove the block.",
         )
 
 
@@ -138,12 +168,12 @@ def check_key(recipe: Any) -> None:
     """Raise ``ValueError`` for a misspelt name of the block beside the listed plugin."""
     near = [] if "dskd" in recipe else get_close_matches("dskd", [str(key) for key in recipe], n=1, cutoff=0.7)
     if near:
-        raise ValueError(f"{near[0]}: expected the key 'dskd' for the plugin's block, got '{near[0]}'. Rename it.")
+        raise SettingError(near[0], "the key 'dskd' for the plugin's block", f"'{near[0]}'", "Rename it.")
 
 
 def _engine_file(path: str) -> Any:
     if not Path(path).is_file():
-        raise ValueError(f"deepspeed: expected a JSON file, got {path!r}, which does not exist. Check the path.")
+        raise SettingError("deepspeed", "a JSON file", f"{path!r}, which does not exist", "Check the path.")
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -157,7 +187,7 @@ def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None
         last_words.begin()
     given = _overridden(words)
     try:
-        _check(recipe, given)
+        check_started(recipe, given)
     except (DSKDSetupError, ValueError) as error:
         return str(error)
     return None
@@ -198,7 +228,7 @@ def _overridden(words: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+def check_started(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     for key in ("base_model", "resume_from_checkpoint"):
         if key in given:
             recipe = {**recipe, key: given[key]}

@@ -2,7 +2,8 @@
 
 Nothing here touches a model or a file. ``parse_settings`` turns the raw block into :class:`Settings` or raises one
 ``ValueError`` that lists everything wrong with it, each line naming the setting, what was expected, what came and
-what to do.
+what to do. The descriptions are the table of docs/settings.md, see docs/tables.py; ``values`` and ``see`` beside them
+are for that table alone.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.log import LOG
 from dskd_plugin.methods import method_of
 from dskd_plugin.methods import names as method_names
@@ -24,22 +26,48 @@ class _Block(BaseModel):
 
 
 class TeacherSettings(_Block):
-    model: str = Field(min_length=1, description="hub id or folder of a causal language model")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    adapter: str | None = Field(None, description="PEFT adapter of the teacher: hub id or folder")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="dtype of the teacher's weights")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="bitsandbytes weights; the head stays whole"
+    model: str = Field(
+        min_length=1,
+        description="a decoder-only causal language model with its tokenizer, or a PEFT adapter that names its base",
+        json_schema_extra={"values": "hub id or folder"},
     )
-    attn_implementation: str | None = Field(None, description="attention kernel of the teacher; null: as the student")
+    revision: str | None = Field(
+        None, description="of a hub model", json_schema_extra={"values": "branch, tag or commit"}
+    )
+    adapter: str | None = Field(
+        None,
+        description="PEFT adapter, merged into the teacher; tokenizer, chat template, ends of turn and embeddings are "
+        "the adapter's where it has its own",
+        json_schema_extra={"values": "hub id or folder"},
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="of the teacher's weights")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="bitsandbytes weights of the teacher; its output head stays whole"
+    )
+    attn_implementation: str | None = Field(
+        None, description="attention kernel; null: as the student", json_schema_extra={"values": "as in transformers"}
+    )
     chat_template: str = Field(
         "tokenizer_default",
-        description="tokenizer_default, the name of one of the teacher's own templates or of Axolotl's, a jinja file",
+        description="the teacher reads conversations in it; of several that a tokenizer has under names, `default`, "
+        "and `tool_use` for rows with tools",
+        json_schema_extra={
+            "values": "`tokenizer_default`, a name of one of the tokenizer's own, a name from Axolotl's list, "
+            "a jinja file"
+        },
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="variables of the teacher's template, such as enable_thinking; null: the recipe's own"
+        None,
+        description="such as `{enable_thinking: false}`, for the teacher alone; null: the recipe's own "
+        "`chat_template_kwargs`",
+        json_schema_extra={"values": "variables of the template"},
     )
-    sequence_len: int | None = Field(None, ge=8, description="longest teacher row in tokens; null: twice the student's")
+    sequence_len: int | None = Field(
+        None,
+        ge=8,
+        description="longest teacher row in tokens; null: twice the student's `sequence_len`, at most the positions "
+        "the teacher knows",
+    )
 
 
 class ForwardKL(_Block):
@@ -83,22 +111,35 @@ Divergence = Annotated[
 class ProjectorSettings(_Block):
     init: Literal["ideal", "random", "fitted"] = Field(
         "ideal",
-        description="ideal: least squares from the two heads; fitted: that, then trained on teacher states first",
+        description="ideal: least squares from the two heads; fitted: that, then trained on teacher states of training "
+        "rows before the first step",
     )
-    learning_rate: float = Field(5e-4, gt=0, le=1, description="learning rate of the projector, same schedule")
+    learning_rate: float = Field(
+        5e-4, gt=0, le=1, description="of the teacher-to-student projector; it follows the recipe's schedule"
+    )
     labels: Literal["hard", "soft"] = Field(
-        "soft", description="what the projector learns: the teacher's most likely token, or its whole distribution"
+        "soft",
+        description="what the projector learns: the teacher's most likely token, or its distribution over the tokens "
+        "that the student has too; not with `alignment: cma`, which learns the gold tokens",
     )
     top_vocab: int | None = Field(
-        None, ge=1, description="use only the k most frequent shared tokens (lowest student ids); null: all"
+        None, ge=1, description="initialise from the k most frequent shared tokens (lowest student ids); null: all"
     )
     warmup_steps: int = Field(
-        0, ge=0, description="steps in which the KD terms train the projectors alone and leave the student be"
+        0,
+        ge=0,
+        description="first steps in which the KD terms train the projectors alone; the student learns from the gold "
+        "tokens meanwhile",
     )
 
 
 class OnPolicySettings(_Block):
-    fraction: float = Field(gt=0, le=1, description="share of steps whose KD terms are taken on the student's answers")
+    fraction: float = Field(
+        gt=0,
+        le=1,
+        description="share of steps whose KD terms are taken on answers that the student samples",
+        json_schema_extra={"see": "[On-policy](#on-policy)"},
+    )
     start_epoch: float = Field(0.0, ge=0, description="epochs before the first such step")
     max_new_tokens: int = Field(256, ge=1, description="longest answer in student tokens")
     temperature: float = Field(1.0, gt=0, le=100, description="of the sampling")
@@ -117,37 +158,45 @@ def _notice(old: str, new: str) -> None:
 
 class Settings(_Block):
     teacher: TeacherSettings
-    method: str = Field("dskd", description="distillation method", json_schema_extra={"enum": [*method_names()]})
+    method: str = Field(
+        "dskd",
+        description="distillation method",
+        json_schema_extra={"enum": [*method_names()], "see": "[Methods](#methods)"},
+    )
     alignment: Literal["auto", "identity", "eta", "cma"] = Field(
         "auto",
-        description="auto: identity for one tokenizer, else eta (exact token alignment); cma: cross-model attention",
+        description="auto: identity for one tokenizer, else eta, exact token alignment by bytes; cma: cross-model "
+        "attention",
     )
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
     temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
-    kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) * CE + kd_ratio * KD")
-    spaces: Literal["both", "student", "teacher"] = Field("student", description="whose head the distributions share")
+    kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) CE + kd_ratio KD")
+    spaces: Literal["both", "student", "teacher"] = Field(
+        "student",
+        description="whose head the compared distributions share; `student` keeps t2s_kd + t2s_ce, `teacher` s2t_kd",
+    )
     target: Literal["exact", "projected"] = Field(
         "exact",
-        description="what t2s_kd pulls the student to. exact: the teacher's own mass of each event, shared out inside "
-        "an event by the projected teacher where it knows better; projected: the projected teacher alone",
+        description="what t2s_kd pulls the student to. exact: the teacher's own mass of each *event* (tokens that open "
+        "the same text), shared out inside an event by the projected teacher where it knows better; "
+        "projected: the projected teacher alone, as published",
+        json_schema_extra={"see": "[events](method.md#events-and-the-exact-target)"},
     )
     shared: Literal["events", "ids"] = Field(
         "events",
-        description="what both vocabularies can say. events: tokens that open the same text; ids: equal tokens alone",
+        description="what both vocabularies can say, for `target: exact` and `overlap_kd`. ids: equal tokens alone",
     )
-    agreement_mask: bool = Field(
-        False, description="student-space KD only where the projected teacher predicts its own token"
-    )
+    agreement_mask: bool = Field(False, description="t2s_kd only where the projected teacher predicts its own token")
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
         "drop",
-        description="aligned positions whose teacher argmax has no student id: drop from all KD terms, "
-        "or keep them in the teacher-space term",
+        description="aligned rows whose teacher argmax has no student id: drop from all KD terms, or keep in s2t_kd; "
+        "needs `target: projected` or `spaces: teacher`",
     )
     span_weight: float = Field(
         0.0,
         ge=0,
         le=100,
-        description="weight of the span term: likelihood of spans in which no token has a partner of its own",
+        description="weight, inside the KD part, of the likelihood of spans in which no token has a partner of its own",
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
@@ -169,7 +218,7 @@ class Settings(_Block):
         for old, new in _RENAMED.items():
             if isinstance(block, dict) and old in block:
                 if new in block:
-                    raise ValueError(f"{old}: expected {new} alone, its new name, got both. Remove {old}.")
+                    raise SettingError(f"dskd.{old}", f"{new} alone, its new name", "both", f"Remove {old}.")
                 _notice(old, new)
                 block = {new if key == old else key: value for key, value in block.items()}
         return block
@@ -189,14 +238,18 @@ class Settings(_Block):
         method = method_of(self)
         unused = method.ignored(self)
         if unused:
-            raise ValueError(
-                f"expected only settings that have an effect, got {', '.join(unused)} which {method.chosen_by()} "
-                "ignores. Remove them."
+            raise SettingError(
+                "dskd",
+                "only settings that have an effect",
+                f"{', '.join(unused)} which {method.chosen_by()} ignores",
+                "Remove them.",
             )
         if self.alignment == "cma" and method.alignment != "cma":
-            raise ValueError(
-                f"alignment: expected auto, identity or eta beside {method.chosen_by()}, got 'cma': cross-model "
-                "attention belongs to dskd. Remove it."
+            raise SettingError(
+                "dskd.alignment",
+                f"auto, identity or eta beside {method.chosen_by()}",
+                "'cma': cross-model attention belongs to dskd",
+                "Remove it.",
             )
         method.check(self)
         return self
@@ -211,15 +264,16 @@ class DSKDArgs(BaseModel):
 def parse_settings(block: Any) -> Settings:
     """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
     if not isinstance(block, dict):
-        raise ValueError(
-            f"dskd: expected a block of settings, got {block!r}. "
-            "Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        raise SettingError(
+            "dskd",
+            "a block of settings",
+            f"{block!r}",
+            "Write at least:\n  dskd:\n    teacher:\n      model: <hub id or folder>",
         )
     try:
         return Settings.model_validate(block)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise Mistakes([_explain(item) for item in error.errors()]) from None
 
 
 _KINDS = {
@@ -255,7 +309,7 @@ def _model_at(path: list[str]) -> type[BaseModel]:
     return model
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any) -> SettingError:
     path = [str(part) for part in item["loc"]]
     name = ".".join(["dskd", *(part for part in path if part not in _KINDS)])
     got = item.get("input")
@@ -263,21 +317,22 @@ def _explain(item: Any) -> str:
         keys = sorted(_model_at(path).model_fields)
         near = get_close_matches(path[-1], keys, n=1, cutoff=0.5)
         advice = f"Did you mean '{near[0]}'?" if near else "Remove it."
-        return f"{name}: expected one of {', '.join(keys)}, got the unknown setting '{path[-1]}'. {advice}"
+        return SettingError(name, f"one of {', '.join(keys)}", f"the unknown setting '{path[-1]}'", advice)
     if item["type"] == "missing":
-        return f"{name}: expected a value, got nothing. Add it to the recipe."
+        return SettingError(name, "a value", "nothing", "Add it to the recipe.")
     if item["type"] == "union_tag_invalid" or item["type"] == "union_tag_not_found":
         kind = got.get("kind") if isinstance(got, dict) else getattr(got, "kind", None)
         near = get_close_matches(str(kind), list(_KINDS), n=1, cutoff=0.5)
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return f"{name}.kind: expected one of {', '.join(_KINDS)}, got {kind!r}. {advice}"
+        return SettingError(f"{name}.kind", f"one of {', '.join(_KINDS)}", f"{kind!r}", advice)
     if item["type"] == "literal_error":
         near = get_close_matches(
             str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
         )
         advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return f"{name}: expected {item['ctx']['expected']}, got {got!r}. {advice}"
+        return SettingError(name, item["ctx"]["expected"], f"{got!r}", advice)
     if item["type"] == "value_error":
-        return f"{name}: {item['ctx']['error']}"
+        found: SettingError = item["ctx"]["error"]  # of a rule between settings, which names them itself
+        return found
     expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name}: expected {expected}, got {got!r}. Change it in the recipe."
+    return SettingError(name, expected, f"{got!r}", "Change it in the recipe.")

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dskd_plugin import __version__
+from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
+from dskd_plugin.run import Sides
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"
@@ -60,6 +62,28 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
     os.replace(temporary, target / STATE)
 
 
+def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, Any]:
+    """What projectors belong to: a run may go on from a checkpoint only where all of it is the same.
+
+    widths: of the student's and the teacher's hidden states.
+    """
+    settings, pair = sides.run.settings, sides.pair
+    return {
+        "teacher": settings.teacher.model,
+        "teacher_revision": settings.teacher.revision,
+        "teacher_adapter": settings.teacher.adapter,
+        "student_tokenizer": pair.student.digest,
+        "teacher_tokenizer": pair.teacher.digest,
+        "widths": widths,
+        "method": settings.method,
+        "alignment": settings.alignment,
+        "spaces": settings.spaces,
+        "target": "exact" if settings.exact else "projected",
+        "shared": "events" if settings.by_events else "ids",
+        "projector_init": settings.projector.init,
+    }
+
+
 def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``folder`` is a complete checkpoint of this teacher and student."""
     source = Path(folder)
@@ -75,11 +99,13 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     different = [key for key, value in expected.items() if found.get(key) != value]
     if different:
         lines = _recipe_lines({key: found.get(key) for key in different if key in SETTINGS})
-        raise ValueError(
-            f"{source / STATE}: expected the projectors of this pair, got those of another: "
-            + ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
-            + ". Resume with the teacher and settings of that run, or start a new output_dir."
-            + (f" The lines of that run's recipe:\n{lines}" if lines else "")
+        told = ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
+        advice = "Resume with the teacher and settings of that run, or start a new output_dir."
+        raise SettingError(
+            source / STATE,
+            "the projectors of this pair",
+            f"those of another: {told}",
+            f"{advice} The lines of that run's recipe:\n{lines}" if lines else advice,
         )
 
 
@@ -88,9 +114,11 @@ def _expect(source: Path, file: str) -> None:
     # A run that was killed while it wrote leaves an empty file, or half of one.
     if not there or (file.endswith(".json") and not read_json(source / file)):
         found = f"{source} whose {file} is cut short" if there else f"{source} without {file}"
-        raise ValueError(
-            f"resume_from_checkpoint: expected a finished checkpoint of a dskd run, got {found}. "
-            "Resume from another checkpoint, or remove this one."
+        raise SettingError(
+            "resume_from_checkpoint",
+            "a finished checkpoint of a dskd run",
+            found,
+            "Resume from another checkpoint, or remove this one.",
         )
 
 

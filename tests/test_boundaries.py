@@ -112,6 +112,21 @@ def test_folders_of_the_plugin_import_inwards(folder):
         assert used <= INWARDS[folder] | {folder}, path
 
 
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
+def test_core_names_no_setting_of_a_recipe(path):
+    said = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    assert not [text for text in said if isinstance(text, str) and re.search(r"\bdskd\.(?!core)|\w\.init: ", text)]
+
+
+@pytest.mark.parametrize("path", PLUGIN_FILES, ids=lambda path: str(path.relative_to(PLUGIN)))
+def test_errors_of_four_parts_are_put_together_in_one_place(path):
+    if path.parent == CORE or path.stem == "errors":
+        return
+    raised = [node.exc for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise) and node.exc]
+    own = ("ValueError", "RuntimeError")
+    assert not [error for error in map(ast.unparse, raised) if error.startswith(own) and ": expected" in error]
+
+
 def test_only_learned_parts_are_modules():
     holders = {
         path.stem

@@ -174,7 +174,7 @@ def test_installing_the_hook_twice_changes_nothing(installed):
 def test_plugin_without_axolotl_is_an_error_that_says_so(installed):
     result = installed.run("from dskd_plugin import DSKDPlugin", check=False)
     assert result.returncode != 0
-    assert "RuntimeError: plugins: expected a working installation of dskd" in result.stderr
+    assert "DSKDSetupError: plugins: expected a working installation of dskd" in result.stderr
     assert "pip install 'dskd[train]'" in result.stderr
 
 

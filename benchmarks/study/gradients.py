@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dskd_plugin.batch import MicroBatch
+from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.objective import TERMS
 from dskd_plugin.losses.base import DistillationLoss
 
@@ -27,7 +27,7 @@ def watch(file: Path, *, every: int) -> Callable[["DSKDTrainer"], None]:
     The cosine is that with the gradient of ce.
     """
 
-    def observe(loss: DistillationLoss, batch: MicroBatch, hidden_BSd: Tensor) -> None:
+    def observe(loss: DistillationLoss, batch: StepBatch, hidden_BSd: Tensor) -> None:
         if loss.training and loss.step() % every == 0:
             with file.open("a", encoding="utf-8") as sink:
                 sink.write(json.dumps({"step": loss.step(), **_measured(loss, batch, hidden_BSd)}) + "\n")
@@ -35,16 +35,16 @@ def watch(file: Path, *, every: int) -> Callable[["DSKDTrainer"], None]:
     return lambda trainer: trainer.distillation.observers.append(observe)
 
 
-def _measured(loss: DistillationLoss, batch: MicroBatch, hidden_BSd: Tensor) -> dict[str, float]:
+def _measured(loss: DistillationLoss, batch: StepBatch, hidden_BSd: Tensor) -> dict[str, float]:
     gradients = {}
     for i, term in enumerate(TERMS):
-        assert batch.divisors_T is not None
+        assert batch.divisors_T is not None and batch.rows is not None
         if float(batch.divisors_T[i]) == 0:
             continue
         alone = torch.zeros_like(batch.divisors_T)
         alone[i] = batch.divisors_T[i]
         student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R].detach().requires_grad_()
-        rows = replace(loss.rows_of(batch), student_RD=student_Rd)
+        rows = replace(batch.rows, student_RD=student_Rd)
         with torch.enable_grad():
             part, _ = loss.loss_of(rows, replace(batch, divisors_T=alone), loss.student_head(), loss.objective)
             (gradients[term],) = torch.autograd.grad(part, student_Rd)

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.study.table import Student
-from dskd_plugin.text.tokens import token_table
+from dskd_plugin.text.vocabularies import token_table
 from quickstart.models import END, SPECIAL, STUDENT_TEMPLATE
 
 MARK = "\u2581"

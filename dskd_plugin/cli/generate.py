@@ -1,30 +1,36 @@
 """``dskd generate``: sequence-level distillation, the teacher's answers as an ordinary Axolotl dataset."""
 
-import hashlib
-import json
-import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
-from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.generation.messages import FIELD, Written, as_message, check_reasoning
+from dskd_plugin.cli.asked_prompts import (
+    answerable_rows,
+    asked_rows,
+    check_target,
+    check_tokens,
+    student_rendering,
+    tell_one_sided,
+)
+from dskd_plugin.cli.generated_files import (
+    conditions_of,
+    dataset_entry,
+    manifest_of,
+    template_setting,
+    thinking_field,
+    with_answers,
+    write_dataset,
+    write_new_recipe,
+)
+from dskd_plugin.errors import DSKDSetupError, SettingError
+from dskd_plugin.generation.messages import as_message, check_reasoning
 
 if TYPE_CHECKING:
     from dskd_plugin.generation.answers import Partial, Sampling
     from dskd_plugin.host.prompts import Source
-
-# Settings of a recipe's chat_template entries that say how the student reads a conversation.
-_STUDENT_KEYS = (
-    *("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"),
-    "split_thinking",
-)
-_THINKING_KEYS = ("template_thinking_key", "field_thinking")
 
 
 @click.command()
@@ -112,7 +118,7 @@ def generate(
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
     for path in (out, write_recipe):
         if path is not None:
-            _check_target(path, overwrite, recipe)
+            check_target(path, overwrite, recipe)
 
     from dskd_plugin.generation.answers import Partial, Sampling, batches
 
@@ -120,17 +126,17 @@ def generate(
     check_reasoning(source.form, reasoning)
     target = _device(device)
     every = read_prompts(source, limit if ask == "all" else None)
-    rows = _asked(every, ask, limit)
-    kept = _answerable(rows, source, max_new_tokens, skip_long)
-    _check_tokens(kept, source)
-    template = _template_setting(written, source)
-    student = _student_rendering(source, written, template)
+    rows = asked_rows(every, ask, limit)
+    kept = answerable_rows(rows, source, max_new_tokens, skip_long)
+    check_tokens(kept, source)
+    template = template_setting(written, source)
+    student = student_rendering(source, written, template)
     if student is not None:
-        _tell_one_sided(kept, source, student)
+        tell_one_sided(kept, source, student)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
     size = batch_size or (32 if target.startswith("cuda") else 8)
     lengths = [len(ids) for ids in kept["prompt_ids"]]
-    made_with = _made_with(source, sampling, size, target, kept)
+    made_with = conditions_of(source, sampling, size, target, kept)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Partial(out.with_name(out.name + ".partial"), made_with, batches(lengths, size), overwrite=overwrite)
     try:
@@ -142,10 +148,10 @@ def generate(
             err=True,
         )
         sys.exit(1)
-    field, asked = _thinking_field(written), kept["messages"]
+    field, asked = thinking_field(written), kept["messages"]
     answers = [as_message(answer, source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
     made_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
-    counts = _write_dataset(out, made_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
+    counts = write_dataset(out, made_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
     partial.remove()
     _report(
         *(counts, speed, out, max_new_tokens, keep_unfinished),
@@ -153,30 +159,15 @@ def generate(
         field=field,
         skipped=len(rows) - len(kept),
     )
-    entry = _entry(out, counts, written)
+    entry = dataset_entry(out, counts, written)
     if reasoning == "field" and counts["reasoned"] and student is not None and field not in student.template:
         click.echo(f"The student's chat template does not read {field}: it will not see the reasoning.")
     if write_recipe is None:
         click.echo("In the recipe, beside or in place of its datasets:\n")
         click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
         return
-    own = [] if recipe_rows == "generated" else _with_answers(written["datasets"], every)
-    _write_recipe(write_recipe, out, written, {"datasets": [*own, entry], **template}, plain_recipe)
-
-
-def _check_target(path: Path, overwrite: bool, recipe: Path) -> None:
-    """Refuse now what would fail after hours."""
-    if path.exists() and path.samefile(recipe):
-        raise ValueError(f"{path}: expected another file than the recipe, got the recipe itself. Choose another name.")
-    if path.exists() and not overwrite:
-        raise ValueError(
-            f"{path}: expected no file of this name, got an earlier result. "
-            "Name another file with --out, or replace it with --overwrite."
-        )
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        got = "one without permission to write" if nearest.is_dir() else "a file"
-        raise ValueError(f"{path}: expected a folder to write to, got {got} at {nearest}. Choose another file.")
+    own = [] if recipe_rows == "generated" else with_answers(written["datasets"], every)
+    write_new_recipe(write_recipe, out, written, {"datasets": [*own, entry], **template}, plain_recipe)
 
 
 def _device(name: str) -> str:
@@ -187,162 +178,13 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: expected auto or a device that torch has here, got {name!r}: {str(error).splitlines()[0]}. "
-            "Choose another device."
+        raise SettingError(
+            "--device",
+            "auto or a device that torch has here",
+            f"{name!r}: {str(error).splitlines()[0]}",
+            "Choose another device.",
         ) from None
     return name
-
-
-def _asked(rows: Any, ask: str, limit: int | None) -> Any:
-    """All rows, or the first of those that have no answer of their own."""
-    if ask == "all":
-        return rows
-    unanswered = [row for row, answered in enumerate(rows["answered"]) if not answered]
-    if not unanswered:
-        raise ValueError(
-            f"--ask unanswered: expected rows without an answer, got one in each of {len(rows)} rows. "
-            "Add a dataset of prompts, or leave the option out."
-        )
-    return rows.select(unanswered[:limit])
-
-
-def _answerable(rows: Any, source: "Source", max_new_tokens: int, skip_long: bool) -> Any:
-    """The rows with a prompt that leaves room for an answer; ``ValueError`` when some do not and should."""
-    lengths = [len(ids) for ids in rows["prompt_ids"]]
-    if not any(lengths):
-        raise ValueError(
-            f"datasets: expected conversations with a user turn to answer, got none in {len(rows)} rows. "
-            "Check field_messages, message_property_mappings and roles."
-        )
-    room = float("inf") if source.positions is None else source.positions - max_new_tokens
-    long = [row for row, length in enumerate(lengths) if length > room]
-    if long and not skip_long:
-        row = max(long, key=lambda row: lengths[row])
-        raise ValueError(
-            f"datasets: expected prompts that leave room for --max-new-tokens {max_new_tokens} in the "
-            f"{source.positions} positions of the teacher, got {len(long)} longer ones, up to {lengths[row]} tokens "
-            f"(row {row}). Lower --max-new-tokens, or leave them out with --skip-long."
-        )
-    kept = [row for row, length in enumerate(lengths) if 0 < length <= room]
-    if not kept:
-        raise ValueError(
-            f"--skip-long: expected some prompt that leaves room for an answer, got {len(long)} too long ones and no "
-            "other. Lower --max-new-tokens."
-        )
-    return rows.select(kept)
-
-
-def _check_tokens(rows: Any, source: "Source") -> None:
-    """Raise ``ValueError`` for a prompt with a token that the teacher has no embedding for."""
-    from dskd_plugin.host.dataset_report import beyond_rows
-
-    for place, ids in enumerate(rows["prompt_ids"]):
-        if max(ids) >= source.rows:
-            row = rows[place]
-            raise ValueError(beyond_rows(_name(source, row["entry"]), row["row"], ids, source.tokenizer, source.rows))
-
-
-def _name(source: "Source", entry: int) -> str:
-    return f"datasets: {source.cfg.datasets[entry]['path']}"
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    """The prompt that a side reads."""
-
-    tokenizer: Any
-    template: str
-    options: dict[str, Any]
-
-    def __call__(self, row: dict[str, Any]) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            row["messages"],
-            tools=row.get("tools"),
-            chat_template=self.template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **self.options,
-        )
-        return text
-
-
-def _tell_one_sided(rows: Any, source: "Source", student: _Rendering) -> None:
-    """Warn, as a run does, of what in the prompts the teacher or the student will not read."""
-    from dskd_plugin.host.dataset_report import one_sided, one_sided_line, one_sided_note
-    from dskd_plugin.text.read_by import Names, OneSided
-
-    teacher = _Rendering(source.tokenizer, source.template, source.template_options)
-    reads = OneSided(student, teacher, Names())
-    by_entry: dict[int, list[dict[str, Any]]] = {}
-    for row in rows.select_columns(["messages", "tools", "entry", "row"]):
-        by_entry.setdefault(row["entry"], []).append(row)
-    for entry, listed in by_entry.items():
-        found = one_sided([one_sided_note(reads.find(_conversation(row))) for row in listed])
-        if found is None:
-            continue
-        place, texts, summary = found
-        conversation = _conversation(listed[place])
-        renderings = student(conversation), teacher(conversation)
-        line = one_sided_line(summary, listed[place]["row"], texts[0].text, renderings)
-        click.echo(f"Warning: {_name(source, entry)}: {line}.", err=True)
-
-
-def _conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of prompts in the form that templates take."""
-    return {"messages": json.loads(row["messages"]), "tools": json.loads(row["tools"]) if row["tools"] else None}
-
-
-def _made_with(source: "Source", sampling: "Sampling", batch_size: int, device: str, rows: Any) -> dict[str, Any]:
-    """All that decides the answers. A run goes on only where it is unchanged."""
-    from importlib.metadata import version
-
-    import torch
-    import transformers
-    from transformers import AutoConfig
-
-    from dskd_plugin import __version__
-
-    teacher = source.settings.teacher
-    parts = source.parts
-    config = AutoConfig.from_pretrained(
-        parts.weights, revision=parts.revision, trust_remote_code=source.trust_remote_code
-    )
-    return {
-        "teacher": {
-            **teacher.model_dump(include={"model", "revision", "adapter", "dtype", "quantization"}),
-            "commit": getattr(config, "_commit_hash", None),
-            "files": _folder_digest(parts.weights),
-            "adapter_files": _folder_digest(str(parts.adapter or "")),
-            "chat_template": hashlib.sha256(
-                json.dumps([source.template, source.template_options], sort_keys=True).encode()
-            ).hexdigest(),
-            "ends": source.ends,
-            "answers": "with special tokens",
-        },
-        "settings": {**asdict(sampling), "batch_size": batch_size, "device": device.split(":")[0]},
-        "data": {"rows": len(rows), "sha256": _rows_digest(rows)},
-        "versions": {
-            "dskd": __version__,
-            "axolotl": version("axolotl"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _folder_digest(model: str) -> str | None:
-    """Names, sizes and times of a local folder's files: a teacher trained again is another teacher."""
-    files = sorted(path for path in Path(model).glob("*") if path.is_file()) if model and Path(model).is_dir() else []
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest() if files else None
-
-
-def _rows_digest(rows: Any) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Partial", rows: Any) -> float | None:
@@ -357,17 +199,17 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
     if not remaining:
         return None
     teacher = Teacher(
-        source.settings.teacher,
-        vocab_size=source.vocab_size,
+        source.run.settings.teacher,
+        vocab_size=source.teacher.table.vocab_size,
         device=torch.device(device),
         attn_implementation=None,
         packed=False,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.run.trust_remote_code,
     )
     writer = Writer(
         teacher.model,
-        source.tokenizer,
-        vocab_size=source.vocab_size,
+        source.teacher.tokenizer,
+        vocab_size=source.teacher.table.vocab_size,
         ends=source.ends,
         sampling=sampling,
     )
@@ -377,77 +219,13 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
                 answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch], progress.told)
             except torch.OutOfMemoryError as error:
                 raise DSKDSetupError(
-                    f"--batch-size: expected a batch that fits on {device}, got {len(batch)} prompts that do not "
-                    f"({str(error).splitlines()[0]}). Lower --batch-size or --max-new-tokens."
+                    "--batch-size",
+                    f"a batch that fits on {device}",
+                    f"{len(batch)} prompts that do not ({str(error).splitlines()[0]})",
+                    "Lower --batch-size or --max-new-tokens.",
                 ) from error
             partial.append(answers)
         return progress.speed
-
-
-def _write_dataset(
-    out: Path, made_with: dict[str, Any], answers: list[Written], tokens: int, rows: Any, recipe: Path
-) -> dict[str, Any]:
-    """Dataset and manifest from the complete answers; returns the counts."""
-    from dskd_plugin.generation.answers import write_whole
-
-    answers = sorted(answers, key=lambda answer: answer.row)
-    used = [answer for answer in answers if not answer.is_empty and (answer.whole or made_with["keep_unfinished"])]
-    counts = {
-        "prompts": len(answers),
-        "written": len(used),
-        "empty": sum(answer.is_empty and (answer.whole or not answer.reasoned) for answer in answers),
-        "unfinished": sum(not answer.ended and (answer.reasoned or not answer.is_empty) for answer in answers),
-        "reasoned": sum(answer.reasoned for answer in answers),
-        "reasoning_without_answer": sum(answer.ended and not answer.whole for answer in answers),
-        "tokens": tokens,
-    }
-    if not used:
-        raise ValueError(
-            f"{out}: expected some whole answer, got {counts['unfinished']} cut at the limit, {counts['empty']} "
-            f"empty ones and {counts['reasoning_without_answer']} of reasoning alone. Raise --max-new-tokens, keep cut "
-            "answers with --keep-unfinished, or choose another teacher."
-        )
-    earlier = any(message["role"] == "assistant" for text in rows["messages"] for message in json.loads(text))
-    manifest = {
-        **made_with,
-        "recipe": {"file": recipe.name, "sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()},
-        "counts": counts,
-    }
-    write_whole(_manifest(out), iter([json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"]))
-    write_whole(out, _lines(used, rows, earlier))
-    return {**counts, "earlier_answers": earlier}
-
-
-def _manifest(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.manifest.json")
-
-
-def _lines(answers: list[Written], rows: Any, earlier: bool) -> Iterator[str]:
-    """One conversation per line; every message of the file has the same keys, as Arrow wants it."""
-    keys = dict.fromkeys(key for text in rows["messages"] for turn in json.loads(text) for key in turn)
-    keys |= dict.fromkeys(key for answer in answers for key in answer.message)
-    tools = any(rows["tools"])
-    for answer in answers:
-        row = rows[answer.row]
-        turns = [*json.loads(row["messages"]), answer.message]
-        messages = [{key: _plain(key, turn.get(key)) for key in keys} for turn in turns]
-        if earlier:
-            for message in messages:
-                message["training"] = message is messages[-1]
-        line = {"messages": messages, **({"tools": row["tools"] or None} if tools else {})}
-        yield json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _plain(key: str, value: Any) -> Any:
-    """Arguments of tool calls as JSON text: their keys differ from call to call."""
-    if key != "tool_calls" or not value:
-        return value
-    return [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments"))}}
-        if isinstance(call.get("function"), dict) and not isinstance(call["function"].get("arguments"), str)
-        else call
-        for call in value
-    ]
 
 
 def _report(
@@ -478,90 +256,4 @@ def _report(
         click.echo(f"{counts['empty']} empty answers (left out)")
     if skipped:
         click.echo(f"{skipped} rows without a turn to answer or too long for the teacher (left out)")
-    click.echo(f"Dataset: {out}\nMade with: {_manifest(out)}")
-
-
-def _entry(out: Path, counts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """The entry of the generated rows; the student reads them as it reads the recipe's own conversations."""
-    entry: dict[str, Any] = {"path": str(out), "type": "chat_template"}
-    chats = _chats(recipe)
-    if chats:
-        entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
-        if any(key in chats[0] for key in _THINKING_KEYS):
-            # The rows are written under the names that the template knows, whatever they are in the recipe's own.
-            entry |= dict.fromkeys(_THINKING_KEYS, _thinking_field(recipe))
-    if counts["earlier_answers"]:
-        entry["message_field_training"] = "training"
-    return entry
-
-
-def _with_answers(entries: list[dict[str, Any]], rows: Any) -> list[dict[str, Any]]:
-    """The entries without those that are prompts only; an entry beyond --limit was not read and stays."""
-    read = set(rows["entry"])
-    answered = {number for number, own in zip(rows["entry"], rows["answered"], strict=True) if own}
-    return [entry for number, entry in enumerate(entries) if number in answered or number not in read]
-
-
-def _chats(recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in recipe["datasets"] if entry.get("type") == "chat_template"]
-
-
-def _thinking_field(recipe: dict[str, Any]) -> str:
-    """The field of a message under which the student's template knows its reasoning."""
-    return str((_chats(recipe) or [{}])[0].get("template_thinking_key") or FIELD)
-
-
-def _template_setting(recipe: dict[str, Any], source: "Source") -> dict[str, Any]:
-    """A template for a student that has none and needed none until now."""
-    needed = not _chats(recipe) and not recipe.get("chat_template") and not _student_has_template(source)
-    return {"chat_template": "alpaca"} if needed else {}
-
-
-def _write_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], plain: bool) -> None:
-    """The recipe with the new rows, as it is or without what distils."""
-    from dskd_plugin.generation.answers import write_whole
-
-    digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
-    new = {**recipe, **changes}
-    if plain:
-        del new["dskd"]
-        plugins = [name for name in new.pop("plugins") if str(name).split(".")[0] not in ("dskd", "dskd_plugin")]
-        new |= {"plugins": plugins} if plugins else {}
-    name = "seqkd" if plain else "distilled"
-    new["output_dir"] = f"{str(recipe.get('output_dir') or './model-out').rstrip('/')}-{name}"
-    # Axolotl knows prepared data by its path, not by its content.
-    new["dataset_prepared_path"] = f"{recipe.get('dataset_prepared_path') or 'last_run_prepared'}/generated-{digest}"
-    write_whole(path, iter([yaml.safe_dump(new, sort_keys=False, allow_unicode=True)]))
-    sources = ", ".join(str(entry["path"]) for entry in new["datasets"])
-    click.echo(f"The recipe trains on: {sources}\nNext: axolotl train {path}")
-
-
-def _student_rendering(source: "Source", recipe: dict[str, Any], template: dict[str, Any]) -> _Rendering | None:
-    """How the student will read the rows; None where it has no template, or one for `axolotl train` to explain.
-
-    template: the setting that a student without a template gets.
-    """
-    from dskd_plugin.host.dataset import student_template
-    from dskd_plugin.host.named_templates import named_template
-
-    entry, named = (_chats(recipe) or [{}])[0], template.get("chat_template")
-    try:
-        tokenizer = _student_tokenizer(source)
-        text = named_template(named) if named else student_template(source.cfg, entry, tokenizer)
-    except (OSError, ValueError):
-        return None
-    return _Rendering(tokenizer, text, dict(source.cfg.get("chat_template_kwargs") or {}))
-
-
-def _student_has_template(source: "Source") -> bool:
-    try:
-        return _student_tokenizer(source).chat_template is not None
-    except (OSError, ValueError):  # for `axolotl train` to explain; the answers are written
-        return True
-
-
-def _student_tokenizer(source: "Source") -> Any:
-    from transformers import AutoTokenizer
-
-    name = source.cfg.get("tokenizer_config") or source.cfg["base_model"]
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=source.trust_remote_code)
+    click.echo(f"Dataset: {out}\nMade with: {manifest_of(out)}")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dskd_plugin.generation.answers import Answer
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} answers [{elapsed}{postfix}]"
-_PAUSE = {True: 0.5, False: 10.0}  # seconds between two states: of a terminal, of a log file
+PAUSE = {True: 0.5, False: 10.0}  # seconds between two states: of a terminal, of a log file
 
 
 class Progress:
@@ -30,7 +30,7 @@ class Progress:
             initial=self.ended,
             desc="Generating",
             bar_format=_FORMAT,
-            mininterval=_PAUSE[sys.stderr.isatty()],
+            mininterval=PAUSE[sys.stderr.isatty()],
             miniters=0,
         )
 

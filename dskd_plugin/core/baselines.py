@@ -37,7 +37,7 @@ def overlap(divergence: Divergence, temperature: float, student_ids_O: Tensor, t
     if student_ids_O.shape != teacher_ids_O.shape or not len(student_ids_O):
         raise ValueError(
             f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
-            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Choose uld for tokenizers without shared tokens."
+            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Compare by rank what shares no tokens."
         )
     plain = vanilla(divergence, temperature)
 

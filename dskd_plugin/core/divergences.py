@@ -184,15 +184,13 @@ def divergence(kind: str, **knobs: float) -> Divergence:
     Raises ValueError for an unknown kind, a knob that belongs to another kind, or a knob out of range.
     """
     if kind not in DIVERGENCES:
-        raise ValueError(
-            f"divergence.kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. Choose one of these."
-        )
+        raise ValueError(f"kind: expected one of {', '.join(DIVERGENCES)}, got {kind!r}. Choose one of these.")
     function = DIVERGENCES[kind]
     known = set(inspect.signature(function).parameters) - {"student_NV", "teacher_NV"}
     for name in knobs:
         if name not in known:
             raise ValueError(
-                f"divergence.{name}: expected {' or '.join(sorted(known)) or 'no setting'} for kind "
+                f"{name}: expected {' or '.join(sorted(known)) or 'no setting'} for kind "
                 f"{kind!r}, got {name!r}. Remove it or choose another kind."
             )
     bound: Divergence = functools.partial(function, **knobs)
@@ -277,5 +275,5 @@ def _check_shapes(student_NV: Tensor, teacher_NV: Tensor) -> None:
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(
-            f"divergence.{name}: expected a number strictly between 0 and 1, got {value}. Leave it out for the default."
+            f"{name}: expected a number strictly between 0 and 1, got {value}. Leave it out for the default."
         )

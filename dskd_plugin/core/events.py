@@ -58,7 +58,7 @@ def events_of(student_keys: Sequence[Hashable | None], teacher_keys: Sequence[Ha
     common = {key for key in student_keys if key is not None} & set(teacher_keys)
     if not common:
         raise ValueError(
-            "events of two vocabularies: expected at least one that both can say, got none. Choose another teacher."
+            "keys of two vocabularies: expected at least one that both have, got none. Give keys of one kind."
         )
     # Numbered by the student's ids, so that the numbers do not depend on the order of a set.
     number = {key: k for k, key in enumerate(dict.fromkeys(key for key in student_keys if key in common))}

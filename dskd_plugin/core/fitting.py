@@ -42,6 +42,14 @@ class Fit:
     passes: int
 
 
+class NotFalling(ValueError):
+    """The loss is not a number while a map is fitted. loss: what it is."""
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(f"label loss: expected a falling loss while the map is fitted, got {loss}. Check the states.")
+        self.loss = loss
+
+
 def fit_map(
     map_Dd: Tensor,
     learned_ND: Tensor,
@@ -55,7 +63,7 @@ def fit_map(
 
     map_Dd: the start; it comes back as it was where nothing is better. learned_ND, unseen_ND: teacher states, at least
     one row each. generator: of the order of rows, on the CPU. on_batch: told (batches done, batches at most).
-    ValueError where the loss is not a number.
+    NotFalling where the loss is not a number.
     """
     weight_Dd = map_Dd.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([weight_Dd], lr=_LEARNING_RATE)
@@ -72,10 +80,7 @@ def fit_map(
             on_batch((number - 1) * batches + k + 1, _MOST_PASSES * batches)
         found = _measure(weight_Dd, unseen_ND, label_loss)
         if not found.label_loss < float("inf"):
-            raise ValueError(
-                f"expected a falling loss while the projector is fitted, got {found.label_loss}. "
-                "Check the teacher's weights and dtype, or use init: ideal."
-            )
+            raise NotFalling(found.label_loss)
         if found.label_loss < best.label_loss:
             best_Dd, best, passes = weight_Dd.detach().clone(), found, number
         elif number - passes >= _PATIENCE:

@@ -40,7 +40,7 @@ def head_map(
     if source_ids_O.shape != target_ids_O.shape or not len(source_ids_O):
         raise ValueError(
             f"shared ids: expected as many of the source as of the target and at least one, got "
-            f"{len(source_ids_O)} and {len(target_ids_O)}. Without shared tokens use projector.init: random."
+            f"{len(source_ids_O)} and {len(target_ids_O)}. Without shared tokens start at random."
         )
     if target_gram_inverse is None:
         target_gram_inverse = gram_inverse(target_VE, target_ids_O)

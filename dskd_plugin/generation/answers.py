@@ -27,7 +27,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dskd_plugin.text.tokens import spell, token_table
+from dskd_plugin.errors import SettingError
+from dskd_plugin.text.tokens import spell
+from dskd_plugin.text.vocabularies import token_table
 
 Told = Callable[[int, int], None]  # tokens and ended answers since the last call
 
@@ -242,9 +244,11 @@ class Partial:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.stream.close()
-            raise ValueError(
-                f"{self.path}: expected to be its only writer, got another `dskd generate` at work. "
-                "Wait for it, or write elsewhere with --out."
+            raise SettingError(
+                self.path,
+                "to be its only writer",
+                "another `dskd generate` at work",
+                "Wait for it, or write elsewhere with --out.",
             ) from None
 
     def _resume(self, made_with: dict[str, Any], overwrite: bool) -> int:
@@ -267,16 +271,20 @@ class Partial:
             return 0
         if damaged:
             self.stream.close()
-            raise ValueError(
-                f"{self.path}: expected the answers of an unfinished run, got other content. "
-                "Remove the file, or start anew with --overwrite."
+            raise SettingError(
+                self.path,
+                "the answers of an unfinished run",
+                "other content",
+                "Remove the file, or start anew with --overwrite.",
             )
         if changed:
             self.stream.close()
             key, old, new = changed
-            raise ValueError(
-                f"{self.path}: expected an unfinished run with {key}: {new!r}, got one with {old!r}. "
-                "Use the earlier value to go on with it, or start anew with --overwrite."
+            raise SettingError(
+                self.path,
+                f"an unfinished run with {key}: {new!r}",
+                f"one with {old!r}",
+                "Use the earlier value to go on with it, or start anew with --overwrite.",
             )
         whole = 0
         for batch in self.plan:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.text.reasoning import AssistantForm, unwrapped
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def as_message(answer: "Answer", form: AssistantForm, reasoning: str, asked: str
 def check_reasoning(form: AssistantForm, reasoning: str) -> None:
     """Raise ``ValueError`` where reasoning is to be told from the answer and nothing shows where it ends."""
     if reasoning != "keep" and not form.is_marked:
-        raise ValueError(
-            f"--reasoning {reasoning}: expected a chat template that shows how reasoning ends, got one whose "
-            f"generation prompt opens it with {form.opened!r}. Use --reasoning keep, or another "
-            "dskd.teacher.chat_template."
+        raise SettingError(
+            f"--reasoning {reasoning}",
+            "a chat template that shows how reasoning ends",
+            f"one whose generation prompt opens it with {form.opened!r}",
+            "Use --reasoning keep, or another dskd.teacher.chat_template.",
         )

@@ -4,31 +4,28 @@ An answer becomes a row like any other: the student's tokens as sampled, the tea
 teacher's own template, and the aligned columns of both.
 """
 
-import contextlib
-import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList
 
+from dskd_plugin.generation.answer_text import PlainReader, control_tokens, decoded, leading_white_space, open_from
+from dskd_plugin.generation.sampling import WithinVocabulary, batches_exactly, generating, left_padded, prompt_parts
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
 from dskd_plugin.settings import OnPolicySettings
-from dskd_plugin.text.align import Aligner, answers
+from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import KNOWN, Markers
-from dskd_plugin.text.tokens import TokenTable, encode, spell
+from dskd_plugin.text.segments import answers
+from dskd_plugin.text.tokens import spell
 
 IGNORE = -100
-# Tokens of prompts and answers, padding included, whose keys and values are kept at a time.
-CACHE_TOKENS = 2**15
-_LONGEST_OPENING = 48  # tokens at the end of a prompt among which an opening marker is looked for
 COUNTS = ("answers", "tokens", "seconds", "empty", "cut", "unaligned", "skipped")
-
 Sample = dict[str, Any]
 
 
@@ -90,7 +87,7 @@ class Rollout:
         self._openings = sorted({opening.encode() for opening, _ in markers}, key=len, reverse=True)
         known = aligner.teacher.vocab_size if teacher_rows is None else teacher_rows
         self._reader = None if aligner.identity else PlainReader(teacher_tokenizer, aligner.teacher, texts, known)
-        self._controls = _controls(aligner, texts)
+        self._controls = control_tokens(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
         self._batches: bool | None = None
@@ -129,7 +126,7 @@ class Rollout:
         if not asked:
             return []
         start = time.perf_counter()
-        sampled = self._sample(
+        sampled = self.sample(
             model,
             [prompt.student_ids for _, prompt in asked],
             random.Random(f"on-policy answers {self.seed} {step} {rank} {micro_batch}").getrandbits(63),
@@ -138,7 +135,7 @@ class Rollout:
         self.counts["seconds"] += time.perf_counter() - start
         rows = []
         for place, ((sample, prompt), new_ids) in enumerate(zip(asked, sampled, strict=True)):
-            answer = self._read(new_ids)
+            answer = self.read(new_ids)
             self.counts["answers"] += 1
             self.counts["tokens"] += len(answer.ids) + (answer.end is not None)
             self.counts["empty"] += not answer.ids
@@ -171,8 +168,8 @@ class Rollout:
         if not (fits and start > 0 and 0 < teacher_start < min(self.teacher_len, len(teacher_ids))):
             return None
         leads = (
-            _white_space(student_ids[start:stop], self.aligner.student),
-            _white_space(teacher_ids[teacher_start:], self.aligner.teacher),
+            leading_white_space(student_ids[start:stop], self.aligner.student),
+            leading_white_space(teacher_ids[teacher_start:], self.aligner.teacher),
         )
         shared = 0
         while shared < min(map(len, leads)) and leads[0][-1 - shared] == leads[1][-1 - shared]:
@@ -191,8 +188,8 @@ class Rollout:
 
         The two templates may differ in whether they open it, and gold answers with reasoning show up to where.
         """
-        ours = _open_from(prompt.student_ids, self.aligner.student, self._openings)
-        theirs = _open_from(prompt.teacher_ids, self.aligner.teacher, self._openings)
+        ours = open_from(prompt.student_ids, self.aligner.student, self._openings)
+        theirs = open_from(prompt.teacher_ids, self.aligner.teacher, self._openings)
         if (ours is None) == (theirs is None):
             return prompt
         if ours is None:
@@ -205,7 +202,7 @@ class Rollout:
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def _sample(
+    def sample(
         self, model: nn.Module, prompts: list[list[int]], seed: int, autocast: torch.dtype | None
     ) -> list[list[int]]:
         """New tokens of each prompt, at most what its limits allow."""
@@ -236,13 +233,13 @@ class Rollout:
             pad_token_id=self._pad,
         )
         inputs = left_padded(prompts, self._pad, generator.device)
-        within = _WithinVocabulary(self.aligner.student.vocab_size)
+        within = WithinVocabulary(self.aligner.student.vocab_size)
         ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([within]))
         return ids_BS[:, inputs["input_ids"].shape[1] :].tolist()
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
-    def _read(self, new_ids: list[int]) -> Answer:
+    def read(self, new_ids: list[int]) -> Answer:
         for place, token in enumerate(new_ids):
             if token in self.stops:
                 return Answer(new_ids[:place], token)
@@ -284,7 +281,7 @@ class Rollout:
             ids, whole = answer.ids, True
         else:
             spelled = spell(answer.ids, self.aligner.student).removeprefix(prompt.student_lead)
-            text, whole = _decoded(spelled)
+            text, whole = decoded(spelled)
             ids, plain = self._reader.ids((prompt.teacher_lead if text else b"").decode() + text, prompt.teacher_ids)
             end = self.aligner.teacher_end
             if end in ids:
@@ -305,199 +302,8 @@ class Rollout:
         )
 
 
-# -- text ----------------------------------------------------------------------------------------------------------
-
-
-class PlainReader:
-    """Tokens of a text as a tokenizer makes them after a prompt, never a control token that the text spells."""
-
-    def __init__(
-        self, tokenizer: Any, table: TokenTable, markers: frozenset[bytes] = frozenset(), rows: int | None = None
-    ) -> None:
-        # A copy: reading special tokens as plain text is a state of the tokenizer.
-        self._tokenizer, self._table = copy.deepcopy(tokenizer), table
-        named = {token: table.literal[token] or b"" for token in table.special}
-        self._markers = {text.decode() for text in named.values() if text in markers}
-        self._others = {text.decode(errors="replace") for text in named.values() if text not in markers}
-        self._controls = {token for token, text in named.items() if text not in markers} - {table.unknown}
-        self._controls |= set(range(table.vocab_size if rows is None else rows, table.vocab_size))
-
-    def ids(self, text: str, prompt_ids: list[int]) -> tuple[list[int], bool]:
-        """Tokens of the text, cut before a control token if one comes up, and whether they cover all of it."""
-        if not text:
-            return [], True
-        first: list[int] | None = None
-        for ids in self._readings(text, prompt_ids):
-            if b"".join(self._table.literal[token] or b"" for token in ids) == text.encode():
-                break
-            first = ids if first is None else first
-        else:  # the tokenizer changes text
-            ids = first or []
-        plain = next((place for place, token in enumerate(ids) if token in self._controls), len(ids))
-        return ids[:plain], plain == len(ids)
-
-    def _readings(self, text: str, prompt_ids: list[int]) -> Iterator[list[int]]:
-        """In the context of the prompt, else alone, else after a line break; the first that spells the text counts."""
-        table = self._table
-        markup = table.added | table.special
-        start = max((place + 1 for place, token in enumerate(prompt_ids) if token in markup), default=0)
-        context = b"".join(table.literal[token] or b"" for token in prompt_ids[start:]).decode(errors="ignore")
-        if context:
-            yield from self._after(context, text)
-        if table.dummy_prefix and text[0] == " ":
-            yield self._encode(text[1:])
-        yield self._encode(text)
-        yield from self._after("\n", text)
-
-    def _after(self, context: str, text: str) -> Iterator[list[int]]:
-        before, ids = self._encode(context), self._encode(context + text)
-        if ids[: len(before)] == before:
-            yield ids[len(before) :]
-
-    def _encode(self, text: str) -> list[int]:
-        marked = any(marker in text for marker in self._markers)
-        # With markers, its special tokens are read as such, unless another one would be as well.
-        split = not marked or any(other in text for other in self._others if other)
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split))
-        except (TypeError, ValueError):  # other backends have no such option
-            return encode(self._tokenizer, text)
-
-
-def _controls(aligner: Aligner, markers: frozenset[bytes]) -> frozenset[int]:
-    """Student tokens that end the text of an answer: special ones, those without a text, and added ones that are
-    special to the teacher. Any other added token is text, for a teacher without such a token as well. Markers of
-    reasoning end no text."""
-    student, teacher = aligner.student, aligner.teacher
-    controls = {teacher.literal[token] for token in teacher.special}
-    foreign = {token for token in student.added if student.literal[token] in controls}
-    blank = {token for token, text in enumerate(student.literal) if text is None}
-    unknown = set() if student.unknown is None else {student.unknown}
-    reasoning = {token for token in student.added | student.special if student.literal[token] in markers}
-    return frozenset((student.special | foreign | blank | unknown) - reasoning)
-
-
-def _open_from(ids: list[int], table: TokenTable, openings: list[bytes]) -> int | None:
-    """Where a prompt opens reasoning that nothing follows; None where it opens none, or not at the start of a token."""
-    tail = ids[-_LONGEST_OPENING:]
-    text, starts = b"", []
-    for token in tail:
-        starts.append(len(text))
-        text += table.literal[token] or b""
-    for opening in openings:
-        if text.rstrip().endswith(opening):
-            begin = len(text.rstrip()) - len(opening)
-            return len(ids) - len(tail) + starts.index(begin) if begin in starts else None
-    return None
-
-
-def _decoded(text: bytes) -> tuple[str, bool]:
-    """The text up to the first bytes that are no UTF-8, and whether that is all of it."""
-    try:
-        return text.decode(), True
-    except UnicodeDecodeError as error:
-        return text[: error.start].decode(), False
-
-
-def _white_space(ids: list[int], table: TokenTable) -> bytes:
-    """White space at the start of a response."""
-    text = b""
-    for token in ids:
-        literal = table.literal[token]
-        if token in table.special or literal is None:
-            break
-        text += literal
-        if text.strip():
-            return text[: len(text) - len(text.lstrip())]
-    return b""
-
-
 def _response_mask(prompt: int, length: int) -> list[bool]:
     return [False] * prompt + [True] * (length - prompt)
-
-
-# -- generation ----------------------------------------------------------------------------------------------------
-
-
-class _WithinVocabulary(LogitsProcessor):
-    """Heads may have more rows than the tokenizer has ids; those are never sampled."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.vocab_size :] = -torch.inf
-        return scores
-
-
-def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask [B, S] of the prompts, each ending at the last column."""
-    width = max(map(len, prompts))
-    ids_BS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
-    mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    return {"input_ids": ids_BS, "attention_mask": mask_BS}
-
-
-def batches_exactly(generator: Any, vocab_size: int) -> bool:
-    """Whether a prompt's next-token logits are the same alone and left-padded in a batch; measured, not assumed."""
-    prompts = [[(7 * place + 3) % vocab_size for place in range(length)] for length in (11, 4)]
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=3, output_logits=True, return_dict_in_generate=True, pad_token_id=0
-    )
-    together = generator.generate(**left_padded(prompts, 0, generator.device), generation_config=config)
-    alone = generator.generate(**left_padded(prompts[1:], 0, generator.device), generation_config=config)
-    limit = 1e-3 if together.logits[0].dtype == torch.float32 == generator.dtype else 0.05
-    for place, (one, other) in enumerate(zip(together.logits, alone.logits, strict=True)):
-        one, other = one[1, :vocab_size].float(), other[0, :vocab_size].float()
-        if not (one - other).norm() <= limit * other.norm():
-            return False
-        if together.sequences[1, 11 + place] != alone.sequences[0, 4 + place]:
-            break  # a tie; from here on the texts differ
-    return True
-
-
-def prompt_parts(prompts: list[list[int]], room: list[int], together: bool) -> Iterator[list[int]]:
-    """Numbers of the prompts to answer at a time: those of similar length together, or each alone."""
-    part: list[int] = []
-    for k in sorted(range(len(prompts)), key=lambda k: len(prompts[k])):
-        tokens = (len(part) + 1) * (len(prompts[k]) + max(room[j] for j in [*part, k]))
-        if part and (tokens > CACHE_TOKENS or not together):
-            yield part
-            part = []
-        part.append(k)
-    yield part
-
-
-@contextlib.contextmanager
-def generating(model: nn.Module, seed: int, autocast: torch.dtype | None) -> Iterator[Any]:
-    """The causal language model in eval mode without settings of its own, under a random state of its own."""
-    generator = causal_lm(model)
-    device = generator.device
-    training = [module for module in model.modules() if module.training]
-    # A model's own generation_config.json would fill in penalties, forced tokens and limits.
-    own = [module for module in model.modules() if "generation_config" in vars(module)]
-    configs = [module.generation_config for module in own]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if device.type == "cpu":
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-        else:
-            stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
-            with torch.get_device_module(device).device(device.index):
-                torch.get_device_module(device).manual_seed(seed)
-        torch.default_generator.manual_seed(seed)
-        if autocast is not None:
-            stack.enter_context(torch.autocast(device.type, dtype=autocast))
-        try:
-            model.eval()
-            for module in own:
-                module.generation_config = GenerationConfig()  # type: ignore[assignment]
-            yield generator
-        finally:
-            for module in training:
-                module.training = True
-            for module, config in zip(own, configs, strict=True):
-                module.generation_config = config
 
 
 def pack(rows: list[Sample], budget: int) -> list[list[Sample]]:

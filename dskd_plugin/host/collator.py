@@ -1,10 +1,11 @@
 """One conversation, two tokenizations, one batch.
 
-The host's own collator builds the student's side, padded or packed; the teacher's side is handed over unpadded (flat
-ids and lengths), and the aligned pairs become row indices, so that a training step only selects rows.
+The host's own collator builds the student's side, padded or packed. Beside it stands a `batch.StepBatch`: the teacher's
+side, unpadded, and the aligned pairs as row indices, so that a training step only selects rows.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from axolotl.utils.collators import (
@@ -14,6 +15,8 @@ from axolotl.utils.collators import (
 )
 from torch import Tensor
 
+from dskd_plugin.batch import KEY, AttentionRows, SpanRows, StepBatch, TeacherText
+
 # Columns that a prepared row adds to the host's; the last three only where the settings ask for them.
 COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt")
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
@@ -21,39 +24,31 @@ ON_POLICY = "on_policy"
 IGNORE = -100
 
 Sample = dict[str, Any]
-Placed = tuple[int, int, Sample]
+Placed = tuple[int, Sample]
 
 
-def pair_rows(
-    input_ids: Tensor, labels: Tensor, samples: list[Placed], *, cross_attention: bool = False
-) -> dict[str, Tensor]:
-    """Indices of the rows that a step needs.
+def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cross_attention: bool) -> StepBatch:
+    """The rows that a step needs.
 
     input_ids, labels: [B, S] of the student, labels IGNORE outside responses.
-    samples: (batch row, offset of the sample in that row, sample) in batch order. The first token of a sample has no
-    position that predicts it: what stands before it is padding or a packed neighbour.
-    Axes: R student rows, N aligned ones (the first of R), M teacher rows, P and Q rows of spans.
-    Returns dskd_rows [R] flat positions in B x S that predict a response token; dskd_targets [R] their gold ids;
-    dskd_ce [R] whether the row counts for the cross-entropy; dskd_teacher_rows [N] flat teacher positions of the
-    aligned ones.
-    cross_attention: dskd_teacher_rows [M], and dskd_row_sample [R], dskd_teacher_row_sample [M] the number of each
-    row's sample (-1: takes no part), dskd_row_inputs [R], dskd_teacher_row_inputs [M] ids at the rows,
-    dskd_teacher_row_targets [M] ids after them.
-    Samples with spans: dskd_span_rows [P] index into R, dskd_span_of [P] number of the span;
-    dskd_span_teacher_rows [Q] flat teacher positions, dskd_span_teacher_targets [Q] ids after them,
-    dskd_span_teacher_of [Q].
+    bins: the samples of each batch row, each with its offset in the row. The first token of a sample has no position
+    that predicts it: what stands before it is padding or a packed neighbour.
+    cross_attention: every trained row of a sample meets every row of the teacher's, in place of pairs; where one side
+    has none, neither takes part.
     """
     width = labels.shape[1]
     flat_labels, flat_ids = labels.flatten(), input_ids.flatten()
-    teacher_ids = _cat([_ids(sample["teacher_input_ids"]) for _, _, sample in samples if _distilled(sample)])
+    placed = [(row * width + offset, sample) for row, samples in enumerate(bins) for offset, sample in samples]
+    read = [[_ids(sample["teacher_input_ids"]) for _, sample in samples if _distilled(sample)] for samples in bins]
+    teacher_ids = _cat([ids for samples in read for ids in samples])
     trained = flat_labels != IGNORE
-    trained[[row * width + offset for row, offset, _ in samples]] = False
+    trained[[base for base, _ in placed]] = False
     counted = trained.clone()
     student, teacher, student_sample, teacher_sample, spans = [], [], [], [], []
     teacher_offset = 0
-    for number, (row, offset, sample) in enumerate(samples):
-        base, length = row * width + offset, len(sample["input_ids"])  # the host truncates the student's side only
-        teacher_length = len(sample["teacher_input_ids"])
+    for number, (base, sample) in enumerate(placed):
+        # The host truncates the student's side only: columns of pairs and spans may reach beyond it.
+        length, teacher_length = len(sample["input_ids"]), len(sample["teacher_input_ids"])
         if sample.get(ON_POLICY):
             counted[base : base + length] = False
         if not _distilled(sample):
@@ -73,39 +68,49 @@ def pair_rows(
         spans.append(_kept_spans(sample, trained[base : base + length], base, teacher_offset))
         teacher_offset += teacher_length
     aligned, partners, spans_C4 = _cat(student), _cat(teacher), _cat(spans).view(-1, 4)
-    span_targets, span_of = _spread(spans_C4[:, 0], spans_C4[:, 1])
-    rest = counted.clone()
-    rest[span_targets] = True
-    rest[aligned] = False
-    targets_R = torch.cat([aligned, rest.nonzero().flatten()])
-    out = {
-        "dskd_rows": targets_R - 1,
-        "dskd_targets": flat_labels[targets_R],
-        "dskd_ce": counted[targets_R],
-        "dskd_teacher_rows": partners - 1,
-    }
+    # A token of a span needs its row even where it neither pairs nor counts for the cross-entropy.
+    wanted = counted.clone()
+    wanted[_spread(spans_C4[:, 0], spans_C4[:, 1])[0]] = True
+    wanted[aligned] = False
+    targets_R = torch.cat([aligned, wanted.nonzero().flatten()])
+    attention = None
     if cross_attention:
-        row_sample = torch.full_like(targets_R, -1)
-        row_sample[: len(aligned)] = _cat(student_sample)
-        out |= {
-            "dskd_row_sample": row_sample,
-            "dskd_teacher_row_sample": _cat(teacher_sample),
-            "dskd_row_inputs": flat_ids[targets_R - 1],
-            "dskd_teacher_row_inputs": teacher_ids[partners - 1],
-            "dskd_teacher_row_targets": teacher_ids[partners],
-        }
-    if any("spans" in sample for _, _, sample in samples):
-        place = torch.full_like(flat_labels, -1)
-        place[targets_R] = torch.arange(len(targets_R))
-        span_partners, span_teacher_of = _spread(spans_C4[:, 2], spans_C4[:, 3])
-        out |= {
-            "dskd_span_rows": place[span_targets],
-            "dskd_span_of": span_of,
-            "dskd_span_teacher_rows": span_partners - 1,
-            "dskd_span_teacher_targets": teacher_ids[span_partners],
-            "dskd_span_teacher_of": span_teacher_of,
-        }
-    return out
+        attention = AttentionRows(
+            sample_N=_cat(student_sample),
+            inputs_N=flat_ids[aligned - 1],
+            sample_M=_cat(teacher_sample),
+            inputs_M=teacher_ids[partners - 1],
+            targets_M=teacher_ids[partners],
+        )
+    with_spans = any("spans" in sample for _, sample in placed)
+    return StepBatch(
+        rows_R=targets_R - 1,
+        targets_R=flat_labels[targets_R],
+        ce_R=counted[targets_R],
+        teacher_text=TeacherText(
+            ids_T=teacher_ids,
+            lengths_S=_ids([len(ids) for samples in read for ids in samples]),
+            samples_B=_ids([len(samples) for samples in read if samples]),
+            rows_M=partners - 1,
+        ),
+        spans=_span_rows(spans_C4, targets_R, teacher_ids, positions=len(flat_labels)) if with_spans else None,
+        attention=attention,
+    )
+
+
+def _span_rows(spans_C4: Tensor, targets_R: Tensor, teacher_ids: Tensor, *, positions: int) -> SpanRows:
+    """Rows of the spans. positions: of the student's batch, padding included."""
+    student_targets, of_P = _spread(spans_C4[:, 0], spans_C4[:, 1])
+    teacher_targets, teacher_of_Q = _spread(spans_C4[:, 2], spans_C4[:, 3])
+    row_at = torch.full((positions,), -1)
+    row_at[targets_R] = torch.arange(len(targets_R))
+    return SpanRows(
+        rows_P=row_at[student_targets],
+        of_P=of_P,
+        teacher_rows_Q=teacher_targets - 1,
+        teacher_targets_Q=teacher_ids[teacher_targets],
+        teacher_of_Q=teacher_of_Q,
+    )
 
 
 def _distilled(sample: Sample) -> bool:
@@ -145,85 +150,59 @@ def _strip(sample: Sample) -> Sample:
     return {key: value for key, value in sample.items() if key not in COLUMNS and key != ON_POLICY}
 
 
+@dataclass
 class _PairMixin:
-    """Adds the teacher's side and the row indices to what the host's collator returns."""
+    """Adds the step batch to what the host's collator returns."""
 
-    packed = True
-    cross_attention = False
+    packed: ClassVar[bool] = True
+    cross_attention: bool = False
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> Any:
-        packed = self.packed
-        if packed:
+        if self.packed:
             bins: list[list[Sample]] = features if isinstance(features[0], list) else [features]
         else:
             bins = [[sample] for sample in features]
-        lengths = [[len(sample["input_ids"]) for sample in samples] for samples in bins]
         stripped = [[_strip(sample) for sample in samples] for samples in bins]
-        batch = super().__call__(stripped if packed else [samples[0] for samples in stripped], return_tensors)  # type: ignore[misc]
+        batch = super().__call__(stripped if self.packed else [samples[0] for samples in stripped], return_tensors)  # type: ignore[misc]
         labels = batch["labels"]
         left = self.tokenizer.padding_side == "left"  # type: ignore[attr-defined]
-        placed = []
-        for row, samples in enumerate(bins):
-            offset = labels.shape[1] - sum(lengths[row]) if left else 0
-            for sample, length in zip(samples, lengths[row], strict=True):
-                placed.append((row, offset, sample))
-                offset += length
-        batch.update(pair_rows(batch["input_ids"], labels, placed, cross_attention=self.cross_attention))
-        read = [[sample["teacher_input_ids"] for sample in samples if _distilled(sample)] for samples in bins]
-        batch["teacher_input_ids"] = _cat([_ids(ids) for rows in read for ids in rows])
-        batch["teacher_lengths"] = _ids([len(ids) for rows in read for ids in rows])
-        batch["teacher_bins"] = _ids([len(rows) for rows in read if rows])
-        if any("teacher_prompt" in sample and ON_POLICY not in sample for _, _, sample in placed):
-            batch["dskd_samples"] = list(features)
+        placed = [_placed(samples, labels.shape[1] if left else None) for samples in bins]
+        # Last: the host measures the batch by its first entry.
+        batch[KEY] = pair_rows(batch["input_ids"], labels, placed, cross_attention=self.cross_attention)
+        if any("teacher_prompt" in sample and ON_POLICY not in sample for samples in bins for sample in samples):
+            batch[KEY].samples = list(features)
         return batch
 
 
+def _placed(samples: list[Sample], width: int | None) -> list[Placed]:
+    """The samples of a batch row with their offsets. width: of the row, where its padding stands on the left."""
+    offset = 0 if width is None else width - sum(len(sample["input_ids"]) for sample in samples)
+    placed = []
+    for sample in samples:
+        placed.append((offset, sample))
+        offset += len(sample["input_ids"])
+    return placed
+
+
+@dataclass
 class PaddedPairCollator(_PairMixin, DataCollatorForSeq2Seq):
     """One conversation per batch row."""
 
     packed = False
 
 
+@dataclass
 class PackedPairCollator(_PairMixin, BatchSamplerDataCollatorForSeq2Seq):
     """Several conversations per batch row, kept apart by position ids."""
 
 
+@dataclass
 class PackedMaskPairCollator(_PairMixin, V2BatchSamplerDataCollatorForSeq2Seq):
     """Several conversations per batch row, numbered in the attention mask where the model reads it."""
 
 
-class PaddedAttentionCollator(PaddedPairCollator):
-    """Padded, with what cross-model attention needs."""
-
-    cross_attention = True
-
-
-class PackedAttentionCollator(PackedPairCollator):
-    """Packed, with what cross-model attention needs."""
-
-    cross_attention = True
-
-
-class PackedMaskAttentionCollator(PackedMaskPairCollator):
-    """Packed and numbered, with what cross-model attention needs."""
-
-    cross_attention = True
-
-
-_ATTENDING: dict[type[_PairMixin], type[_PairMixin]] = {
-    PaddedPairCollator: PaddedAttentionCollator,
-    PackedPairCollator: PackedAttentionCollator,
-    PackedMaskPairCollator: PackedMaskAttentionCollator,
-}
-
-
 def collator_class(cfg: Any, is_eval: bool) -> type[_PairMixin]:
     """The collator that extends the one Axolotl would choose for this recipe."""
-    chosen = _host_choice(cfg, is_eval)
-    return _ATTENDING[chosen] if (cfg.dskd or {}).get("alignment") == "cma" else chosen
-
-
-def _host_choice(cfg: Any, is_eval: bool) -> type[_PairMixin]:
     if not (cfg.eval_sample_packing if is_eval else cfg.sample_packing):
         return PaddedPairCollator
     from axolotl.monkeypatch.multipack import SUPPORTED_MULTIPACK_MODEL_TYPES

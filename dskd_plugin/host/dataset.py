@@ -14,328 +14,170 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
-from axolotl.utils.chat_templates import get_chat_template_from_config
 
 from dskd_plugin import advice
+from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin.host.strategy import IGNORE, PairedStrategy
 from dskd_plugin.host.turn_end_warning import names_the_side, template_end
 from dskd_plugin.log import LOG
-from dskd_plugin.methods import method_of
-from dskd_plugin.pair import Pair, aligner, make_pair
-from dskd_plugin.settings import Settings
+from dskd_plugin.run import Run, Sides, is_chat
 from dskd_plugin.teachers.reader import TeacherReader
-from dskd_plugin.text.align import Ends, answers, end_of_turn
-from dskd_plugin.text.read_by import OneSided, hand_over
-from dskd_plugin.text.templates import names, one_template
-from dskd_plugin.text.tokens import TokenTable, overlap, places, spell
-
-IGNORE = -100
+from dskd_plugin.text.tokens import overlap
+from dskd_plugin.text.turn_ends import end_of_turn
 
 
-class PairedStrategy:
-    """A student strategy and a teacher strategy on the same raw rows."""
-
-    def __init__(
-        self,
-        student: Any,
-        teacher: Any,
-        pair: Pair,
-        settings: Settings,
-        student_len: int | None = None,
-        teacher_len: int | None = None,
-    ) -> None:
-        self.student, self.teacher, self.pair = student, teacher, pair
-        self.aligner = aligner(pair, settings, (_turn_end(student, pair.student), _turn_end(teacher, pair.teacher)))
-        self.with_prompts = settings.on_policy is not None
-        self.student_len, self.teacher_len = student_len, teacher_len
-        self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)
-        self.filter_rows = getattr(student, "filter_rows", None)
-        self.one_sided = OneSided.of(student, teacher)
-
-    @property
-    def supports_batched(self) -> bool:
-        return bool(self.student.supports_batched)
-
-    def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
-        """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
-        if not self.cuts_texts:
-            return self._tokenize(prompt)
-        parts = [self._tokenize({name: [value] for name, value in text.items()}) for text in _rows_of(prompt)]
-        return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
-
-    def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        if self.one_sided is not None:
-            for row in _rows_of(prompt) if self._is_batch(prompt) else [prompt]:
-                hand_over(self.student, row)
-                hand_over(self.teacher, row)
-        student, refusals = self._columns_of("student", prompt)
-        teacher, teacher_refusals = self._columns_of("teacher", prompt)
-        ids = student["input_ids"]
-        if not (self.supports_batched and (len(ids) == 0 or isinstance(ids[0], list | np.ndarray))):
-            joined = self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])
-            notes = {REFUSED: (refusals or teacher_refusals or [""])[0], ONE_SIDED: self._one_sided(prompt)}
-            return {**student, **joined, **notes}
-        if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
-            # The two sides are cut at different places.
-            teacher_rows = self._reread(ids, prompt[self.student.field][0])
-        else:
-            teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
-        rows = [
-            self._join(*row, *teacher_row)
-            for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
-        ]
-        none = [""] * len(rows)
-        said = [self._one_sided(row) for row in _rows_of(prompt)] if self.one_sided else none
-        refused = [mine or theirs for mine, theirs in zip(refusals or none, teacher_refusals or none, strict=False)]
-        columns = {column: [row[column] for row in rows] for column in self._join([], [], [], [])}
-        # A text that was cut into rows has one note for all of them.
-        return {**student, **columns, REFUSED: [*refused, *none][: len(rows)], ONE_SIDED: said}
-
-    def _columns_of(self, side: str, prompt: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """A side's columns, empty for rows that its template cannot render, and a note for each row if there are such.
-
-        A strategy reads a batch of rows as a whole; where that fails, each row is read alone.
-        """
-        strategy = self.student if side == "student" else self.teacher
-        try:
-            # Strategies change the row they are given.
-            return dict(strategy.tokenize_prompt(copy.deepcopy(prompt))), []
-        except Exception as error:  # whatever a template raises, e.g. for a system message
-            if side == "student" and self.one_sided is None:
-                raise  # no template's
-            if not self._is_batch(prompt):
-                return _no_columns(), [dataset_report.refusal_note(side, error, prompt)]
-        parts, notes = [], []
-        for row in _rows_of(prompt):
-            try:
-                found = strategy.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
-                parts.append({column: values[0] for column, values in found.items()})
-                notes.append("")
-            except Exception as error:
-                parts.append(_no_columns())
-                notes.append(dataset_report.refusal_note(side, error, row))
-        return {column: [part.get(column, _no_ids()) for part in parts] for column in _columns(parts)}, notes
-
-    def _is_batch(self, prompt: dict[str, Any]) -> bool:
-        asks = getattr(self.student, "is_prompt_batched", None)
-        return bool(asks(prompt) if asks else self.supports_batched)
-
-    def _one_sided(self, row: dict[str, Any]) -> str:
-        return "" if self.one_sided is None else dataset_report.one_sided_note(self.one_sided.find(row))
-
-    def _reread(self, rows: list[list[int]], text: str) -> list[tuple[list[int], list[int]]]:
-        """The teacher's tokens, as many as it reads, of each student row of a text; all of them are trained on."""
-        if self.pair.identity:
-            return [(list(row), list(row)) for row in rows]
-        end, student_end = self.teacher.tokenizer.eos_token_id, self.student.tokenizer.eos_token_id
-        found = []
-        for number, (row, said) in enumerate(zip(rows, self._texts(rows, text.encode()), strict=True)):
-            ids = self._read_on(said) if number else list(self.teacher.tokenizer(said)["input_ids"])
-            if end is not None and row[-1] == student_end and ids[-1:] != [end]:
-                ids.append(end)
-            ids = ids[: self.teacher_len]
-            found.append((ids, list(ids)))
-        return found
-
-    def _texts(self, rows: list[list[int]], text: bytes) -> list[str]:
-        """What of a text each student row holds; what the row spells where its tokenizer has changed the text."""
-        table = self.pair.student
-        ends = places([token for row in rows for token in row], table, text)
-        if ends is None:
-            plain = [[token for token in row if table.bytes[token] is not None] for row in rows]
-            spelled = [spell(row, table) for row in plain]
-            spelled[0] = spelled[0].removeprefix(b" ") if table.dummy_prefix else spelled[0]
-        else:
-            stops = [ends[length - 1] for length in np.cumsum([len(row) for row in rows])]
-            spelled = [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
-        return [part.decode("utf-8", "ignore") for part in spelled]
-
-    def _read_on(self, text: str) -> list[int]:
-        """The teacher's tokens of a text that goes on from another: they spell no space more, if that can be."""
-        table, tokenizer = self.pair.teacher, self.teacher.tokenizer
-        bare = text.removeprefix(" ") if table.dummy_prefix else text
-        for said in dict.fromkeys((bare, text)):
-            ids = list(tokenizer(said)["input_ids"])
-            if b"".join(table.bytes[token] or b"" for token in ids) == text.encode():
-                return ids
-        return list(tokenizer(bare)["input_ids"])
-
-    def _join(
-        self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
-    ) -> dict[str, Any]:
-        sides = (
-            ids,
-            _responses(ids, labels, self.student.tokenizer),
-            teacher_ids,
-            _responses(teacher_ids, teacher_labels, self.teacher.tokenizer),
-        )
-        found = self.aligner.columns(*sides)
-        found[PARTED] = self.aligner.parted(*sides) if found[UNMATCHED] else ""
-        if self.with_prompts:
-            ours = answers(ids, _trained(labels), self.pair.student, self.aligner.student_end)
-            theirs = answers(teacher_ids, _trained(teacher_labels), self.pair.teacher, self.aligner.teacher_end)
-            found["teacher_prompt"] = prompt_end(ours[: self.student_len], ours, theirs)
-        # Arrays know that they hold integers where they are empty in all of the first rows.
-        return {
-            column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
-            for column, value in {"teacher_input_ids": list(teacher_ids), **found}.items()
-        }
-
-
-def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
-    """Teacher tokens before the answer to the student's last prompt within ``kept``; 0 where there is no prompt."""
-    starts, whole, teacher_starts = _starts(kept), _starts(ours), _starts(theirs)
-    if not starts or starts[-1] == 0:
-        return 0
-    if len(whole) == len(teacher_starts):
-        return teacher_starts[len(starts) - 1]
-    return teacher_starts[-1] if teacher_starts and len(starts) == len(whole) else 0
-
-
-def _starts(inside: list[bool]) -> list[int]:
-    """Where the answers begin."""
-    return [k for k, here in enumerate(inside) if here and (k == 0 or not inside[k - 1])]
-
-
-def turn_ends(cfg: Any, tokenizer: Any, table: TokenTable, reader: TeacherReader) -> list[Ends]:
-    """The end-of-turn ids of the recipe's datasets, each once; plain-text types end with the end of sequence.
-
-    tokenizer, table: the student's.
-    """
-    found = []
-    for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
-        chat = str(entry.get("type")).startswith("chat_template")
-        ours = student_template(cfg, entry, tokenizer) if chat else None
-        theirs = reader.template if chat else None
-        options = cfg.get("chat_template_kwargs")
-        student_end = end_of_turn(tokenizer, ours, table, options)
-        found.append((student_end, end_of_turn(reader.tokenizer, theirs, reader.table, reader.template_options)))
-    return list(dict.fromkeys(found))
-
-
-def student_template(cfg: Any, entry: Any, tokenizer: Any) -> str:
-    """The chat template in which the student reads a dataset entry, as one text.
-
-    ``ValueError`` where its tokenizer has several under names and none that holds for every conversation.
-    """
-    found = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
-    template = one_template(found)
-    if template is None:
-        raise ValueError(
-            f"chat_template: expected a student with a chat template named 'default', got one with "
-            f"{', '.join(names(found))}. Write the one to use into a jinja file: chat_template: jinja, "
-            "chat_template_jinja: <file>."
-        )
-    return template
-
-
-def _with_one_template(entry: Any, cfg: Any, tokenizer: Any) -> Any:
+def _with_one_template(entry: Any, sides: Sides) -> Any:
     """A dataset entry whose template is one text, also where the student's tokenizer has several under names."""
-    chat = str(entry.get("type")).startswith("chat_template")
-    if not chat or not isinstance(getattr(tokenizer, "chat_template", None), dict):
+    if not is_chat(entry) or not isinstance(getattr(sides.tokenizer, "chat_template", None), dict):
         return entry
     entry = copy.deepcopy(entry)
-    template = student_template(cfg, entry, tokenizer)
+    template = sides.run.student_template(entry, sides.tokenizer)
     entry["chat_template"], entry["chat_template_jinja"] = "jinja", template
     return entry
 
 
-def _turn_end(strategy: Any, table: TokenTable) -> int | None:
-    prompter = getattr(strategy, "prompter", None)
-    template = getattr(prompter, "chat_template", None)
-    return end_of_turn(strategy.tokenizer, template or None, table, getattr(prompter, "chat_template_kwargs", None))
+class ReadTwice:
+    """Stands in for three functions of Axolotl in one run: what they do, for both sides.
 
+    Each takes the original and the arguments of a call.
+    """
 
-def _responses(ids: list[int], labels: list[int], tokenizer: Any) -> list[bool]:
-    """Which tokens belong to a response; a leading BOS is markup even where everything is trained on."""
-    response = _trained(labels)
-    if response and ids[0] == tokenizer.bos_token_id:
-        response[0] = False
-    return response
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._sides: Sides | None = None
+        # What takes a strategy that Axolotl has just built, and gives back the one to use.
+        self._exchange: Callable[[Any], Any] | None = None
+        # What is said of the entries without a pair and of those without a prompt, until all of a split are read.
+        self._unpaired: list[SettingError] = []
+        self._promptless: list[SettingError] = []
 
-
-def _no_ids() -> Any:
-    return np.zeros(0, dtype=np.int64)  # knows that it holds integers, where all of the first rows are empty
-
-
-def _no_columns() -> dict[str, Any]:
-    return {column: _no_ids() for column in ("input_ids", "attention_mask", "labels")}
-
-
-def _rows_of(prompt: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a batch."""
-    return [dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True)]
-
-
-def _columns(parts: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(column for part in parts for column in part))
-
-
-def _trained(labels: list[int]) -> list[bool]:
-    return [label != IGNORE for label in labels]
-
-
-_reader: TeacherReader | None = None
-_on_strategy: Callable[[Any], Any] | None = None
-
-
-def install(reader: TeacherReader | None) -> None:
-    """Let Axolotl's datasets carry the teacher's side; None switches it off again."""
-    global _reader
-    _reader = reader
-    _unpaired.clear()
-    _promptless.clear()
-    from axolotl.utils.data import sft, wrappers
-
-    if not hasattr(sft.get_dataset_wrapper, "reads_twice"):
-        sft.get_dataset_wrapper = _read_twice(sft.get_dataset_wrapper)
-        sft.merge_datasets = _with_any_pair(sft.merge_datasets)
-        wrappers.wrap_dataset_for_tokenized_prompt = _exchange_strategy(wrappers.wrap_dataset_for_tokenized_prompt)
-
-
-def _read_twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_dataset_wrapper(dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        if _reader is None:
-            return original(dataset_config, tokenizer, cfg, *args, **kwargs)
+    def get_dataset_wrapper(
+        self, original: Callable[..., Any], dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A dataset entry tokenized for both sides."""
+        if self._sides is None or self._sides.tokenizer is not tokenizer:
+            self._sides = self._run.on(cfg).with_student(tokenizer)
+        sides, teacher = self._sides, self._run.teacher
         name = f"datasets: {dataset_config['path']}"
         captured: list[Any] = []
-        with _each_strategy(captured.append), names_the_side("teacher"):
-            original(*_for_teacher(dataset_config, cfg, _reader), *args, **kwargs)
+        with self._each_strategy(captured.append), names_the_side("teacher"):
+            original(*_for_teacher(dataset_config, cfg, teacher), *args, **kwargs)
         if len(captured) != 1:
-            raise ValueError(
-                f"{name}: expected a dataset type that Axolotl tokenizes row by row, got {dataset_config['type']!r}. "
-                "Use chat_template, alpaca, completion or a custom type with raw text."
+            raise SettingError(
+                name,
+                "a dataset type that Axolotl tokenizes row by row",
+                f"{dataset_config['type']!r}",
+                "Use chat_template, alpaca, completion or a custom type with raw text.",
             )
-        settings = _reader.settings
-        pair = make_pair(tokenizer, _reader.table, settings)
-        if settings.on_policy is not None and len(ends := turn_ends(cfg, tokenizer, pair.student, _reader)) > 1:
-            sides = [
-                [tokens.convert_ids_to_tokens(end) for end in one if end is not None]
-                for tokens, one in zip((tokenizer, _reader.tokenizer), zip(*ends, strict=True), strict=True)
-            ]
-            raise ValueError(
-                "datasets: expected one end of turn in all entries, since sampled answers have one (dskd.on_policy), "
-                f"got {' and '.join(sides[0])} of the student, {' and '.join(sides[1])} of the teacher. "
-                "Use one type and one chat template for all of them, or remove dskd.on_policy."
-            )
+        settings, pair = self._run.settings, sides.pair
+        if settings.on_policy is not None:
+            _check_one_end(sides)
         paired = functools.partial(
             PairedStrategy,
             pair=pair,
             settings=settings,
             student_len=cfg.sequence_len,
-            teacher_len=_reader.sequence_len,
+            teacher_len=teacher.sequence_len,
         )
-        dataset_config = _with_one_template(dataset_config, cfg, tokenizer)
+        dataset_config = _with_one_template(dataset_config, sides)
         turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
-        with _each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
+        with self._each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
-        return _checked(name, dataset, cfg, _reader, pair, tokenizer), prompter
+        return self._checked(name, dataset, sides), prompter
 
-    get_dataset_wrapper.reads_twice = True  # type: ignore[attr-defined]
-    return get_dataset_wrapper
+    def wrap_dataset_for_tokenized_prompt(
+        self, original: Callable[..., Any], strategy: Any, dataset: Any, **kwargs: Any
+    ) -> Any:
+        """A dataset tokenized with the strategy that is wanted at this time."""
+        if self._exchange is not None:
+            strategy = self._exchange(strategy)
+        return dataset if strategy is None else original(strategy, dataset, **kwargs)
+
+    def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
+        lacking = (
+            (self._unpaired, "The rows of this entry teach by cross-entropy alone."),
+            (self._promptless, "The student answers the prompts of the other entries."),
+        )
+        for lines, consequence in lacking:
+            said, lines[:] = lines[:], []
+            if said and len(said) == len(datasets):
+                raise Mistakes(said)
+            for line in said:
+                LOG.warning("dskd: %s %s", line, consequence)
+        return original(datasets, *args, **kwargs)
+
+    @contextmanager
+    def _each_strategy(self, exchange: Callable[[Any], Any]) -> Iterator[None]:
+        """Hand every strategy that Axolotl builds to ``exchange``; where that returns None, nothing is tokenized."""
+        self._exchange = exchange
+        try:
+            yield
+        finally:
+            self._exchange = None
+
+    def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
+        """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing."""
+        run, rows = sides.run, len(dataset)
+        _check_readable(name, dataset, sides)
+        notes = list(dataset[PARTED]) if rows else []
+        unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
+        if line := dataset_report.parted(notes, unmatched):
+            LOG.warning("dskd: %s: %s.", name, line)
+        dataset, over_long = _fitting(name, dataset, run)
+        if rows:
+            unmatched = int(np.sum(dataset[UNMATCHED]))
+        responses, aligned = _responses_in(dataset), int(_lengths(dataset, "aligned_student").sum())
+        in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
+        if rows and not len(dataset):
+            raise SettingError(
+                name,
+                f"rows that fit the teacher ({run.teacher.sequence_len} tokens)",
+                f"none: all {rows} are longer",
+                "Raise dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate.",
+            )
+        if responses == 0:
+            raise SettingError(
+                name,
+                "rows with response tokens to train on",
+                f"none in {rows} rows",
+                "Check the field names, roles_to_train, train_on_inputs and the chat template.",
+            )
+        of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
+        LOG.info(
+            "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
+            "%d response segments without a counterpart",
+            *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
+            *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
+        )
+        if not aligned and not in_spans and run.method.needs_teacher:
+            self._unpaired.append(dataset_report.unpaired(name, responses, notes, sides.pair, run.settings))
+        if run.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
+            self._promptless.append(dataset_report.promptless(name, rows))
+        return dataset.remove_columns(list(NOTES))
+
+
+def install(run: Run | None) -> None:
+    """Let Axolotl's datasets carry the teacher's side of a run; None gives Axolotl its own functions back."""
+    from axolotl.utils.data import sft, wrappers
+
+    both = None if run is None else ReadTwice(run)
+    for module, name in (
+        (sft, "get_dataset_wrapper"),
+        (sft, "merge_datasets"),
+        (wrappers, "wrap_dataset_for_tokenized_prompt"),
+    ):
+        found = getattr(module, name)
+        original = getattr(found, "axolotls_own", found)
+        if both is None:
+            setattr(module, name, original)
+            continue
+        replaced = functools.partial(getattr(both, name), original)
+        replaced.axolotls_own = original  # type: ignore[attr-defined]
+        setattr(module, name, replaced)
 
 
 @functools.cache
@@ -344,24 +186,20 @@ def _say_once(line: str) -> None:
     LOG.info("dskd: %s", line)
 
 
-def _exchange_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrap_dataset_for_tokenized_prompt(strategy: Any, dataset: Any, **kwargs: Any) -> Any:
-        if _on_strategy is not None:
-            strategy = _on_strategy(strategy)
-        return dataset if strategy is None else original(strategy, dataset, **kwargs)
-
-    return wrap_dataset_for_tokenized_prompt
-
-
-@contextmanager
-def _each_strategy(exchange: Callable[[Any], Any]) -> Iterator[None]:
-    """Hand every strategy that Axolotl builds to ``exchange``; where that returns None, nothing is tokenized."""
-    global _on_strategy
-    _on_strategy = exchange
-    try:
-        yield
-    finally:
-        _on_strategy = None
+def _check_one_end(sides: Sides) -> None:
+    """Raise ``SettingError`` where the datasets' turns end in several ways; sampled answers end in one."""
+    if len(sides.ends) < 2:
+        return
+    told = []
+    for tokenizer, ends in zip(sides.tokenizers, zip(*sides.ends, strict=True), strict=True):
+        tokens = tokenizer.convert_ids_to_tokens([end for end in ends if end is not None])
+        told.append(" and ".join(tokens))
+    raise SettingError(
+        "datasets",
+        "one end of turn in all entries, since sampled answers have one (dskd.on_policy)",
+        f"{told[0]} of the student, {told[1]} of the teacher",
+        "Use one type and one chat template for all of them, or remove dskd.on_policy.",
+    )
 
 
 def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[Any, Any, Any]:
@@ -381,67 +219,51 @@ def _for_teacher(dataset_config: Any, cfg: Any, reader: TeacherReader) -> tuple[
     return config, reader.tokenizer, teacher_cfg
 
 
-def _checked(name: str, dataset: Any, cfg: Any, reader: TeacherReader, pair: Pair, tokenizer: Any) -> Any:
-    """Apply Axolotl's own rule to over-long teacher rows, log the alignment, refuse a dataset that teaches nothing."""
-    limit = reader.sequence_len
-    rows = len(dataset)
-    if refusal := dataset_report.refused(name, list(dataset[REFUSED]) if rows else [], rows):
-        raise ValueError(refusal)
-    if refusal := _beyond_rows(name, dataset, reader):
-        raise ValueError(refusal)
-    _tell_one_sided(name, dataset, tokenizer, reader.tokenizer)
-    notes = list(dataset[PARTED]) if rows else []
-    if line := dataset_report.parted(notes, int(np.sum(dataset[UNMATCHED])) if rows else 0):
-        LOG.warning("dskd: %s: %s.", name, line)
+def _check_readable(name: str, dataset: Any, sides: Sides) -> None:
+    """Refuse rows that a side cannot read, and tell of what one side alone reads."""
+    teacher = sides.run.teacher
+    refusals = list(dataset[REFUSED]) if len(dataset) else []
+    if refusal := dataset_report.refused(name, refusals, len(dataset)):
+        raise refusal
+    if refusal := _beyond_rows(name, dataset, teacher):
+        raise refusal
+    _tell_one_sided(name, dataset, *sides.tokenizers)
+
+
+def _excess_strategy(run: Run) -> str:
+    return str(run.recipe.excess_length_strategy or "drop").lower()
+
+
+def _fitting(name: str, dataset: Any, run: Run) -> tuple[Any, int]:
+    """The dataset by Axolotl's own rule for rows that are too long, and how many were too long for the teacher."""
+    limit, processes = run.teacher.sequence_len, run.recipe.dataset_num_proc
     over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
-    strategy = (cfg.excess_length_strategy or "drop").lower()
-    if over_long and strategy == "raise":
-        raise ValueError(
-            f"{name}: expected teacher rows of at most {limit} tokens (excess_length_strategy: raise), "
-            f"got {over_long} longer ones. Raise dskd.teacher.sequence_len or shorten the rows."
+    if not over_long:
+        return dataset, 0
+    if _excess_strategy(run) == "raise":
+        raise SettingError(
+            name,
+            f"teacher rows of at most {limit} tokens (excess_length_strategy: raise)",
+            f"{over_long} longer ones",
+            "Raise dskd.teacher.sequence_len or shorten the rows.",
         )
-    if over_long and strategy == "truncate":
-        cut = _Truncate(limit, pairs=method_of(reader.settings).pairing(reader.settings) != "all")
-        dataset = dataset.map(cut, num_proc=cfg.dataset_num_proc, desc="Truncating teacher rows")
-    elif over_long:
-        dataset = dataset.filter(_Fits(limit), num_proc=cfg.dataset_num_proc, desc="Dropping over-long teacher rows")
-    responses = sum(
-        int(np.count_nonzero(batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != IGNORE))
-        for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000)
-    )
-    aligned = int(_lengths(dataset, "aligned_student").sum())
-    in_spans = _span_tokens(dataset) if "spans" in dataset.column_names else None
-    unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
-    if rows and not len(dataset):
-        raise ValueError(
-            f"{name}: expected rows that fit the teacher ({limit} tokens), got none: all {rows} are longer. Raise "
-            "dskd.teacher.sequence_len, shorten the rows, or set excess_length_strategy: truncate."
-        )
-    if responses == 0:
-        raise ValueError(
-            f"{name}: expected rows with response tokens to train on, got none in {rows} rows. Check the field names, "
-            "roles_to_train, train_on_inputs and the chat template."
-        )
-    of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
-    LOG.info(
-        "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
-        "%d response segments without a counterpart",
-        *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
-        *(over_long, strategy if over_long else "none", unmatched),
-    )
-    if not aligned and not in_spans and method_of(reader.settings).needs_teacher:
-        _unpaired.append(dataset_report.unpaired(name, responses, notes, pair, reader.settings))
-    if reader.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
-        _promptless.append(
-            f"{name}: expected rows with a prompt that the student can answer (dskd.on_policy), got none in {rows} "
-            "rows. Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with "
-            "prompts, raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy."
-        )
-    return dataset.remove_columns(list(NOTES))
+    if _excess_strategy(run) == "truncate":
+        cut = _Truncate(limit, pairs=run.method.in_pairs)
+        return dataset.map(cut, num_proc=processes, desc="Truncating teacher rows"), over_long
+    return dataset.filter(_Fits(limit), num_proc=processes, desc="Dropping over-long teacher rows"), over_long
 
 
-def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> str | None:
-    """The message about a row with a token that the teacher has no embedding for; None where there is none."""
+def _responses_in(dataset: Any) -> int:
+    """Response tokens to train on."""
+    count = 0
+    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(1000):
+        labels = batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        count += int(np.count_nonzero(labels != IGNORE))
+    return count
+
+
+def _beyond_rows(name: str, dataset: Any, reader: TeacherReader) -> SettingError | None:
+    """The error about a row with a token that the teacher has no embedding for; None where there is none."""
     first = 0
     for batch in dataset.select_columns(["teacher_input_ids"]).with_format("arrow").iter(1000):
         ids = batch["teacher_input_ids"].combine_chunks()
@@ -460,30 +282,6 @@ def _tell_one_sided(name: str, dataset: Any, tokenizer: Any, teacher_tokenizer: 
     row = dataset[place]
     renderings = tokenizer.decode(row["input_ids"]), teacher_tokenizer.decode(row["teacher_input_ids"])
     LOG.warning("dskd: %s: %s.", name, dataset_report.one_sided_line(said, place, texts[0].text, renderings))
-
-
-# What is said of the entries without a pair and of those without a prompt, until all entries of a split are read.
-_unpaired: list[str] = []
-_promptless: list[str] = []
-
-
-def _with_any_pair(original: Callable[..., Any]) -> Callable[..., Any]:
-    """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
-
-    def merge_datasets(datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
-        lacking = (
-            (_unpaired, "The rows of this entry teach by cross-entropy alone."),
-            (_promptless, "The student answers the prompts of the other entries."),
-        )
-        for lines, consequence in lacking:
-            said, lines[:] = lines[:], []
-            if _reader is not None and said and len(said) == len(datasets):
-                raise ValueError("\n".join(said))
-            for line in said:
-                LOG.warning("dskd: %s %s", line, consequence)
-        return original(datasets, *args, **kwargs)
-
-    return merge_datasets
 
 
 def _span_tokens(dataset: Any) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
 from dskd_plugin.settings import Settings
@@ -28,18 +29,19 @@ def refusal_note(side: str, error: Exception, prompt: dict[str, Any]) -> str:
     return json.dumps({"side": side, "error": str(error) or repr(error), "row": shown, "roles": roles})
 
 
-def refused(name: str, notes: list[str], rows: int) -> str | None:
-    """The message about rows that a template cannot render; notes: of all rows, "" for a good one."""
+def refused(name: str, notes: list[str], rows: int) -> SettingError | None:
+    """The error about rows that a template cannot render; notes: of all rows, "" for a good one."""
     places = [k for k, note in enumerate(notes) if note]
     if not places:
         return None
     first = json.loads(notes[places[0]])
     side = first["side"]
     count = sum(json.loads(notes[k])["side"] == side for k in places)
-    return (
-        f"{name}: expected rows that the {side}'s chat template renders ({_SETTING[side]}), got {count} of {rows} that "
-        f"it does not; the first, row {places[0] + 1}: {first['error']} [{first['row']}]. "
-        f"{_advice_for(first['error'], first['roles'])}, or name another template ({_SETTING[side]})."
+    return SettingError(
+        name,
+        f"rows that the {side}'s chat template renders ({_SETTING[side]})",
+        (f"{count} of {rows} that it does not; the first, row {places[0] + 1}: {first['error']} [{first['row']}]"),
+        f"{_advice_for(first['error'], first['roles'])}, or name another template ({_SETTING[side]}).",
     )
 
 
@@ -59,13 +61,20 @@ def _advice_for(error: str, roles: list[str]) -> str:
     return "Change or leave out such rows"
 
 
-def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows: int) -> str:
-    """The message about a row, of this place, with a token that the teacher has no embedding for."""
+def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows: int) -> SettingError:
+    """The error about a row, of this place, with a token that the teacher has no embedding for."""
     token = next(token for token in ids if token >= rows)
-    return (
-        f"{name}: expected tokens that the teacher (dskd.teacher.model) has embeddings for, got {rows} rows of them "
-        f"and, in row {place + 1}, the token {tokenizer.convert_ids_to_tokens(token)!r} of id {token}. Leave that text "
-        "out of the rows, or give the model that was trained with this tokenizer, or the tokenizer of this model."
+    return SettingError(
+        name,
+        "tokens that the teacher (dskd.teacher.model) has embeddings for",
+        (
+            f"{rows} rows of them and, in row {place + 1}, the token "
+            f"{tokenizer.convert_ids_to_tokens(token)!r} of id {token}"
+        ),
+        (
+            "Leave that text out of the rows, or give the model that was trained with this tokenizer, or the "
+            "tokenizer of this model."
+        ),
     )
 
 
@@ -81,23 +90,36 @@ def parted(notes: list[str], segments: int) -> str | None:
     )
 
 
-def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: Settings) -> str:
+def unpaired(name: str, responses: int, notes: list[str], pair: Pair, settings: Settings) -> SettingError:
     """Why no response token of a dataset has a partner, and what to do."""
-    said = f"{name}: expected response tokens that student and teacher share, got none aligned of {responses}."
     first = next((k for k, note in enumerate(notes) if note), None)
     if first is not None:
-        return (
-            f"{said} The texts of row {first + 1} part here: {notes[first]}. Check that both chat templates render "
+        do = (
+            f"The texts of row {first + 1} part here: {notes[first]}. Check that both chat templates render "
             "the answers (dskd.teacher.chat_template) and that train_on_eos and roles_to_train fit both."
         )
-    said = f"{said} The texts are the same, but no token of one side is a token of the other at the same place."
-    method = method_of(settings)
-    has_no_spans = "span_weight" in method.ignores or method.pairing(settings) == "all"
-    if pair.identity or settings.span_weight > 0 or has_no_spans:
-        return f"{said} Name a template that puts the same white space around the answers (dskd.teacher.chat_template)."
-    return (
-        f"{said} A first word does not pair where one tokenizer alone puts a space before it; dskd.span_weight: 1 "
-        "takes it in."
+    else:
+        do = "The texts are the same, but no token of one side is a token of the other at the same place. "
+        method = method_of(settings)
+        has_no_spans = "span_weight" in method.ignores or not method.in_pairs
+        if pair.identity or settings.span_weight > 0 or has_no_spans:
+            do += "Name a template that puts the same white space around the answers (dskd.teacher.chat_template)."
+        else:
+            do += (
+                "A first word does not pair where one tokenizer alone puts a space before it; dskd.span_weight: 1 "
+                "takes it in."
+            )
+    return SettingError(name, "response tokens that student and teacher share", f"none aligned of {responses}", do)
+
+
+def promptless(name: str, rows: int) -> SettingError:
+    """What is to be done about a dataset without a prompt that the student can answer."""
+    return SettingError(
+        name,
+        "rows with a prompt that the student can answer (dskd.on_policy)",
+        f"none in {rows} rows",
+        "Mask the prompts (train_on_inputs: false, roles_to_train: [assistant]), use a dataset type with prompts, "
+        "raise dskd.teacher.sequence_len if it cuts them, or remove dskd.on_policy.",
     )
 
 

@@ -85,7 +85,7 @@ def write(trainer: Any) -> None:
     file = Path(trainer.cfg.axolotl_config_path or "")
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else trainer.cfg.to_dict()
     recipe.setdefault("base_model", trainer.cfg.base_model)
-    text = card(trainer, recipe, trainer.reader.settings)
+    text = card(trainer, recipe, trainer.run.settings)
     (Path(trainer.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 

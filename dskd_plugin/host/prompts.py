@@ -6,14 +6,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from dskd_plugin.settings import Settings
+from dskd_plugin.errors import SettingError
+from dskd_plugin.run import Run
+from dskd_plugin.teachers.reader import TeacherReader, answer_ends, resolve_template
 from dskd_plugin.text.read_by import hand_over
 from dskd_plugin.text.reasoning import AssistantForm, form_of
 
@@ -38,38 +40,36 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected an Axolotl recipe in YAML, got {error}. Correct the file.") from None
+        raise SettingError(path, "an Axolotl recipe in YAML", error, "Correct the file.") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected an Axolotl recipe, got {type(recipe).__name__}. Name another file.")
+        raise SettingError(path, "an Axolotl recipe", type(recipe).__name__, "Name another file.")
     if not recipe.get("dskd"):
-        raise ValueError(
-            f"{path}: expected a `dskd:` block that names the teacher, got none. "
-            "Add at least:\n  plugins: [dskd]\n  dskd:\n    teacher:\n      model: <hub id or folder>"
+        raise SettingError(
+            path,
+            "a `dskd:` block that names the teacher",
+            "none",
+            "Add at least:\n  plugins: [dskd]\n  dskd:\n    teacher:\n      model: <hub id or folder>",
         )
     if not recipe.get("datasets"):
-        raise ValueError(f"{path}: expected `datasets` with the prompts, got none. List at least one.")
+        raise SettingError(path, "`datasets` with the prompts", "none", "List at least one.")
     return recipe
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A checked recipe, and its teacher's way to read and end a conversation."""
+    """A checked recipe whose teacher answers. template: it reads all entries in this one, of whatever type.
 
-    cfg: Any
-    settings: Settings
-    tokenizer: Any
-    parts: Any
+    ends: ids that end its answers; form: how it lays out an answer, see `reasoning.AssistantForm`.
+    """
+
+    run: Run
     template: str
-    template_options: dict[str, Any]
-    vocab_size: int
-    rows: int
-    positions: int | None
-    ends: list[int] = field(default_factory=list)
-    form: AssistantForm = field(default_factory=AssistantForm)
+    ends: list[int]
+    form: AssistantForm
 
     @property
-    def trust_remote_code(self) -> bool:
-        return bool(self.cfg.get("trust_remote_code"))
+    def teacher(self) -> TeacherReader:
+        return self.run.teacher
 
 
 def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
@@ -78,17 +78,14 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"
     try:
         from axolotl.cli.config import load_cfg
-        from axolotl.integrations.base import PluginManager
         from axolotl.utils import tee
     except ImportError as error:
-        raise ValueError(
-            f"axolotl: expected an installed Axolotl, got {error}. Install it: pip install 'dskd[train]'."
+        raise SettingError(
+            "axolotl", "an installed Axolotl", error, "Install it: pip install 'dskd[train]'."
         ) from error
 
     from dskd_plugin.host import dataset
-    from dskd_plugin.host.named_templates import named_template
-    from dskd_plugin.host.plugin import DSKDPlugin
-    from dskd_plugin.teachers.reader import answer_ends, positions_of, resolve_template
+    from dskd_plugin.host.plugin import registered
 
     changes = {key: value for key, value in _TRAINING_ONLY.items() if key in recipe}
     with tempfile.TemporaryDirectory() as scratch:  # Axolotl empties the log in output_dir
@@ -98,34 +95,24 @@ def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
             wrong = "; ".join(
                 f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()
             )
-            raise ValueError(
-                f"{path}: expected a recipe that Axolotl accepts, got {wrong}. Correct it: it could not train either."
+            raise SettingError(
+                path, "a recipe that Axolotl accepts", wrong, "Correct it: it could not train either."
             ) from error
         except OSError as error:
-            raise ValueError(
-                f"{path}: expected models and files that can be read, got {error}. Check the names and the network."
+            raise SettingError(
+                path, "models and files that can be read", error, "Check the names and the network."
             ) from error
         tee.close_debug_log()
     dataset.install(None)
-    (plugin,) = (p for p in PluginManager.get_instance().plugins.values() if isinstance(p, DSKDPlugin))
-    reader = plugin.reader
+    resolved = registered().run
+    assert resolved is not None
+    run = resolved.on(cfg)
+    teacher = run.teacher
     # Entries of other types than chat_template are answered in the teacher's template as well.
-    template = resolve_template(reader.settings.teacher, reader.tokenizer, named_template, needed=True)
+    template = resolve_template(run.settings.teacher, teacher.tokenizer, run.templates.named, needed=True)
     assert template is not None
-    source = Source(
-        cfg=cfg,
-        settings=reader.settings,
-        tokenizer=reader.tokenizer,
-        parts=reader.parts,
-        template=template,
-        template_options=reader.template_options,
-        vocab_size=reader.table.vocab_size,
-        rows=reader.rows,
-        positions=positions_of(reader.config),
-    )
-    source.ends = answer_ends(reader, template)
-    source.form = form_of(source.tokenizer, template, source.template_options)
-    return source
+    form = form_of(teacher.tokenizer, template, teacher.template_options)
+    return Source(run, template, answer_ends(teacher, template), form)
 
 
 def read_prompts(source: Source, limit: int | None) -> Any:
@@ -149,7 +136,8 @@ def read_prompts(source: Source, limit: int | None) -> Any:
             "answered": Value("bool"),
         }
     )
-    cfg = copy.deepcopy(source.cfg)
+    teacher = source.teacher
+    cfg = copy.deepcopy(source.run.recipe)
     cfg["chat_template"], cfg["chat_template_jinja"], cfg["eot_tokens"] = "jinja", source.template, None
     cfg["tokenizer_use_mistral_common"] = None
     parts: list[Any] = []
@@ -159,16 +147,18 @@ def read_prompts(source: Source, limit: int | None) -> Any:
         entry["chat_template"], entry["chat_template_jinja"] = "jinja", source.template
         with _captured() as found:
             try:
-                sft._load_and_process_single_dataset(entry, cfg, source.tokenizer, split="train", seed=cfg.seed)
+                sft._load_and_process_single_dataset(entry, cfg, teacher.tokenizer, split="train", seed=cfg.seed)
             except Exception as error:
-                raise ValueError(
-                    f"{name}: expected data that Axolotl reads, got {type(error).__name__}: {error}. "
-                    "Check path, split, ds_type and type of the entry."
+                raise SettingError(
+                    name,
+                    "data that Axolotl reads",
+                    f"{type(error).__name__}: {error}",
+                    "Check path, split, ds_type and type of the entry.",
                 ) from error
         if len(found) != 1:
             raise _unreadable(name, entry)
         strategy, rows = found[0]
-        reader = _Reader(name, number, strategy, source.tokenizer, source.template, source.template_options)
+        reader = _Reader(name, number, strategy, teacher.tokenizer, source.template, teacher.template_options)
         if not reader.understands:
             raise _unreadable(name, entry)
         if limit is not None:
@@ -188,11 +178,13 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
 
 
-def _unreadable(name: str, entry: Any) -> ValueError:
+def _unreadable(name: str, entry: Any) -> SettingError:
     kind = entry["type"] if isinstance(entry["type"], str) else "a custom type"
-    return ValueError(
-        f"{name}: expected type chat_template or an alpaca type, whose prompt and answer are apart, got {kind!r}. "
-        "Convert the rows to conversations (`messages`, type: chat_template), or remove the entry."
+    return SettingError(
+        name,
+        "type chat_template or an alpaca type, whose prompt and answer are apart",
+        f"{kind!r}",
+        "Convert the rows to conversations (`messages`, type: chat_template), or remove the entry.",
     )
 
 
@@ -241,9 +233,11 @@ class _Reader:
             turns = turns[: asked[-1] + 1] if asked else []
             ids = [] if not turns else self._render(turns, tools)
         except Exception as error:
-            raise ValueError(
-                f"{self.name}, row {index}: expected a conversation that the teacher's template renders, got "
-                f"{type(error).__name__}: {error}. Correct the row, its field names or dskd.teacher.chat_template."
+            raise SettingError(
+                f"{self.name}, row {index}",
+                "a conversation that the teacher's template renders",
+                f"{type(error).__name__}: {error}",
+                "Correct the row, its field names or dskd.teacher.chat_template.",
             ) from error
         return {
             "messages": json.dumps(turns, ensure_ascii=False),

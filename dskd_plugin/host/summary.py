@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from dskd_plugin.generation.rollout import generating
+from dskd_plugin.generation.sampling import generating
 from dskd_plugin.models import is_partitioned
 
 WIDTH = 110

@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +14,27 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, state
-from dskd_plugin.assemble import distillation_loss
-from dskd_plugin.batch import MicroBatch, micro_batch
-from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.assemble import distillation_loss, in_common, sampler
+from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
-from dskd_plugin.host.dataset import student_template, turn_ends
+from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
 from dskd_plugin.host.watch import Watch
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
-from dskd_plugin.methods import method_of
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.pair import Pair, aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.pair import Pair
+from dskd_plugin.run import Run, Sides
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.base import HiddenStates
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.teachers.reader import TeacherReader
-from dskd_plugin.text.reasoning import markers_of
-
-SUMS = (*TERMS, *RATES)
 
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
 on_create: list[Callable[["DSKDTrainer"], None]] = []
-OWN_PREFIXES = ("dskd_", "teacher_")
-
-
-class _WithoutPerplexity(dict[str, Any]):
-    """Axolotl adds ppl = exp(loss), which means nothing for a mixture of losses."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key not in ("ppl", "eval_ppl"):
-            super().__setitem__(key, value)
-
-
-def active_names(objective: Objective) -> set[str]:
-    """Terms and rates that the objective computes."""
-    rates = {"t2s_agreement"} if objective.in_student_space else set()
-    rates |= {"s2t_agreement"} if objective.in_teacher_space else set()
-    return {*objective.terms, *rates}
 
 
 class _AfterStep(TrainerCallback):
@@ -70,26 +50,25 @@ class _AfterStep(TrainerCallback):
 class DSKDTrainer(AxolotlTrainer):
     """Trains the student on (1 - kd_ratio) CE + kd_ratio KD against a frozen teacher."""
 
-    reader: TeacherReader
+    run: Run
     cfg: Any
     teacher: HiddenStates | None
-    _rollout: Any
+    _rollout: Rollout | None
     distillation: DistillationLoss
     reports_token_perplexity = False
 
     @classmethod
-    def configured(cls, reader: TeacherReader, cfg: Any) -> type["DSKDTrainer"]:
+    def configured(cls, run: Run) -> type["DSKDTrainer"]:
         """The trainer class of one run; Axolotl instantiates it with arguments of its own."""
-        return type(cls.__name__, (cls,), {"reader": reader, "cfg": cfg})
+        return type(cls.__name__, (cls,), {"run": run, "cfg": run.recipe})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
-        settings = self.reader.settings
-        pair = make_pair(tokenizer, self.reader.table, settings)
-        method = method_of(settings)
-        teacher = self._load_teacher(model, pair, training_args) if method.needs_teacher else None
+        settings, method = self.run.settings, self.run.method
+        sides = self.run.with_student(tokenizer)
+        teacher = self._load_teacher(model, sides.pair, training_args) if method.needs_teacher else None
         self.teacher = teacher
-        self.distillation = self._distillation_loss(model, tokenizer, pair, teacher, training_args)
+        self.distillation = self._distillation_loss(model, sides, teacher, training_args)
         attach(model, self.distillation)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
@@ -101,14 +80,13 @@ class DSKDTrainer(AxolotlTrainer):
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
-        self._rollout = self._make_rollout(tokenizer, pair)
-        self._logged = active_names(self.distillation.objective) | ({"t2s_inside"} if settings.exact else set())
+        self._rollout = sampler(sides, seed=self.args.seed)
+        objective = self.distillation.objective
+        logged = active_names(objective, exact=settings.exact, in_pairs=method.in_pairs)
+        self._totals = Totals(logged, self.args.device, self._over_ranks)
         self.add_callback(_AfterStep(self))
-        in_student_space = self.distillation.objective.in_student_space
-        self._watch = Watch(target=("exact" if settings.exact else "projected") if in_student_space else None)
-        # Attention has no pairs to count.
-        self._logged |= set() if method.pairing(settings) == "all" else {"align_ratio"}
-        self._totals = {"train": self._no_totals(), "eval": self._no_totals()}
+        target = "exact" if settings.exact else "projected"
+        self._watch = Watch(target=target if objective.in_student_space else None)
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
         for created in on_create:
@@ -116,85 +94,38 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _load_teacher(self, model: nn.Module, pair: Pair, args: Any) -> Teacher:
         teacher = Teacher(
-            self.reader.settings.teacher,
+            self.run.settings.teacher,
             vocab_size=pair.teacher.vocab_size,
             device=args.device,
             attn_implementation=causal_lm(model).config._attn_implementation,
             packed=bool(self.cfg.sample_packing),
-            trust_remote_code=bool(self.cfg.trust_remote_code),
+            trust_remote_code=self.run.trust_remote_code,
         )
         if self.cfg.sample_packing and not teacher.packed:
             LOG.info("dskd: the teacher's architecture leaks between packed neighbours; its rows are padded instead")
         return teacher
 
     def _distillation_loss(
-        self, model: nn.Module, tokenizer: Any, pair: Pair, teacher: Teacher | None, args: Any
+        self, model: nn.Module, sides: Sides, teacher: Teacher | None, args: Any
     ) -> DistillationLoss:
-        settings, head = self.reader.settings, output_head(model).weight
+        settings, head = self.run.settings, output_head(model).weight
         rows, width = getattr(head, "ds_shape", head.shape)
-        self._pair_state = {
-            "teacher": settings.teacher.model,
-            "teacher_revision": settings.teacher.revision,
-            "teacher_adapter": settings.teacher.adapter,
-            "student_tokenizer": pair.student.digest,
-            "teacher_tokenizer": pair.teacher.digest,
-            "widths": [width, None if teacher is None else teacher.width],
-            "method": settings.method,
-            "alignment": settings.alignment,
-            "spaces": settings.spaces,
-            "target": "exact" if settings.exact else "projected",
-            "shared": "events" if settings.by_events else "ids",
-            "projector_init": settings.projector.init,
-        }
+        self._pair_state = state.pair_state(sides, [width, None if teacher is None else teacher.width])
         overlap = events = None
         if teacher is not None:
-            ends = turn_ends(self.cfg, tokenizer, pair.student, self.reader)
-            overlap = shared_ids(
-                pair,
-                ends,
-                head_rows=(rows, teacher.head.weight_VD.shape[0]),
-                top_vocab=settings.projector.top_vocab,
-            )
-            if settings.exact or settings.by_events:
-                ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size
-                events = pair_events(pair, (tokenizer, self.reader.tokenizer), overlap, settings, ends, ids)
-            LOG.info(
-                "dskd: method %s; widths %d and %d; %s",
-                *(settings.method, width, teacher.width, advice.of_pair(pair, settings, overlap.student_share)),
-            )
+            overlap, events = in_common(sides, teacher, rows)
+            told = advice.of_pair(sides.pair, settings, overlap.student_share)
+            LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
         return distillation_loss(
             settings,
             model,
             teacher,
-            pair,
+            sides.pair,
             overlap,
             events,
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
-        )
-
-    def _make_rollout(self, tokenizer: Any, pair: Pair) -> Rollout | None:
-        settings, reader = self.reader.settings, self.reader
-        if settings.on_policy is None:
-            return None
-        templates = [(reader.tokenizer, reader.template, reader.template_options)]
-        options = self.cfg.get("chat_template_kwargs") or {}
-        templates += [
-            (tokenizer, student_template(self.cfg, entry, tokenizer), options)
-            for entry in self.cfg.datasets
-            if str(entry.get("type")).startswith("chat_template")
-        ]
-        return Rollout(
-            settings.on_policy,
-            tokenizer,
-            reader.tokenizer,
-            aligner(pair, settings, turn_ends(self.cfg, tokenizer, pair.student, reader)[0]),
-            seed=self.args.seed,
-            teacher_len=reader.sequence_len,
-            student_len=self.cfg.sequence_len,
-            teacher_rows=reader.rows,
-            markers=markers_of(templates),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -207,7 +138,7 @@ class DSKDTrainer(AxolotlTrainer):
                 group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
             )
             home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
-            learning_rate = self.reader.settings.projector.learning_rate
+            learning_rate = self.run.settings.projector.learning_rate
             optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
         return optimizer
 
@@ -217,37 +148,37 @@ class DSKDTrainer(AxolotlTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
 
-    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
-        """Ask the teacher for the rows that the batch needs and take our own keys out of the batch."""
-        inputs.pop("dskd_samples", None)
-        own = {key: inputs.pop(key).to(self.args.device) for key in list(inputs) if key.startswith(OWN_PREFIXES)}
-        return micro_batch(own, self.teacher)
+    def _asked(self, batch: StepBatch) -> StepBatch:
+        """The batch on the trainer's device with what the teacher says of it."""
+        # The rows of the dataset have done their service: answers to their prompts are in the batch, if any.
+        return ask(replace(batch, samples=None).to(self.args.device), self.teacher)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
-            batches = [self._with_answers(batch, k) for k, batch in enumerate(batches)]
+            batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
-        window = [self._micro_batch(batch) for batch in batches]
-        for batch, paired in zip(batches, window, strict=True):
-            batch["dskd"] = paired
+        window = []
+        for batch in batches:
+            batch[KEY] = self._asked(batch[KEY])
+            window.append(batch[KEY])
         if window:
             window[0].window = window
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
 
-    def _with_answers(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+    def _with_answers(self, rollout: Rollout, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
-        features = batch["dskd_samples"]
+        features = batch[KEY].samples
         packed = isinstance(features[0], list)
         bins = features if packed else [features]
-        tokens = self._rollout.counts["tokens"]
+        tokens = rollout.counts["tokens"]
         answered = [
-            self._rollout.answer(
+            rollout.answer(
                 self.model,
                 samples,
                 step=self.state.global_step,
@@ -265,7 +196,7 @@ class DSKDTrainer(AxolotlTrainer):
         else:
             features = [*gold, *pack(answers, self.cfg.sequence_len)]
         new = self.data_collator(features)
-        new["dskd_responses"] = torch.tensor(self._rollout.counts["tokens"] - tokens)
+        new[KEY].sampled = int(rollout.counts["tokens"] - tokens)
         return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
@@ -275,10 +206,12 @@ class DSKDTrainer(AxolotlTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        training = "dskd" in inputs
         inputs = dict(inputs)
-        paired = inputs.pop("dskd") if training else self._micro_batch(inputs)
+        paired = inputs.pop(KEY)
+        # In training the teacher was asked for a whole step at once; a batch of an evaluation stands alone.
+        training = paired.teacher_MD is not None
         if not training:
+            paired = self._asked(paired)
             paired.window = [paired]
         inputs.pop("labels", None)
         inputs.pop("length", None)
@@ -292,10 +225,7 @@ class DSKDTrainer(AxolotlTrainer):
         finally:
             self.distillation.micro_batch = None
         loss = outputs["loss"]
-        self._totals["train" if training else "eval"] += torch.stack(
-            [torch.stack([value.double() for value in paired.sums[name]]) for name in SUMS]
-            + [loss.new_tensor([paired.aligned, paired.responses], dtype=torch.double)]
-        )
+        self._totals.add("train" if training else "eval", paired, loss)
         if training:
             # Engines average gradients over ranks; our divisor is already that of all ranks.
             loss = loss * self.accelerator.num_processes
@@ -310,21 +240,12 @@ class DSKDTrainer(AxolotlTrainer):
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 
-    def _no_totals(self) -> Tensor:
-        return torch.zeros(len(SUMS) + 1, 2, dtype=torch.double, device=self.args.device)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms, exact over accumulation, ranks and the steps since the last log."""
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
-            totals = self._over_ranks(self._totals[kind]).tolist()
-            self._totals[kind] = self._no_totals()
             prefix = "eval_" if kind == "eval" else ""
-            means = {
-                name: total / max(count, 1.0)
-                for name, (total, count) in zip((*SUMS, "align_ratio"), totals, strict=True)
-                if name in self._logged
-            }
+            means = self._totals.means(kind)
             objective = self.distillation.objective
             shares = objective.shares()
             if kind == "eval":
@@ -335,10 +256,10 @@ class DSKDTrainer(AxolotlTrainer):
             if kind == "train":
                 self._warn(means)
             if kind == "train" and self._rollout is not None:
-                means |= self._rollout_totals()
+                means |= self._rollout_totals(self._rollout)
             for name, value in means.items():
                 logs[f"{prefix}dskd/{name}"] = round(value, 6)
-        quiet = _WithoutPerplexity(logs)
+        quiet = WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
 
@@ -347,15 +268,11 @@ class DSKDTrainer(AxolotlTrainer):
             if self.is_world_process_zero():
                 LOG.warning(warning)
 
-    def _rollout_totals(self) -> dict[str, float]:
-        """Counts of the sampled answers since the last log over all ranks; seconds per rank."""
-        counts = self._over_ranks(
-            torch.tensor([self._rollout.counts[name] for name in COUNTS], dtype=torch.double, device=self.args.device)
-        ).tolist()
-        self._rollout.reset_counts()
-        found = {f"rollout_{name}": value for name, value in zip(COUNTS, counts, strict=True)}
-        found["rollout_seconds"] /= self.accelerator.num_processes
-        return found
+    def _rollout_totals(self, rollout: Rollout) -> dict[str, float]:
+        counts = [rollout.counts[name] for name in COUNTS]
+        totals = self._over_ranks(torch.tensor(counts, dtype=torch.double, device=self.args.device)).tolist()
+        rollout.reset_counts()
+        return of_answers(totals, self.accelerator.num_processes)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -367,7 +284,7 @@ class DSKDTrainer(AxolotlTrainer):
         elif (
             not resume_from_checkpoint
             and isinstance(self.distillation, DualSpaceLoss)
-            and self.reader.settings.projector.init == "fitted"
+            and self.run.settings.projector.init == "fitted"
         ):
             quiet = not self.is_world_process_zero()
             assert self.teacher is not None

@@ -54,8 +54,8 @@ def template_end(dataset_config: Any, tokenizer: Any, cfg: Any, table: Any) -> s
     """The token with which the student's template ends a turn; None where it does not show, or there is no template."""
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
-    from dskd_plugin.text.align import end_of_turn
     from dskd_plugin.text.templates import one_template
+    from dskd_plugin.text.turn_ends import end_of_turn
 
     try:
         template = one_template(get_chat_template_from_config(cfg, dataset_config, tokenizer))

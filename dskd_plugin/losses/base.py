@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dskd_plugin.batch import MicroBatch
+from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.backend import Backend, TorchBlocks
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, Spans, Sums, counts, span_sums
@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}
 class DistillationLoss(nn.Module):
     """Child of the student that owns the projectors, if the method has some, and computes the loss of a micro-batch.
 
-    Methods fill in :meth:`_label` and :meth:`loss_of`.
+    Methods fill in :meth:`loss_of`, and :meth:`labelled` where not every row counts.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class DistillationLoss(nn.Module):
         device = self.head_weight.device.type
         self.backend = backend or TorchBlocks(BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"]))
         self.matmul_dtype: torch.dtype | None = None
-        self.micro_batch: MicroBatch | None = None
+        self.micro_batch: StepBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step: Callable[[], int] = lambda: 0
         self._head_checked = False
         # Called after the loss of each micro-batch with this module, the micro-batch and the student's hidden states.
-        self.observers: list[Callable[[DistillationLoss, MicroBatch, Tensor], None]] = []
+        self.observers: list[Callable[[DistillationLoss, StepBatch, Tensor], None]] = []
 
     def _read_with(self, *modules: nn.Module) -> None:
         """ZeRO-3 gathers a module's own parameters only; name the others that its forward reads."""
@@ -73,10 +73,27 @@ class DistillationLoss(nn.Module):
     def student_head(self) -> Head:
         return read_head(*self._student, self.student_vocab_size, self.matmul_dtype)
 
-    def _label(self, batch: MicroBatch, student_head: Head) -> None:
-        """Fill in what decides which rows of a micro-batch count."""
+    def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
+        """The rows of a micro-batch with what decides which of them count; the student's states come with `forward`."""
+        return Rows(
+            student_RD=torch.empty(len(batch.targets_R), 0),
+            labels_R=batch.targets_R,
+            ce_R=batch.ce_R,
+            spans=self._spans(batch),
+            teacher_NE=batch.teacher_MD,
+        )
 
-    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def _spans(self, batch: StepBatch) -> Spans | None:
+        spans = batch.spans
+        if spans is None:
+            return None
+        assert self.teacher_head is not None and spans.teacher_QD is not None
+        log_probs_Q = self.backend.token_log_probs(spans.teacher_QD, self.teacher_head, spans.teacher_targets_Q)
+        number = int(spans.teacher_of_Q.max()) + 1 if len(spans.teacher_of_Q) else 0
+        teacher_C = span_sums(log_probs_Q, spans.teacher_of_Q, number)
+        return Spans(rows_P=spans.rows_P, of_P=spans.of_P, teacher_C=teacher_C)
+
+    def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         """The loss of the rows and the sums of its terms."""
         raise NotImplementedError
 
@@ -91,42 +108,19 @@ class DistillationLoss(nn.Module):
         """Take up a saved memory."""
 
     @torch.no_grad()
-    def _prepare_window(self, window: list[MicroBatch], student_head: Head) -> None:
+    def _prepare_window(self, window: list[StepBatch], student_head: Head) -> None:
         """Labels, agreement and divisors of all micro-batches of one optimizer step.
 
         Teacher, projectors and heads stand still between two optimizer steps, so everything that decides which rows
         count is known before the first loss, and the loss does not depend on how the batch was split.
         """
+        needed = []
         for batch in window:
-            self._label(batch, student_head)
-            if batch.spans is not None:
-                assert self.teacher_head is not None
-                spans = batch.spans
-                log_probs_Q = self.backend.token_log_probs(spans.teacher_QD, self.teacher_head, spans.teacher_targets_Q)
-                of_Q = batch.spans.teacher_of_Q
-                number = int(of_Q.max()) + 1 if len(of_Q) else 0
-                batch.teacher_C = span_sums(log_probs_Q, of_Q, number)
-        totals = torch.stack([counts(self.rows_of(batch), self.objective) for batch in window]).sum(0)
-        totals = self.reduce_counts(totals)
+            batch.rows = self.labelled(batch, student_head)
+            needed.append(counts(batch.rows, self.objective))
+        totals = self.reduce_counts(torch.stack(needed).sum(0))
         for batch in window:
             batch.divisors_T = totals
-
-    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
-        """The rows that the loss takes; student_Rd: the student's states at them, None where only counts matter."""
-        spans = None
-        if batch.spans is not None:
-            assert batch.teacher_C is not None
-            spans = Spans(rows_P=batch.spans.rows_P, of_P=batch.spans.of_P, teacher_C=batch.teacher_C)
-        return Rows(
-            student_RD=torch.empty(len(batch.targets_R), 0) if student_Rd is None else student_Rd,
-            labels_R=batch.targets_R,
-            ce_R=batch.ce_R,
-            spans=spans,
-            teacher_NE=batch.teacher_ND,
-            teacher_argmax_N=batch.argmax_N,
-            label_N=batch.label_N,
-            agree_N=batch.agree_N,
-        )
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
@@ -138,10 +132,11 @@ class DistillationLoss(nn.Module):
         if batch.window:
             self._prepare_window(batch.window, student_head)
             batch.window = []
-        student_Rd = hidden_BSd.flatten(0, 1)[batch.rows_R]
+        assert batch.rows is not None
+        rows = replace(batch.rows, student_RD=hidden_BSd.flatten(0, 1)[batch.rows_R])
         warming_up = self.training and self.step() < self.warmup_steps
         objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
-        loss, batch.sums = self.loss_of(self.rows_of(batch, student_Rd), batch, student_head, objective)
+        loss, batch.sums = self.loss_of(rows, batch, student_head, objective)
         for observe in self.observers:
             observe(self, batch, hidden_BSd)
         return loss

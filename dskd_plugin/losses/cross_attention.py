@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dskd_plugin.batch import MicroBatch
+from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, Sums
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import gram_inverse
+from dskd_plugin.errors import SettingError
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import causal_lm, gathered
 
@@ -43,9 +44,11 @@ class CrossAttentionLoss(Projecting):
             ("dskd.teacher.model", teacher_embedding_VD.shape[1], teacher_width),
         ):
             if found != expected:
-                raise ValueError(
-                    f"{name}: expected input embeddings as wide as the output head ({expected}) for alignment: cma, "
-                    f"got {found}. Use another alignment."
+                raise SettingError(
+                    name,
+                    f"input embeddings as wide as the output head ({expected}) for alignment: cma",
+                    found,
+                    "Use another alignment.",
                 )
         self._teacher_embedding_VD = teacher_embedding_VD
         self._embedding = (embedding,)  # a tuple, because it must not become a child of this module
@@ -68,7 +71,7 @@ class CrossAttentionLoss(Projecting):
         with gathered(parameters):
             return self._ideal_s2t(self.student_head(), inverse)
 
-    def _attend(self, batch: MicroBatch) -> Attention:
+    def _attend(self, batch: StepBatch) -> Attention:
         rows = batch.attending
         targets_N = batch.targets_R[: len(rows.sample_N)]
         student_Vd, teacher_VD = self._embedding[0].weight.detach(), self._teacher_embedding_VD
@@ -79,31 +82,32 @@ class CrossAttentionLoss(Projecting):
             rows.sample_M,
         )
 
-    def _t2s(self, batch: MicroBatch, attention: Attention) -> Tensor | None:
+    def _t2s(self, batch: StepBatch, attention: Attention) -> Tensor | None:
         if not self.objective.in_student_space:
             return None
-        return self.attention.t2s_rows(attention, batch.teacher_ND, self._teacher_embedding_VD[batch.argmax_N])
+        return self.attention.t2s_rows(
+            attention, batch.teacher_states, self._teacher_embedding_VD[batch.teacher_argmax_M]
+        )
 
-    def _label(self, batch: MicroBatch, student_head: Head) -> None:
-        rows = batch.attending
-        batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
-        gold_N = batch.targets_R[: len(rows.sample_N)]
-        batch.label_N = torch.where(partnered(rows.sample_N, rows.sample_M), gold_N, -1)
+    def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
+        attending = batch.attending
+        batch.teacher_argmax_M = self.backend.argmax(batch.teacher_states, self.teacher_head)
+        gold_N = batch.targets_R[: len(attending.sample_N)]
+        label_N = torch.where(partnered(attending.sample_N, attending.sample_M), gold_N, -1)
+        agree_N = None
         if self.objective.in_student_space and self.objective.agreement_mask:
             projected_Nd = self._t2s(batch, self._attend(batch))
             assert projected_Nd is not None
-            batch.agree_N = self.backend.agreement(projected_Nd, student_head, batch.label_N, None)
-
-    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
-        attending = batch.attending
+            agree_N = self.backend.agreement(projected_Nd, student_head, label_N, None)
         return replace(
-            super().rows_of(batch, student_Rd),
+            super().labelled(batch, student_head),
             teacher_NE=None,
-            teacher_argmax_N=None,
+            label_N=label_N,
+            agree_N=agree_N,
             s2t_M=partnered(attending.sample_M, attending.sample_N),
         )
 
-    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         attention = self._attend(batch)
         s2t_MD = None
         if objective.in_teacher_space:
@@ -115,8 +119,8 @@ class CrossAttentionLoss(Projecting):
             rows,
             t2s_Nd=self._t2s(batch, attention),
             s2t_MD=s2t_MD,
-            teacher_MD=batch.teacher_ND,
-            teacher_argmax_M=batch.argmax_N,
+            teacher_MD=batch.teacher_MD,
+            teacher_argmax_M=batch.teacher_argmax_M,
             student_head=student_head,
             teacher_head=self.teacher_head,
             objective=objective,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dskd_plugin.batch import MicroBatch
+from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
 from dskd_plugin.losses.base import DistillationLoss
@@ -18,7 +18,7 @@ class Direct(DistillationLoss):
         self._compare = compare
         self._read_with(self._student[1])
 
-    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         return self.backend.direct_loss(
             rows,
             student_head=student_head,

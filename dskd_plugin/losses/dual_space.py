@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dskd_plugin.batch import MicroBatch
+from dskd_plugin.batch import StepBatch
 from dskd_plugin.core import baselines
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
@@ -151,25 +151,27 @@ class DualSpaceLoss(Projecting):
             self._seen_inside += torch.stack(self.micro_batch.sums["t2s_inside"]).to(self._seen_inside)
         return loss
 
-    def _label(self, batch: MicroBatch, student_head: Head) -> None:
-        exact, t2s_Dd = self._events, self._t2s_Dd()
+    def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
+        rows = super().labelled(batch, student_head)
+        exact, t2s_Dd, teacher_ND = self._events, self._t2s_Dd(), batch.teacher_states
         masked = t2s_Dd is not None and self.objective.agreement_mask
         if exact is not None and not masked and not self.objective.in_teacher_space:
-            return  # every row counts, and the loss finds the labels on its way
-        batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
-        label_N = self._to_student_V[batch.argmax_N] if exact is None else exact.teacher_U[batch.argmax_N]
-        batch.label_N = label_N if exact is None else None
+            return rows  # every row counts, and the loss finds the labels on its way
+        argmax_N = self.backend.argmax(teacher_ND, self.teacher_head)
+        label_N = self._to_student_V[argmax_N] if exact is None else exact.teacher_U[argmax_N]
+        agree_N = s2t_N = None
         if t2s_Dd is not None and masked:
-            with torch.autocast(batch.teacher_ND.device.type, enabled=False):
-                projected_Nd = project(batch.teacher_ND, t2s_Dd)
+            with torch.autocast(teacher_ND.device.type, enabled=False):
+                projected_Nd = project(teacher_ND, t2s_Dd)
             event_V = None if exact is None else exact.student_V
-            batch.agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)
+            agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)
+        if exact is not None:
+            return replace(rows, teacher_argmax_N=argmax_N, agree_N=agree_N)
+        if not self._keep_unmapped:
+            s2t_N = label_N >= 0
+        return replace(rows, teacher_argmax_N=argmax_N, label_N=label_N, agree_N=agree_N, s2t_N=s2t_N)
 
-    def rows_of(self, batch: MicroBatch, student_Rd: Tensor | None = None) -> Rows:
-        rows = super().rows_of(batch, student_Rd)
-        return rows if self._keep_unmapped or batch.label_N is None else replace(rows, s2t_N=batch.label_N >= 0)
-
-    def loss_of(self, rows: Rows, batch: MicroBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
+    def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         self._refresh_s2t(student_head)
         return self.backend.paired_loss(
             rows,

@@ -41,6 +41,11 @@ class Method:
         # All rows at which both have read the same: a choice by the gold token would bias the shares inside events.
         return "starts" if self.by_events(settings) else self.pairs_by
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether it compares token with token; else all tokens of a text meet, and there are no pairs to count."""
+        return self.pairs_by != "all"
+
     def exact(self, settings: Settings) -> bool:
         """Whether the student-space target is the teacher's own between events."""
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.methods.base import register
 from dskd_plugin.methods.dual_space import DualSpace, check_spaces
 
@@ -34,14 +35,21 @@ class CrossAttention(DualSpace):
 
     def check(self, settings: Settings) -> None:
         if settings.target == "exact" and "target" in settings.model_fields_set:
-            raise ValueError(
-                "target: expected 'projected' beside alignment: cma, got 'exact': attention mixes teacher rows, so "
-                "that no single distribution of the teacher belongs to a row. Remove it, or use alignment: eta."
+            raise SettingError(
+                "dskd.target",
+                "'projected' beside alignment: cma",
+                (
+                    "'exact': attention mixes teacher rows, so that no single distribution of the teacher belongs to a "
+                    "row"
+                ),
+                "Remove it, or use alignment: eta.",
             )
         if settings.projector.init == "fitted":
-            raise ValueError(
-                "projector.init: expected 'ideal' or 'random' beside alignment: cma, got 'fitted': attention has "
-                "three maps that only fit together. Remove it, or use alignment: eta."
+            raise SettingError(
+                "dskd.projector.init",
+                "'ideal' or 'random' beside alignment: cma",
+                "'fitted': attention has three maps that only fit together",
+                "Remove it, or use alignment: eta.",
             )
         check_spaces(settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.methods.base import Method, register
 
 if TYPE_CHECKING:
@@ -29,14 +30,18 @@ class DualSpace(Method):
     def check(self, settings: Settings) -> None:
         given = settings.model_fields_set
         if self.exact(settings) and "unmapped_argmax" in given:
-            raise ValueError(
-                f"unmapped_argmax: expected it unset beside target: exact, got {settings.unmapped_argmax!r}: every "
-                "prediction of the teacher has an event. Remove it, or set target: projected."
+            raise SettingError(
+                "dskd.unmapped_argmax",
+                "it unset beside target: exact",
+                f"{settings.unmapped_argmax!r}: every prediction of the teacher has an event",
+                "Remove it, or set target: projected.",
             )
         if settings.target == "projected" and "shared" in given:
-            raise ValueError(
-                f"shared: expected it unset beside target: projected, got {settings.shared!r}: it has no effect there. "
-                "Remove it, or set target: exact."
+            raise SettingError(
+                "dskd.shared",
+                "it unset beside target: projected",
+                f"{settings.shared!r}: it has no effect there",
+                "Remove it, or set target: exact.",
             )
         check_spaces(settings)
 
@@ -69,7 +74,9 @@ def check_spaces(settings: Settings) -> None:
             ignored.append("projector.top_vocab")
             beside = " with projector.init: random"
     if ignored:
-        raise ValueError(
-            f"expected only settings that have an effect, got {', '.join(ignored)} which spaces: {settings.spaces}"
-            f"{beside} ignores. Remove them, or choose other spaces."
+        raise SettingError(
+            "dskd",
+            "only settings that have an effect",
+            f"{', '.join(ignored)} which spaces: {settings.spaces}{beside} ignores",
+            "Remove them, or choose other spaces.",
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.log import LOG
 
 
@@ -82,7 +83,7 @@ def check_fit(name: str, config: Any, adapter: Path, trust_remote_code: bool) ->
         saved = get_peft_model_state_dict(model, save_embedding_layers=True)
         expected = {key: list(value.shape) for key, value in saved.items()}
     except ValueError as error:  # PEFT: the modules that it is for are not there
-        raise ValueError(_misfit(name, config, adapter, str(error).splitlines()[0])) from error
+        raise _misfit(name, config, adapter, str(error).splitlines()[0]) from error
     except (NotImplementedError, RuntimeError, TypeError) as error:
         # Some kinds cannot be built without weights: whether they fit shows when they are loaded.
         LOG.debug("dskd: %s: not checked against its base: %r", adapter, error)
@@ -91,7 +92,7 @@ def check_fit(name: str, config: Any, adapter: Path, trust_remote_code: bool) ->
     if wrong is None and not expected.keys() & shapes.keys():
         wrong = f"no tensor of a name that the base has, such as {next(iter(shapes), 'none at all')}"
     if wrong is not None:
-        raise ValueError(_misfit(name, config, adapter, wrong))
+        raise _misfit(name, config, adapter, wrong)
     return rows
 
 
@@ -110,9 +111,11 @@ def check_weights(name: str, config: Any, folder: Path, trust_remote_code: bool)
     for file in sorted(folder.glob("model*.safetensors")):
         wrong = next(_differences(expected, _shapes(file)), None)
         if wrong is not None:
-            raise ValueError(
-                f"{name}: expected weights as {folder / 'config.json'} describes them, got {wrong} in {file.name}. "
-                "Weights and configuration are of two models: save them together."
+            raise SettingError(
+                name,
+                f"weights as {folder / 'config.json'} describes them",
+                f"{wrong} in {file.name}",
+                "Weights and configuration are of two models: save them together.",
             )
 
 
@@ -130,10 +133,12 @@ def _differences(expected: dict[str, list[int]], found: dict[str, list[int]]) ->
             yield f"{key} of shape {shape} in place of {expected[key]}"
 
 
-def _misfit(name: str, config: Any, adapter: Path, got: str) -> str:
-    return (
-        f"{name}: expected an adapter of {config.name_or_path!r}, got {str(adapter)!r} with {got}. "
-        "Give the model that it was trained on."
+def _misfit(name: str, config: Any, adapter: Path, got: str) -> SettingError:
+    return SettingError(
+        name,
+        f"an adapter of {config.name_or_path!r}",
+        f"{str(adapter)!r} with {got}",
+        "Give the model that it was trained on.",
     )
 
 

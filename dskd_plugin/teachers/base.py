@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class HiddenStates(Protocol):
-    """A source of the teacher's last hidden states; `teacher.Teacher` is the one that computes them."""
+    """A source of the teacher's last hidden states; `live.Teacher` is the one that computes them."""
 
     def rows(self, ids_T: Tensor, lengths: Tensor, bins: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states [N, E] at flat positions ``rows_N`` of the concatenated samples ``ids_T``, without gradient.

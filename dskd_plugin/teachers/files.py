@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin.errors import DSKDSetupError
+from dskd_plugin.errors import DSKDSetupError, SettingError
 from dskd_plugin.folders import check_files, check_whole, holds_vocabulary, read_json
 from dskd_plugin.methods import method_of
 from dskd_plugin.teachers.resolve import Parts
@@ -20,7 +20,7 @@ ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"
 def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: bool = True) -> None:
     """Raise ``ValueError`` for a teacher whose files show that it cannot teach.
 
-    settings: `args.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
+    settings: `settings.TeacherSettings`; cached: whether a hub id has to be in the cache where the hub is off.
     """
     check_packages(settings)
     check_files(parts.named_by, parts.weights, cached=cached)
@@ -29,9 +29,11 @@ def check_teacher(settings: Any, parts: Parts, *, needs_template: bool, cached: 
         check_whole(parts.named_by, folder)
         _check_kind(settings, read_json(folder / "config.json"))
         if parts.tokenizer == parts.weights and not holds_vocabulary(folder):
-            raise ValueError(
-                f"dskd.teacher.model: expected a tokenizer beside the model, got {parts.weights!r} without one. "
-                "Save the teacher's tokenizer in its folder."
+            raise SettingError(
+                "dskd.teacher.model",
+                "a tokenizer beside the model",
+                f"{parts.weights!r} without one",
+                "Save the teacher's tokenizer in its folder.",
             )
     known = folder.is_dir() or parts.tokenizer != parts.weights
     found = own_templates(parts) if known else None
@@ -49,7 +51,7 @@ def check_packages(settings: Any) -> None:
     for package, (name, value, wanted) in needed.items():
         if wanted and find_spec(package) is None:
             raise DSKDSetupError(
-                f"{name}: expected the package {package} for {value!r}, got none. Install it: pip install {package}."
+                name, f"the package {package} for {value!r}", "none", f"Install it: pip install {package}."
             )
 
 
@@ -62,15 +64,19 @@ def own_templates(parts: Parts) -> Found:
 def check_default(model: str, found: Found) -> None:
     """Raise ``ValueError`` where a model has no chat template, or several and no default."""
     if found is None:
-        raise ValueError(
-            f"dskd.teacher.chat_template: expected a teacher with a chat template, got {model!r} without "
-            "one (a base model?). Name a template or a jinja file: dskd.teacher.chat_template: <name|file>."
+        raise SettingError(
+            "dskd.teacher.chat_template",
+            "a teacher with a chat template",
+            f"{model!r} without one (a base model?)",
+            "Name a template or a jinja file: dskd.teacher.chat_template: <name|file>.",
         )
     several = names(found)
     if several and DEFAULT not in several:
-        raise ValueError(
-            f"dskd.teacher.chat_template: expected a teacher with a chat template named {DEFAULT!r}, got {model!r} "
-            f"with {', '.join(several)}. Name one of them: dskd.teacher.chat_template: {several[0]}."
+        raise SettingError(
+            "dskd.teacher.chat_template",
+            f"a teacher with a chat template named {DEFAULT!r}",
+            f"{model!r} with {', '.join(several)}",
+            f"Name one of them: dskd.teacher.chat_template: {several[0]}.",
         )
 
 
@@ -78,18 +84,24 @@ def _check_kind(settings: Any, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     encoder = bool(architectures) and all(str(name).endswith(ENCODERS) for name in architectures)
     if config.get("is_encoder_decoder") or (encoder and not config.get("is_decoder")):
-        raise ValueError(
-            f"dskd.teacher.model: expected a decoder-only causal language model, got {settings.model!r} of type "
-            f"{config.get('model_type')!r} ({', '.join(architectures) or 'no architecture named'}). "
-            "Choose a generative teacher."
+        raise SettingError(
+            "dskd.teacher.model",
+            "a decoder-only causal language model",
+            (
+                f"{settings.model!r} of type {config.get('model_type')!r} "
+                f"({', '.join(architectures) or 'no architecture named'})"
+            ),
+            "Choose a generative teacher.",
         )
     positions = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
         "max_position_embeddings"
     )
     if positions and settings.sequence_len and settings.sequence_len > positions:
-        raise ValueError(
-            f"dskd.teacher.sequence_len: expected at most the {positions} positions of the teacher, got "
-            f"{settings.sequence_len}. Lower it, or leave it out."
+        raise SettingError(
+            "dskd.teacher.sequence_len",
+            f"at most the {positions} positions of the teacher",
+            settings.sequence_len,
+            "Lower it, or leave it out.",
         )
 
 
@@ -99,26 +111,31 @@ def _check_choice(choice: str, found: Found, *, known: bool) -> None:
     listed = {file.stem for place in places for file in Path(place).glob("utils/chat_templates/templates/*.jinja")}
     fits = choice in listed or choice in names(found) or choice.startswith("tokenizer_default")
     if listed and known and not (fits or Path(choice).is_file()):
-        raise ValueError(unknown_choice(choice, found))
+        raise unknown_choice(choice, found)
 
 
-def unknown_choice(choice: str, found: Found) -> str:
-    """The message about a chat template that nobody knows."""
+def unknown_choice(choice: str, found: Found) -> SettingError:
+    """The error about a chat template that nobody knows."""
     own = f", one of the teacher's own ({', '.join(names(found))})" if names(found) else ""
-    return (
-        f"dskd.teacher.chat_template: expected 'tokenizer_default', the name of an Axolotl template{own} or an "
-        f"existing jinja file, got {choice!r}. Check the spelling or the path."
+    return SettingError(
+        "dskd.teacher.chat_template",
+        f"'tokenizer_default', the name of an Axolotl template{own} or an existing jinja file",
+        f"{choice!r}",
+        "Check the spelling or the path.",
     )
 
 
 def check_pair(student: str, settings: Any, parts: Parts) -> None:
     """Raise ``ValueError`` where the settings need one tokenizer and the vocabularies are plainly two.
 
-    settings: `args.Settings`.
+    settings: `settings.Settings`.
     """
-    asked = {f"dskd.method: expected {settings.method!r}": method_of(settings).needs_one_tokenizer}
-    asked["dskd.alignment: expected 'identity'"] = settings.alignment == "identity"
-    if not any(asked.values()):
+    asks = None
+    if method_of(settings).needs_one_tokenizer:
+        asks = "method"
+    elif settings.alignment == "identity":
+        asks = "alignment"
+    if asks is None:
         return
     sides = [_vocabulary(Path(model).expanduser()) for model in (student, parts.tokenizer)]
     if not all(sides):
@@ -126,10 +143,12 @@ def check_pair(student: str, settings: Any, parts: Parts) -> None:
     same = len(sides[0].items() & sides[1].items())
     # One tokenizer may have been given some more tokens on one side.
     if 2 * same < min(len(side) for side in sides):
-        expected = next(words for words, wanted in asked.items() if wanted)
-        raise ValueError(
-            f"{expected} only for one tokenizer, got a student with {len(sides[0])} tokens and a teacher with "
-            f"{len(sides[1])}, {same} of them under the same id. Use 'method: overlap_kd' or 'dskd', 'alignment: auto'."
+        raise SettingError(
+            f"dskd.{asks}",
+            f"{getattr(settings, asks)!r} only for one tokenizer",
+            f"a student with {len(sides[0])} tokens and a teacher with {len(sides[1])}, "
+            f"{same} of them under the same id",
+            "Use 'method: overlap_kd' or 'dskd', 'alignment: auto'.",
         )
 
 

@@ -85,9 +85,10 @@ class Teacher:
                     model = _load(settings, None, device, trust_remote_code)
             except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
                 raise DSKDSetupError(
-                    f"dskd.teacher: expected a loadable causal language model, got {settings.model!r}: {error}. "
-                    "Check that the folder is complete "
-                    "and that what its settings need is installed."
+                    "dskd.teacher",
+                    "a loadable causal language model",
+                    f"{settings.model!r}: {error}",
+                    "Check that the folder is complete and that what its settings need is installed.",
                 ) from error
         self.model = model.requires_grad_(False).eval()
         self.decoder = decoder(self.model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import network_advice
 from dskd_plugin.pair import read_table
 from dskd_plugin.settings import Settings, TeacherSettings
@@ -13,9 +14,9 @@ from dskd_plugin.teachers import adapted
 from dskd_plugin.teachers.files import check_default, check_teacher, unknown_choice
 from dskd_plugin.teachers.outside_engines import outside_engines
 from dskd_plugin.teachers.resolve import Parts, fetched_adapter, parts_of
-from dskd_plugin.text.align import PROBE, end_of_turn
 from dskd_plugin.text.templates import names, one_template, templates_in
 from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.turn_ends import PROBE, end_of_turn
 
 Named = Callable[[str, Any], Any]
 """Template of a name, and of a tokenizer where the name asks for its own; ``ValueError`` for an unknown name."""
@@ -32,9 +33,11 @@ def check_reachable(name: str, model: str, revision: str | None, trust_remote_co
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{name}: expected a model folder or a hub id, got {model!r}: {reason}. "
-            f"Check the name and the access rights. {network_advice(name, model)}"
+        raise SettingError(
+            name,
+            "a model folder or a hub id",
+            f"{model!r}: {reason}",
+            f"Check the name and the access rights. {network_advice(name, model)}",
         ) from error
 
 
@@ -52,10 +55,14 @@ def check_config(settings: TeacherSettings, parts: Parts, trust_remote_code: boo
     )
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
     if encoder or not known:
-        raise ValueError(
-            f"dskd.teacher.model: expected a decoder-only causal language model, got {settings.model!r} of type "
-            f"{config.model_type!r} ({', '.join(architectures) or 'no architecture named'}). "
-            "Choose a generative teacher."
+        raise SettingError(
+            "dskd.teacher.model",
+            "a decoder-only causal language model",
+            (
+                f"{settings.model!r} of type {config.model_type!r} "
+                f"({', '.join(architectures) or 'no architecture named'})"
+            ),
+            "Choose a generative teacher.",
         )
     return config
 
@@ -71,9 +78,11 @@ def teacher_sequence_len(settings: TeacherSettings, student_sequence_len: int, p
     if settings.sequence_len is None:
         return min(2 * student_sequence_len, positions or 2 * student_sequence_len)
     if positions is not None and settings.sequence_len > positions:
-        raise ValueError(
-            f"dskd.teacher.sequence_len: expected at most the {positions} positions of the teacher, got "
-            f"{settings.sequence_len}. Lower it, or leave it out."
+        raise SettingError(
+            "dskd.teacher.sequence_len",
+            f"at most the {positions} positions of the teacher",
+            settings.sequence_len,
+            "Lower it, or leave it out.",
         )
     return settings.sequence_len
 
@@ -95,9 +104,11 @@ def _tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> Any
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"dskd.teacher.model: expected a tokenizer beside the model, got {model!r}: {error}. "
-            "Save the teacher's tokenizer in its folder."
+        raise SettingError(
+            "dskd.teacher.model",
+            "a tokenizer beside the model",
+            f"{model!r}: {error}",
+            "Save the teacher's tokenizer in its folder.",
         ) from error
 
 
@@ -118,7 +129,7 @@ def resolve_template(settings: TeacherSettings, tokenizer: Any, named: Named, *,
     try:
         return one_template(named(choice, tokenizer))
     except ValueError:
-        raise ValueError(unknown_choice(choice, found)) from None
+        raise unknown_choice(choice, found) from None
 
 
 @dataclass
@@ -138,6 +149,11 @@ class TeacherReader:
     table: TokenTable
     sequence_len: int
     rows: int
+
+    @property
+    def positions(self) -> int | None:
+        """The number of positions that the model knows, None without a limit."""
+        return positions_of(self.config)
 
 
 def read_teacher(settings: Settings, cfg: Any, named: Named) -> TeacherReader:
@@ -174,16 +190,19 @@ def check_markup(tokenizer: Any, template: str, options: dict[str, Any], rows: i
     try:
         text = tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False, **options)
     except Exception as error:
-        raise ValueError(
-            f"dskd.teacher.chat_template: expected one that renders a user and an assistant message, got {error!r}. "
-            "Choose another template, or set what it needs in dskd.teacher.chat_template_kwargs."
+        raise SettingError(
+            "dskd.teacher.chat_template",
+            "one that renders a user and an assistant message",
+            f"{error!r}",
+            "Choose another template, or set what it needs in dskd.teacher.chat_template_kwargs.",
         ) from error
     beyond = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token >= rows]
     if beyond:
-        raise ValueError(
-            f"dskd.teacher.model: expected embeddings for all tokens of the chat template, got {rows} rows and the "
-            f"token {tokenizer.convert_ids_to_tokens(beyond[0])!r} of id {beyond[0]}. Give the model that was "
-            "trained with this tokenizer, or the tokenizer of this model."
+        raise SettingError(
+            "dskd.teacher.model",
+            "embeddings for all tokens of the chat template",
+            f"{rows} rows and the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} of id {beyond[0]}",
+            "Give the model that was trained with this tokenizer, or the tokenizer of this model.",
         )
 
 
@@ -207,8 +226,10 @@ def answer_ends(reader: TeacherReader, template: str) -> list[int]:
     documents = [added.get(token) for token in DOCUMENT_ENDS]
     ends = sorted({int(i) for i in (tokenizer.eos_token_id, turn_end, *more, *documents) if i is not None})
     if not ends:
-        raise ValueError(
-            f"dskd.teacher.model: expected a tokenizer with an end-of-sequence token, got {reader.parts.tokenizer!r} "
-            "without one: its answers would never end. Set eos_token in its tokenizer_config.json."
+        raise SettingError(
+            "dskd.teacher.model",
+            "a tokenizer with an end-of-sequence token",
+            f"{reader.parts.tokenizer!r} without one: its answers would never end",
+            "Set eos_token in its tokenizer_config.json.",
         )
     return ends

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_weights, holds_vocabulary, is_adapter, looks_local, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,17 +65,19 @@ class Parts:
 def parts_of(settings: Any, fetch: Fetch | None = None) -> Parts:
     """The parts of the teacher; ``ValueError`` for an adapter that has no base or cannot be merged.
 
-    settings: `args.TeacherSettings`. fetch: brings the adapter of a hub id here; without it a hub id of whole weights
-    is taken for granted, and that of an adapter is left for later.
+    settings: `settings.TeacherSettings`. fetch: brings the adapter of a hub id here; without it a hub id of whole
+    weights is taken for granted, and that of an adapter is left for later.
     """
     own = _adapter_in("dskd.teacher.model", settings.model, settings.revision, fetch)
     given = None
     if settings.adapter is not None:
         given = _adapter_in("dskd.teacher.adapter", settings.adapter, None, fetch)
     if own is not None and settings.adapter is not None:
-        raise ValueError(
-            f"dskd.teacher.model: expected whole weights beside dskd.teacher.adapter, got the adapter "
-            f"{settings.model!r}. Merge the two adapters into one model first, or leave one of them out."
+        raise SettingError(
+            "dskd.teacher.model",
+            "whole weights beside dskd.teacher.adapter",
+            f"the adapter {settings.model!r}",
+            "Merge the two adapters into one model first, or leave one of them out.",
         )
     if own is not None:
         weights, revision = _base_of(own)
@@ -136,9 +139,7 @@ def _adapter_in(name: str, model: str, revision: str | None, fetch: Fetch | None
         found = None if fetch is None else fetch(name, model, revision)
         asked = asked and fetch is not None
     if asked and found is None:
-        raise ValueError(
-            f"{name}: expected a hub id or a PEFT folder with an {ADAPTER_CONFIG}, got {model!r}. Check the path."
-        )
+        raise SettingError(name, f"a hub id or a PEFT folder with an {ADAPTER_CONFIG}", f"{model!r}", "Check the path.")
     return found
 
 
@@ -150,25 +151,31 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
         f"Write the folder of its base there, or in the recipe dskd.teacher: {{model: <base>, adapter: {adapter}}}."
     )
     if not base:
-        raise ValueError(
-            f"{adapter / ADAPTER_CONFIG}: expected base_model_name_or_path, because dskd.teacher.model is an adapter, "
-            f"got {base!r}. {advice}"
+        raise SettingError(
+            adapter / ADAPTER_CONFIG,
+            "base_model_name_or_path, because dskd.teacher.model is an adapter",
+            f"{base!r}",
+            advice,
         )
     beside = adapter / str(base)
     for folder in (beside, Path(base).expanduser()):
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise ValueError(
-                f"dskd.teacher.model: expected an adapter of whole weights, got {str(adapter)!r}, whose base "
-                f"{str(folder)!r} is an adapter itself. Merge that one into its base and name the result as the base."
+            raise SettingError(
+                "dskd.teacher.model",
+                "an adapter of whole weights",
+                f"{str(adapter)!r}, whose base {str(folder)!r} is an adapter itself",
+                "Merge that one into its base and name the result as the base.",
             )
     if beside.is_dir():
         return str(beside), None
     if Path(base).expanduser().exists():
         return _here(base), None
     if looks_local(str(base)):
-        raise ValueError(
-            f"dskd.teacher.model: expected an adapter whose base is there, got base_model_name_or_path {base!r} in "
-            f"{adapter / ADAPTER_CONFIG}, which does not exist. {advice}"
+        raise SettingError(
+            "dskd.teacher.model",
+            "an adapter whose base is there",
+            f"base_model_name_or_path {base!r} in {adapter / ADAPTER_CONFIG}, which does not exist",
+            advice,
         )
     return str(base), settings.get("revision")
 
@@ -176,14 +183,18 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
 def _check_adapter(name: str, adapter: Path) -> None:
     """Raise ``ValueError`` for an adapter without weights, a cut one and one that cannot be merged."""
     if not any((adapter / file).is_file() for file in ADAPTER_WEIGHTS):
-        raise ValueError(
-            f"{name}: expected an adapter with {ADAPTER_WEIGHTS[0]}, got {str(adapter)!r} without it. "
-            "Give the folder that PEFT saved, or copy the file."
+        raise SettingError(
+            name,
+            f"an adapter with {ADAPTER_WEIGHTS[0]}",
+            f"{str(adapter)!r} without it",
+            "Give the folder that PEFT saved, or copy the file.",
         )
     check_weights(adapter)
     kind = adapter_settings(adapter).get("peft_type")
     if kind in PROMPTS:
-        raise ValueError(
-            f"{name}: expected an adapter that can be merged into its base, such as LoRA, got {str(adapter)!r} of type "
-            f"{kind}, which puts virtual tokens in front of a text. Choose another adapter."
+        raise SettingError(
+            name,
+            "an adapter that can be merged into its base, such as LoRA",
+            f"{str(adapter)!r} of type {kind}, which puts virtual tokens in front of a text",
+            "Choose another adapter.",
         )

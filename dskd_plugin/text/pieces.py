@@ -6,7 +6,10 @@ from typing import Any
 
 from dskd_plugin.core.events import Events, events_of, events_of_pairs
 from dskd_plugin.core.overlap import Overlap
-from dskd_plugin.text.tokens import TokenTable, backend, byte_piece, encode
+from dskd_plugin.errors import SettingError
+from dskd_plugin.text.sentencepiece_vocabulary import byte_piece
+from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.vocabularies import backend, encode
 
 FirstPieces = Callable[[list[str]], list[bytes | None]]
 # SentencePiece's NormalizerSpec: add_dummy_prefix and remove_extra_whitespaces off. Appended to a serialised model it
@@ -42,6 +45,13 @@ def vocabulary_events(
             for token_id in members:
                 if token_id < ids[side]:
                     keys[side][token_id] = ("role", number)
+    if not {key for key in keys[0] if key is not None} & set(keys[1]):
+        raise SettingError(
+            "dskd.teacher.model",
+            "a tokenizer that can say what the student's says",
+            "none in common",
+            "Choose another.",
+        )
     return events_of(*keys)
 
 

@@ -235,13 +235,13 @@ def test_unequal_vocabularies_are_refused(kind):
 @pytest.mark.parametrize(
     ("kind", "knobs", "message"),
     [
-        ("forward", {}, r"divergence\.kind: expected one of forward_kl.*got 'forward'"),
-        ("forward_kl", {"skew": 0.1}, r"divergence\.skew: expected no setting for kind 'forward_kl'"),
-        ("js", {"beta": 0.1}, r"divergence\.beta: expected teacher_share"),
+        ("forward", {}, r"^kind: expected one of forward_kl.*got 'forward'"),
+        ("forward_kl", {"skew": 0.1}, r"^skew: expected no setting for kind 'forward_kl'"),
+        ("js", {"beta": 0.1}, r"^beta: expected teacher_share"),
         ("js", {"teacher_share": 1.0}, r"teacher_share: .* between 0 and 1, got 1\.0"),
         ("skewed_reverse_kl", {"skew": 0.0}, r"skew: .* got 0\.0"),
         ("adaptive_kl", {"head_mass": math.nan}, r"head_mass: .* got nan"),
-        ("js", {"student_NV": 0.5}, r"divergence\.student_NV"),
+        ("js", {"student_NV": 0.5}, r"^student_NV: "),
     ],
 )
 def test_bad_settings_are_refused_before_any_step(kind, knobs, message):

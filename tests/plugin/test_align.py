@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
-from dskd_plugin.text.align import align, end_of_turn, role_pairs
-from dskd_plugin.text.tokens import encode
+from dskd_plugin.text.align import align
+from dskd_plugin.text.turn_ends import end_of_turn, role_pairs
+from dskd_plugin.text.vocabularies import encode
 
 DATA = Path(os.environ.get("DSKD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "60"))

@@ -14,7 +14,8 @@ from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.text.align import Aligner, align, warp
-from dskd_plugin.text.tokens import TokenTable, encode
+from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.vocabularies import encode
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "20"))
 fuzz = settings(

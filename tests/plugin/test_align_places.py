@@ -14,7 +14,7 @@ from tokenizer_zoo import TAGGED, ZOO, Entry, apart, closed, load, load_tagged, 
 from tokenizers import AddedToken
 
 from dskd_plugin.text.align import Aligner, align
-from dskd_plugin.text.tokens import encode
+from dskd_plugin.text.vocabularies import encode
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 fuzz = settings(

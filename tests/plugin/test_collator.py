@@ -1,12 +1,15 @@
 """The collators: student and teacher rows of every pair, padded, left-padded, packed and truncated."""
 
 import copy
+import dataclasses
 import random
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from axolotl.utils.dict import DictDefault
 
+from dskd_plugin.batch import KEY
 from dskd_plugin.host.collator import (
     COLUMNS,
     PackedMaskPairCollator,
@@ -75,8 +78,10 @@ def test_rows_point_at_the_tokens_of_their_sample(tokenizer, kind, side):
                 expected_pairs.append((before, label, one["teacher_input_ids"][kept[position] - 1]))
             else:
                 expected_rest.append((before, label))
-    flat, flat_teacher = batch["input_ids"].flatten(), batch["teacher_input_ids"]
-    rows, targets, partners = (batch[key] for key in ("dskd_rows", "dskd_targets", "dskd_teacher_rows"))
+    own = batch[KEY]
+    text = own.teacher_text
+    flat, flat_teacher = batch["input_ids"].flatten(), text.ids_T
+    rows, targets, partners = own.rows_R, own.targets_R, text.rows_M
     aligned = len(partners)
     found = [
         (int(flat[r]), int(y), int(flat_teacher[t]))
@@ -86,8 +91,8 @@ def test_rows_point_at_the_tokens_of_their_sample(tokenizer, kind, side):
     assert sorted((int(flat[r]), int(y)) for r, y in zip(rows[aligned:], targets[aligned:], strict=True)) == sorted(
         expected_rest
     )
-    assert batch["teacher_lengths"].tolist() == [len(one["teacher_input_ids"]) for one in samples]
-    assert batch["teacher_bins"].tolist() == ([1] * 6 if per_bin is None else [per_bin] * 2)
+    assert text.lengths_S.tolist() == [len(one["teacher_input_ids"]) for one in samples]
+    assert text.samples_B.tolist() == ([1] * 6 if per_bin is None else [per_bin] * 2)
     assert next(iter(batch)) == "input_ids"  # the host measures the batch by its first tensor
 
 
@@ -99,17 +104,18 @@ def test_first_token_of_a_packed_neighbour_is_not_predicted():
         "aligned_student": [0, 1],
         "aligned_teacher": [1, 2],
     }
-    out = pair_rows(labels.clamp(min=0), labels, [(0, 0, rows), (0, 3, rows)])
-    assert out["dskd_rows"].tolist() == [0, 3, 1, 4]
-    assert out["dskd_targets"].tolist() == [6, 9, 7, 10]
-    assert out["dskd_teacher_rows"].tolist() == [1, 4]
+    out = pair_rows(labels.clamp(min=0), labels, [[(0, rows), (3, rows)]], cross_attention=False)
+    assert out.rows_R.tolist() == [0, 3, 1, 4]
+    assert out.targets_R.tolist() == [6, 9, 7, 10]
+    assert out.teacher_text.rows_M.tolist() == [1, 4]
 
 
 def test_no_pair_at_all():
     labels = torch.full((1, 4), -100)
     rows = {"input_ids": [0] * 4, "teacher_input_ids": [0], "aligned_student": [], "aligned_teacher": []}
-    out = pair_rows(labels.clamp(min=0), labels, [(0, 0, rows)])
-    assert [len(value) for value in out.values()] == [0, 0, 0, 0]
+    out = pair_rows(labels.clamp(min=0), labels, [[(0, rows)]], cross_attention=False)
+    assert [len(rows) for rows in (out.rows_R, out.targets_R, out.ce_R, out.teacher_text.rows_M)] == [0, 0, 0, 0]
+    assert out.spans is None and out.attention is None
 
 
 @pytest.mark.parametrize(
@@ -206,11 +212,11 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
     cls, per_bin = COLLATORS[kind]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = side
-    cfg = {"dskd": {"alignment": "auto" if paired else "cma"}, "sample_packing": per_bin is not None}
+    cfg = {"sample_packing": per_bin is not None}
     cfg |= {"model_config_type": "llama"} if kind == "packed-mask" else {"attn_implementation": "flash_attention_2"}
     made = collator_class(DictDefault(cfg), False)
-    assert issubclass(made, cls)
-    collator, seen_spans = made(tokenizer, pad_to_multiple_of=8), 0
+    assert made is cls
+    collator, seen_spans = made(tokenizer, pad_to_multiple_of=8, cross_attention=not paired), 0
     for _ in range(12):
         ids = iter(rng.sample(range(1000, 9000), 400))
         samples = [
@@ -232,45 +238,42 @@ def test_batches_of_every_method_match_plain_loops(tokenizer, kind, side, paired
         assert features == before
         rows, pairs, teachers, span_list = oracle(samples, paired)
         owner = {token: number for number, one in enumerate(samples) for token in one["input_ids"]}
-        flat, flat_teacher = batch["input_ids"].flatten(), batch["teacher_input_ids"]
-        found = [
-            (owner[int(y)], int(flat[r]), int(y))
-            for r, y in zip(batch["dskd_rows"], batch["dskd_targets"], strict=True)
-        ]
+        own = batch[KEY]
+        text, attention, in_spans = own.teacher_text, own.attention, own.spans
+        flat, flat_teacher = batch["input_ids"].flatten(), text.ids_T
+        found = [(owner[int(y)], int(flat[r]), int(y)) for r, y in zip(own.rows_R, own.targets_R, strict=True)]
         assert found[: len(pairs)] == pairs
         assert len(set(found)) == len(found)
-        assert dict(zip(found, batch["dskd_ce"].tolist(), strict=True)) == rows
-        partners = batch["dskd_teacher_rows"]
+        assert dict(zip(found, own.ce_R.tolist(), strict=True)) == rows
+        partners = text.rows_M
         assert [(int(flat_teacher[t]), int(flat_teacher[t + 1])) for t in partners] == [t[1:] for t in teachers]
         read = [one["teacher_input_ids"] for one in samples if one.get("on_policy") is not False]
         assert flat_teacher.tolist() == [token for theirs in read for token in theirs]
-        assert batch["teacher_lengths"].tolist() == [len(theirs) for theirs in read]
-        assert int(batch["teacher_bins"].sum()) == len(read) and batch["teacher_bins"].min() > 0
-        attention_keys = {key for key in batch if "row_" in key}
-        if paired:
-            assert not attention_keys
-        else:
-            assert batch["dskd_row_sample"].tolist() == [n for n, *_ in pairs] + [-1] * (len(found) - len(pairs))
-            assert batch["dskd_row_inputs"].tolist() == [before for _, before, _ in found]
-            assert batch["dskd_teacher_row_sample"].tolist() == [n for n, *_ in teachers]
-            assert batch["dskd_teacher_row_inputs"].tolist() == [before for _, before, _ in teachers]
-            assert batch["dskd_teacher_row_targets"].tolist() == [target for *_, target in teachers]
-        assert any("span" in key for key in batch) == spans
+        assert text.lengths_S.tolist() == [len(theirs) for theirs in read]
+        assert int(text.samples_B.sum()) == len(read) and text.samples_B.min() > 0
+        assert (attention is None) == paired
+        if not paired:
+            assert attention.sample_N.tolist() == [n for n, *_ in pairs]
+            assert attention.inputs_N.tolist() == [before for _, before, _ in pairs]
+            assert attention.sample_M.tolist() == [n for n, *_ in teachers]
+            assert attention.inputs_M.tolist() == [before for _, before, _ in teachers]
+            assert attention.targets_M.tolist() == [target for *_, target in teachers]
+        assert (in_spans is not None) == spans
         if spans:
             seen_spans += len(span_list)
             grouped = [([], []) for _ in span_list]
-            for place, number in zip(batch["dskd_span_rows"], batch["dskd_span_of"], strict=True):
+            for place, number in zip(in_spans.rows_P, in_spans.of_P, strict=True):
                 grouped[number][0].append(found[place])
             for row, target, number in zip(
-                batch["dskd_span_teacher_rows"],
-                batch["dskd_span_teacher_targets"],
-                batch["dskd_span_teacher_of"],
+                in_spans.teacher_rows_Q,
+                in_spans.teacher_targets_Q,
+                in_spans.teacher_of_Q,
                 strict=True,
             ):
                 assert int(flat_teacher[row + 1]) == int(target)
                 grouped[number][1].append((int(flat_teacher[row]), int(target)))
             assert grouped == span_list
-        assert not {"on_policy", "spans", "teacher_prompt", "dskd_samples"} & set(batch)
+        assert not {"on_policy", *COLUMNS} & set(batch) and own.samples is None
     assert bool(seen_spans) == spans
 
 
@@ -286,12 +289,11 @@ def test_samples_travel_with_the_batch_where_answers_may_be_wanted(tokenizer, ki
     features = bins_of(samples, per_bin)
     collator = cls(tokenizer)
     batch = collator(features)
-    assert batch["dskd_samples"] == features and next(iter(batch)) == "input_ids"
-    assert set(batch) - {"dskd_samples"} == set(
-        collator(bins_of([{k: v for k, v in one.items() if k != "teacher_prompt"} for one in samples], per_bin))
-    )
+    assert batch[KEY].samples == features and next(iter(batch)) == "input_ids"
+    promptless = [{k: v for k, v in one.items() if k != "teacher_prompt"} for one in samples]
+    assert collator(bins_of(promptless, per_bin))[KEY].samples is None
     again = bins_of([{**one, "on_policy": k % 2 == 1} for k, one in enumerate(samples)], per_bin)
-    assert "dskd_samples" not in collator(again)
+    assert collator(again)[KEY].samples is None
 
 
 def test_only_gold_rows_beside_answers_take_no_kd(tokenizer):
@@ -299,10 +301,65 @@ def test_only_gold_rows_beside_answers_take_no_kd(tokenizer):
     gold = [rich_sample(rng, ids, cut=None, paired=True, spans=True, on_policy=False) for _ in range(3)]
     gold = [{key: value for key, value in one.items() if key != "position_ids"} for one in gold]
     batch = PaddedPairCollator(tokenizer)(gold)
-    assert len(batch["teacher_lengths"]) == len(batch["teacher_bins"]) == len(batch["teacher_input_ids"]) == 0
-    assert batch["dskd_ce"].all() and len(batch["dskd_ce"]) > 0
-    assert len(batch["dskd_teacher_rows"]) == len(batch["dskd_span_rows"]) == len(batch["dskd_span_teacher_rows"]) == 0
+    own = batch[KEY]
+    text = own.teacher_text
+    assert len(text.lengths_S) == len(text.samples_B) == len(text.ids_T) == len(text.rows_M) == 0
+    assert own.ce_R.all() and len(own.ce_R) > 0
+    assert len(own.spans.rows_P) == len(own.spans.teacher_rows_Q) == 0
 
 
 def test_columns_are_all_that_a_prepared_row_may_add():
     assert set(COLUMNS) == {"teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt"}
+
+
+# -- on the way to the trainer --------------------------------------------------------------------------------------
+
+
+def tensors_of(part):
+    """All tensors inside a step batch, by name."""
+    found = {}
+    for one in dataclasses.fields(part):
+        value = getattr(part, one.name)
+        if isinstance(value, torch.Tensor):
+            found[one.name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= {f"{one.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
+    return found
+
+
+def full_batch(tokenizer):
+    """A batch with spans, attention and the rows of the dataset."""
+    rng, ids = random.Random(5), iter(range(1000, 9000))
+    samples = [rich_sample(rng, ids, cut=None, paired=False, spans=True, on_policy=None) for _ in range(4)]
+    for one in samples:
+        one.pop("position_ids")
+        one["teacher_prompt"] = 3
+    return samples, PaddedPairCollator(tokenizer, cross_attention=True)
+
+
+def test_every_tensor_is_moved_with_the_batch_as_accelerate_moves_it(tokenizer):
+    samples, collator = full_batch(tokenizer)
+    batch = collator(samples)
+    moved = send_to_device(batch, "meta", non_blocking=True)
+    assert moved["input_ids"].device.type == "meta"
+    names = tensors_of(collator(samples)[KEY])
+    assert len(names) == 17 and tensors_of(moved[KEY]).keys() == names.keys()
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved[KEY]).values())
+    assert moved[KEY].samples == samples
+
+
+def test_a_worker_process_hands_the_batch_over_whole(tokenizer):
+    samples, collator = full_batch(tokenizer)
+    (batch,) = torch.utils.data.DataLoader(samples, batch_size=4, collate_fn=collator, num_workers=1)
+    expected = collator(samples)[KEY]
+    for name, tensor in tensors_of(expected).items():
+        assert torch.equal(tensors_of(batch[KEY])[name], tensor), name
+    assert batch[KEY].samples == expected.samples == samples
+
+
+def test_pinning_keeps_every_tensor(tokenizer, monkeypatch):
+    samples, collator = full_batch(tokenizer)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    own = collator(samples)[KEY]
+    assert len(tensors_of(own.pin_memory())) == len(pinned) == len(tensors_of(own))

@@ -12,6 +12,7 @@ def prepare(recipe, tmp_path):
     from axolotl.integrations.base import PluginManager
 
     from dskd_plugin.host import dataset
+    from dskd_plugin.host.plugin import registered
 
     PluginManager._instance = None
 
@@ -33,8 +34,7 @@ def prepare(recipe, tmp_path):
         file.write_text(yaml.safe_dump(changed))
         cfg = load_cfg(str(file))
         data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).train_dataset
-        reader = dataset._reader
-        return sorted(data, key=lambda row: row["input_ids"]), load_tokenizer(cfg), reader.tokenizer
+        return sorted(data, key=lambda row: row["input_ids"]), load_tokenizer(cfg), registered().run.teacher.tokenizer
 
     yield prepare
     PluginManager._instance = None
@@ -196,7 +196,7 @@ def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher,
 
     from tokenizer_zoo import load_tagged, spell
 
-    from dskd_plugin.host.dataset import PairedStrategy
+    from dskd_plugin.host.strategy import PairedStrategy
     from dskd_plugin.pair import Pair
 
     one, other = load_tagged(student), load_tagged(teacher)
@@ -206,7 +206,7 @@ def test_the_teacher_reads_the_very_text_of_rows_that_were_cut(student, teacher,
     for text in ("red <think>four</think> The  lamp\n x", "  <think> four </think>The", "<think>x</think>"):
         ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]
         rows = [ids[start : start + length] for start in range(0, len(ids), length)]
-        read = [b"".join(spell(other, row)) for row, _ in strategy._reread(rows, text)]
+        read = [b"".join(spell(other, row)) for row, _ in strategy.reread(rows, text)]
         if other.table.kind == "byte-level":
             assert b"".join(read) == text.encode(), (text, read)
         elif length == 100:
@@ -638,11 +638,11 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     """What the run takes for the ends, from the recipe alone, is what the rows were aligned with."""
     from axolotl.utils.dict import DictDefault
 
-    from dskd_plugin.host import dataset
-    from dskd_plugin.text.tokens import token_table
+    from dskd_plugin.host import strategy
+    from dskd_plugin.host.plugin import registered
 
     seen = []
-    original = dataset.aligner
+    original = strategy.aligner
 
     def spy(pair, settings, ends):
         seen.append(ends)
@@ -653,12 +653,11 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
         {**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": LLAMA_2},
         *({"path": tiny["data"], "ds_type": "json", "type": kind} for kind in TYPES.values()),
     ]
-    monkeypatch.setattr(dataset, "aligner", spy)
+    monkeypatch.setattr(strategy, "aligner", spy)
     ends = {"special_tokens": {"eos_token": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
     _, student, teacher = prepare(datasets=entries, sequence_len=128, **ends)
-    found = dataset.turn_ends(
-        DictDefault(recipe | ends | {"datasets": entries}), student, token_table(student), dataset._reader
-    )
+    changed = DictDefault(recipe | ends | {"datasets": entries})
+    found = registered().run.on(changed).with_student(student).ends
     assert len(seen) == len(entries) and found == list(dict.fromkeys(seen))
     chat, text = (student.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
     assert found[0] == (chat, teacher.eos_token_id) and found[-1] == (text, teacher.eos_token_id)
@@ -748,7 +747,7 @@ def test_columns_follow_when_the_teachers_row_is_cut(prepare, tiny, alignment):
     ],
 )
 def test_prompt_by_hand(kept, labels, teacher, prompt):
-    from dskd_plugin.host.dataset import prompt_end
+    from dskd_plugin.host.strategy import prompt_end
 
     assert prompt_end(*([label == 1 for label in side] for side in (kept, labels, teacher))) == prompt
 
@@ -822,4 +821,4 @@ def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
     from dskd_plugin.host import dataset_report
 
     note = json.dumps({"side": "teacher", "error": error, "row": "x", "roles": roles})
-    assert advice in dataset_report.refused("datasets: d", ["", note], 2)
+    assert advice in str(dataset_report.refused("datasets: d", ["", note], 2))

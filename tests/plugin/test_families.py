@@ -135,7 +135,7 @@ def test_adapter_of_the_teacher_is_merged(folder, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(folder, name):
-    from dskd_plugin.batch import MicroBatch
+    from dskd_plugin.batch import StepBatch
     from dskd_plugin.core.divergences import divergence
     from dskd_plugin.core.objective import Objective
     from dskd_plugin.core.overlap import identity
@@ -174,7 +174,7 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
     attach(student, loss)
     rows = torch.tensor([row * 9 + position for row in (0, 1) for position in range(3, 8)])
     hidden = one.rows(ids.flatten(), torch.tensor([9, 9]), torch.tensor([1, 1]), rows)
-    batch = MicroBatch(rows, ids.flatten()[rows + 1], hidden)
+    batch = StepBatch(rows, ids.flatten()[rows + 1], teacher_MD=hidden)
     batch.window = [batch]
     loss.micro_batch = batch
     found = student(input_ids=ids, use_cache=False, logits_to_keep=1)["loss"]

@@ -1,6 +1,7 @@
 """Whose error a message is, which recipe a command line means, and what a model card may tell."""
 
 import os
+import pickle
 
 import pytest
 
@@ -16,10 +17,13 @@ def raised(act):
     raise AssertionError("nothing was raised")
 
 
-def test_an_error_is_ours_by_where_it_was_raised_and_what_it_says():
+def test_an_error_is_ours_by_its_class():
     ours = raised(lambda: folders.check_files("base_model", "/no/such/folder"))
     assert errors.own_message(ours) == str(ours)
-    assert errors.own_message(errors.DSKDSetupError("model 'x': broken")) == "model 'x': broken"
+    ours = errors.DSKDSetupError("model 'x'", "a head", "none", "Use another.")
+    assert errors.own_message(ours) == "model 'x': expected a head, got none. Use another."
+    both = errors.Mistakes([ours, errors.SettingError("a", 1, 2, "Do it.")])
+    assert errors.own_message(both) == f"{ours}\na: expected 1, got 2. Do it."
     # The same words of somebody else, and a mistake inside our code.
     assert errors.own_message(raised(lambda: int("expected"))) is None
     assert errors.own_message(raised(lambda: folders.check_files("x", None))) is None
@@ -34,6 +38,15 @@ def test_an_error_of_a_worker_process_is_ours():
         theirs = raised(lambda: pool.apply(int, ("expected",)))
     assert errors.own_message(ours) == str(ours)
     assert errors.own_message(theirs) is None
+
+
+@pytest.mark.parametrize("kind", [errors.SettingError, errors.DSKDSetupError])
+def test_an_error_of_ours_survives_pickling_and_is_the_kind_that_python_knows(kind):
+    one = kind("dskd.x", "a number", None, "Write one.")
+    again = pickle.loads(pickle.dumps(errors.Mistakes([one, one])))
+    assert str(again) == f"{one}\n{one}" and type(again.errors[0]) is kind
+    assert again.errors[0].parts == ("dskd.x", "a number", "None", "Write one.")
+    assert isinstance(one, ValueError if kind is errors.SettingError else RuntimeError)
 
 
 @pytest.fixture

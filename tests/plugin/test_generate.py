@@ -338,7 +338,7 @@ def test_the_bar_moves_within_a_batch(written, monkeypatch):
     """One batch only: a log file already has speed and time left before any answer has ended."""
     from dskd_plugin.cli import progress
 
-    monkeypatch.setattr(progress, "_PAUSE", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(progress, "PAUSE", {True: 0.0, False: 0.0})
     output = run(written(), "--max-new-tokens", 30, "--batch-size", 48, "--keep-unfinished")
     bars = re.findall(r"\| (\d+)/48 answers \[[\d:]+, ([\d.]+) tokens/s, (at most )?([\d:]+) left\]", output)
     assert len(bars) >= 30
@@ -799,7 +799,8 @@ def test_the_student_reads_earlier_reasoning_of_the_written_rows_as_before(case,
 
     def prompts(one):
         path = Path(written({"datasets": [{"ds_type": "json", **one}]}, block))
-        return read_prompts(source := load_recipe(path, read_recipe(path)), None)["prompt_ids"], source.tokenizer
+        source = load_recipe(path, read_recipe(path))
+        return read_prompts(source, None)["prompt_ids"], source.teacher.tokenizer
 
     before, tokenizer = prompts({"path": data, "type": "chat_template", **options})
     assert f"(it is red){TOLD}" in tokenizer.decode(before[0])

@@ -478,7 +478,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_at_once(when, case, tiny, tmp_
     }
     with pytest.raises((ValueError, UserError)) as error:
         if when == "files":
-            preflight._check(recipe, {})
+            preflight.check_started(recipe, {})
         elif when == "plugin":
             read_teacher(parse_settings(block), recipe, named_template)
         else:
@@ -576,7 +576,7 @@ def test_a_package_that_is_not_installed_is_missed_at_once(package, more, tiny, 
         "dskd": {"teacher": {"model": tiny["teacher"], **more}},
     }
     with pytest.raises(RuntimeError, match=f"expected the package {package} for .*Install it: pip install {package}"):
-        preflight._check(recipe, {})
+        preflight.check_started(recipe, {})
 
 
 def test_weights_with_a_part_missing_are_no_teacher(tiny, tmp_path):

@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from dskd_plugin.generation.rollout import PlainReader, Rollout, batches_exactly, generating, pack, prompt_parts
+from dskd_plugin.generation.answer_text import PlainReader
+from dskd_plugin.generation.rollout import Rollout, pack
+from dskd_plugin.generation.sampling import batches_exactly, generating, prompt_parts
 from dskd_plugin.settings import OnPolicySettings
-from dskd_plugin.text.align import Aligner, end_of_turn
-from dskd_plugin.text.tokens import token_table
+from dskd_plugin.text.align import Aligner
+from dskd_plugin.text.turn_ends import end_of_turn
+from dskd_plugin.text.vocabularies import token_table
 
 IGNORE = -100
 WINDOW = {"sliding_window": 6}
@@ -207,7 +210,7 @@ def test_padded_batch_says_what_each_prompt_says_alone(name, sides, shared):
     rng = random.Random(1)
     prompts = [[rng.randrange(3, vocab) for _ in range(length)] for length in (4, 17, 9, 1, 9)]
     one = shared(max_new_tokens=14)
-    found = one._sample(model, prompts, 0, None)
+    found = one.sample(model, prompts, 0, None)
     assert one._batches == (name not in ALONE)
     for prompt, ids in zip(prompts, found, strict=True):
         expected = greedy(model, prompt, 14, one.stops, vocab)
@@ -229,7 +232,7 @@ def test_leaking_padding_is_noticed(sides, shared):
             assert batches_exactly(generator, vocab) is exact
     one = shared()
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    for prompt, ids in zip(prompts, one._sample(blind, prompts, 0, None), strict=True):
+    for prompt, ids in zip(prompts, one.sample(blind, prompts, 0, None), strict=True):
         expected = greedy(honest, prompt, 12, one.stops, vocab)
         assert ids[: len(expected)] == expected
 
@@ -267,7 +270,7 @@ def test_tokens_are_drawn_from_the_stated_distribution(knobs, sides, shared, stu
         student_model.lm_head.weight.mul_(0.3)
     expected = softened(logits, **knobs)
     one = shared(max_new_tokens=1, **knobs)
-    found = [ids[0] for ids in one._sample(student_model, [prompt] * draws, 3, None)]
+    found = [ids[0] for ids in one.sample(student_model, [prompt] * draws, 3, None)]
     assert set(found) <= set(expected)
     likely = sorted(expected, key=expected.get)[-8:]
     for token in likely:
@@ -281,7 +284,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(sides, shared):
     vocab = sides["student"].table.vocab_size
     model = scripted(vocab + 8, [vocab + 3] * 4, 3)
     one = shared(top_k=0, max_new_tokens=4)
-    assert all(token < vocab for ids in one._sample(model, [[5, 6, 7]] * 20, 0, None) for token in ids)
+    assert all(token < vocab for ids in one.sample(model, [[5, 6, 7]] * 20, 0, None) for token in ids)
 
 
 def test_settings_of_the_model_folder_do_not_leak(tiny, shared, tmp_path, gold):
@@ -345,7 +348,7 @@ def test_parts_hold_every_prompt_once_within_the_limit(monkeypatch):
     rng = random.Random(2)
     prompts = [[1] * rng.randint(1, 60) for _ in range(40)]
     room = [rng.randint(1, 20) for _ in prompts]
-    monkeypatch.setattr("dskd_plugin.generation.rollout.CACHE_TOKENS", 300)
+    monkeypatch.setattr("dskd_plugin.generation.sampling.CACHE_TOKENS", 300)
     for together in (True, False):
         parts = list(prompt_parts(prompts, room, together))
         assert sorted(k for part in parts for k in part) == list(range(40))
@@ -356,7 +359,7 @@ def test_parts_hold_every_prompt_once_within_the_limit(monkeypatch):
 
 def test_answers_do_not_depend_on_the_parts(shared, student_model, gold, monkeypatch):
     whole = shared().answer(student_model, gold, step=0, rank=0)
-    monkeypatch.setattr("dskd_plugin.generation.rollout.CACHE_TOKENS", 1)
+    monkeypatch.setattr("dskd_plugin.generation.sampling.CACHE_TOKENS", 1)
     assert shared().answer(student_model, gold, step=0, rank=0) == whole
 
 
@@ -430,7 +433,7 @@ def test_student_in_training_answers_without_dropout_and_is_left_as_it_was(lora,
     model.eval()
     vocab = sides["student"].table.vocab_size
     expected = [greedy(model, prompt_of(row), 10, one.stops, vocab) for row in gold]
-    said = [one._read(ids) for ids in expected]
+    said = [one.read(ids) for ids in expected]
     assert answers(rows, gold) == [answer.ids + [answer.end] * (answer.end is not None) for answer in said]
 
 
@@ -574,7 +577,7 @@ def test_the_teacher_never_reads_a_spelled_control_token(zoo_name, zoo):
 
 
 def test_plain_text_is_read_the_same_way_alone_or_after_a_prompt(zoo_name, zoo):
-    from dskd_plugin.text.tokens import encode
+    from dskd_plugin.text.vocabularies import encode
 
     entry = zoo(zoo_name)
     table, reader = entry.table, PlainReader(entry.tokenizer, entry.table)
@@ -800,7 +803,7 @@ def test_answer_stays_within_the_student_row(sides, shared, student_model, gold)
     assert one.counts["skipped"] == sum(len(prompt_of(row)) >= limit for row in gold) > 0
     vocab = sides["student"].table.vocab_size
     kept = [row for row in gold if len(prompt_of(row)) < limit]
-    for row, found in zip(kept, one._sample(student_model, [prompt_of(r) for r in kept], 0, None), strict=True):
+    for row, found in zip(kept, one.sample(student_model, [prompt_of(r) for r in kept], 0, None), strict=True):
         room = limit - len(prompt_of(row))
         expected = greedy(student_model.eval(), prompt_of(row), min(30, room), one.stops, vocab)
         assert found[: len(expected)] == expected and len(found) <= room

@@ -26,7 +26,7 @@ from dskd_plugin.core.events import EventCompare, exact_target
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
 from dskd_plugin.text.tokens import overlap as shared_vocabulary
-from dskd_plugin.text.tokens import token_table
+from dskd_plugin.text.vocabularies import token_table
 
 LENGTH = 6
 # After each character: how likely the next one is. A newline is mostly followed by indentation.

@@ -7,29 +7,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd_plugin.assemble import distillation_loss
-from dskd_plugin.batch import micro_batch
+from dskd_plugin.batch import KEY, ask
 from dskd_plugin.core.backend import TorchBlocks
 from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.host.collator import (
-    PackedMaskAttentionCollator,
-    PackedMaskPairCollator,
-    PaddedAttentionCollator,
-    PaddedPairCollator,
-)
+from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
 from dskd_plugin.methods.base import METHODS, Method, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.text.align import end_of_turn
-from dskd_plugin.text.tokens import token_table
+from dskd_plugin.text.turn_ends import end_of_turn
+from dskd_plugin.text.vocabularies import token_table
 
 
 def split(batch):
-    """The collator's own keys, and what the student's forward takes."""
-    own = {key: value for key, value in batch.items() if key.startswith(("dskd_", "teacher_"))}
-    return own, {key: value for key, value in batch.items() if key not in own and key != "labels"}
+    """The step batch, and what the student's forward takes."""
+    return batch[KEY], {key: value for key, value in batch.items() if key not in (KEY, "labels")}
 
 
 class Setup:
@@ -106,7 +100,7 @@ class Setup:
         self.student.zero_grad()
         teacher = None if self.settings.method == "sft" else self.teacher
         sides = [split(batch) for batch in batches]
-        window = [micro_batch(own, teacher) for own, _ in sides]
+        window = [ask(own, teacher) for own, _ in sides]
         window[0].window = window
         total, sums = 0.0, {}
         for (_, inputs), rows in zip(sides, window, strict=True):
@@ -122,8 +116,10 @@ class Setup:
 
 
 def padded(setup, samples):
-    collator = PaddedAttentionCollator if setup.settings.alignment == "cma" else PaddedPairCollator
-    return collator(setup.tokenizer, pad_to_multiple_of=8)([dict(sample) for sample in samples])
+    attends = setup.settings.alignment == "cma"
+    return PaddedPairCollator(setup.tokenizer, pad_to_multiple_of=8, cross_attention=attends)(
+        [dict(sample) for sample in samples]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +206,8 @@ def test_packed_equals_padded(tiny, rows, pair, mode):
         [{**sample, "position_ids": list(range(len(sample["input_ids"])))} for sample in samples[k : k + 3]]
         for k in (0, 3)
     ]
-    collator = PackedMaskAttentionCollator if mode.get("alignment") == "cma" else PackedMaskPairCollator
-    batch = collator(together.tokenizer, pad_to_multiple_of=8)(bins)
+    attends = mode.get("alignment") == "cma"
+    batch = PackedMaskPairCollator(together.tokenizer, pad_to_multiple_of=8, cross_attention=attends)(bins)
     batch.pop("attention_mask")  # as Axolotl does: position ids keep the neighbours apart
     close(together.run([batch]), apart.run([padded(apart, samples)]))
 

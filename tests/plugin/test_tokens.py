@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.text.tokens import TokenTable, encode, overlap, places, same_tokenizer, spell, token_table
+from dskd_plugin.text.tokens import TokenTable, overlap, places, same_tokenizer, spell
+from dskd_plugin.text.vocabularies import encode, token_table
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
 TEXTS = [

@@ -411,7 +411,7 @@ class Entry:
     """A tokenizer of the zoo with its table."""
 
     def __init__(self, name: str, tokenizer: Any = None) -> None:
-        from dskd_plugin.text.tokens import token_table
+        from dskd_plugin.text.vocabularies import token_table
 
         build, self.spelling, changes = ZOO[name] if tokenizer is None else (None, "", "")
         self.name, self.changes = name, changes.split()

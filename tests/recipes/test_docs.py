@@ -2,6 +2,7 @@
 
 import ast
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import get_args
 
@@ -48,6 +49,15 @@ def schema(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, lis
         if not inside:
             found.setdefault(prefix + key, []).append(field)
     return found
+
+
+@pytest.mark.parametrize("page", ["settings.md", "metrics.md"])
+def test_tables_that_come_from_the_code_are_up_to_date(page):
+    spec = spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
+    tables = module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert page in tables.PAGES
+    assert tables.written(page) == (ROOT / "docs" / page).read_text(encoding="utf-8"), "run `make docs`"
 
 
 SCHEMA = schema()
@@ -159,16 +169,23 @@ def test_every_equation_has_its_module_and_its_test(row):
 # -- troubleshooting -----------------------------------------------------------------------------------------
 
 
+def text_of(node: ast.expr) -> str:
+    """A text in the code, with … for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
 def messages() -> list[str]:
-    """Every text in the plugin, with … for what is filled in."""
+    """Every text in the plugin; those of errors put together from their four parts."""
     found = []
     for file in (ROOT / "dskd_plugin").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                found.append("".join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("SettingError", "DSKDSetupError"):
+                if len(node.args) == 4:
+                    found.append("{}: expected {}, got {}. {}".format(*map(text_of, node.args)))
+            elif isinstance(node, ast.JoinedStr | ast.Constant):
+                found.append(text_of(node))
     return found
 
 

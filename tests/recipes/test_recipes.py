@@ -101,7 +101,7 @@ def test_axolotl_accepts_the_recipe_and_drops_nothing(axolotl, file):
 def test_the_plugin_accepts_the_recipe(axolotl, file):
     from axolotl.utils.dict import DictDefault
 
-    from dskd_plugin.host.plugin import check_recipe
+    from dskd_plugin.preflight import check_recipe
     from dskd_plugin.settings import parse_settings
 
     recipe = read(file)
@@ -223,7 +223,7 @@ def test_deepspeed_files_are_accepted(axolotl, engine):
     """By the plugin, by Axolotl and, key by key, by DeepSpeed, whose own schema forbids unknown ZeRO keys."""
     from axolotl.utils.dict import DictDefault
 
-    from dskd_plugin.host.plugin import check_recipe
+    from dskd_plugin.preflight import check_recipe
     from dskd_plugin.settings import parse_settings
 
     content = json.loads(engine.read_text(encoding="utf-8"))

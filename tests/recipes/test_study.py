@@ -408,7 +408,7 @@ def test_missing_data_is_named(monkeypatch, tmp_path):
 
 
 def test_the_students_tokenizer_is_sentencepiece_with_byte_fallback():
-    from dskd_plugin.text.tokens import token_table
+    from dskd_plugin.text.vocabularies import token_table
 
     rng = random.Random(2)
     words = ["apple", "river", "counts", "eleven", "the", "of", "and", "stones", "near", "house"]

@@ -1,0 +1,97 @@
+"""What a run logs under ``dskd/``: exact means of the terms since the last log, over accumulation and ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd_plugin.batch import StepBatch
+from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.generation.rollout import COUNTS
+
+# The order in which sums are kept; align_ratio, aligned rows out of all, stands last.
+NAMES = (*TERMS, *RATES, "align_ratio")
+
+
+# What each name under ``dskd/`` says, in the order of docs/metrics.md (`make docs`).
+MEANINGS = {
+    "ce": "cross-entropy of the gold tokens, nats per response token",
+    "t2s_kd": "divergence in the student's space, per row that takes part",
+    "t2s_ce": "how far the projected teacher is from its labels, the teacher's distribution "
+    "(`projector.labels: soft`, a divergence) or argmax (`hard`, a cross-entropy): how good the "
+    "projector is",
+    "s2t_kd": "divergence in the teacher's space",
+    "kd": "the sum of the KD terms; with a method other than dskd its one term",
+    "span_kl": "divergence of the likelihoods of a span, per span; enters `dskd/kd` with its weight",
+    "t2s_agreement": "share of aligned rows where the projected teacher predicts its own token; with `target: exact` "
+    "the event of it",
+    "t2s_inside": "`target: exact`: how much likelier, in nats, the projected teacher finds the gold token, given "
+    "its event, than the student does; it shares out inside events while the mean of the last steps "
+    "is above 0",
+    "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
+    "align_ratio": "aligned rows / response rows",
+    "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",
+    "rollout_tokens": "their tokens",
+    "rollout_seconds": "time spent on sampling, per rank",
+    "rollout_empty": "answers without text",
+    "rollout_cut": "answers without an end of turn, e.g. at `max_new_tokens`",
+    "rollout_unaligned": "answers without an aligned row",
+    "rollout_skipped": "rows without a prompt, or with one that leaves no room for an answer",
+}
+
+
+class WithoutPerplexity(dict[str, Any]):
+    """Axolotl adds ppl = exp(loss), which means nothing for a mixture of losses."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in ("ppl", "eval_ppl"):
+            super().__setitem__(key, value)
+
+
+def active_names(objective: Objective, *, exact: bool, in_pairs: bool) -> set[str]:
+    """Terms and rates that the objective computes, and whether pairs are counted."""
+    names = set(objective.terms)
+    if objective.in_student_space:
+        names.add("t2s_agreement")
+    if objective.in_teacher_space:
+        names.add("s2t_agreement")
+    if exact:
+        names.add("t2s_inside")
+    if in_pairs:
+        names.add("align_ratio")
+    return names
+
+
+class Totals:
+    """Sums and counts of training and of evaluation. over_ranks: the sum of a tensor over all processes."""
+
+    def __init__(self, names: set[str], device: torch.device, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self._names, self._device, self._over_ranks = names, device, over_ranks
+        self._sums = {kind: self._nothing() for kind in ("train", "eval")}
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(len(NAMES), 2, dtype=torch.double, device=self._device)
+
+    def add(self, kind: str, batch: StepBatch, like: Tensor) -> None:
+        """Take in the sums of a micro-batch. like: a tensor on the device of the loss."""
+        rows = [torch.stack([value.double() for value in batch.sums[name]]) for name in (*TERMS, *RATES)]
+        rows.append(like.new_tensor([batch.aligned, batch.responses], dtype=torch.double))
+        self._sums[kind] += torch.stack(rows)
+
+    def means(self, kind: str) -> dict[str, float]:
+        """Mean of each name since the last call, over all ranks."""
+        totals = self._over_ranks(self._sums[kind]).tolist()
+        self._sums[kind] = self._nothing()
+        found = {}
+        for name, (total, count) in zip(NAMES, totals, strict=True):
+            if name in self._names:
+                found[name] = total / max(count, 1.0)
+        return found
+
+
+def of_answers(totals: list[float], processes: int) -> dict[str, float]:
+    """Counts of the sampled answers over all ranks, seconds per rank. totals: `COUNTS`, summed over ranks."""
+    found = {f"rollout_{name}": value for name, value in zip(COUNTS, totals, strict=True)}
+    found["rollout_seconds"] /= processes
+    return found
