@@ -20,6 +20,7 @@ import yaml
 
 from dskd_eval.data import DataSource, HubSource, Row, content_hash, half_character, joined_surrogates
 from dskd_eval.errors import UserError, nearest
+from dskd_eval.schema import TaskRecord
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 SUITES = ("instruct", "math", "code")
@@ -169,24 +170,23 @@ class Plan:
     def primary(self) -> str:
         return self.metrics[0]
 
-    def record(self) -> dict[str, Any]:
-        """What a result is worth comparing by; two results with equal records measured the same thing."""
-        return {
-            "task": self.spec.name,
-            "version": self.spec.version,
-            "suite": self.spec.suite,
-            "summary": self.spec.summary,
-            "primary_metric": self.primary,
-            "metrics": list(self.metrics),
-            "scorer": self.spec.scorer or "lm-eval metrics",
-            "style": self.style,
-            "protocol": self.protocol,
-            "shots": self.shots,
-            "prompt": _text_of(self.config.get("doc_to_text")),
-            "generation": dict(self.generation),
-            "seeds": list(self.seeds),
-            "floor": dict(self.spec.floor),
-        }
+    def record(self) -> TaskRecord:
+        return TaskRecord(
+            task=self.spec.name,
+            version=self.spec.version,
+            suite=self.spec.suite,
+            summary=self.spec.summary,
+            primary_metric=self.primary,
+            metrics=list(self.metrics),
+            scorer=self.spec.scorer or "lm-eval metrics",
+            style=self.style,
+            protocol=self.protocol,
+            shots=self.shots,
+            prompt=_text_of(self.config.get("doc_to_text")),
+            generation=dict(self.generation),
+            seeds=list(self.seeds),
+            floor=dict(self.spec.floor),
+        )
 
 
 def _text_of(template: Any) -> Any:
@@ -834,7 +834,7 @@ def _check_program(key: str, template: str, row: Row) -> None:
 
 def digest(plan_: Plan) -> str:
     """Hash of everything in a plan that shapes prompts, answers and scores."""
-    facts = plan_.record() | {"config": {key: repr(value) for key, value in plan_.config.items()}}
+    facts = plan_.record().plain() | {"config": {key: repr(value) for key, value in plan_.config.items()}}
     facts |= {"code": dict(plan_.spec.code)}
     return content_hash(_without_addresses(facts))
 

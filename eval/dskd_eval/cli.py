@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -31,6 +31,10 @@ from rich.table import Table
 
 from dskd_eval import catalog, shown
 from dskd_eval.errors import UserError
+from dskd_eval.schema import Comparison, MetricScore, Results, Score, Settings, SuiteScore, TaskScore
+
+if TYPE_CHECKING:
+    from dskd_eval.records import Run
 
 _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
@@ -182,7 +186,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     if options["recipe"]:
         refs = [*recipe.models_of(options["recipe"]), *refs]
     directory = data.data_directory(options["data_dir"])
-    settings = run.Settings(
+    settings = Settings(
         chat_template=template,
         **{
             key: options[key]
@@ -218,7 +222,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     _OUT.print(f"\nReport   {escape(str(output / 'report.html'))}", soft_wrap=True)
     _OUT.print(f"Results  {escape(str(output / 'results.json'))}", soft_wrap=True)
     _OUT.print(f"Samples  {escape(str(output / 'samples.jsonl'))}", soft_wrap=True)
-    if not results["complete"]:
+    if not results.complete:
         _OUT.print(f"[red]Some tasks failed[/]; details in {escape(str(output / 'errors.log'))}. After the repair:")
         _OUT.print("  " + escape(_again(output)), soft_wrap=True)
         raise SystemExit(1)
@@ -332,11 +336,11 @@ class Terminal:
         self.state = (what, done, total)
         self.bars.update(self.current, description=escape(f"{self.label}: {what}"), completed=done, total=total)
 
-    def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None:
-        name, metric = next(iter(score["metrics"].items()))
-        line = f"  {task:<14} {shown.fixed(metric['value']):>6}  ({shown.span(metric['low'], metric['high'])})"
-        line += f"  {name}, n={score['n']}"
-        facts = score["answers"]
+    def finished(self, model: str, task: str, score: TaskScore, seconds: float, kept: bool) -> None:
+        name, metric = next(iter(score.metrics.items()))
+        line = f"  {task:<14} {shown.fixed(metric.value):>6}  ({shown.span(metric.low, metric.high)})"
+        line += f"  {name}, n={score.n}"
+        facts = score.answers.given()
         extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]
         line += f"  {seconds:.0f} s" + (" (kept)" if kept else "")
         self.state = ("", 0, 0)
@@ -361,81 +365,82 @@ _FACTS = {
 }
 
 
-def _show_results(results: dict[str, Any]) -> None:
-    labels = [model["name"] for model in results["models"]]
+def _show_results(results: Results) -> None:
+    labels = [model.name for model in results.models]
     table = Table(title="Scores with 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("task")
     table.add_column("metric", overflow="fold")
     table.add_column("n", justify="right")
     for label in labels:
         table.add_column(escape(label), justify="right", overflow="fold")
-    tasks = list(dict.fromkeys(score["task"]["task"] for score in results["scores"]))
-    by_place = {(score["task"]["task"], score["model"]): score for score in results["scores"]}
+    tasks = list(dict.fromkeys(score.task.task for score in results.scores))
+    by_place = {(score.task.task, score.model): score for score in results.scores}
     previous = None
     for task in tasks:
         rows = [by_place[task, label] for label in labels]
-        suite = rows[0]["task"]["suite"]
+        suite = rows[0].task.suite
         if previous not in (None, suite):
             _suite_row(table, results, str(previous), labels)
         previous = suite
-        sizes = sorted({row["n"] for row in rows if row["status"] == "finished"})
+        sizes = sorted({row.n for row in rows if row.finished})
         cells = [_cell(row) for row in rows]
-        table.add_row(task, rows[0]["task"]["primary_metric"], "/".join(map(str, sizes)), *cells)
+        table.add_row(task, rows[0].task.primary_metric, "/".join(map(str, sizes)), *cells)
     if previous is not None:
         _suite_row(table, results, str(previous), labels)
     _OUT.print(table)
-    _show_comparisons(results.get("comparisons") or {})
-    for note in results["notes"]:
+    _show_comparisons(results.comparisons)
+    for note in results.notes:
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
 
 
-def _suite_row(table: Table, results: dict[str, Any], suite: str, labels: list[str]) -> None:
-    values = {item["model"]: item for item in results["suites"] if item["suite"] == suite}
+def _suite_row(table: Table, results: Results, suite: str, labels: list[str]) -> None:
+    values = {item.model: item for item in results.suites if item.suite == suite}
     if values:
         cells = [_interval(values[label]) if label in values else "" for label in labels]
         table.add_row(f"[bold]{suite}[/]", "[dim]mean of the suite[/]", "", *[f"[bold]{cell}[/]" for cell in cells])
         table.add_section()
 
 
-def _cell(score: dict[str, Any]) -> str:
-    if score["status"] != "finished":
-        return f"[red]{score['status']}[/]"
-    return _interval(score["metrics"][score["task"]["primary_metric"]])
+def _cell(score: Score) -> str:
+    if not score.finished:
+        return f"[red]{score.status}[/]"
+    return _interval(score.primary)
 
 
-def _interval(item: dict[str, Any]) -> str:
-    if item["low"] is None:
-        return f"{shown.fixed(item['value'])} [dim]{shown.UNKNOWN}[/]"
-    return f"{shown.fixed(item['value'])} [dim]{shown.fixed(item['low'])}–{shown.fixed(item['high'])}[/]"
+def _interval(item: MetricScore | SuiteScore) -> str:
+    if item.low is None or item.high is None:
+        return f"{shown.fixed(item.value)} [dim]{shown.UNKNOWN}[/]"
+    return f"{shown.fixed(item.value)} [dim]{shown.fixed(item.low)}–{shown.fixed(item.high)}[/]"
 
 
-def _show_comparisons(found: dict[str, Any]) -> None:
+def _show_comparisons(found: Comparison) -> None:
     from dskd_eval import comparison
 
-    for gap in found.get("gaps") or []:
-        if not gap["rows"]:
+    for gap in found.gaps:
+        if not gap.rows:
             continue
-        table = Table(title=f"Gap closed by {escape(gap['model'])}", title_justify="left", header_style="bold")
+        table = Table(title=f"Gap closed by {escape(gap.model)}", title_justify="left", header_style="bold")
         for name in ("task", "base", "student", "teacher", "closed", "95 %", "n"):
             table.add_column(name, justify="left" if name == "task" else "right")
-        for row in gap["rows"]:
-            closed = shown.UNKNOWN if row["closed"] is None else f"{shown.fixed(row['closed'], 0)} %"
-            numbers = [shown.fixed(row[key]) for key in ("base", "student", "teacher")]
-            table.add_row(row["task"], *numbers, closed, comparison.gap_span(row), str(row["n"]))
+        for share in gap.rows:
+            closed = shown.UNKNOWN if share.closed is None else f"{shown.fixed(share.closed, 0)} %"
+            numbers = [shown.fixed(score) for score in (share.base, share.student, share.teacher)]
+            table.add_row(share.task, *numbers, closed, comparison.gap_span(share), str(share.n))
         _OUT.print(table)
-    for pair in found.get("pairs") or []:
-        if not pair["rows"]:
+    for pair in found.pairs:
+        if not pair.rows:
             continue
-        title = f"{escape(pair['model'])} against {escape(pair.get('against', found['baseline']))}"
+        against = found.baseline if pair.against is None else pair.against
+        title = f"{escape(pair.model)} against {escape(against)}"
         table = Table(title=title, title_justify="left", header_style="bold")
         for name in ("task", "diff.", "95 %", "p", "p Holm", "win/tie/loss", "n"):
             table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-        for row in pair["rows"]:
-            colour = {"second": "green", "first": "red", None: "default"}[row["better"]]
-            size = str(row["n"]) if row["n"] == row["of"] else f"{row['n']} of {row['of']}"
-            cells = [shown.signed_span(row["low"], row["high"]), shown.p_value(row["p"]), shown.p_value(row["p_holm"])]
-            cells.append("/".join(str(row[key]) for key in ("wins", "ties", "losses")))
-            table.add_row(row["task"], f"[{colour}]{shown.signed(row['difference'])}[/]", *cells, size)
+        for row in pair.rows:
+            colour = {"second": "green", "first": "red", None: "default"}[row.better]
+            size = str(row.n) if row.n == row.of else f"{row.n} of {row.of}"
+            cells = [shown.signed_span(row.low, row.high), shown.p_value(row.p), shown.p_value(row.p_holm)]
+            cells.append(f"{row.wins}/{row.ties}/{row.losses}")
+            table.add_row(row.task, f"[{colour}]{shown.signed(row.difference)}[/]", *cells, size)
         _OUT.print(table)
 
 
@@ -522,11 +527,14 @@ def list_tasks(as_json: bool) -> None:
     ]
     if as_json:
         rows = [
-            {**pair["base"].record(), "styles": {s: p.record() for s, p in pair.items()},
-             "protocols": sorted(pair["base"].spec.protocols),
-             "data": [source.file for source in pair["base"].spec.data["test"]]}
+            {
+                **pair["base"].record().plain(),
+                "styles": {style: plan.record().plain() for style, plan in pair.items()},
+                "protocols": sorted(pair["base"].spec.protocols),
+                "data": [source.file for source in pair["base"].spec.data["test"]],
+            }
             for pair in plans
-        ]  # fmt: skip
+        ]
         click.echo(json.dumps(rows, indent=1))
         return
     previous = None
@@ -639,10 +647,10 @@ def compare(
     )
     written = writer.write_comparison(found, output) if output else []
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(found.plain(), indent=1))
         return
     _show_comparisons(found)
-    for note in found["notes"]:
+    for note in found.notes:
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print(
         "[dim]Paired on the same documents; difference in points; p: exact McNemar, or sign-flip permutation "
@@ -680,7 +688,7 @@ def report(
         _OUT.print(escape(str(path)), soft_wrap=True)
 
 
-def _open(text: str) -> Any:
+def _open(text: str) -> Run:
     from dskd_eval.records import Run
 
     if Path(text).exists() or ":" not in text:

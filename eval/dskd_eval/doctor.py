@@ -166,10 +166,10 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
 
 def _verdict(plan: catalog.Plan, result: runner.TaskResult) -> Check:
     """Whether references score 100; of a metric of lm-eval that is no share of right answers, only the value."""
-    metric = result.score["metrics"][plan.primary]
-    text = f"{metric['value']:.1f} on {result.score['n']} documents, {plan.style} style"
-    if plan.spec.native and not (metric["unit"] == "percent" and metric["higher_is_better"]):
+    metric = result.score.metrics[plan.primary]
+    text = f"{metric.value:.1f} on {result.score.n} documents, {plan.style} style"
+    if plan.spec.native and not (metric.unit == "percent" and metric.higher_is_better):
         return Check("ok", f"oracle {plan.spec.name}", f"{text}; {plan.primary} is not judged")
-    wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][plan.primary] != 1.0]
+    wrong = [sample.doc_id for sample in result.samples if sample.metrics[plan.primary] != 1.0]
     text += f"; wrong: {wrong[:5]}" if wrong else ""
     return Check("bad" if wrong else "ok", f"oracle {plan.spec.name}", text)

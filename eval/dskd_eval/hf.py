@@ -222,7 +222,7 @@ class HFBackend:
         self.max_length = context_length(self.model.config, self.tokenizer)
         self.default_batch_size = 8 if self.device.type == "cpu" else 32
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.identity = {
+        self.identity: Mapping[str, Any] = {
             "fingerprint": folder.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,

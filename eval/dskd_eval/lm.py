@@ -20,6 +20,7 @@ from lm_eval.api.model import LM
 from dskd_eval import reasoning
 from dskd_eval.data import Row, content_hash
 from dskd_eval.errors import UserError
+from dskd_eval.schema import GenerationInfo
 
 SMALLEST_ANSWER_SHARE = 4
 _STEP = 32
@@ -91,24 +92,6 @@ def cut_at_stop(text: str, settings: GenerationSettings, opened: reasoning.Pair 
         return None
     found = [place for stop in settings.stop if (place := text.find(stop, begin)) >= 0]
     return text[: min(found)] if found else None
-
-
-@dataclass(frozen=True)
-class GenerationInfo:
-    """How one answer came about; cut_tokens is what the prompt lost to fit the context.
-
-    reasoning: the trace before the answer. trace: 'none', 'closed', 'unclosed', or 'unread' where an answer begins
-    with a known marker and no markers were asked for.
-    """
-
-    prompt_tokens: int
-    cut_tokens: int
-    max_new_tokens: int
-    new_tokens: int
-    finish: str
-    clamped: bool
-    reasoning: str = ""
-    trace: str = "none"
 
 
 class Backend(Protocol):

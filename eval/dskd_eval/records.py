@@ -15,22 +15,24 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+from pydantic import JsonValue, ValidationError
+
+from dskd_eval import schema
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
+from dskd_eval.schema import Environment, Identity, LoadedModel, ModelRecord, Part, Record, Results, Sample, Score
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("dskd", "lm_eval", "transformers", "torch", "peft", "datasets", "tokenizers", "rouge_score",
              "math-verify", "markdown-it-py", "antlr4-python3-runtime", "langdetect", "nltk", "numpy",
              "vllm")  # fmt: skip
 MEGABYTE = 1 << 20
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions that can move a score."""
     versions = {}
     for name in _PACKAGES:
@@ -38,20 +40,16 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "packages": versions,
-    }
+    return Environment(python=platform.python_version(), platform=platform.platform(terse=True), packages=versions)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, record: Record) -> None:
     """Write a file as a whole or not at all."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+    replace_text(path, json.dumps(record.plain(), indent=1, ensure_ascii=False, sort_keys=False) + "\n")
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_lines(path: Path, rows: Iterable[Record]) -> None:
+    replace_text(path, "".join(json.dumps(row.plain(), ensure_ascii=False) + "\n" for row in rows))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -74,17 +72,19 @@ def replace_text(path: Path, text: str) -> None:
         ) from error
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Lines of samples. UserError names the bad line."""
     with path.open(encoding="utf-8", errors="surrogatepass") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where, fix = f"{path}, line {number}", "Repeat the run with --resume."
             try:
-                yield json.loads(line)
+                yield Sample.model_validate(json.loads(line))
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}", expected="JSON", got=str(error), fix="Repeat the run with --resume."
-                ) from error
+                raise UserError(where, expected="JSON", got=str(error), fix=fix) from error
+            except ValidationError as error:
+                raise UserError(where, expected="the record of a sample", got=schema.problem(error), fix=fix) from error
 
 
 class RunFolder:
@@ -97,7 +97,7 @@ class RunFolder:
     def generations(self) -> Path:
         return self.path / "generations.sqlite"
 
-    def open(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def open(self, identity: Identity, *, resume: bool) -> None:
         """Create the folder, or take up the run in it.
 
         Raises UserError: the folder holds another run, or files that no run wrote; nothing to resume; no
@@ -142,12 +142,12 @@ class RunFolder:
             )
         write_json(marker, identity)
 
-    def _check_same(self, marker: Path, identity: Mapping[str, Any], where: str, *, resume: bool) -> None:
+    def _check_same(self, marker: Path, identity: Identity, where: str, *, resume: bool) -> None:
         try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
+            found: JsonValue = json.loads(marker.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(where, expected="a readable run.json", got=str(error), fix="Remove the folder.") from error
-        different = sorted(_differences(found, json.loads(json.dumps(identity))))
+        different = sorted(_differences(found, json.loads(json.dumps(identity.plain()))))
         if different:
             raise UserError(
                 where,
@@ -166,24 +166,31 @@ class RunFolder:
     def part(self, model: str, task: str) -> Path:
         return self.path / "parts" / _slug(model) / f"{task}.json"
 
-    def save_part(self, model: str, task: str, result: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+    def save_part(self, model: str, task: str, part: Part, samples: Iterable[Sample]) -> None:
         path = self.part(model, task)
         write_lines(path.with_suffix(".jsonl"), samples)
-        write_json(path, result)
+        write_json(path, part)
 
-    def load_part(self, model: str, task: str) -> dict[str, Any] | None:
+    def load_part(self, model: str, task: str) -> Part | None:
         """The record of a finished task, or None. A record without its samples counts as unfinished."""
         path = self.part(model, task)
         if not path.is_file() or not path.with_suffix(".jsonl").is_file():
             return None
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+            return Part.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, ValidationError):
             return None
-        return found
 
-    def samples(self, model: str, task: str) -> list[dict[str, Any]]:
-        return list(read_lines(self.part(model, task).with_suffix(".jsonl")))
+    def save_loaded(self, model: str, facts: LoadedModel) -> None:
+        write_json(self.part(model, "model"), facts)
+
+    def loaded(self, model: str) -> LoadedModel:
+        """What is known of the model in memory; without a field where it was not loaded yet."""
+        path = self.part(model, "model")
+        return LoadedModel.model_validate(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+
+    def samples(self, model: str, task: str) -> list[Sample]:
+        return list(read_samples(self.part(model, task).with_suffix(".jsonl")))
 
     def join_samples(self, order: Iterable[tuple[str, str]]) -> None:
         """samples.jsonl from the parts, in the order of models and tasks."""
@@ -211,7 +218,7 @@ def _slug(model: str) -> str:
     return safe if safe == model else f"{safe}-{content_hash(model)[:6]}"
 
 
-def _differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
+def _differences(first: JsonValue, second: JsonValue, path: str = "") -> Iterator[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         for key in sorted(first.keys() | second.keys()):
             yield from _differences(first.get(key), second.get(key), f"{path}.{key}" if path else str(key))
@@ -219,7 +226,7 @@ def _differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {_short(first)} there, {_short(second)} here"
 
 
-def _short(value: Any) -> str:
+def _short(value: JsonValue) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -238,42 +245,51 @@ class Run:
                 fix="Give the --output folder of a dskd-eval run.",
             )
         try:
-            self.results: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+            found: JsonValue = json.loads(results.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"run {results}", expected="JSON", got=str(error), fix="Run with --resume.") from error
-        version = self.results.get("schema_version") if isinstance(self.results, dict) else None
-        if version != SCHEMA_VERSION:
+        version = found.get("schema_version") if isinstance(found, dict) else None
+        if version != schema.SCHEMA_VERSION:
             raise UserError(
                 f"run {results}",
-                expected=f"schema version {SCHEMA_VERSION}",
+                expected=f"schema version {schema.SCHEMA_VERSION}",
                 got=repr(version),
                 fix="Repeat the run with this version of dskd-eval.",
             )
+        try:
+            self.results = Results.model_validate(found)
+        except ValidationError as error:
+            raise UserError(
+                f"run {results}",
+                expected="the record of a run",
+                got=schema.problem(error),
+                fix="Run with --resume, which writes it again.",
+            ) from error
         self.folder, self.only = folder, only
-        names = [model["name"] for model in self.results["models"]]
+        names = [model.name for model in self.results.models]
         if only is not None and only not in names:
             raise UserError(
                 f"run {path}", expected="one of its models: " + ", ".join(names), got=only, fix="Choose one."
             )
-        self._samples: dict[tuple[str, str], list[dict[str, Any]]] | None = None
+        self._samples: dict[tuple[str, str], list[Sample]] | None = None
 
     @property
-    def models(self) -> list[dict[str, Any]]:
-        return [model for model in self.results["models"] if self.only in (None, model["name"])]
+    def models(self) -> list[ModelRecord]:
+        return [model for model in self.results.models if self.only in (None, model.name)]
 
-    def score(self, model: str, task: str) -> dict[str, Any] | None:
-        for score in self.results["scores"]:
-            if score["model"] == model and score["task"]["task"] == task and score["status"] == "finished":
-                found: dict[str, Any] = score
-                return found
+    def score(self, model: str, task: str) -> Score | None:
+        """The score of a finished task."""
+        for score in self.results.scores:
+            if score.model == model and score.task.task == task and score.finished:
+                return score
         return None
 
-    def samples(self, model: str, task: str) -> list[dict[str, Any]]:
+    def samples(self, model: str, task: str) -> list[Sample]:
         if self._samples is None:
             self._samples = {}
             path = self.folder / "samples.jsonl"
             if not path.is_file():
                 raise UserError(f"run {path}", expected="samples.jsonl", got="none", fix="Run with --resume.")
-            for row in read_lines(path):
-                self._samples.setdefault((row["model"], row["task"]), []).append(row)
+            for sample in read_samples(path):
+                self._samples.setdefault((sample.model, sample.task), []).append(sample)
         return self._samples.get((model, task), [])

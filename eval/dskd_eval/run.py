@@ -6,45 +6,42 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from dskd_eval import catalog, comparison, models, reasoning, records, report, runner, sandbox, scorers, stats
 from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM, GenerationStore
+from dskd_eval.lm import Backend, EvalLM, GenerationStore
 from dskd_eval.models import ModelFolder, ModelRef
+from dskd_eval.schema import (
+    SCHEMA_VERSION,
+    Comparison,
+    Identity,
+    LoadedModel,
+    ModelIdentity,
+    ModelRecord,
+    ModelTemplate,
+    Part,
+    PartTimes,
+    Results,
+    Score,
+    Settings,
+    SuiteScore,
+    TaskIdentity,
+    TaskScore,
+    TaskTimes,
+    Times,
+)
 
 BACKENDS = ("hf", "vllm")
 PROTOCOLS = ("default", "paper")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything of the command line that shapes a score. chat_template: auto, on, off or the text of a
-    template. reasoning: auto, off or START,END.
-    """
-
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "hf"
-    protocol: str = "default"
-    num_fewshot: int | None = None
-    samples: int = 1
-    temperature: float | None = None
-    chat_template: str = "auto"
-    reasoning: str = "auto"
-    max_new_tokens: int | None = None
-    unsafe_code: bool = False
 
 
 class Watcher(Protocol):
@@ -53,7 +50,7 @@ class Watcher(Protocol):
     def model(self, name: str, number: int, total: int) -> None: ...
     def task(self, model: str, task: str, number: int, total: int) -> None: ...
     def step(self, what: str, done: int, total: int) -> None: ...
-    def finished(self, model: str, task: str, score: dict[str, Any], seconds: float, kept: bool) -> None: ...
+    def finished(self, model: str, task: str, score: TaskScore, seconds: float, kept: bool) -> None: ...
     def failed(self, model: str, task: str, message: str) -> None: ...
     def note(self, message: str) -> None: ...
 
@@ -71,19 +68,19 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     markers: dict[str, tuple[reasoning.Pair, ...]] = field(default_factory=dict)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """What --resume compares."""
-        settings = asdict(self.settings)
-        return {
-            "schema_version": records.SCHEMA_VERSION,
-            "settings": settings,
-            "models": [{"name": folder.name, "fingerprint": folder.fingerprint} for folder in self.folders],
-            "tasks": {
-                plan.spec.name: {"plan": catalog.digest(plan), "data": _digest(self.data[plan.spec.name])}
-                for plans in self.plans.values()
-                for plan in plans
-            },
-        }
+        tasks = {}
+        for plans in self.plans.values():
+            for plan in plans:
+                name = plan.spec.name
+                tasks[name] = TaskIdentity(plan=catalog.digest(plan), data=_digest(self.data[name]))
+        return Identity(
+            schema_version=SCHEMA_VERSION,
+            settings=self.settings.complete(),
+            models=[ModelIdentity(name=folder.name, fingerprint=folder.fingerprint) for folder in self.folders],
+            tasks=tasks,
+        )
 
 
 def _digest(data: runner.TaskData) -> str | None:
@@ -133,7 +130,7 @@ def prepare(
     templates: dict[str, str | None] = {}
     markers: dict[str, tuple[reasoning.Pair, ...]] = {}
     for folder in folders:
-        given = None if settings.chat_template in ("auto", "on", "off") else settings.chat_template
+        given = settings.given_template
         tokenizer = hf.load_tokenizer(folder, given)
         known = [tokenizer.chat_template, hf.load_tokenizer(folder).chat_template if given else None]
         markers[folder.name] = reasoning.choose(settings.reasoning, [str(text) for text in known if text])
@@ -228,9 +225,9 @@ def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
     return notes
 
 
-def load_backend(folder: ModelFolder, settings: Settings) -> Any:
+def load_backend(folder: ModelFolder, settings: Settings) -> Backend:
     """The model in memory, by the chosen backend."""
-    given = None if settings.chat_template in ("auto", "on", "off") else settings.chat_template
+    given = settings.given_template
     if settings.backend == "vllm":
         from dskd_eval.vllm_backend import VLLMBackend
 
@@ -247,8 +244,8 @@ def evaluate(
     *,
     resume: bool = False,
     cache: Path | None = None,
-    load: Callable[[ModelFolder, Settings], Any] = load_backend,
-) -> dict[str, Any]:
+    load: Callable[[ModelFolder, Settings], Backend] = load_backend,
+) -> Results:
     """Run everything that is not finished yet; returns (and writes) the results.
 
     A task that fails is recorded and the rest goes on. KeyboardInterrupt leaves a folder that --resume
@@ -282,7 +279,7 @@ class _Progress:
         self.failures: dict[tuple[str, str], str] = {}
 
     def evaluate_model(
-        self, model: ModelFolder, store: GenerationStore, load: Callable[[ModelFolder, Settings], Any]
+        self, model: ModelFolder, store: GenerationStore, load: Callable[[ModelFolder, Settings], Backend]
     ) -> None:
         plans = self.prepared.plans[model.name]
         lm: EvalLM | None = None
@@ -291,7 +288,7 @@ class _Progress:
             self.watcher.task(model.name, task, number, len(plans))
             kept = self.folder.load_part(model.name, task)
             if kept is not None:
-                self.watcher.finished(model.name, task, kept["score"], kept["times"]["seconds"], True)
+                self.watcher.finished(model.name, task, kept.score, kept.times.seconds, True)
                 continue
             try:
                 if lm is None:
@@ -321,17 +318,17 @@ class _Progress:
 
     def _note_model(self, model: ModelFolder, lm: EvalLM) -> None:
         backend = lm.backend
-        facts = {
-            "backend": backend.kind,
-            "dtype": str(getattr(backend, "dtype", "")).removeprefix("torch."),
-            "device": str(getattr(backend, "device", "")),
-            "parameters": getattr(backend, "parameters", None),
-            "context_length": backend.max_length,
-            "batch_size": lm.chunk,
-            "end_tokens": list(getattr(backend, "end_tokens", [])),
-        }
-        records.write_json(self.folder.part(model.name, "model"), facts)
-        if not facts["end_tokens"] and backend.kind != "oracle":
+        facts = LoadedModel(
+            backend=backend.kind,
+            dtype=str(getattr(backend, "dtype", "")).removeprefix("torch."),
+            device=str(getattr(backend, "device", "")),
+            parameters=getattr(backend, "parameters", None),
+            context_length=backend.max_length,
+            batch_size=lm.chunk,
+            end_tokens=list(getattr(backend, "end_tokens", [])),
+        )
+        self.folder.save_loaded(model.name, facts)
+        if not facts.end_tokens and backend.kind != "oracle":
             self.watcher.note(
                 f"{model.name}: the tokenizer names no end token; answers end at stop strings or their limit"
             )
@@ -349,9 +346,9 @@ class _Progress:
             on_scoring=lambda done, total: self.watcher.step("programs", done, total),
         )
         seconds = monotonic() - begun
-        samples = [{"model": model.name, **sample} for sample in result.samples]
-        times = {"seconds": round(seconds, 2), "answers_reused": lm.trace.reused}
-        self.folder.save_part(model.name, plan.spec.name, {"score": result.score, "times": times}, samples)
+        times = PartTimes(seconds=round(seconds, 2), answers_reused=lm.trace.reused)
+        samples = [sample.of_model(model.name) for sample in result.samples]
+        self.folder.save_part(model.name, plan.spec.name, Part(score=result.score, times=times), samples)
         self.failures.pop((model.name, plan.spec.name), None)
         self.watcher.finished(model.name, plan.spec.name, result.score, seconds, False)
         self.write(complete=False)
@@ -364,140 +361,124 @@ class _Progress:
             log.write("".join(traceback.format_exception(error)) + "\n")
         self.watcher.failed(model.name, plan.spec.name, message)
 
-    def write(self, *, complete: bool) -> dict[str, Any]:
+    def write(self, *, complete: bool) -> Results:
         results = self._results()
         records.write_json(self.folder.path / "results.json", results)
         if complete:
-            order = [(score["model"], score["task"]["task"]) for score in results["scores"]]
-            self.folder.join_samples(order)
-            run = records.Run(self.folder.path)
-            results["comparisons"] = comparison.within(run)
-            results["notes"] += [note for note in results["comparisons"].pop("notes") if note not in results["notes"]]
+            self.folder.join_samples([(score.model, score.task.task) for score in results.scores])
+            compared = comparison.within(records.Run(self.folder.path))
+            notes = [*results.notes, *(note for note in compared.notes if note not in results.notes)]
+            results = results.model_copy(update={"comparisons": compared.without_notes(), "notes": notes})
             records.write_json(self.folder.path / "results.json", results)
             report.write([records.Run(self.folder.path)], self.folder.path)
         return results
 
-    def _results(self) -> dict[str, Any]:
+    def _results(self) -> Results:
         prepared = self.prepared
-        scores, times, primaries = [], [], {}
+        scores, times = [], []
         for model in prepared.folders:
             for plan in prepared.plans[model.name]:
                 task = plan.spec.name
                 part = self.folder.load_part(model.name, task)
-                entry: dict[str, Any] = {"model": model.name, "task": plan.record()}
-                entry["task"]["data"] = prepared.data[task].record()
                 if part is not None:
-                    scores.append(entry | part["score"])
-                    times.append({"model": model.name, "task": task, **part["times"]})
-                    primaries[model.name, task] = part["score"]["metrics"][plan.primary]
+                    score = part.score
+                    times.append(TaskTimes(model=model.name, task=task, **part.times.given()))
                 elif (model.name, task) in self.failures:
-                    scores.append(entry | {"status": "failed", "error": self.failures[model.name, task]})
+                    score = TaskScore(status="failed", error=self.failures[model.name, task])
                 else:
-                    scores.append(entry | {"status": "waiting"})
-        return {
-            "schema_version": records.SCHEMA_VERSION,
-            "complete": all(score["status"] == "finished" for score in scores),
-            "settings": asdict(prepared.settings),
-            "environment": records.environment(),
-            "sandbox": prepared.sandbox.record() if prepared.sandbox else None,
-            "notes": list(prepared.notes) + _warnings(scores),
-            "models": [self._model(model) for model in prepared.folders],
-            "scores": scores,
-            "suites": _suites(self.folder, scores, prepared.settings.seed),
-            "comparisons": {},
-            "times": {
-                "started": self.started.isoformat(timespec="seconds"),
-                "written": datetime.now(UTC).isoformat(timespec="seconds"),
-                "tasks": times,
-            },
-        }
+                    score = TaskScore(status="waiting")
+                record = plan.record().model_copy(update={"data": prepared.data[task].record()})
+                scores.append(Score.of(model.name, record, score))
+        return Results(
+            schema_version=SCHEMA_VERSION,
+            complete=all(score.finished for score in scores),
+            settings=prepared.settings.complete(),
+            environment=records.environment(),
+            sandbox=prepared.sandbox.record() if prepared.sandbox else None,
+            notes=[*prepared.notes, *_warnings(scores)],
+            models=[self._model(model) for model in prepared.folders],
+            scores=scores,
+            suites=_suites(self.folder, scores, prepared.settings.seed),
+            comparisons=Comparison(),
+            times=Times(
+                started=self.started.isoformat(timespec="seconds"),
+                written=datetime.now(UTC).isoformat(timespec="seconds"),
+                tasks=times,
+            ),
+        )
 
-    def _model(self, model: ModelFolder) -> dict[str, Any]:
+    def _model(self, model: ModelFolder) -> ModelRecord:
         template = self.prepared.templates[model.name]
-        facts = model.record() | {
-            "chat_template": template is not None,
-            "chat_template_hash": content_hash(template) if template else None,
-            "reasoning_markers": [list(pair) for pair in self.prepared.markers[model.name]],
-        }
-        path = self.folder.part(model.name, "model")
-        if path.is_file():
-            import json
-
-            facts |= json.loads(path.read_text(encoding="utf-8"))
-        return facts
+        reading = ModelTemplate(
+            chat_template=template is not None,
+            chat_template_hash=content_hash(template) if template else None,
+            reasoning_markers=[list(pair) for pair in self.prepared.markers[model.name]],
+        )
+        loaded = self.folder.loaded(model.name)
+        return ModelRecord.model_validate({**model.record().given(), **reading.given(), **loaded.given()})
 
 
-def _suites(folder: records.RunFolder, scores: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _suites(folder: records.RunFolder, scores: list[Score], seed: int) -> list[SuiteScore]:
     """Unweighted mean of the primary metrics of a suite, for models that finished all tasks of the suite."""
     known = catalog.builtin_tasks().values()
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
-        groups.setdefault((score["model"], score["task"]["suite"]), []).append(score)
+        groups.setdefault((score.model, score.task.suite), []).append(score)
     suites = []
     for (model, suite), members in groups.items():
-        percent = all(score["status"] == "finished" for score in members) and all(
-            score["metrics"][score["task"]["primary_metric"]]["unit"] == "percent" for score in members
-        )
+        percent = all(score.finished and score.primary.unit == "percent" for score in members)
         whole = {spec.name for spec in known if spec.suite == suite}
-        if not whole or whole != {score["task"]["task"] for score in members} or not percent:
+        if not whole or whole != {score.task.task for score in members} or not percent:
             continue
-        columns = [
-            [
-                sample["metrics"][score["task"]["primary_metric"]]
-                for sample in folder.samples(model, score["task"]["task"])
-            ]
-            for score in members
-        ]
-        names = [score["task"]["primary_metric"] for score in members]
+        names = [score.task.primary_metric for score in members]
+        columns = []
+        for score in members:
+            samples = folder.samples(model, score.task.task)
+            columns.append([sample.metrics[score.task.primary_metric] for sample in samples])
         right_or_wrong = [scorers.is_proportion(name, "percent") for name in names]
         found = stats.macro_interval(columns, proportions=right_or_wrong, seed=seed)
         suites.append(
-            {
-                "model": model,
-                "suite": suite,
-                "tasks": [score["task"]["task"] for score in members],
-                "value": round(100 * found.value, 6),
-                "low": None if found.low is None else round(100 * found.low, 6),
-                "high": None if found.high is None else round(100 * found.high, 6),
-                "n": found.n,
-            }
+            SuiteScore(
+                model=model,
+                suite=suite,
+                tasks=[score.task.task for score in members],
+                value=round(100 * found.value, 6),
+                low=None if found.low is None else round(100 * found.low, 6),
+                high=None if found.high is None else round(100 * found.high, 6),
+                n=found.n,
+            )
         )
     return suites
 
 
-def _warnings(scores: list[dict[str, Any]]) -> list[str]:
+def _warnings(scores: list[Score]) -> list[str]:
     """What a reader must know before trusting a number."""
     notes = []
-    subset = [score for score in scores if score["status"] == "finished" and score["n"] < score["documents"]]
+    subset = [score.n for score in scores if score.finished and score.n < score.documents]
     if subset:
-        most = max(score["n"] for score in subset)
-        notes.append(f"seeded random subset of at most {most} documents per task: numbers are rough")
+        notes.append(f"seeded random subset of at most {max(subset)} documents per task: numbers are rough")
     kinds: dict[tuple[str, str], list[str]] = {}
     for score in scores:
-        facts, task = score.get("answers") or {}, score["task"]
-        count = facts.get("count", 0)
-
-        def add(text: str, number: int, score: dict[str, Any] = score, count: int = count) -> None:
-            kinds.setdefault((score["model"], text), []).append(f"{score['task']['task']} {number}/{count}")
-
-        if facts.get("clamped"):
-            add(
-                "answers limited to fewer tokens than the task asks, because the context is short",
-                facts["clamped"],
-            )
-        if facts.get("prompts_cut") and task["protocol"] == "default":
-            add("prompts longer than the context, cut at their beginning", facts["prompts_cut"])
-        if count and facts.get("unfinished", 0) > count / 10:
-            add("answers that ran into their token limit", facts["unfinished"])
-        if count and facts.get("empty", 0) > count / 20:
-            add("empty answers", facts["empty"])
-        if count and facts.get("references_unseen", 0) > count / 20 and task["primary_metric"] == "rouge_l":
-            add("references with letters that rouge_l does not see (rouge_l_unicode does)", facts["references_unseen"])
-        if facts.get("unfinished_reasoning"):
-            add("answers whose reasoning did not end count as empty (--max-new-tokens)", facts["unfinished_reasoning"])
-        if facts.get("unread_reasoning"):
-            add(
-                "answers begin with reasoning that is scored with them (--reasoning START,END)",
-                facts["unread_reasoning"],
-            )
+        for text, number in _doubts(score):
+            told = f"{score.task.task} {number}/{score.answers.count}"
+            kinds.setdefault((score.model, text), []).append(told)
     return notes + [f"{model}: {text}: {', '.join(tasks)}" for (model, text), tasks in kinds.items()]
+
+
+def _doubts(score: Score) -> Iterator[tuple[str, int]]:
+    """What may be wrong with the answers to a task, each with the number of such answers."""
+    facts, task, count = score.answers, score.task, score.answers.count
+    if facts.clamped:
+        yield "answers limited to fewer tokens than the task asks, because the context is short", facts.clamped
+    if facts.prompts_cut and task.protocol == "default":
+        yield "prompts longer than the context, cut at their beginning", facts.prompts_cut
+    if count and facts.unfinished > count / 10:
+        yield "answers that ran into their token limit", facts.unfinished
+    if count and facts.empty > count / 20:
+        yield "empty answers", facts.empty
+    if count and facts.references_unseen > count / 20 and task.primary_metric == "rouge_l":
+        yield "references with letters that rouge_l does not see (rouge_l_unicode does)", facts.references_unseen
+    if facts.unfinished_reasoning:
+        yield "answers whose reasoning did not end count as empty (--max-new-tokens)", facts.unfinished_reasoning
+    if facts.unread_reasoning:
+        yield "answers begin with reasoning that is scored with them (--reasoning START,END)", facts.unread_reasoning

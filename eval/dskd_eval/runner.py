@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,19 @@ from dskd_eval import catalog, data, scorers, stats
 from dskd_eval.catalog import Plan, TaskSpec
 from dskd_eval.data import LoadedData, Row, content_hash
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM, GenerationInfo, message_hash
+from dskd_eval.lm import EvalLM, message_hash
 from dskd_eval.programs import program_of
 from dskd_eval.sandbox import Sandbox
+from dskd_eval.schema import (
+    AnswerCounts,
+    DataRecord,
+    GenerationInfo,
+    MetricScore,
+    MetricValue,
+    Sample,
+    SeedScore,
+    TaskScore,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class TaskData:
     test: LoadedData | None
     shots: LoadedData | None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, DataRecord]:
         splits = {"test": self.test, "shots": self.shots}
         return {name: loaded.record() for name, loaded in splits.items() if loaded is not None}
 
@@ -81,8 +91,8 @@ def _index_of(task: ConfigurableTask) -> Iterator[TaskManager]:
 class TaskResult:
     """Scores and samples of one task for one model, ready to be written."""
 
-    score: dict[str, Any]
-    samples: list[dict[str, Any]]
+    score: TaskScore
+    samples: list[Sample]
 
 
 def lm_eval_config(plan: Plan, rows: TaskData) -> dict[str, Any]:
@@ -276,7 +286,7 @@ def _documents(plan: Plan, rows: TaskData) -> Sequence[Row]:
     config = lm_eval_config(plan, rows)
     if rows.test is not None and "process_docs" not in config:
         return rows.test.rows
-    documents: Sequence[Row] = _build(config | _scoring(plan, _score_none, {}), plan).eval_docs
+    documents: Sequence[Row] = _build(config | _scoring(plan, _score_none), plan).eval_docs
     return documents
 
 
@@ -455,10 +465,9 @@ def evaluate_task(
     limit: number of documents, drawn with `seed`. sandbox: needed by tasks that execute code.
     """
     config = lm_eval_config(plan, rows)
-    details: dict[int, list[dict[str, Any]]] = {}
     if not plan.spec.native:
         scorer = scorers.make_scorer(plan.spec, _program_runner(sandbox, on_scoring))
-        config |= _scoring(plan, scorer, details)
+        config |= _scoring(plan, scorer)
     task = _build(config, plan)
     trace = lm.begin(plan.seeds)
     total = len(task.eval_docs)
@@ -484,18 +493,14 @@ def evaluate_task(
         samples = _native_samples(logged, plan, trace.messages)
     else:
         samples = _own_samples(logged, plan, trace.messages, trace.infos, chosen)
-    values = {name: [sample["metrics"][name] for sample in samples] for name in _scored_metrics(samples, plan)}
-    score: dict[str, Any] = {
-        "status": "finished",
-        "n": len(samples),
-        "documents": total,
-        "metrics": {
-            name: _metric(name, column, seed, _higher_is_better(plan, name)) for name, column in values.items()
-        },
-        "answers": _answer_facts(trace.infos, samples),
-    }
+    metrics = {}
+    for name in _scored_metrics(samples, plan):
+        column = [sample.metrics[name] for sample in samples]
+        metrics[name] = _metric(name, column, seed, _higher_is_better(plan, name))
+    answers = _answer_facts(trace.infos, samples)
+    score = TaskScore(status="finished", n=len(samples), documents=total, metrics=metrics, answers=answers)
     if len(plan.seeds) > 1 and not plan.spec.executes_code:
-        score["per_seed"] = _per_seed(samples, plan)
+        score = score.model_copy(update={"per_seed": _per_seed(samples, plan)})
     return TaskResult(score, samples)
 
 
@@ -528,7 +533,7 @@ def _program_runner(
     return run
 
 
-def _scoring(plan: Plan, scorer: scorers.Scorer, details: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def _scoring(plan: Plan, scorer: scorers.Scorer) -> dict[str, Any]:
     """Filters and metrics that hand all answers of the task to our scorer at once."""
     names = plan.metrics
 
@@ -565,42 +570,43 @@ def _own_samples(
     messages: Mapping[str, Any],
     infos: Mapping[tuple[int, int], GenerationInfo],
     chosen: Sequence[int],
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     place_of = {doc_id: place for place, doc_id in enumerate(chosen)}
     samples = []
     for row in logged:
         scored: list[scorers.Scored] = row["filtered_resps"][0]
         traced = [infos.get((place_of[row["doc_id"]], repeat)) for repeat in range(len(scored))]
-        sample = _sample(row, plan, messages)
-        sample |= {
-            "references": catalog.references(plan.config.get("doc_to_target"), row["doc"]),
-            "answers": list(row["resps"][0]),
-            "metrics": {name: _plain(row[name]) for name in plan.metrics},
-            "details": [item.details for item in scored],
-            "answer_metrics": [{key: _plain(value) for key, value in item.metrics.items()} for item in scored],
-            "generation": [asdict(info) if info else None for info in traced],
-        }
-        samples.append(sample)
+        samples.append(
+            Sample(
+                **_question(row, plan, messages),
+                references=catalog.references(plan.config.get("doc_to_target"), row["doc"]),
+                answers=list(row["resps"][0]),
+                metrics=_plain({name: row[name] for name in plan.metrics}),
+                details=[item.details for item in scored],
+                answer_metrics=[_plain(item.metrics) for item in scored],
+                generation=traced,
+            )
+        )
     return samples
 
 
-def _native_samples(logged: list[dict[str, Any]], plan: Plan, messages: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _native_samples(logged: list[dict[str, Any]], plan: Plan, messages: Mapping[str, Any]) -> list[Sample]:
     """Samples scored by lm-eval's metrics; the rows of several filters become one."""
-    by_document: dict[int, dict[str, Any]] = {}
+    by_document: dict[int, Sample] = {}
     first_filter = logged[0]["filter"] if logged else "none"
     for row in logged:
         sample = by_document.get(row["doc_id"])
         if sample is None:
             target = row["target"]
-            sample = _sample(row, plan, messages) | {
-                "references": [str(item) for item in target] if isinstance(target, list) else [str(target)],
-                "answers": [_readable(response) for group in row["resps"] for response in group],
-                "metrics": {},
-                "details": [{"choices": [str(item[1]) for item in row["arguments"]]}]
-                if len(row["arguments"]) > 1
-                else [],
-                "generation": [],
-            }
+            choices = [str(argument[1]) for argument in row["arguments"]]
+            sample = Sample(
+                **_question(row, plan, messages),
+                references=[str(item) for item in target] if isinstance(target, list) else [str(target)],
+                answers=[_readable(response) for group in row["resps"] for response in group],
+                metrics={},
+                details=[{"choices": choices}] if len(choices) > 1 else [],
+                generation=[],
+            )
             by_document[row["doc_id"]] = sample
         for name in row["metrics"]:
             value = row[name]
@@ -613,7 +619,7 @@ def _native_samples(logged: list[dict[str, Any]], plan: Plan, messages: Mapping[
                         fix="Correct the metric of the task file.",
                     )
                 label = name if row["filter"] == first_filter else f"{name},{row['filter']}"
-                sample["metrics"][label] = float(value)
+                sample.metrics[label] = float(value)
     return list(by_document.values())
 
 
@@ -623,7 +629,8 @@ def _readable(response: Any) -> str:
     return str(response)
 
 
-def _sample(row: dict[str, Any], plan: Plan, messages: Mapping[str, Any]) -> dict[str, Any]:
+def _question(row: dict[str, Any], plan: Plan, messages: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a sample that tell what was asked."""
     prompts = [argument[0] for argument in row["arguments"]]
     asked = [messages.get(prompt, prompt) for prompt in prompts]
     return {
@@ -635,12 +642,16 @@ def _sample(row: dict[str, Any], plan: Plan, messages: Mapping[str, Any]) -> dic
     }
 
 
-def _plain(value: Any) -> Any:
-    return [float(part) for part in value] if isinstance(value, (tuple, list)) else float(value)
+def _plain(metrics: Mapping[str, Any]) -> dict[str, MetricValue]:
+    """Values as JSON has them."""
+    return {
+        name: [float(part) for part in value] if isinstance(value, (tuple, list)) else float(value)
+        for name, value in metrics.items()
+    }
 
 
-def _scored_metrics(samples: list[dict[str, Any]], plan: Plan) -> list[str]:
-    found = list(dict.fromkeys(name for sample in samples for name in sample["metrics"]))
+def _scored_metrics(samples: list[Sample], plan: Plan) -> list[str]:
+    found = list(dict.fromkeys(name for sample in samples for name in sample.metrics))
     if plan.primary not in found:
         raise UserError(
             f"task {plan.spec.name}, `metrics`",
@@ -659,56 +670,56 @@ def _higher_is_better(plan: Plan, name: str) -> bool:
     return bool(said[0]) if said else scorers.metric_info(name).higher_is_better
 
 
-def _metric(name: str, values: list[Any], seed: int, higher_is_better: bool) -> dict[str, Any]:
+def _metric(name: str, values: list[MetricValue], seed: int, higher_is_better: bool) -> MetricScore:
     unit = scorers.unit_of(name, values)
     scale = 100.0 if unit == "percent" else 1.0
     found = stats.interval(values, seed=seed, proportion=scorers.is_proportion(name, unit))
-    return {
-        "value": round(scale * found.value, 6),
-        "low": None if found.low is None else round(scale * found.low, 6),
-        "high": None if found.high is None else round(scale * found.high, 6),
-        "n": found.n,
-        "interval": found.method,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
+    return MetricScore(
+        value=round(scale * found.value, 6),
+        low=None if found.low is None else round(scale * found.low, 6),
+        high=None if found.high is None else round(scale * found.high, 6),
+        n=found.n,
+        interval=found.method,
+        unit=unit,
+        higher_is_better=higher_is_better,
+    )
 
 
-def _per_seed(samples: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+def _per_seed(samples: list[Sample], plan: Plan) -> list[SeedScore]:
     scale = 100.0 if scorers.unit_of(plan.primary, []) == "percent" else 1.0
-    return [
-        {
-            "seed": seed,
-            "value": scale * stats.mean([sample["answer_metrics"][k][plan.primary] for sample in samples]),
-        }
-        for k, seed in enumerate(plan.seeds)
-    ]
+    scores = []
+    for place, seed in enumerate(plan.seeds):
+        column = [sample.answer_metrics[place][plan.primary] for sample in samples]
+        scores.append(SeedScore(seed=seed, value=scale * stats.mean(column)))
+    return scores
 
 
-def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list[Sample]) -> AnswerCounts:
     """Counts that tell how far a score may be trusted: cut prompts, shortened, unfinished and empty
     answers, reasoning before them.
     """
-    answers = [text for sample in samples for text in sample["answers"]]
+    answers = [text for sample in samples for text in sample.answers]
+    details = [detail for sample in samples for detail in sample.details]
     if not infos:
-        return {"count": len(answers)}
+        return AnswerCounts(count=len(answers))
     traced = list(infos.values())
     finish = Counter(info.finish for info in traced)
-    return {
-        "count": len(traced),
-        "empty": sum(1 for text in answers if not text.strip()),
-        "unfinished": finish["length"],
-        "clamped": sum(1 for info in traced if info.clamped),
-        "smallest_limit": min(info.max_new_tokens for info in traced),
-        "prompts_cut": sum(1 for info in traced if info.cut_tokens),
-        "prompt_tokens_cut": sum(info.cut_tokens for info in traced),
-        "longest_prompt": max(info.prompt_tokens for info in traced),
-        "with_reasoning": sum(1 for info in traced if info.trace in ("closed", "unclosed")),
-        "unfinished_reasoning": sum(1 for info in traced if info.trace == "unclosed"),
-        "unread_reasoning": sum(1 for info in traced if info.trace == "unread"),
-        "references_unseen": sum("unseen_by_rouge_l" in detail for sample in samples for detail in sample["details"]),
-        "mean_new_tokens": round(sum(info.new_tokens for info in traced) / len(traced), 2),
-    }
+    traces = Counter(info.trace for info in traced)
+    return AnswerCounts(
+        count=len(traced),
+        empty=sum(1 for text in answers if not text.strip()),
+        unfinished=finish["length"],
+        clamped=sum(1 for info in traced if info.clamped),
+        smallest_limit=min(info.max_new_tokens for info in traced),
+        prompts_cut=sum(1 for info in traced if info.cut_tokens),
+        prompt_tokens_cut=sum(info.cut_tokens for info in traced),
+        longest_prompt=max(info.prompt_tokens for info in traced),
+        with_reasoning=traces["closed"] + traces["unclosed"],
+        unfinished_reasoning=traces["unclosed"],
+        unread_reasoning=traces["unread"],
+        references_unseen=sum("unseen_by_rouge_l" in detail for detail in details),
+        mean_new_tokens=round(sum(info.new_tokens for info in traced) / len(traced), 2),
+    )
 
 
 @contextlib.contextmanager
@@ -748,7 +759,7 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
         return {"prompt": "(lm-eval loads this data itself)", "reference": ""}
     config = lm_eval_config(plan, rows)
     if not plan.spec.native:
-        config |= _scoring(plan, _score_none, {})
+        config |= _scoring(plan, _score_none)
     task = _build(config, plan)
     with _quiet():
         task.set_fewshot_seed(0)

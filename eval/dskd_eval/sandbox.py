@@ -23,9 +23,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dskd_eval.errors import UserError
+from dskd_eval.schema import SandboxRecord
 
 Backend = Literal["bubblewrap", "landlock", "none"]
 _INSIDE = "/python"
@@ -78,9 +79,9 @@ class Sandbox:
                 fix="Install bubblewrap, or allow --unsafe-code on a machine you can lose.",
             )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> SandboxRecord:
         """Backend, its version and limits, for the results file."""
-        return {"backend": self.backend, "version": _version(self.backend), "limits": asdict(self.limits)}
+        return SandboxRecord(backend=self.backend, version=_version(self.backend), limits=asdict(self.limits))
 
     def run(self, program: str, tests: str = "") -> Outcome:
         """Run a program and then its tests in one interpreter of their own."""

@@ -5,7 +5,7 @@ Written against `vllm.LLM` itself: the vLLM class of lm-eval 0.4.11 does not loa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dskd_eval.errors import UserError
@@ -78,7 +78,7 @@ class VLLMBackend:
         self.parameters: int | None = None
         self.device = "cuda"
         self.dtype = dtype
-        self.identity = {
+        self.identity: Mapping[str, Any] = {
             "fingerprint": folder.fingerprint,
             "dtype": dtype,
             "device": "vllm " + vllm.__version__,

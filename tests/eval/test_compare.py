@@ -72,7 +72,7 @@ def test_two_runs_of_one_model_do_not_differ(tmp_path: Path) -> None:
     runs = [Run(write_run(tmp_path / name, {"m": same})) for name in ("x", "y")]
     group = comparison.entries(runs)
     assert [entry.label for entry in group] == ["x/m", "y/m"]
-    row = comparison.compare(group)["pairs"][0]["rows"][0]
+    row = comparison.compare(group).pairs[0].rows[0].plain()
     assert (row["difference"], row["p"], row["wins"]) == (0.0, 1.0, 0)
     assert (row["low"], row["high"]) == pytest.approx((-0.951, 0.951), abs=1e-3)  # z^2 / (400 + z^2)
 
@@ -137,9 +137,9 @@ def test_recipes_with_two_teachers(tmp_path: Path, invoke: Callable[..., Any], o
     done = invoke("compare", *runs)
     assert done.exit_code == int(refused)
     assert ("the role teacher expected one model got several: x/t, y/t" in said(done)) == refused
-    gaps = report.payload([Run(run) for run in runs])["comparisons"]
-    assert bool(gaps["gaps"]) != refused
-    assert any("several models have the role teacher: x/t, y/t" in note for note in gaps["notes"]) == refused
+    gaps = report.payload([Run(run) for run in runs]).comparisons
+    assert bool(gaps.gaps) != refused
+    assert any("several models have the role teacher: x/t, y/t" in note for note in gaps.notes) == refused
 
 
 @pytest.mark.parametrize(("second", "differs"), [("off", True), ("auto", False)])
@@ -161,7 +161,7 @@ def test_an_error_rate_is_compared_as_the_share_without_error(tmp_path: Path) ->
     """The first model fails 3 of 10, the second none: the interval is that of the right answers, turned around."""
     failed = {"b": [1.0] * 3 + [0.0] * 7, "s": [0.0] * 10, "t": [0.0] * 10}
     run = write_run(tmp_path / "r", failed, metric={"higher_is_better": False})
-    row = comparison.compare(comparison.entries([Run(run)]), base="b")["pairs"][0]["rows"][0]
+    row = comparison.compare(comparison.entries([Run(run)]), base="b").pairs[0].rows[0].plain()
     low, high = slow_score_edges(3, 0, 10)
     assert (row["low"], row["high"]) == pytest.approx((-100 * high, -100 * low), abs=0.11)
     assert (row["difference"], row["wins"], row["losses"], row["p"]) == (-30.0, 3, 0, 0.25)
@@ -174,7 +174,7 @@ def test_graded_scores_get_no_interval_of_proportions(tmp_path: Path) -> None:
     (run / "results.json").write_text(text)
     rows = (run / "samples.jsonl").read_text().replace('"metrics": {"exact_match"', '"metrics": {"rouge_l"')
     (run / "samples.jsonl").write_text(rows)
-    row = comparison.compare(comparison.entries([Run(run)]))["pairs"][0]["rows"][0]
+    row = comparison.compare(comparison.entries([Run(run)])).pairs[0].rows[0].plain()
     assert (row["interval"], row["test"]) == ("bootstrap", "sign-flip permutation")
 
 
@@ -210,14 +210,14 @@ def test_seeds_matter_for_sampled_answers_only(tmp_path: Path) -> None:
             for seed in (1, 2)
         ])  # fmt: skip
         found = comparison.compare(group, strict=False)
-        assert len(found["pairs"][0]["rows"]) == (name == "greedy")
-        assert bool(found["notes"]) == (name == "sampled")
+        assert len(found.pairs[0].rows) == (name == "greedy")
+        assert bool(found.notes) == (name == "sampled")
 
 
 def test_only_shared_documents_are_compared(tmp_path: Path) -> None:
     first, second = values(0, 0.5), values(1, 0.6)
     runs = [Run(write_run(tmp_path / "x", {"a": first})), Run(write_run(tmp_path / "y", {"b": second}, skip=100))]
-    row = comparison.compare(comparison.entries(runs))["pairs"][0]["rows"][0]
+    row = comparison.compare(comparison.entries(runs)).pairs[0].rows[0].plain()
     assert (row["n"], row["of"]) == (300, 400)
     assert row["first"] == pytest.approx(100 * float(np.mean(first[100:])))
 
@@ -275,12 +275,12 @@ def test_lower_is_better_and_numbers_that_are_no_percentages(tmp_path: Path) -> 
     roles = {"b": "base", "s": "student", "t": "teacher"}
     metric = {"unit": "number", "higher_is_better": False}
     found = comparison.compare(comparison.entries([Run(write_run(tmp_path / "r", counts, roles=roles, metric=metric))]))
-    row = found["pairs"][0]["rows"][0]
+    row = found.pairs[0].rows[0].plain()
     b, s, t = (float(np.mean(counts[name])) for name in "bst")
     assert (row["first"], row["second"], row["difference"]) == pytest.approx((b, s, s - b))
     assert row["low"] < s - b < row["high"] < 0 and row["better"] == "second"
     assert row["wins"] == sum(y < x for x, y in zip(counts["b"], counts["s"], strict=True)) > row["losses"]
-    gap = found["gaps"][0]["rows"][0]
+    gap = found.gaps[0].rows[0].plain()
     assert gap["closed"] == pytest.approx(100 * (s - b) / (t - b)) and gap["teacher"] == pytest.approx(t)
 
 

@@ -195,4 +195,4 @@ def test_plans_of_the_helper_are_those_of_a_run() -> None:
     from dskd_eval import catalog
 
     plan = catalog.plan(catalog.builtin_tasks()["vicuna"], chat=False)
-    assert plan.record().keys() | {"data"} == PLAN.keys()
+    assert plan.record().plain().keys() | {"data"} == PLAN.keys()

@@ -105,10 +105,10 @@ def test_a_task_with_references_of_another_script(own_task: Callable[..., Path],
         catalog.plan(spec, chat=False),
         runner.load_data(spec, None),
     )
-    assert result.score["metrics"]["rouge_l"]["value"] == 100.0
-    assert result.score["metrics"]["rouge_l_unicode"]["value"] < 50
-    assert result.score["answers"]["references_unseen"] == 3
-    assert all("unseen_by_rouge_l" in sample["details"][0] for sample in result.samples)
+    assert result.score.metrics["rouge_l"].value == 100.0
+    assert result.score.metrics["rouge_l_unicode"].value < 50
+    assert result.score.answers.references_unseen == 3
+    assert all("unseen_by_rouge_l" in sample.details[0] for sample in result.samples)
 
 
 def test_a_run_notes_unseen_references(

@@ -40,10 +40,10 @@ def score(name: str, directory: Path, *, chat: bool, constant: str | None = None
 def test_reference_answers_score_100(name: str, chat: bool, data_dir: Path) -> None:
     result = score(name, data_dir, chat=chat, limit=LIMIT)
     primary = catalog.builtin_tasks()[name].metrics[0]
-    wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][primary] != 1.0]
+    wrong = [sample.doc_id for sample in result.samples if sample.metrics[primary] != 1.0]
     assert not wrong
-    assert result.score["metrics"][primary]["value"] == 100.0
-    assert result.score["n"] == (LIMIT or result.score["documents"])
+    assert result.score.metrics[primary].value == 100.0
+    assert result.score.n == (LIMIT or result.score.documents)
 
 
 DOCUMENTS = {
@@ -63,22 +63,22 @@ def test_constant_answer_scores_the_floor_of_gsm8k(data_dir: Path) -> None:
     share = sum(json.loads(line)["answer"].endswith("#### 20") for line in lines) / len(lines)
     result = score("gsm8k", data_dir, chat=False, constant="#### 20", limit=None)
     assert 0 < share < 0.05
-    assert result.score["metrics"]["flexible"]["value"] == pytest.approx(100 * share, abs=1e-6)
-    assert result.score["metrics"]["strict"]["value"] == pytest.approx(100 * share, abs=1e-6)
+    assert result.score.metrics["flexible"].value == pytest.approx(100 * share, abs=1e-6)
+    assert result.score.metrics["strict"].value == pytest.approx(100 * share, abs=1e-6)
 
 
 def test_constant_answer_scores_the_floor_of_ifeval(data_dir: Path, punkt: None) -> None:
     floor = catalog.builtin_tasks()["ifeval"].floor
     result = score("ifeval", data_dir, chat=False, constant=floor["answer"], limit=None)
-    assert result.score["metrics"]["prompt_strict"]["value"] == pytest.approx(floor["prompt_strict"], abs=0.05)
+    assert result.score.metrics["prompt_strict"].value == pytest.approx(floor["prompt_strict"], abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["math500", "humaneval", "mbpp", "vicuna"])
 def test_empty_answers_score_nothing(name: str, data_dir: Path) -> None:
     result = score(name, data_dir, chat=True, constant="", limit=4)
     primary = catalog.builtin_tasks()[name].metrics[0]
-    assert result.score["metrics"][primary]["value"] == 0.0
-    assert result.score["answers"]["empty"] == 4
+    assert result.score.metrics[primary].value == 0.0
+    assert result.score.answers.empty == 4
 
 
 @pytest.mark.parametrize("name", SOLVABLE)
@@ -101,7 +101,7 @@ def test_shots_are_the_same_for_every_subset(data_dir: Path) -> None:
     prompts = {}
     for limit in (3, 6):
         result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit)
-        prompts[limit] = {sample["doc_id"]: sample["prompt"] for sample in result.samples}
+        prompts[limit] = {sample.doc_id: sample.prompt for sample in result.samples}
     assert set(prompts[3]) < set(prompts[6])
     assert all(prompts[6][doc] == prompt for doc, prompt in prompts[3].items())
     assert all(prompt.count("Question:") == 6 for prompt in prompts[6].values())
@@ -262,8 +262,8 @@ def oracle(spec: catalog.TaskSpec, *, chat: bool = False, constant: str | None =
 
 def test_own_task_scores(own_task: Callable[..., Path]) -> None:
     spec = catalog.load_task(own_task())
-    assert oracle(spec).score["metrics"]["flexible"]["value"] == 100.0
-    assert oracle(spec, constant="4").score["metrics"]["flexible"]["value"] == pytest.approx(100 / 12, abs=1e-4)
+    assert oracle(spec).score.metrics["flexible"].value == 100.0
+    assert oracle(spec, constant="4").score.metrics["flexible"].value == pytest.approx(100 / 12, abs=1e-4)
 
 
 def test_own_task_with_shots(own_task: Callable[..., Path]) -> None:
@@ -271,7 +271,7 @@ def test_own_task_with_shots(own_task: Callable[..., Path]) -> None:
     shots = [{"question": f"shot {n}?", "answer": f"{n}"} for n in range(3)]
     (path.parent / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots))
     result = oracle(catalog.load_task(path))
-    assert result.samples[0]["prompt"] == "shot 0? 0\n\nshot 1? 1\n\nWhat is 0 + 0?"
+    assert result.samples[0].prompt == "shot 0? 0\n\nshot 1? 1\n\nWhat is 0 + 0?"
     with pytest.raises(UserError, match=r"expected at most 3 shots; got 4"):
         oracle(catalog.load_task(path), num_fewshot=4)
 
@@ -280,8 +280,8 @@ def test_own_rows_in_a_builtin_task(own_task: Callable[..., Path], data_dir: Pat
     rows = [{"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}]
     path = own_task(rows, extends="gsm8k", prompt=None, reference=None, scorer=None, shots=0)
     result = oracle(catalog.load_task(path))
-    assert result.samples[0]["prompt"] == "Question: 2 + 3?\nAnswer:"
-    assert result.score["metrics"]["strict"]["value"] == 100.0
+    assert result.samples[0].prompt == "Question: 2 + 3?\nAnswer:"
+    assert result.score.metrics["strict"].value == 100.0
 
 
 def test_own_code_task(own_task: Callable[..., Path]) -> None:
@@ -291,11 +291,11 @@ def test_own_code_task(own_task: Callable[..., Path]) -> None:
         own_task(rows, reference="solution", scorer="python",
                  code={"tests": "assert {{name}}(1) == 1 + {{n}}", "entry_point": "{{name}}"})
     )  # fmt: skip
-    assert oracle(spec).score["metrics"]["pass@1"]["value"] == 100.0
-    assert oracle(spec, constant="import sys; sys.exit(0)").score["metrics"]["pass@1"]["value"] == 0.0
+    assert oracle(spec).score.metrics["pass@1"].value == 100.0
+    assert oracle(spec, constant="import sys; sys.exit(0)").score.metrics["pass@1"].value == 0.0
     many = oracle(spec, samples=4)
-    assert {"pass@1", "pass@4"} <= many.score["metrics"].keys()
-    assert many.score["answers"]["count"] == 12
+    assert {"pass@1", "pass@4"} <= many.score.metrics.keys()
+    assert many.score.answers.count == 12
 
 
 CODE = {"tests": "assert {{name}}(1) == 2", "entry_point": "{{name}}"}
@@ -308,8 +308,8 @@ def test_own_code_task_without_reference_solutions(own_task: Callable[..., Path]
     spec = catalog.load_task(path)
     runner.check_task(catalog.plan(spec, chat=False), runner.load_data(spec, None))
     result = oracle(spec, constant="def add1(a):\n    return a + 1\n")
-    assert [sample["metrics"]["pass@1"] for sample in result.samples] == [0.0, 1.0, 0.0]
-    assert all(sample["references"] == [] for sample in result.samples)
+    assert [sample.metrics["pass@1"] for sample in result.samples] == [0.0, 1.0, 0.0]
+    assert all(sample.references == [] for sample in result.samples)
 
 
 def test_shots_of_a_code_task_need_answers(own_task: Callable[..., Path]) -> None:
@@ -335,9 +335,9 @@ def test_lm_eval_task_file_with_its_own_metrics(own_task: Callable[..., Path]) -
     result = runner.evaluate_task(
         EvalLM(OracleBackend(plan, constant="4")), plan, runner.load_data(spec, None), limit=6
     )
-    assert result.score["documents"] == 12 and result.score["n"] == 6
-    right = sum(sample["references"] == ["4"] for sample in result.samples)
-    assert result.score["metrics"]["exact_match"]["value"] == pytest.approx(100 * right / 6, abs=1e-4)
+    assert result.score.documents == 12 and result.score.n == 6
+    right = sum(sample.references == ["4"] for sample in result.samples)
+    assert result.score.metrics["exact_match"].value == pytest.approx(100 * right / 6, abs=1e-4)
 
 
 def test_lm_eval_task_file_with_a_function(own_task: Callable[..., Path]) -> None:
@@ -348,7 +348,7 @@ def test_lm_eval_task_file_with_a_function(own_task: Callable[..., Path]) -> Non
     path.write_text(path.read_text() + "process_results: !function helper.process_results\n")
     spec = catalog.load_task(path)
     assert spec.native
-    assert oracle(spec, constant="4 or 22").score["metrics"]["same"]["value"] == pytest.approx(300 / 12, abs=0.01)
+    assert oracle(spec, constant="4 or 22").score.metrics["same"].value == pytest.approx(300 / 12, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -361,8 +361,8 @@ def test_own_metrics_are_percentages_when_they_lie_between_0_and_1(
     path = own_task(scorer=None, metric_list=[{"metric": "m", "aggregation": "mean", "higher_is_better": False}])
     (path.parent / "helper.py").write_text(f"def score(doc, results):\n    return {{'m': {value}}}\n")
     path.write_text(path.read_text() + "process_results: !function helper.score\n")
-    metric = oracle(catalog.load_task(path), constant="4").score["metrics"]["m"]
-    assert (metric["value"], metric["unit"], metric["higher_is_better"]) == (shown, unit, False)
+    metric = oracle(catalog.load_task(path), constant="4").score.metrics["m"]
+    assert (metric.value, metric.unit, metric.higher_is_better) == (shown, unit, False)
 
 
 def test_a_metric_that_is_no_number_is_refused(own_task: Callable[..., Path]) -> None:
@@ -398,8 +398,8 @@ def test_lm_eval_task_file_that_includes_another(own_task: Callable[..., Path]) 
     (folder / "base.yaml").write_text("task: other\nprocess_results: !function marks.same\ndescription: 'Sums. '\n")
     path.write_text("include: common/base.yaml\n" + path.read_text())
     result = oracle(catalog.load_task(path), constant="4")
-    assert result.score["metrics"]["same"]["value"] == pytest.approx(100 / 12, abs=1e-4)
-    assert result.samples[0]["task"] == "sums" and result.samples[0]["prompt"].startswith("Sums. What is")
+    assert result.score.metrics["same"].value == pytest.approx(100 / 12, abs=1e-4)
+    assert result.samples[0].task == "sums" and result.samples[0].prompt.startswith("Sums. What is")
 
 
 @pytest.mark.parametrize(
