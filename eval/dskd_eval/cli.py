@@ -29,16 +29,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dskd_eval import catalog, shown
+from dskd_eval import shown
 from dskd_eval.errors import UserError
 from dskd_eval.schema import Comparison, MetricScore, Results, Score, Settings, SuiteScore, TaskScore
+from dskd_eval.tasks import planning, selection
+from dskd_eval.tasks.spec import STYLES, SUITES
 
 if TYPE_CHECKING:
     from dskd_eval.records import Run
 
 _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
-_SUITES = ", ".join(catalog.SUITES)
+_SUITES = ", ".join(SUITES)
 
 
 class _Commands(click.Group):
@@ -178,7 +180,7 @@ def main(ctx: click.Context, /, **options: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> None:
     """Prepare, then run or show."""
     _quiet_libraries()
-    specs = catalog.select(_split(options["suite"]), _split(options["tasks"]), options["task_file"])
+    specs = selection.select(_split(options["suite"]), _split(options["tasks"]), options["task_file"])
     template = _chat_template(options["chat_template"])
     from dskd_eval import data, models, recipe, run
 
@@ -522,8 +524,8 @@ class _TokenizerOnly:
 def list_tasks(as_json: bool) -> None:
     """Suites and tasks, with metric, shots, stop rules and data."""
     plans = [
-        {style: catalog.plan(spec, chat=style == "chat") for style in catalog.STYLES}
-        for spec in catalog.builtin_tasks().values()
+        {style: planning.plan(spec, chat=style == "chat") for style in STYLES}
+        for spec in selection.builtin_tasks().values()
     ]
     if as_json:
         rows = [
@@ -570,8 +572,8 @@ def doctor(
     _quiet_libraries()
     from dskd_eval import doctor as checks
 
-    suites = _split(suite) or (() if task_file else catalog.SUITES)
-    specs = catalog.select(suites, (), task_file)
+    suites = _split(suite) or (() if task_file else SUITES)
+    specs = selection.select(suites, (), task_file)
     bad = 0
     with _ERR.status("checking"):
         found = list(checks.run(specs, data_dir))

@@ -9,9 +9,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dskd_eval import catalog, data, sandbox
-from dskd_eval.catalog import TaskSpec
+from dskd_eval import data, sandbox
 from dskd_eval.errors import UserError
+from dskd_eval.tasks import planning
+from dskd_eval.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
     from dskd_eval import runner
@@ -145,7 +146,7 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
     directory = data.data_directory(data_dir)
     for spec in specs:
         for chat in (False, True):
-            plan = catalog.plan(spec, chat=chat)
+            plan = planning.plan(spec, chat=chat)
             try:
                 rows = runner.load_data(spec, directory)
                 answer = runner.native_answer(plan, rows) if spec.native else None
@@ -164,7 +165,7 @@ def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -
             yield _verdict(plan, result)
 
 
-def _verdict(plan: catalog.Plan, result: runner.TaskResult) -> Check:
+def _verdict(plan: planning.Plan, result: runner.TaskResult) -> Check:
     """Whether references score 100; of a metric of lm-eval that is no share of right answers, only the value."""
     metric = result.score.metrics[plan.primary]
     text = f"{metric.value:.1f} on {result.score.n} documents, {plan.style} style"

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dskd_eval import catalog
 from dskd_eval.data import Row
 from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.runner import reference_answer
+from dskd_eval.tasks import planning
 
 _TEMPLATE = "{role}: {content}"
 
@@ -30,7 +30,7 @@ class OracleBackend:
 
     def __init__(
         self,
-        plan: catalog.Plan,
+        plan: planning.Plan,
         *,
         constant: str | None = None,
         max_length: int = 1 << 30,

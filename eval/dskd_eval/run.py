@@ -14,8 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
-from dskd_eval import catalog, comparison, models, reasoning, records, report, runner, sandbox, scorers, stats
-from dskd_eval.catalog import Plan, TaskSpec
+from dskd_eval import comparison, models, reasoning, records, report, runner, sandbox, scorers, stats
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import Backend, EvalLM, GenerationStore
@@ -39,6 +38,9 @@ from dskd_eval.schema import (
     TaskTimes,
     Times,
 )
+from dskd_eval.tasks import planning, selection
+from dskd_eval.tasks.planning import Plan
+from dskd_eval.tasks.spec import TaskSpec
 
 BACKENDS = ("hf", "vllm")
 PROTOCOLS = ("default", "paper")
@@ -74,7 +76,7 @@ class Prepared:
         for plans in self.plans.values():
             for plan in plans:
                 name = plan.spec.name
-                tasks[name] = TaskIdentity(plan=catalog.digest(plan), data=_digest(self.data[name]))
+                tasks[name] = TaskIdentity(plan=planning.digest(plan), data=_digest(self.data[name]))
         return Identity(
             schema_version=SCHEMA_VERSION,
             settings=self.settings.complete(),
@@ -148,7 +150,7 @@ def prepare(
             chat_templates.check_default(f"model {folder.name}", tokenizer.chat_template)
         templates[folder.name] = tokenizer.chat_template if chat else None
         plans[folder.name] = [
-            catalog.plan(
+            planning.plan(
                 spec,
                 chat=chat,
                 protocol=settings.protocol,
@@ -190,7 +192,7 @@ def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:
         if not all(spec.executes_code for spec in specs):
             notes.append(f"--samples {settings.samples} applies to the code tasks; the others are answered once")
     if settings.num_fewshot is not None:
-        fixed = [spec.name for spec in specs if not catalog.takes_shots(spec)]
+        fixed = [spec.name for spec in specs if not spec.takes_shots]
         if len(fixed) == len(specs):
             raise UserError(
                 "--num-fewshot",
@@ -420,7 +422,7 @@ class _Progress:
 
 def _suites(folder: records.RunFolder, scores: list[Score], seed: int) -> list[SuiteScore]:
     """Unweighted mean of the primary metrics of a suite, for models that finished all tasks of the suite."""
-    known = catalog.builtin_tasks().values()
+    known = selection.builtin_tasks().values()
     groups: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
         groups.setdefault((score.model, score.task.suite), []).append(score)

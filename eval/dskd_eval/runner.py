@@ -20,8 +20,7 @@ from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from dskd_eval import catalog, data, scorers, stats
-from dskd_eval.catalog import Plan, TaskSpec
+from dskd_eval import data, scorers, stats
 from dskd_eval.data import LoadedData, Row, content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import EvalLM, message_hash
@@ -37,6 +36,9 @@ from dskd_eval.schema import (
     SeedScore,
     TaskScore,
 )
+from dskd_eval.tasks import load, planning, render
+from dskd_eval.tasks.planning import Plan
+from dskd_eval.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class TaskData:
 def load_data(spec: TaskSpec, directory: Path | None, num_fewshot: int | None = None) -> TaskData:
     """Rows of a task, checked. A task with lm-eval's own `dataset_path` loads its data itself.
 
-    num_fewshot: as for `catalog.plan`; rows for shots are read only where some style uses them.
+    num_fewshot: as for `planning.plan`; rows for shots are read only where some style uses them.
     """
-    shots = any(catalog.plan(spec, chat=chat, num_fewshot=num_fewshot).shots for chat in (False, True))
+    shots = any(planning.plan(spec, chat=chat, num_fewshot=num_fewshot).shots for chat in (False, True))
     splits = {split: sources for split, sources in spec.data.items() if split == "test" or shots}
     loaded = {split: data.load(sources, directory) for split, sources in splits.items()}
     return TaskData(loaded.get("test"), loaded.get("shots"))
@@ -162,15 +164,15 @@ def _shot_target(plan: Plan) -> Any:
 
 
 def _function(template: Any) -> Callable[[Row], str]:
-    return lambda row: catalog.render(template, row)
+    return lambda row: render.render(template, row)
 
 
 def _text_function(template: Any) -> Callable[[Row], str]:
-    return lambda row: catalog.render_text(template, row)
+    return lambda row: render.render_text(template, row)
 
 
 def _answer_template(plan: Plan) -> Callable[[Row], str]:
-    return lambda row: catalog.references(plan.config["doc_to_target"], row)[0]
+    return lambda row: render.references(plan.config["doc_to_target"], row)[0]
 
 
 def has_reference(plan: Plan) -> bool:
@@ -182,7 +184,7 @@ def has_reference(plan: Plan) -> bool:
 def reference_answer(plan: Plan, row: Row) -> str:
     """An answer that must score 100: the row's own solution in the form that the prompt asks for."""
     template = plan.config.get("reference_answer")
-    return catalog.render_text(template if template is not None else _answer_template(plan), row)
+    return render.render_text(template if template is not None else _answer_template(plan), row)
 
 
 def native_answer(plan: Plan, rows: TaskData) -> Callable[[Row], str] | None:
@@ -257,8 +259,8 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
     notes = _Looks(plan)
     for number, row in enumerate(_documents(plan, rows), 1):
         with _in_row(plan, number):
-            notes.see_prompt(row, catalog.render(plan.config["doc_to_text"], row))
-            accepted = catalog.references(plan.config.get("doc_to_target"), row)
+            notes.see_prompt(row, render.render(plan.config["doc_to_text"], row))
+            accepted = render.references(plan.config.get("doc_to_target"), row)
             notes.see_references(accepted)
             right = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
             notes.see_stops(number, right)
@@ -267,8 +269,8 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
         target = _shot_target(plan)
         for number, row in enumerate(rows.shots.rows[: plan.shots], 1):
             with _in_row(plan, number, "shot"):
-                catalog.render(plan.config["doc_to_text"], row)
-                catalog.render_text(target, row)
+                render.render(plan.config["doc_to_text"], row)
+                render.render_text(target, row)
     return notes.texts()
 
 
@@ -298,14 +300,14 @@ def _check_native(task: ConfigurableTask, plan: Plan) -> list[str]:
             template = plan.config.get(key)
             if isinstance(template, str) and template and not template.isdigit() and template not in row:
                 with _in_row(plan, number):
-                    catalog.check_literal(template, row)
+                    render.check_literal(template, row)
         prompt = _native_prompt(task, plan, row, number)
-        if printed := catalog.printed_object(prompt, row):
+        if printed := render.printed_object(prompt, row):
             raise UserError(
                 f"task file {plan.spec.path.name}, row {number}, `doc_to_text`",
                 expected="texts or numbers",
                 got=f"{printed[:80]!r}: the prompt prints a method or another object of Python",
-                fix=f"{catalog.METHOD_NAMES}.",
+                fix=f"{render.METHOD_NAMES}.",
             )
         notes.see_prompt(row, prompt)
     return notes.texts()
@@ -340,10 +342,10 @@ class _Looks:
         template = self.plan.config.get("doc_to_text")
         if self.rows == 1 or len(self.prompts) == 1:
             self.prompts[prompt] += 1
-        value = None if self.plan.spec.native else catalog.printed_value(template, row)
+        value = None if self.plan.spec.native else render.printed_value(template, row)
         if value is not None:
             self._sign("prompts hold a value as Python prints it", str(value))
-        braces = catalog.single_braces(template, row) if isinstance(template, str) else None
+        braces = render.single_braces(template, row) if isinstance(template, str) else None
         if braces:
             self._sign("prompts hold single braces around a field, which are not filled in", braces)
 
@@ -412,10 +414,10 @@ def check_references(plan: Plan, rows: TaskData) -> None:
     if not has_reference(plan):
         return
     scorer = scorers.make_scorer(spec)
-    metric = catalog.SCORER_METRICS[str(spec.scorer)][0]
+    metric = load.SCORER_METRICS[str(spec.scorer)][0]
     seen: set[tuple[str, ...]] = set()
     for number, row in enumerate(_documents(plan, rows), 1):
-        accepted = catalog.references(plan.config.get("doc_to_target"), row)
+        accepted = render.references(plan.config.get("doc_to_target"), row)
         with _in_row(plan, number):
             texts = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
         for text in texts:
@@ -540,7 +542,7 @@ def _scoring(plan: Plan, scorer: scorers.Scorer) -> dict[str, Any]:
     def score_all(responses: Any, rows: Any) -> list[list[scorers.Scored]]:
         grouped = [(row, list(texts)) for texts, row in zip(responses, rows, strict=True)]
         answers = [
-            scorers.Answer(row, text, catalog.references(plan.config.get("doc_to_target"), row), plan.style)
+            scorers.Answer(row, text, render.references(plan.config.get("doc_to_target"), row), plan.style)
             for row, texts in grouped
             for text in texts
         ]
@@ -579,7 +581,7 @@ def _own_samples(
         samples.append(
             Sample(
                 **_question(row, plan, messages),
-                references=catalog.references(plan.config.get("doc_to_target"), row["doc"]),
+                references=render.references(plan.config.get("doc_to_target"), row["doc"]),
                 answers=list(row["resps"][0]),
                 metrics=_plain({name: row[name] for name in plan.metrics}),
                 details=[item.details for item in scored],
@@ -746,9 +748,9 @@ def _quiet() -> Iterator[None]:
 def _extracted(plan: Plan, row: Row, reference: str) -> str:
     """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
     if plan.spec.executes_code:
-        parts = catalog.code_parts(plan.spec, row)
+        parts = render.code_parts(plan.spec, row)
         return f"{program_of(reference, parts).text}\n{parts['tests']}".strip()
-    accepted = catalog.references(plan.config.get("doc_to_target"), row)
+    accepted = render.references(plan.config.get("doc_to_target"), row)
     answer = scorers.Answer(row, reference, accepted, plan.style)
     return str(scorers.make_scorer(plan.spec)([answer])[0].details.get("extracted") or "")
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from dskd_eval import catalog, mathematics, rouge
+from dskd_eval import mathematics, rouge
 from dskd_eval.data import Row
 from dskd_eval.digits import plain_numbers
 from dskd_eval.errors import UserError
 from dskd_eval.programs import parses, program_of, why_untested
 from dskd_eval.programs.row_tests import beginning
+from dskd_eval.tasks import render
+from dskd_eval.tasks.spec import TaskSpec
 
 Value = float | tuple[float, float]
 
@@ -101,7 +103,7 @@ class Scored:
 Scorer = Callable[[Sequence[Answer]], list[Scored]]
 
 
-def make_scorer(spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]] | None = None) -> Scorer:
+def make_scorer(spec: TaskSpec, run_programs: Callable[..., list[Any]] | None = None) -> Scorer:
     """The scorer of a task. `run_programs` executes programs (sandbox.Sandbox.run_all) and is needed for
     code.
     """
@@ -235,10 +237,10 @@ def _ifeval() -> Any:
     return utils
 
 
-def check_row(spec: catalog.TaskSpec, row: Row) -> None:
+def check_row(spec: TaskSpec, row: Row) -> None:
     """Raises UserError when a row lacks what its scorer reads: a field, tests that can fail."""
     if spec.executes_code:
-        _check_parts(catalog.code_parts(spec, row))
+        _check_parts(render.code_parts(spec, row))
     for name in ("prompt", "instruction_id_list", "kwargs") if spec.scorer == "ifeval" else ():
         if name not in row:
             raise UserError(
@@ -297,11 +299,9 @@ def score_ifeval(answer: Answer) -> Scored:
 # --- programs -------------------------------------------------------------------------------------
 
 
-def score_python(
-    answers: Sequence[Answer], *, spec: catalog.TaskSpec, run_programs: Callable[..., list[Any]]
-) -> list[Scored]:
+def score_python(answers: Sequence[Answer], *, spec: TaskSpec, run_programs: Callable[..., list[Any]]) -> list[Scored]:
     """Run every program with its tests in the sandbox; 1 when the tests ran to their end."""
-    parts = [catalog.code_parts(spec, answer.row) for answer in answers]
+    parts = [render.code_parts(spec, answer.row) for answer in answers]
     programs = [program_of(answer.text, part) for answer, part in zip(answers, parts, strict=True)]
     outcomes = run_programs([(program.text, part["tests"]) for program, part in zip(programs, parts, strict=True)])
     return [

@@ -192,7 +192,7 @@ def test_unknown_intervals_are_dashes(tmp_path: Path, invoke: Callable[..., Any]
 
 def test_plans_of_the_helper_are_those_of_a_run() -> None:
     """The runs made by hand above have the keys of a real plan."""
-    from dskd_eval import catalog
+    from dskd_eval.tasks import planning, selection
 
-    plan = catalog.plan(catalog.builtin_tasks()["vicuna"], chat=False)
+    plan = planning.plan(selection.builtin_tasks()["vicuna"], chat=False)
     assert plan.record().plain().keys() | {"data"} == PLAN.keys()

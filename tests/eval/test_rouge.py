@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, rouge, runner, scorers
+from dskd_eval import rouge, runner, scorers
 from dskd_eval.lm import EvalLM
 from dskd_eval.oracle import OracleBackend
 from dskd_eval.scorers import Answer
+from dskd_eval.tasks import load, planning
 
 
 def lcs_f(text: list[str], reference: list[str]) -> float:
@@ -99,10 +100,10 @@ def test_a_row_says_what_rouge_l_does_not_see(reference: str, note: str) -> None
 def test_a_task_with_references_of_another_script(own_task: Callable[..., Path], tmp_path: Path, invoke: Any) -> None:
     """rouge_l is 100 for a wrong answer in the same letters beside ASCII; the other metric is not."""
     rows = [{"question": f"capital {n}?", "answer": f"{city} (a)"} for n, city in enumerate(["北京", "東京", "Αθήνα"])]
-    spec = catalog.load_task(own_task(rows, scorer="rouge_l"))
+    spec = load.load_task(own_task(rows, scorer="rouge_l"))
     result = runner.evaluate_task(
-        EvalLM(OracleBackend(catalog.plan(spec, chat=False), constant="ソウル (a)")),
-        catalog.plan(spec, chat=False),
+        EvalLM(OracleBackend(planning.plan(spec, chat=False), constant="ソウル (a)")),
+        planning.plan(spec, chat=False),
         runner.load_data(spec, None),
     )
     assert result.score.metrics["rouge_l"].value == 100.0
