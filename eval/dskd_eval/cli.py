@@ -448,8 +448,9 @@ def _show_comparisons(found: Comparison) -> None:
 
 def _dry_run(prepared: Any) -> None:
     """Plans, one prompt per task and reference; weights are not loaded."""
-    from dskd_eval import hf, runner, scorers
+    from dskd_eval import hf, runner
     from dskd_eval.lm import EvalLM
+    from dskd_eval.scorers import registry
 
     for folder in prepared.folders:
         tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
@@ -468,7 +469,7 @@ def _dry_run(prepared: Any) -> None:
                 f"{plan.spec.suite}/{plan.spec.name} v{plan.spec.version:g}: {plan.spec.summary}",
                 f"documents {len(chosen)} of {total or '?'}   shots {plan.shots}   style {plan.style}   "
                 f"protocol {plan.protocol}",
-                f"primary metric {plan.primary}: {scorers.metric_info(plan.primary).description}",
+                f"primary metric {plan.primary}: {registry.metric_info(plan.primary).description}",
                 f"answers: {drawn}, at most {plan.generation['max_gen_toks']} tokens, until {stop}",
                 f"data {rows.test.source}   digest {rows.test.digest}" if rows.test else "data loaded by lm-eval",
             ]

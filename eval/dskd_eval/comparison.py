@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dskd_eval import scorers, shown, stats
+from dskd_eval import shown, stats
 from dskd_eval.errors import UserError
 from dskd_eval.records import Run
 from dskd_eval.schema import (
@@ -26,6 +26,7 @@ from dskd_eval.schema import (
     Sample,
     Score,
 )
+from dskd_eval.scorers import registry
 
 _SAME = ("version", "scorer", "primary_metric", "protocol", "style", "shots", "generation", "seeds", "prompt")
 _TRAINED = ("student", "sft")
@@ -284,7 +285,7 @@ def _reading(group: Sequence[Entry], task: str) -> tuple[str, float, int, bool]:
     scores = _scores(group, task)
     metric = scores[0].task.primary_metric
     percent = all(score.metrics[metric].unit == "percent" for score in scores)
-    proportion = scorers.is_proportion(metric, "percent" if percent else "number")
+    proportion = registry.is_proportion(metric, "percent" if percent else "number")
     sign = 1 if scores[0].metrics[metric].higher_is_better else -1
     return metric, 100.0 if percent else 1.0, sign, proportion
 

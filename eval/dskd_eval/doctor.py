@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dskd_eval import data, sandbox
 from dskd_eval.errors import UserError
+from dskd_eval.scorers.requirements import REQUIREMENTS
 from dskd_eval.tasks import planning
 from dskd_eval.tasks.spec import TaskSpec
 
@@ -90,15 +91,13 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
     else:
         yield Check("ok", "data directory", str(directory))
         yield from _files(specs, directory)
-    from dskd_eval import runner
-
     for spec in specs:
-        if "nltk_punkt" in spec.needs:
+        for requirement in (REQUIREMENTS[need] for need in spec.needs):
             try:
-                runner.check_needs(spec, directory)
-                yield Check("ok", "nltk punkt_tab", "found")
+                requirement.check(spec.name, directory)
+                yield Check("ok", requirement.label, "found")
             except UserError as error:
-                yield Check("bad", "nltk punkt_tab", f"{error.got}. {error.fix}")
+                yield Check("bad", requirement.label, f"{error.got}. {error.fix}")
 
 
 def _beside_their_files(specs: Sequence[TaskSpec]) -> bool:

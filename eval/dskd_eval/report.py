@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dskd_eval import comparison, records, scorers, shown
+from dskd_eval import comparison, records, shown
 from dskd_eval.comparison import Entry, Roles
 from dskd_eval.data import content_hash
 from dskd_eval.records import Run
@@ -29,6 +29,7 @@ from dskd_eval.schema import (
     TaskRecord,
     Text,
 )
+from dskd_eval.scorers import registry
 
 _PAGE = Path(__file__).parent / "report.html"
 _CLIP = 6_000
@@ -181,7 +182,7 @@ def payload(runs: Sequence[Run], roles: Roles | None = None) -> Page:
         tasks=_tables(scores),
         measured=_measured(scores),
         metrics={
-            name: ShownMetric(**asdict(scorers.metric_info(name)))
+            name: ShownMetric(**asdict(registry.metric_info(name)))
             for name in sorted({name for score in scores for name in score.metrics})
         },
         scores=scores,

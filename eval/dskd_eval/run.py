@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
-from dskd_eval import comparison, models, reasoning, records, report, runner, sandbox, scorers, stats
+from dskd_eval import comparison, models, reasoning, records, report, runner, sandbox, stats
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import Backend, EvalLM, GenerationStore
@@ -38,6 +38,7 @@ from dskd_eval.schema import (
     TaskTimes,
     Times,
 )
+from dskd_eval.scorers import registry
 from dskd_eval.tasks import planning, selection
 from dskd_eval.tasks.planning import Plan
 from dskd_eval.tasks.spec import TaskSpec
@@ -437,7 +438,7 @@ def _suites(folder: records.RunFolder, scores: list[Score], seed: int) -> list[S
         for score in members:
             samples = folder.samples(model, score.task.task)
             columns.append([sample.metrics[score.task.primary_metric] for sample in samples])
-        right_or_wrong = [scorers.is_proportion(name, "percent") for name in names]
+        right_or_wrong = [registry.is_proportion(name, "percent") for name in names]
         found = stats.macro_interval(columns, proportions=right_or_wrong, seed=seed)
         suites.append(
             SuiteScore(

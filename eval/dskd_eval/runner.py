@@ -20,12 +20,11 @@ from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from dskd_eval import data, scorers, stats
+from dskd_eval import data, stats
 from dskd_eval.data import LoadedData, Row, content_hash
 from dskd_eval.errors import UserError
 from dskd_eval.lm import EvalLM, message_hash
-from dskd_eval.programs import program_of
-from dskd_eval.sandbox import Sandbox
+from dskd_eval.sandbox import Outcome, Sandbox
 from dskd_eval.schema import (
     AnswerCounts,
     DataRecord,
@@ -36,7 +35,12 @@ from dskd_eval.schema import (
     SeedScore,
     TaskScore,
 )
-from dskd_eval.tasks import load, planning, render
+from dskd_eval.scorers import registry, requirements
+from dskd_eval.scorers.base import Answer
+from dskd_eval.scorers.metrics import Scored, Value, combine, plain
+from dskd_eval.scorers.registry import SCORERS
+from dskd_eval.scorers.requirements import REQUIREMENTS
+from dskd_eval.tasks import planning, render
 from dskd_eval.tasks.planning import Plan
 from dskd_eval.tasks.spec import TaskSpec
 
@@ -178,7 +182,7 @@ def _answer_template(plan: Plan) -> Callable[[Row], str]:
 def has_reference(plan: Plan) -> bool:
     """Whether the rows hold answers that must score 100."""
     known = "reference_answer" in plan.config or "doc_to_target" in plan.config
-    return known and not plan.spec.native and plan.spec.scorer != "ifeval"
+    return known and plan.spec.scorer is not None and SCORERS[plan.spec.scorer].references_are_right
 
 
 def reference_answer(plan: Plan, row: Row) -> str:
@@ -201,51 +205,11 @@ def native_answer(plan: Plan, rows: TaskData) -> Callable[[Row], str] | None:
 
 
 def check_needs(spec: TaskSpec, directory: Path | None) -> None:
-    """Packages and files that scoring needs, checked before anything is generated. Raises UserError."""
-    modules = {
-        "rouge_l": ("rouge_score", "nltk"),
-        "math": ("math_verify",),
-        "ifeval": ("langdetect", "immutabledict", "nltk"),
-    }.get(str(spec.scorer), ())
-    for module in modules:
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise UserError(
-                f"task {spec.name}",
-                expected=f"the package {module}",
-                got=str(error),
-                fix="Install dskd[eval].",
-            ) from error
-    if "nltk_punkt" in spec.needs:
-        _check_punkt(spec, directory)
-
-
-def _check_punkt(spec: TaskSpec, directory: Path | None) -> None:
-    """NLTK's sentence splitter, from the data directory or where NLTK looks; else downloaded, unless that is
-    forbidden. lm-eval would fetch it by itself, in the middle of a run.
-    """
-    import nltk
-    from nltk.tokenize.punkt import PunktTokenizer
-
-    if directory is not None and str(directory / "nltk_data") not in nltk.data.path:
-        nltk.data.path.insert(0, str(directory / "nltk_data"))
-    got = "none in NLTK_DATA or <data-dir>/nltk_data"
-    try:
-        PunktTokenizer("english")
-        return
-    except (LookupError, OSError, ValueError) as error:
-        if not isinstance(error, LookupError):
-            got = f"an unreadable one: {error}"
-    switch = data.offline()
-    if directory is None and switch is None and nltk.download("punkt_tab", quiet=True):
-        return
-    raise UserError(
-        f"task {spec.name}",
-        expected="NLTK's punkt_tab sentence splitter",
-        got=got + (f", and {switch} is set" if switch else ""),
-        fix="Run `python -m nltk.downloader punkt_tab`, or copy nltk_data/ into the data directory (--data-dir).",
-    )
+    """Modules and files that scoring needs, checked before anything is generated. Raises UserError."""
+    if spec.scorer is not None:
+        requirements.check_modules(spec.name, SCORERS[spec.scorer].modules)
+    for need in spec.needs:
+        REQUIREMENTS[need].check(spec.name, directory)
 
 
 def check_task(plan: Plan, rows: TaskData) -> list[str]:
@@ -254,8 +218,9 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
     Returns what looks wrong and may be meant. Raises UserError.
     """
     config = lm_eval_config(plan, rows)
-    if plan.spec.native:
+    if plan.spec.scorer is None:
         return _check_native(_build(config, plan), plan)
+    scorer = registry.make(plan.spec.scorer)
     notes = _Looks(plan)
     for number, row in enumerate(_documents(plan, rows), 1):
         with _in_row(plan, number):
@@ -264,7 +229,7 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
             notes.see_references(accepted)
             right = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
             notes.see_stops(number, right)
-            scorers.check_row(plan.spec, row)
+            scorer.check_row(row, render.code_parts(plan.spec, row) if scorer.executes_code else {})
     if plan.shots and rows.shots:
         target = _shot_target(plan)
         for number, row in enumerate(rows.shots.rows[: plan.shots], 1):
@@ -280,7 +245,7 @@ def _in_row(plan: Plan, number: int, kind: str = "row") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        where = f"task file {plan.spec.path.name}, {kind} {number}, {error.where}"
+        where = f"task file {plan.spec.path.name}, {kind} {number}" + (f", {error.where}" if error.where else "")
         raise UserError(where, expected=error.expected, got=error.got, fix=error.fix) from error
 
 
@@ -394,61 +359,33 @@ def _looks_printed(text: str) -> bool:
         return False
 
 
-MOST_CHECKED = {"math": 500}
-
-
 def check_references(plan: Plan, rows: TaskData) -> None:
     """Score the references of a user's task, before a model is loaded. Raises UserError for one below 100.
 
     Programs are left to `doctor --oracle`, which has a sandbox. Of mathematics, whose comparison is slow, the first
     500 different references are scored. IFEval has no references: there, one answer is scored for every row.
     """
-    spec = plan.spec
-    if spec.native or spec.executes_code:
+    if plan.spec.scorer is None:
         return
-    if spec.scorer == "ifeval":
-        for number, row in enumerate(_documents(plan, rows), 1):
-            with _in_row(plan, number):
-                _check_instructions(row)
+    scorer = registry.make(plan.spec.scorer)
+    if not scorer.checked_before_run or not (scorer.probe or has_reference(plan)):
         return
-    if not has_reference(plan):
-        return
-    scorer = scorers.make_scorer(spec)
-    metric = load.SCORER_METRICS[str(spec.scorer)][0]
     seen: set[tuple[str, ...]] = set()
     for number, row in enumerate(_documents(plan, rows), 1):
-        accepted = render.references(plan.config.get("doc_to_target"), row)
         with _in_row(plan, number):
-            texts = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
-        for text in texts:
-            if (text, *accepted) in seen or len(seen) >= MOST_CHECKED.get(str(spec.scorer), len(seen) + 1):
+            if scorer.probe is not None:
+                scorer.check_reference(Answer(row, scorer.probe, []))
                 continue
-            seen.add((text, *accepted))
-            value = scorer([scorers.Answer(row, text, accepted, plan.style)])[0].metrics[metric]
-            if value != 1.0:
-                raise UserError(
-                    f"task file {spec.path.name}, row {number}",
-                    expected=f"a reference that its own `scorer: {spec.scorer}` scores 100",
-                    got=f"{text[:120]!r}, which scores {100 * stats.mean([value]):.0f}",
-                    fix="Correct `reference` or the row, choose another scorer, or give `reference_answer`, a template "
-                    "of an answer that is right.",
-                )
+            accepted = render.references(plan.config.get("doc_to_target"), row)
+            texts = [reference_answer(plan, row)] if "reference_answer" in plan.config else accepted
+            for text in texts:
+                full = scorer.most_checked is not None and len(seen) >= scorer.most_checked
+                if (text, *accepted) not in seen and not full:
+                    seen.add((text, *accepted))
+                    scorer.check_reference(Answer(row, text, accepted, plan.style))
 
 
-def _check_instructions(row: Row) -> None:
-    """Scores an answer for a row of IFEval. Raises UserError when that fails."""
-    try:
-        scorers.score_ifeval(scorers.Answer(row, "Hello there.", []))
-    except Exception as error:
-        raise UserError(
-            "`scorer: ifeval`",
-            expected="instructions of IFEval, with the arguments that each takes",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            fix="Correct `instruction_id_list` and `kwargs` (one mapping per instruction).",
-        ) from error
-
-
-def _score_none(answers: Sequence[scorers.Answer]) -> list[scorers.Scored]:
+def _score_none(answers: Sequence[Answer]) -> list[Scored]:
     return []
 
 
@@ -467,9 +404,9 @@ def evaluate_task(
     limit: number of documents, drawn with `seed`. sandbox: needed by tasks that execute code.
     """
     config = lm_eval_config(plan, rows)
-    if not plan.spec.native:
-        scorer = scorers.make_scorer(plan.spec, _program_runner(sandbox, on_scoring))
-        config |= _scoring(plan, scorer)
+    if plan.spec.scorer is not None:
+        scorer = registry.make(plan.spec.scorer, _program_runner(plan, sandbox, on_scoring))
+        config |= _scoring(plan, scorer.score)
     task = _build(config, plan)
     trace = lm.begin(plan.seeds)
     total = len(task.eval_docs)
@@ -524,33 +461,37 @@ def _build(config: dict[str, Any], plan: Plan) -> ConfigurableTask:
 
 
 def _program_runner(
-    sandbox: Sandbox | None, on_scoring: Callable[[int, int], None] | None
-) -> Callable[[Sequence[tuple[str, str]]], list[Any]] | None:
+    plan: Plan, sandbox: Sandbox | None, on_scoring: Callable[[int, int], None] | None
+) -> Callable[[Sequence[tuple[str, str]]], list[Outcome]] | None:
+    """What executes programs, for a task that has some. Raises UserError when it has and there is no sandbox."""
+    if sandbox is None and plan.spec.executes_code:
+        raise UserError(
+            f"task {plan.spec.name}",
+            expected="a sandbox",
+            got="none",
+            fix="Install bubblewrap (`dskd-eval doctor`).",
+        )
     if sandbox is None:
         return None
 
-    def run(jobs: Sequence[tuple[str, str]]) -> list[Any]:
+    def run(jobs: Sequence[tuple[str, str]]) -> list[Outcome]:
         return sandbox.run_all(jobs, on_done=lambda done: on_scoring(done, len(jobs)) if on_scoring else None)
 
     return run
 
 
-def _scoring(plan: Plan, scorer: scorers.Scorer) -> dict[str, Any]:
+def _scoring(plan: Plan, score: Callable[[Sequence[Answer]], list[Scored]]) -> dict[str, Any]:
     """Filters and metrics that hand all answers of the task to our scorer at once."""
     names = plan.metrics
 
-    def score_all(responses: Any, rows: Any) -> list[list[scorers.Scored]]:
+    def score_all(responses: Any, rows: Any) -> list[list[Scored]]:
         grouped = [(row, list(texts)) for texts, row in zip(responses, rows, strict=True)]
-        answers = [
-            scorers.Answer(row, text, render.references(plan.config.get("doc_to_target"), row), plan.style)
-            for row, texts in grouped
-            for text in texts
-        ]
-        scored = iter(scorer(answers))
+        answers = [_answer(plan, row, text) for row, texts in grouped for text in texts]
+        scored = iter(score(answers))
         return [[next(scored) for _ in texts] for _, texts in grouped]
 
-    def process(row: Row, results: Any) -> dict[str, scorers.Value]:
-        return scorers.combine(results[0], names)
+    def process(row: Row, results: Any) -> dict[str, Value]:
+        return combine(results[0], names)
 
     return {
         "filter_list": [{"name": "scored", "filter": [{"function": "custom", "filter_fn": score_all}]}],
@@ -559,7 +500,7 @@ def _scoring(plan: Plan, scorer: scorers.Scorer) -> dict[str, Any]:
             {
                 "metric": name,
                 "aggregation": stats.mean,
-                "higher_is_better": scorers.metric_info(name).higher_is_better,
+                "higher_is_better": registry.metric_info(name).higher_is_better,
             }
             for name in names
         ],
@@ -576,16 +517,16 @@ def _own_samples(
     place_of = {doc_id: place for place, doc_id in enumerate(chosen)}
     samples = []
     for row in logged:
-        scored: list[scorers.Scored] = row["filtered_resps"][0]
+        scored: list[Scored] = row["filtered_resps"][0]
         traced = [infos.get((place_of[row["doc_id"]], repeat)) for repeat in range(len(scored))]
         samples.append(
             Sample(
                 **_question(row, plan, messages),
                 references=render.references(plan.config.get("doc_to_target"), row["doc"]),
                 answers=list(row["resps"][0]),
-                metrics=_plain({name: row[name] for name in plan.metrics}),
+                metrics=plain({name: row[name] for name in plan.metrics}),
                 details=[item.details for item in scored],
-                answer_metrics=[_plain(item.metrics) for item in scored],
+                answer_metrics=[plain(item.metrics) for item in scored],
                 generation=traced,
             )
         )
@@ -644,14 +585,6 @@ def _question(row: dict[str, Any], plan: Plan, messages: Mapping[str, Any]) -> d
     }
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, MetricValue]:
-    """Values as JSON has them."""
-    return {
-        name: [float(part) for part in value] if isinstance(value, (tuple, list)) else float(value)
-        for name, value in metrics.items()
-    }
-
-
 def _scored_metrics(samples: list[Sample], plan: Plan) -> list[str]:
     found = list(dict.fromkeys(name for sample in samples for name in sample.metrics))
     if plan.primary not in found:
@@ -669,13 +602,13 @@ def _higher_is_better(plan: Plan, name: str) -> bool:
     said = [
         entry["higher_is_better"] for entry in listed if entry.get("metric") == name and "higher_is_better" in entry
     ]
-    return bool(said[0]) if said else scorers.metric_info(name).higher_is_better
+    return bool(said[0]) if said else registry.metric_info(name).higher_is_better
 
 
 def _metric(name: str, values: list[MetricValue], seed: int, higher_is_better: bool) -> MetricScore:
-    unit = scorers.unit_of(name, values)
+    unit = registry.unit_of(name, values)
     scale = 100.0 if unit == "percent" else 1.0
-    found = stats.interval(values, seed=seed, proportion=scorers.is_proportion(name, unit))
+    found = stats.interval(values, seed=seed, proportion=registry.is_proportion(name, unit))
     return MetricScore(
         value=round(scale * found.value, 6),
         low=None if found.low is None else round(scale * found.low, 6),
@@ -688,7 +621,7 @@ def _metric(name: str, values: list[MetricValue], seed: int, higher_is_better: b
 
 
 def _per_seed(samples: list[Sample], plan: Plan) -> list[SeedScore]:
-    scale = 100.0 if scorers.unit_of(plan.primary, []) == "percent" else 1.0
+    scale = 100.0 if registry.unit_of(plan.primary, []) == "percent" else 1.0
     scores = []
     for place, seed in enumerate(plan.seeds):
         column = [sample.answer_metrics[place][plan.primary] for sample in samples]
@@ -745,14 +678,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _extracted(plan: Plan, row: Row, reference: str) -> str:
-    """What would be scored of the reference answer: a number, a formula, a program; '' for the whole text."""
-    if plan.spec.executes_code:
-        parts = render.code_parts(plan.spec, row)
-        return f"{program_of(reference, parts).text}\n{parts['tests']}".strip()
+def _answer(plan: Plan, row: Row, text: str) -> Answer:
+    """An answer with what the row has to judge it by."""
     accepted = render.references(plan.config.get("doc_to_target"), row)
-    answer = scorers.Answer(row, reference, accepted, plan.style)
-    return str(scorers.make_scorer(plan.spec)([answer])[0].details.get("extracted") or "")
+    parts = render.code_parts(plan.spec, row) if plan.spec.executes_code else {}
+    return Answer(row, text, accepted, plan.style, parts)
 
 
 def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, Any]:
@@ -775,12 +705,14 @@ def preview(lm: EvalLM, plan: Plan, rows: TaskData, doc_id: int) -> dict[str, An
             gen_prefix=task.doc_to_prefix(row),
         )
     text = prompt[0] if isinstance(prompt, list) else str(prompt)
-    known = has_reference(plan)
-    reference = reference_answer(plan, row) if known else ""
+    reference, extracted = "", ""
+    if plan.spec.scorer is not None and has_reference(plan):
+        reference = reference_answer(plan, row)
+        extracted = registry.make(plan.spec.scorer).extracted(_answer(plan, row, reference))
     special = plan.style != "chat"
     return {
         "prompt": text,
         "reference": reference,
-        "extracted": _extracted(plan, row, reference) if known else "",
+        "extracted": extracted,
         "tokens": len(lm.backend.encode(text, special_tokens=special)),
     }

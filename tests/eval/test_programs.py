@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import programs, sandbox, scorers
+from dskd_eval import programs, sandbox
 from dskd_eval.errors import UserError
 from dskd_eval.sandbox import Sandbox
+from dskd_eval.scorers import registry
+from dskd_eval.scorers.base import Answer
 from dskd_eval.tasks import render, selection
-from dskd_eval.tasks.spec import TaskSpec
 
 PARTS = {"setup": "", "completes": "", "entry_point": "", "tests": ""}
 TESTS = "assert total([1, 2, 3]) == 6\nassert total([]) == 0"
@@ -510,12 +511,8 @@ def test_a_builtin_that_the_answer_defines_anew(box: Sandbox) -> None:
 
 def test_the_record_says_what_was_dropped(box: Sandbox) -> None:
     text = f"```python\n{WRONG}```\nBetter:\n```python\n{RIGHT}\nassert total([1]) == 2\nprint(total([1, 2, 3, 4, 5,"
-    row: dict[str, Any] = {"question": "total"}
-    spec = TaskSpec(
-        name="own", version=1.0, suite="own", summary="", path=Path("own.yaml"), scorer="python", metrics=("pass@1",),
-        data={}, config={}, styles={}, protocols={}, code={"tests": TESTS},
-    )  # fmt: skip
-    scored = scorers.make_scorer(spec, box.run_all)([scorers.Answer(row, text, [], "chat")])[0]
+    answer = Answer({"question": "total"}, text, [], "chat", PARTS | {"tests": TESTS})
+    scored = registry.make("python", box.run_all).score([answer])[0]
     assert scored.metrics == {"pass@1": 1.0, "timeout": 0.0, "syntax_error": 0.0}
     assert scored.details["dropped"] == [
         "1 of 2 code blocks",

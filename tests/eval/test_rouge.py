@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import rouge, runner, scorers
+from dskd_eval import runner
 from dskd_eval.lm import EvalLM
 from dskd_eval.oracle import OracleBackend
-from dskd_eval.scorers import Answer
+from dskd_eval.scorers import rouge
+from dskd_eval.scorers.base import Answer
+from dskd_eval.scorers.text import RougeL
 from dskd_eval.tasks import load, planning
 
 
@@ -40,7 +42,7 @@ def test_rouge_l_of_a_reference_without_words(text: str, score: float) -> None:
 
 
 def test_rouge_l_takes_the_best_reference_and_stems() -> None:
-    found = scorers.score_rouge(Answer({}, "running dogs", ["cat", "run dog"])).metrics
+    found = RougeL().score_one(Answer({}, "running dogs", ["cat", "run dog"])).metrics
     assert found == {
         "rouge_l": pytest.approx(1.0),
         "exact_match": 0.0,
@@ -93,7 +95,7 @@ def test_any_script_equals_rouge_l_on_ascii(data_dir: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_row_says_what_rouge_l_does_not_see(reference: str, note: str) -> None:
-    details = scorers.score_rouge(Answer({}, "x", [reference, "plain"])).details
+    details = RougeL().score_one(Answer({}, "x", [reference, "plain"])).details
     assert details == ({"unseen_by_rouge_l": note} if note else {})
 
 

@@ -126,10 +126,10 @@ def test_paper_protocol_is_the_published_one() -> None:
 
 
 def test_every_builtin_metric_is_described() -> None:
-    from dskd_eval import scorers
+    from dskd_eval.scorers import registry
 
     for spec in selection.builtin_tasks().values():
-        assert all(scorers.metric_info(name).description != "metric of the task file" for name in spec.metrics)
+        assert all(registry.metric_info(name).description != "metric of the task file" for name in spec.metrics)
         assert spec.summary and spec.version == 1
 
 

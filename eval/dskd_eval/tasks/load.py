@@ -8,11 +8,12 @@ from typing import Any
 
 from dskd_eval.data import DataSource, HubSource
 from dskd_eval.errors import UserError, nearest
+from dskd_eval.scorers.registry import SCORERS
+from dskd_eval.scorers.requirements import REQUIREMENTS
 from dskd_eval.tasks.spec import (
     ALIASES,
     LENGTH_ALIASES,
     LM_EVAL_KEYS,
-    NEEDS,
     OWN_TEMPLATES,
     STYLES,
     TASK_FOLDER,
@@ -24,20 +25,6 @@ from dskd_eval.tasks.spec import (
     check_kinds,
 )
 from dskd_eval.tasks.yaml_file import listed, read_task
-
-SCORER_METRICS: dict[str, tuple[str, ...]] = {
-    "rouge_l": ("rouge_l", "exact_match", "response_words", "rouge_l_unicode"),
-    "exact_match": ("exact_match",),
-    "contains": ("contains", "exact_match"),
-    "number": ("flexible", "strict"),
-    "math": ("math_verify", "exact_match", "boxed"),
-    "ifeval": ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"),
-    "python": ("pass@1", "timeout", "syntax_error"),
-}
-# What a scorer needs besides packages, whichever task uses it: see `runner.check_needs`.
-SCORER_NEEDS: dict[str, tuple[str, ...]] = {"ifeval": ("nltk_punkt",)}
-# Scorers that judge without a reference answer: by tests, and by the instructions of the row.
-WITHOUT_REFERENCE = ("python", "ifeval")
 
 
 def load_task(path: Path) -> TaskSpec:
@@ -71,12 +58,12 @@ def load_task(path: Path) -> TaskSpec:
 
     scorer: str | None = raw.get("scorer")
     native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
-    if not native and (not isinstance(scorer, str) or scorer not in SCORER_METRICS):
+    if not native and (not isinstance(scorer, str) or scorer not in SCORERS):
         raise UserError(
             f"{where}, `scorer`",
-            expected="one of " + ", ".join(SCORER_METRICS) + ", or lm-eval's metric_list",
+            expected="one of " + ", ".join(SCORERS) + ", or lm-eval's metric_list",
             got=repr(scorer),
-            fix=nearest(str(scorer), SCORER_METRICS) if scorer else "Add `scorer: exact_match` or another.",
+            fix=nearest(str(scorer), SCORERS) if scorer else "Add `scorer: exact_match` or another.",
         )
     for key in ("metric_list", "process_results", "filter_list", "doc_to_choice", "repeats"):
         if scorer is not None and key in config:
@@ -93,25 +80,28 @@ def load_task(path: Path) -> TaskSpec:
             got=repr(config["output_type"]),
             fix="Leave out `scorer` and give lm-eval's metric_list, or leave out `output_type`.",
         )
+    facts = SCORERS[scorer] if scorer is not None else None
     data = _data(raw.get("data"), path, where)
     if not data and not config.get("dataset_path") and not config.get("custom_dataset"):
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
     for key in ("doc_to_text", "doc_to_target"):
         styles = raw.get("styles") or {}
-        needed = key == "doc_to_text" or scorer not in WITHOUT_REFERENCE
+        needed = key == "doc_to_text" or facts is None or facts.needs_reference
         if needed and key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
             alias = {value: alias for alias, value in ALIASES.items()}[key]
             raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
-    if scorer == "python" and "tests" not in (raw.get("code") or {}):
-        raise UserError(
-            where, expected="`code: {tests: ...}`", got="none", fix="Give a template of the tests of a row."
-        )
+    for part in facts.required_code if facts else ():
+        if part not in (raw.get("code") or {}):
+            fix = f"Give a template of the {part} of a row."
+            raise UserError(where, expected=f"`code: {{{part}: ...}}`", got="none", fix=fix)
     needs = listed(raw.get("needs"))
     for need in needs:
-        if need not in NEEDS:
-            raise UserError(f"{where}, `needs`", expected="known needs", got=repr(need), fix=nearest(str(need), NEEDS))
+        if need not in REQUIREMENTS:
+            raise UserError(
+                f"{where}, `needs`", expected="known needs", got=repr(need), fix=nearest(str(need), REQUIREMENTS)
+            )
     metrics = tuple(listed(raw.get("metrics"))) or _default_metrics(scorer, config)
-    known = SCORER_METRICS[scorer] if scorer else metrics
+    known = tuple(facts.metrics) if facts else metrics
     for metric in metrics:
         if metric not in known:
             raise UserError(
@@ -133,7 +123,7 @@ def load_task(path: Path) -> TaskSpec:
         styles=_overrides(raw, "styles", where),
         protocols=_overrides(raw, "protocols", where),
         code=raw.get("code") or {},
-        needs=tuple(dict.fromkeys([*needs, *SCORER_NEEDS.get(str(scorer), ())])),
+        needs=tuple(dict.fromkeys([*needs, *(facts.needs if facts else ())])),
         floor=raw.get("floor") or {},
     )
 
@@ -183,7 +173,7 @@ def _overrides(raw: Mapping[str, Any], group: str, where: str) -> dict[str, dict
 
 def _default_metrics(scorer: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
     if scorer is not None:
-        return SCORER_METRICS[scorer]
+        return tuple(SCORERS[scorer].metrics)
     listed = [entry["metric"] for entry in config.get("metric_list") or [] if "metric" in entry]
     return tuple(str(getattr(metric, "__name__", metric)) for metric in listed) or ("acc",)
 

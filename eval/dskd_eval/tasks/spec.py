@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 
 from dskd_eval.data import DataSource
 from dskd_eval.errors import UserError
+from dskd_eval.scorers.registry import SCORERS
 
 TASK_FOLDER = Path(__file__).parent
 SUITES = ("instruct", "math", "code")
 STYLES = ("base", "chat")
-NEEDS = ("nltk_punkt",)
 CODE_PARTS = ("setup", "completes", "entry_point", "tests")
 ALIASES = {"prompt": "doc_to_text", "reference": "doc_to_target", "shots": "num_fewshot"}
 LENGTH_ALIASES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -220,7 +220,7 @@ class TaskSpec(BaseModel):
 
     @property
     def executes_code(self) -> bool:
-        return self.scorer == "python"
+        return self.scorer is not None and SCORERS[self.scorer].executes_code
 
     @property
     def takes_shots(self) -> bool:

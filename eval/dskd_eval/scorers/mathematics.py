@@ -1,4 +1,4 @@
-r"""Whether the final answer of a text is the same mathematical object as a reference, by math-verify.
+r"""The scorer `math`: whether the final answer of a text is the same mathematical object as a reference.
 
 What math-verify does not tell apart or does not read is written for it in the form that it reads, or compared here:
 the last of several boxes, numbers with a base, ratios, plain mixed numbers, scientific notation, chains of `>`,
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from dskd_eval.digits import plain_groups
+from dskd_eval.scorers.base import Answer, AnswerScorer
+from dskd_eval.scorers.digits import plain_groups
+from dskd_eval.scorers.metrics import EXACT_MATCH, Metric, Scored
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 # What may stand between boxes that are one answer together.
@@ -231,3 +233,28 @@ def _same_ratio(answer: str, expected: str) -> bool | None:
     if 0 in first or 0 in second:
         return first == second
     return all(one * second[0] == two * first[0] for one, two in zip(first, second, strict=True))
+
+
+class Math(AnswerScorer):
+    """Answers compared as mathematics, by math-verify."""
+
+    name = "math"
+    metrics = {
+        "math_verify": Metric("math-verify", "answer and reference are the same mathematical object"),
+        # The text in the box, not the whole answer; described as `exact_match` is everywhere.
+        "exact_match": EXACT_MATCH,
+        "boxed": Metric("boxed", "share of answers with a \\boxed{} part"),
+    }
+    modules = ("math_verify",)
+    most_checked = 500  # A comparison takes milliseconds, sometimes seconds.
+
+    def score_one(self, answer: Answer) -> Scored:
+        inside = boxed(answer.text)
+        exact = inside is not None and any(
+            "".join(inside.split()) == "".join(reference.split()) for reference in answer.references
+        )
+        verified = any(same(answer.text, reference) for reference in answer.references)
+        return Scored(
+            {"math_verify": float(verified), "exact_match": float(exact), "boxed": float(inside is not None)},
+            {"extracted": inside},
+        )
