@@ -448,7 +448,8 @@ def _show_comparisons(found: Comparison) -> None:
 
 def _dry_run(prepared: Any) -> None:
     """Plans, one prompt per task and reference; weights are not loaded."""
-    from dskd_eval import hf, runner
+    from dskd_eval import runner
+    from dskd_eval.backends import hf
     from dskd_eval.lm import EvalLM
     from dskd_eval.scorers import registry
 
@@ -500,12 +501,12 @@ class _TokenizerOnly:
         self.identity: Mapping[str, Any] = {"fingerprint": ""}
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        from dskd_eval.hf import encode
+        from dskd_eval.backends.hf import encode
 
         return encode(self.tokenizer, text, special_tokens=special_tokens)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        from dskd_eval.hf import render_chat
+        from dskd_eval.backends.hf import render_chat
 
         return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 

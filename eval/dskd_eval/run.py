@@ -102,15 +102,15 @@ def prepare(
 
     execute False (dry run) needs no sandbox.
     """
-    from dskd_eval import hf
     from dskd_eval import templates as chat_templates
+    from dskd_eval.backends import hf
 
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
     notes = _check_settings(settings, specs)
     reasoning.choose(settings.reasoning, ())
     if settings.backend == "vllm":
-        from dskd_eval import vllm_backend
+        from dskd_eval.backends import vllm as vllm_backend
 
         vllm_backend.require()
     else:
@@ -232,10 +232,10 @@ def load_backend(folder: ModelFolder, settings: Settings) -> Backend:
     """The model in memory, by the chosen backend."""
     given = settings.given_template
     if settings.backend == "vllm":
-        from dskd_eval.vllm_backend import VLLMBackend
+        from dskd_eval.backends.vllm import VLLMBackend
 
         return VLLMBackend(folder, dtype=settings.dtype, chat_template=given, seed=settings.seed)
-    from dskd_eval.hf import HFBackend
+    from dskd_eval.backends.hf import HFBackend
 
     return HFBackend(folder, dtype=settings.dtype, device=settings.device, chat_template=given)
 

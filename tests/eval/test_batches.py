@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 from conftest_models import make_model, make_tokenizer
-from dskd_eval import cli, hf, lm, models
+from dskd_eval import cli, lm, models
+from dskd_eval.backends import hf
 from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
 from test_run import Echo, Request
 

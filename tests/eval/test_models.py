@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import hf, models
+from dskd_eval import models
+from dskd_eval.backends import hf
 from dskd_eval.models import ModelRef
 
 

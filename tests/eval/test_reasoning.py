@@ -305,7 +305,7 @@ def test_a_limit_needs_a_task_that_generates(
 def test_channels_of_special_tokens(tmp_path: Path) -> None:
     """Markers of several tokens; the token that ends a channel does not end the answer."""
     from conftest_models import make_tokenizer
-    from dskd_eval import hf
+    from dskd_eval.backends import hf
 
     tokenizer = make_tokenizer(tmp_path)
     extra = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"]

@@ -8,8 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dskd_eval.backends.hf import (
+    context_length,
+    decode,
+    encode,
+    end_tokens,
+    has_chat_template,
+    load_tokenizer,
+    render_chat,
+)
 from dskd_eval.errors import UserError
-from dskd_eval.hf import context_length, decode, encode, end_tokens, has_chat_template, load_tokenizer, render_chat
 from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
 

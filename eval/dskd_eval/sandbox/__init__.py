@@ -32,7 +32,7 @@ Backend = Literal["bubblewrap", "landlock", "none"]
 _INSIDE = "/python"
 # What may be said without the nonce; the pipe is open to the tested program too.
 _SAID_INSIDE = ("failed", "syntax error", "memory limit", "confinement failed")
-_GUEST = (Path(__file__).parent / "sandbox_guest.py").read_text(encoding="utf-8")
+_GUEST = (Path(__file__).parent / "guest.py").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

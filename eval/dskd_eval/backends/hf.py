@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from dskd_eval import cpu_attention, templates
+from dskd_eval import templates
+from dskd_eval.backends import cpu_attention
 from dskd_eval.errors import UserError
 from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
