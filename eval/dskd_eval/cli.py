@@ -182,7 +182,9 @@ def _evaluate(options: dict[str, Any]) -> None:
     _quiet_libraries()
     specs = selection.select(_split(options["suite"]), _split(options["tasks"]), options["task_file"])
     template = _chat_template(options["chat_template"])
-    from dskd_eval import data, models, recipe, run
+    from dskd_eval import data, models, recipe
+    from dskd_eval.evaluate import evaluate
+    from dskd_eval.prepare import prepare
 
     refs = [models.parse_model(text) for text in options["model"]]
     if options["recipe"]:
@@ -203,7 +205,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     if not _ERR.is_terminal:
         _ERR.print(f"[dim]{checking}[/]")
     with _ERR.status(checking):
-        prepared = run.prepare(refs, specs, settings, directory, execute=not options["dry_run"])
+        prepared = prepare(refs, specs, settings, directory, execute=not options["dry_run"])
     if options["dry_run"]:
         _dry_run(prepared)
         return
@@ -215,7 +217,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     _ERR.print(f"[dim]output {place} (to go on after a stop: --output {place} --resume)[/]", soft_wrap=True)
     try:
         with watcher:
-            results = run.evaluate(prepared, output, watcher, resume=options["resume"], cache=options["cache"])
+            results = evaluate(prepared, output, watcher, resume=options["resume"], cache=options["cache"])
     except KeyboardInterrupt:
         _ERR.print(f"\n[yellow]Stopped.[/] Finished tasks are in {escape(str(output))}. Go on with:", soft_wrap=True)
         _ERR.print("  " + escape(_again(output)), soft_wrap=True)
@@ -448,10 +450,11 @@ def _show_comparisons(found: Comparison) -> None:
 
 def _dry_run(prepared: Any) -> None:
     """Plans, one prompt per task and reference; weights are not loaded."""
-    from dskd_eval import runner
     from dskd_eval.backends import hf
-    from dskd_eval.lm import EvalLM
+    from dskd_eval.lmeval.model import EvalLM
+    from dskd_eval.lmeval.preview import preview
     from dskd_eval.scorers import registry
+    from dskd_eval.tasks.rows import choose_documents
 
     for folder in prepared.folders:
         tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
@@ -462,8 +465,8 @@ def _dry_run(prepared: Any) -> None:
         for plan in prepared.plans[folder.name]:
             rows = prepared.data[plan.spec.name]
             total = len(rows.test.rows) if rows.test else 0
-            chosen = runner.choose_documents(total, prepared.settings.limit, prepared.settings.seed) if total else [0]
-            shown = runner.preview(lm, plan, rows, chosen[0])
+            chosen = choose_documents(total, prepared.settings.limit, prepared.settings.seed) if total else [0]
+            shown = preview(lm, plan, rows, chosen[0])
             stop = ", ".join(repr(text) for text in plan.generation["until"]) or "the end token"
             drawn = f"{len(plan.seeds)} samples, seeds {plan.seeds}" if plan.generation.get("do_sample") else "greedy"
             facts = [
@@ -475,13 +478,13 @@ def _dry_run(prepared: Any) -> None:
                 f"data {rows.test.source}   digest {rows.test.digest}" if rows.test else "data loaded by lm-eval",
             ]
             _OUT.print("\n" + escape("\n".join(facts)), soft_wrap=True)
-            title = f"prompt of document {chosen[0]}" + (f", {shown['tokens']} tokens" if "tokens" in shown else "")
-            _OUT.print(Panel(escape(shown["prompt"]), title=title, title_align="left"))
-            if shown["reference"]:
-                _OUT.print(Panel(escape(shown["reference"]), title="reference (scores 100)", title_align="left"))
-            if shown.get("extracted"):
+            title = f"prompt of document {chosen[0]}" + (f", {shown.tokens} tokens" if shown.tokens is not None else "")
+            _OUT.print(Panel(escape(shown.prompt), title=title, title_align="left"))
+            if shown.reference:
+                _OUT.print(Panel(escape(shown.reference), title="reference (scores 100)", title_align="left"))
+            if shown.extracted:
                 what = "program that is run for it" if plan.spec.executes_code else "extracted from it"
-                _OUT.print(Panel(escape(shown["extracted"]), title=what, title_align="left"))
+                _OUT.print(Panel(escape(shown.extracted), title=what, title_align="left"))
     for note in prepared.notes:
         _OUT.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _OUT.print("\nNothing was generated (--dry-run).")

@@ -16,7 +16,7 @@ from dskd_eval.tasks import planning
 from dskd_eval.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
-    from dskd_eval import runner
+    from dskd_eval.lmeval.run_task import TaskResult
 
 _PACKAGES = {
     "lm_eval": "lm_eval",
@@ -138,33 +138,37 @@ def _sandbox() -> Iterator[Check]:
 
 def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -> Iterator[Check]:
     """Reference answers through every task, in both styles: the score must be 100."""
-    from dskd_eval import runner
-    from dskd_eval.lm import EvalLM
-    from dskd_eval.oracle import OracleBackend
+    from dskd_eval.backends.oracle import OracleBackend
+    from dskd_eval.lmeval.model import EvalLM
+    from dskd_eval.lmeval.run_task import evaluate_task
+    from dskd_eval.lmeval.task import native_answer
+    from dskd_eval.task_checks import check_task
+    from dskd_eval.tasks.right_answers import has_reference
+    from dskd_eval.tasks.rows import load_data
 
     directory = data.data_directory(data_dir)
     for spec in specs:
         for chat in (False, True):
             plan = planning.plan(spec, chat=chat)
             try:
-                rows = runner.load_data(spec, directory)
-                answer = runner.native_answer(plan, rows) if spec.native else None
-                if answer is None and not runner.has_reference(plan):
+                rows = load_data(spec, directory)
+                answer = native_answer(plan, rows) if spec.native else None
+                if answer is None and not has_reference(plan):
                     why = "ranks choices or has no reference answers" if spec.native else "has no reference answers"
                     yield Check("ok", f"oracle {spec.name}", f"{why}, {plan.style} style")
                     continue
                 box = sandbox.choose() if spec.executes_code else None
-                for note in runner.check_task(plan, rows):
+                for note in check_task(plan, rows):
                     yield Check("warn", f"oracle {spec.name}", note)
                 lm = EvalLM(OracleBackend(plan, answer=answer))
-                result = runner.evaluate_task(lm, plan, rows, limit=limit, sandbox=box)
+                result = evaluate_task(lm, plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))
                 break
             yield _verdict(plan, result)
 
 
-def _verdict(plan: planning.Plan, result: runner.TaskResult) -> Check:
+def _verdict(plan: planning.Plan, result: TaskResult) -> Check:
     """Whether references score 100; of a metric of lm-eval that is no share of right answers, only the value."""
     metric = result.score.metrics[plan.primary]
     text = f"{metric.value:.1f} on {result.score.n} documents, {plan.style} style"

@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 from conftest_models import make_model, make_tokenizer
-from dskd_eval import cli, lm, models
+from dskd_eval import cli, models
 from dskd_eval.backends import hf
-from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from dskd_eval.backends.base import GenerationSettings, Prompt, tell_nobody
+from dskd_eval.lmeval.model import EvalLM
 from test_run import Echo, Request
 
 
@@ -155,7 +156,7 @@ def test_progress_within_a_batch(unequal: tuple[hf.HFBackend, list[Prompt], list
     told: list[tuple[int, int]] = []
     backend.told = lambda tokens, finished: told.append((tokens, finished))
     backend.generate(prompts, GenerationSettings(48))
-    backend.told = lm.tell_nobody
+    backend.told = tell_nobody
     assert sum(tokens for tokens, _ in told) == sum(map(len, expected))
     assert sum(finished for _, finished in told) == len(prompts)
 

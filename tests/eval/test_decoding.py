@@ -12,7 +12,8 @@ import pytest
 from conftest_models import make_recital
 from dskd_eval import models, programs, reasoning
 from dskd_eval.backends import hf
-from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from dskd_eval.backends.base import GenerationSettings, Prompt
+from dskd_eval.lmeval.model import EvalLM
 from dskd_eval.tasks import render, selection
 from lm_eval.api.instance import Instance
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import data, doctor, runner, sandbox
+from dskd_eval import data, doctor, sandbox, task_checks
 from dskd_eval.errors import UserError
 from dskd_eval.programs import why_untested
 from dskd_eval.tasks import load, planning, render, selection
+from dskd_eval.tasks import rows as task_rows
 
 Task = Callable[..., Path]
 ROWS = [
@@ -29,9 +30,9 @@ ROWS = [
 def checked(path: Path, *, chat: bool = False) -> list[str]:
     """All that is checked of a task of the user before a model is loaded."""
     spec = load.load_task(path)
-    plan, rows = planning.plan(spec, chat=chat), runner.load_data(spec, None)
-    notes = runner.check_task(plan, rows)
-    runner.check_references(plan, rows)
+    plan, rows = planning.plan(spec, chat=chat), task_rows.load_data(spec, None)
+    notes = task_checks.check_task(plan, rows)
+    task_checks.check_references(plan, rows)
     return notes
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest_models import CHATML, make_reciter
 from dskd_eval import reasoning
+from dskd_eval.backends.base import GenerationSettings, cut_at_stop
 from dskd_eval.errors import UserError
-from dskd_eval.lm import GenerationSettings, cut_at_stop
 
 THINK = (("<think>", "</think>"),)
 FENCE = "```python\ndef strip(t):\n    return t.split('</think>')[-1]\n```"

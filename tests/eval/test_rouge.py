@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import runner
-from dskd_eval.lm import EvalLM
-from dskd_eval.oracle import OracleBackend
+from dskd_eval.backends.oracle import OracleBackend
+from dskd_eval.lmeval import run_task
+from dskd_eval.lmeval.model import EvalLM
 from dskd_eval.scorers import rouge
 from dskd_eval.scorers.base import Answer
 from dskd_eval.scorers.text import RougeL
 from dskd_eval.tasks import load, planning
+from dskd_eval.tasks import rows as task_rows
 
 
 def lcs_f(text: list[str], reference: list[str]) -> float:
@@ -103,10 +104,10 @@ def test_a_task_with_references_of_another_script(own_task: Callable[..., Path],
     """rouge_l is 100 for a wrong answer in the same letters beside ASCII; the other metric is not."""
     rows = [{"question": f"capital {n}?", "answer": f"{city} (a)"} for n, city in enumerate(["北京", "東京", "Αθήνα"])]
     spec = load.load_task(own_task(rows, scorer="rouge_l"))
-    result = runner.evaluate_task(
+    result = run_task.evaluate_task(
         EvalLM(OracleBackend(planning.plan(spec, chat=False), constant="ソウル (a)")),
         planning.plan(spec, chat=False),
-        runner.load_data(spec, None),
+        task_rows.load_data(spec, None),
     )
     assert result.score.metrics["rouge_l"].value == 100.0
     assert result.score.metrics["rouge_l_unicode"].value < 50

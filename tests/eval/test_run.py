@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 from conftest_models import make_model
-from dskd_eval import lm
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM, Generation, GenerationSettings, GenerationStore, Prompt
+from dskd_eval.lmeval.model import EvalLM, fit
+from dskd_eval.store import GenerationStore
 
 
 def results(folder: Path, *, times: bool = False) -> dict[str, Any]:
@@ -290,10 +291,10 @@ def test_answers_come_back_in_order_whatever_the_batches() -> None:
 )
 def test_fit(prompt: int, wanted: int, context: int, new: int, kept: int) -> None:
     tokens = list(range(prompt))
-    found_new, found = lm.fit(tokens, wanted, context, keep_start=False)
+    found_new, found = fit(tokens, wanted, context, keep_start=False)
     assert (found_new, len(found)) == (new, kept)
     assert found == tokens[-kept:] and found_new + kept <= context
-    started = lm.fit(tokens, wanted, context, keep_start=True)[1]
+    started = fit(tokens, wanted, context, keep_start=True)[1]
     assert started[0] == 0 and len(started) == kept and started[1:] == tokens[-(kept - 1) :]
 
 

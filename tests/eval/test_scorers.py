@@ -10,10 +10,11 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from dskd_eval import runner
+from dskd_eval import task_checks
+from dskd_eval.backends.oracle import OracleBackend
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM
-from dskd_eval.oracle import OracleBackend
+from dskd_eval.lmeval import run_task
+from dskd_eval.lmeval.model import EvalLM
 from dskd_eval.scorers import mathematics, registry
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.ifeval import IFEval
@@ -21,6 +22,7 @@ from dskd_eval.scorers.metrics import EXACT_MATCH, Metric, Scored, combine, pass
 from dskd_eval.scorers.number import Number, last_number, marked_number
 from dskd_eval.scorers.text import Contains, ExactMatch
 from dskd_eval.tasks import load, planning
+from dskd_eval.tasks import rows as task_rows
 
 
 def answer(text: str, *references: str, style: str = "base", **row: object) -> Answer:
@@ -211,13 +213,13 @@ def test_a_new_scorer_is_one_class(own_task: Callable[..., Path], monkeypatch: p
     rows = [{"question": "q", "answer": text} for text in ("A", "B", "C", "d")]
     spec = load.load_task(own_task(rows, scorer="shouting", reference="answer"))
     assert spec.metrics == ("loud", "exact_match") and not spec.executes_code
-    plan, data = planning.plan(spec, chat=False), runner.load_data(spec, None)
-    runner.check_references(plan, data)  # of four, three are enough
-    score = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, data).score
+    plan, data = planning.plan(spec, chat=False), task_rows.load_data(spec, None)
+    task_checks.check_references(plan, data)  # of four, three are enough
+    score = run_task.evaluate_task(EvalLM(OracleBackend(plan)), plan, data).score
     assert (score.metrics["loud"].value, score.metrics["exact_match"].value) == (75.0, 100.0)
     monkeypatch.setattr(Shouting, "most_checked", None)
     with pytest.raises(UserError, match=r"row 4: expected a reference that its own `scorer: shouting` scores 100"):
-        runner.check_references(plan, data)
+        task_checks.check_references(plan, data)
 
 
 def test_a_scorer_that_lacks_a_module_says_so_before_a_run(
@@ -227,4 +229,4 @@ def test_a_scorer_that_lacks_a_module_says_so_before_a_run(
     monkeypatch.setattr(Shouting, "modules", ("a_missing_module",))
     spec = load.load_task(own_task(scorer="shouting"))
     with pytest.raises(UserError, match=r"task sums: expected the package a_missing_module"):
-        runner.check_needs(spec, None)
+        task_checks.check_needs(spec, None)

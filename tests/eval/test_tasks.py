@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import data, runner, sandbox
+from dskd_eval import data, sandbox, task_checks
+from dskd_eval.backends.oracle import OracleBackend
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM
-from dskd_eval.oracle import OracleBackend
+from dskd_eval.lmeval import run_task
+from dskd_eval.lmeval.model import EvalLM
 from dskd_eval.tasks import load, planning, render, selection
+from dskd_eval.tasks import rows as task_rows
 from dskd_eval.tasks.spec import TaskSpec
 
 # Whole sets take minutes; DSKD_EVAL_WHOLE=1 runs them.
@@ -26,15 +28,15 @@ SOLVABLE = [name for name in selection.builtin_tasks() if name != "ifeval"]
 def score(name: str, directory: Path, *, chat: bool, constant: str | None = None, limit: int | None) -> Any:
     spec = selection.builtin_tasks()[name]
     plan = planning.plan(spec, chat=chat)
-    rows = runner.load_data(spec, directory)
-    runner.check_needs(spec, directory)
+    rows = task_rows.load_data(spec, directory)
+    task_checks.check_needs(spec, directory)
     box = None
     if spec.executes_code:
         try:
             box = sandbox.choose()
         except UserError as error:
             pytest.skip(error.got)
-    return runner.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, limit=limit, sandbox=box)
+    return run_task.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, limit=limit, sandbox=box)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["base", "chat"])
@@ -56,7 +58,7 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_number_of_documents(name: str, data_dir: Path) -> None:
-    assert len(runner.load_data(selection.builtin_tasks()[name], data_dir).test.rows) == DOCUMENTS[name]
+    assert len(task_rows.load_data(selection.builtin_tasks()[name], data_dir).test.rows) == DOCUMENTS[name]
 
 
 def test_constant_answer_scores_the_floor_of_gsm8k(data_dir: Path) -> None:
@@ -89,7 +91,7 @@ def test_prompts_do_not_hold_their_answers(name: str, data_dir: Path) -> None:
     spec = selection.builtin_tasks()[name]
     for chat in (False, True):
         plan = planning.plan(spec, chat=chat, num_fewshot=0)
-        rows = runner.load_data(spec, data_dir)
+        rows = task_rows.load_data(spec, data_dir)
         for row in rows.test.rows[:40]:
             reference = render.references(plan.config["doc_to_target"], row)[0]
             if len(reference) > 120:
@@ -99,10 +101,10 @@ def test_prompts_do_not_hold_their_answers(name: str, data_dir: Path) -> None:
 def test_shots_are_the_same_for_every_subset(data_dir: Path) -> None:
     spec = selection.builtin_tasks()["gsm8k"]
     plan = planning.plan(spec, chat=False)
-    rows = runner.load_data(spec, data_dir)
+    rows = task_rows.load_data(spec, data_dir)
     prompts = {}
     for limit in (3, 6):
-        result = runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit)
+        result = run_task.evaluate_task(EvalLM(OracleBackend(plan)), plan, rows, limit=limit)
         prompts[limit] = {sample.doc_id: sample.prompt for sample in result.samples}
     assert set(prompts[3]) < set(prompts[6])
     assert all(prompts[6][doc] == prompt for doc, prompt in prompts[3].items())
@@ -110,7 +112,7 @@ def test_shots_are_the_same_for_every_subset(data_dir: Path) -> None:
 
 
 def test_mbpp_uses_tasks_11_to_510_and_shots_2_to_4(data_dir: Path) -> None:
-    rows = runner.load_data(selection.builtin_tasks()["mbpp"], data_dir)
+    rows = task_rows.load_data(selection.builtin_tasks()["mbpp"], data_dir)
     assert [row["task_id"] for row in rows.test.rows] == list(range(11, 511))
     assert [row["task_id"] for row in rows.shots.rows] == [2, 3, 4]
 
@@ -134,10 +136,10 @@ def test_every_builtin_metric_is_described() -> None:
 
 
 def test_subsets_are_seeded_nested_and_sorted() -> None:
-    small, large = runner.choose_documents(100, 8, 3), runner.choose_documents(100, 20, 3)
+    small, large = task_rows.choose_documents(100, 8, 3), task_rows.choose_documents(100, 20, 3)
     assert set(small) < set(large) and large == sorted(large) and len(set(large)) == 20
-    assert small != list(range(8)) and small != runner.choose_documents(100, 8, 4)
-    assert runner.choose_documents(5, 8, 0) == [0, 1, 2, 3, 4]
+    assert small != list(range(8)) and small != task_rows.choose_documents(100, 8, 4)
+    assert task_rows.choose_documents(5, 8, 0) == [0, 1, 2, 3, 4]
 
 
 # --- files of the user ---
@@ -149,15 +151,15 @@ def test_altered_and_missing_files_are_named(data_dir: Path, tmp_path: Path) -> 
     (tmp_path / "math500" / "test.jsonl").write_text(text.replace("the", "teh", 1), encoding="utf-8")
     spec = selection.builtin_tasks()["math500"]
     with pytest.raises(UserError, match=r"math500/test.jsonl is altered: sha256 \w+…, not 35dc41080a36…"):
-        runner.load_data(spec, tmp_path)
+        task_rows.load_data(spec, tmp_path)
     with pytest.raises(UserError, match=r"gsm8k/test.jsonl is missing"):
-        runner.load_data(selection.builtin_tasks()["gsm8k"], tmp_path)
+        task_rows.load_data(selection.builtin_tasks()["gsm8k"], tmp_path)
 
 
 def test_without_data_and_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"hub:openai/gsm8k/main/test.*--data-dir"):
-        runner.load_data(selection.builtin_tasks()["gsm8k"], None)
+        task_rows.load_data(selection.builtin_tasks()["gsm8k"], None)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_bad_rows_are_located(own_task: Callable[..., Path], text: str, problem:
     path = own_task()
     (path.parent / "rows.jsonl").write_text(text)
     with pytest.raises(UserError, match=problem):
-        runner.load_data(load.load_task(path), None)
+        task_rows.load_data(load.load_task(path), None)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_half_characters_in_rows_are_located(own_task: Callable[..., Path], row:
     """A lone surrogate reaches neither a tokenizer nor a file."""
     spec = load.load_task(own_task([{"question": "fine \U0001f600", "answer": "1"}, row]))
     with pytest.raises(UserError, match=rf"rows.jsonl, row 2: expected texts of whole characters; .*{place}"):
-        runner.load_data(spec, None)
+        task_rows.load_data(spec, None)
 
 
 def test_half_characters_in_a_task_file(own_task: Callable[..., Path]) -> None:
@@ -208,11 +210,11 @@ def test_what_a_file_may_hold_besides_json(own_task: Callable[..., Path]) -> Non
     whole = gzip.compress(b'{"question": "x"}\n' * 50)
     (path.parent / "rows.jsonl.gz").write_bytes(whole[:12] + b"\xff" * 8 + whole[20:])
     with pytest.raises(UserError, match=r"rows.jsonl.gz: expected a readable UTF-8 file"):
-        runner.load_data(load.load_task(path), None)
+        task_rows.load_data(load.load_task(path), None)
     path = own_task()
     (path.parent / "rows.jsonl").write_text('{"question": ' + "1" * 5000 + "}\n")
     with pytest.raises(UserError, match=r"rows.jsonl, row 1: expected a JSON object per line"):
-        runner.load_data(load.load_task(path), None)
+        task_rows.load_data(load.load_task(path), None)
 
 
 def test_rows_may_be_zipped_or_a_json_list(tmp_path: Path) -> None:
@@ -252,14 +254,14 @@ def test_template_of_a_missing_field(own_task: Callable[..., Path]) -> None:
     spec = load.load_task(own_task(prompt="{{frage}}"))
     plan = planning.plan(spec, chat=False)
     with pytest.raises(UserError, match=r"'frage' is undefined"):
-        runner.evaluate_task(EvalLM(OracleBackend(plan)), plan, runner.load_data(spec, None))
+        run_task.evaluate_task(EvalLM(OracleBackend(plan)), plan, task_rows.load_data(spec, None))
 
 
 def oracle(spec: TaskSpec, *, chat: bool = False, constant: str | None = None, **plan_keys: Any) -> Any:
     plan = planning.plan(spec, chat=chat, **plan_keys)
     box = sandbox.choose(unsafe=True) if spec.executes_code else None
-    rows = runner.load_data(spec, None)
-    return runner.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, sandbox=box)
+    rows = task_rows.load_data(spec, None)
+    return run_task.evaluate_task(EvalLM(OracleBackend(plan, constant=constant)), plan, rows, sandbox=box)
 
 
 def test_own_task_scores(own_task: Callable[..., Path]) -> None:
@@ -308,7 +310,7 @@ def test_own_code_task_without_reference_solutions(own_task: Callable[..., Path]
     rows = [{"question": f"Write add{n}", "name": f"add{n}"} for n in range(3)]
     path = own_task(rows, reference=None, scorer="python", code=CODE)
     spec = load.load_task(path)
-    runner.check_task(planning.plan(spec, chat=False), runner.load_data(spec, None))
+    task_checks.check_task(planning.plan(spec, chat=False), task_rows.load_data(spec, None))
     result = oracle(spec, constant="def add1(a):\n    return a + 1\n")
     assert [sample.metrics["pass@1"] for sample in result.samples] == [0.0, 1.0, 0.0]
     assert all(sample.references == [] for sample in result.samples)
@@ -321,7 +323,7 @@ def test_shots_of_a_code_task_need_answers(own_task: Callable[..., Path]) -> Non
     )
     spec = load.load_task(path)
     with pytest.raises(UserError, match=r"expected answers for its shots; got neither `reference` nor `shot_target`"):
-        runner.check_task(planning.plan(spec, chat=False), runner.load_data(spec, None))
+        task_checks.check_task(planning.plan(spec, chat=False), task_rows.load_data(spec, None))
 
 
 def test_lm_eval_task_file_with_its_own_metrics(own_task: Callable[..., Path]) -> None:
@@ -334,8 +336,8 @@ def test_lm_eval_task_file_with_its_own_metrics(own_task: Callable[..., Path]) -
     )  # fmt: skip
     spec = load.load_task(path)
     plan = planning.plan(spec, chat=False)
-    result = runner.evaluate_task(
-        EvalLM(OracleBackend(plan, constant="4")), plan, runner.load_data(spec, None), limit=6
+    result = run_task.evaluate_task(
+        EvalLM(OracleBackend(plan, constant="4")), plan, task_rows.load_data(spec, None), limit=6
     )
     assert result.score.documents == 12 and result.score.n == 6
     right = sum(sample.references == ["4"] for sample in result.samples)
@@ -486,13 +488,13 @@ def test_rows_that_do_not_fit_the_task(
     """Found before a model is loaded, with the number of the row."""
     spec = load.load_task(own_task(rows, **{"prompt": "{{q}}", "reference": "a", **keys}))
     with pytest.raises(UserError, match=problem):
-        runner.check_task(planning.plan(spec, chat=False), runner.load_data(spec, None))
+        task_checks.check_task(planning.plan(spec, chat=False), task_rows.load_data(spec, None))
 
 
 def test_rows_without_a_selected_column(own_task: Callable[..., Path]) -> None:
     path = own_task(ROWS, data={"file": "rows.jsonl", "select": {"n": [1, 2]}})
     with pytest.raises(UserError, match=r"row 1: expected a number in 'n'"):
-        runner.load_data(load.load_task(path), None)
+        task_rows.load_data(load.load_task(path), None)
 
 
 def test_docs_name_every_task() -> None:

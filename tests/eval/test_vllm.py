@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from dskd_eval import models
-from dskd_eval.lm import GenerationSettings, Prompt
+from dskd_eval.backends.base import GenerationSettings, Prompt
 
 
 class Engine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import logging
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ import transformers
 
 from dskd_eval import templates
 from dskd_eval.backends import cpu_attention
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.errors import UserError
-from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
 from dskd_eval.reasoning import Pair
 
@@ -340,15 +339,12 @@ class HFBackend:
     def likelihood_model(self, batch_size: int) -> Any:
         """lm-eval's own model around the same weights, for tasks that rank choices."""
         if self._likelihood is None:
-            from lm_eval.models.huggingface import HFLM
+            from dskd_eval.lmeval.likelihood import likelihood_model
 
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
             tokenizer = copy.deepcopy(self.tokenizer)
             if tokenizer.eos_token_id is None:
                 tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self._pad)
-            self._likelihood = HFLM(
-                pretrained=self.model, tokenizer=tokenizer, batch_size=batch_size, max_length=self.max_length
-            )
+            self._likelihood = likelihood_model(self.model, tokenizer, batch_size, self.max_length)
         return self._likelihood
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.backends.hf import (
     context_length,
     decode,
@@ -18,7 +19,6 @@ from dskd_eval.backends.hf import (
     render_chat,
 )
 from dskd_eval.errors import UserError
-from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.models import ModelFolder
 
 

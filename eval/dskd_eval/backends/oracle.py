@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.data import Row
-from dskd_eval.lm import Generation, GenerationSettings, Prompt, Told, tell_nobody
-from dskd_eval.runner import reference_answer
 from dskd_eval.tasks import planning
+from dskd_eval.tasks.right_answers import reference_answer
 
 _TEMPLATE = "{role}: {content}"
 

@@ -1,5 +1,4 @@
-"""The language model that lm-eval talks to: prompts in, answers out, each batch kept on disk as it is
-finished.
+"""The language model that lm-eval talks to: prompts in, answers out, each batch kept on disk as it is finished.
 
 `EvalLM` turns lm-eval requests into batches, fits them into the model's context and looks every batch up in
 the generation store. A backend only tokenizes, renders and generates.
@@ -9,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.model import LM
 
 from dskd_eval import reasoning
-from dskd_eval.data import Row, content_hash
-from dskd_eval.errors import UserError
+from dskd_eval.backends.base import Backend, Generation, GenerationSettings, Prompt, Told
+from dskd_eval.data import content_hash
 from dskd_eval.schema import GenerationInfo
+from dskd_eval.store import GenerationStore
 
 SMALLEST_ANSWER_SHARE = 4
 _STEP = 32
@@ -29,129 +27,6 @@ TOKENS_PER_ROW = 2048
 # A prompt is padded to at most twice its length, unless all of its batch are short.
 _PADDED_AT_MOST = 2
 _SHORT = 256
-
-
-Told = Callable[[int, int], None]  # tokens and finished answers since the last call
-
-
-def tell_nobody(tokens: int, finished: int) -> None:
-    """A listener to generation that does nothing."""
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off.
-
-    A sampled answer depends on the seed and its prompt, not on what else is in the batch.
-    reasoning: pairs of markers; stop strings count only outside the traces between them.
-    """
-
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    reasoning: tuple[reasoning.Pair, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt; `row` is the document it was made from, `opened` the reasoning trace that it has begun.
-
-    continues: whether the answer goes on with the prompt's text, so that its first space counts.
-    """
-
-    text: str
-    tokens: list[int]
-    row: Row
-    opened: reasoning.Pair | None = None
-    continues: bool = True
-
-    @property
-    def before(self) -> list[int]:
-        """The token that the answer's text follows."""
-        return self.tokens[-1:] if self.continues else []
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model wrote, reasoning included. finish: 'stop' (end token or stop string) or 'length' (ran into
-    max_new_tokens).
-    """
-
-    text: str
-    new_tokens: int
-    finish: str
-
-
-def cut_at_stop(text: str, settings: GenerationSettings, opened: reasoning.Pair | None = None) -> str | None:
-    """The text before the first stop string outside reasoning; None without one."""
-    begin = reasoning.answer_start(text, settings.reasoning, opened) if settings.reasoning else 0
-    if begin is None:
-        return None
-    found = [place for stop in settings.stop if (place := text.find(stop, begin)) >= 0]
-    return text[: min(found)] if found else None
-
-
-class Backend(Protocol):
-    """What EvalLM needs of a model.
-
-    pads: whether the prompts of a batch are padded to one length. told: called while answers are generated.
-    """
-
-    kind: str
-    pads: bool
-    told: Told
-    name: str
-    identity: Mapping[str, Any]
-    max_length: int
-    default_batch_size: int
-
-    def encode(self, text: str, *, special_tokens: bool) -> list[int]: ...
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
-    def template(self) -> str | None: ...
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]: ...
-    def likelihood_model(self, batch_size: int) -> Any: ...
-
-
-class GenerationStore:
-    """Finished batches on disk, keyed by model content, dtype, backend, prompts and settings. Survives kill
-    -9.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._connection = sqlite3.connect(path, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, value TEXT)")
-        except sqlite3.Error as error:
-            raise UserError(
-                f"generation store {path}",
-                expected="a writable sqlite file",
-                got=str(error),
-                fix="Remove the file, or choose another --cache.",
-            ) from error
-
-    def get(self, key: str) -> list[Generation] | None:
-        found = self._connection.execute("SELECT value FROM batches WHERE key = ?", (key,)).fetchone()
-        return [Generation(**item) for item in json.loads(found[0])] if found else None
-
-    def put(self, key: str, generations: Sequence[Generation]) -> None:
-        value = json.dumps([asdict(item) for item in generations])
-        try:
-            self._connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, value))
-        except sqlite3.Error as error:
-            raise UserError(
-                f"generation store {self.path}",
-                expected="room for finished batches",
-                got=str(error),
-                fix="Free some space or choose another --output; then --resume keeps the finished tasks.",
-            ) from error
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 @dataclass
