@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 from conftest_models import make_model, make_tokenizer
-from dskd_eval import cli, models
+from dskd_eval import models
 from dskd_eval.backends import hf
 from dskd_eval.backends.base import GenerationSettings, Prompt, tell_nobody
+from dskd_eval.cli.progress import TerminalProgress
 from dskd_eval.lmeval.model import EvalLM
 from test_run import Echo, Request
 
@@ -235,7 +236,10 @@ def test_without_a_terminal_a_line_comes_within_a_task(
 ) -> None:
     """As in a log file of a batch job: what is done, how long it took; also while one answer is being written."""
     rows = [{"question": f"Say {n}", "answer": str(n)} for n in range(6)]
-    script = "import sys\nfrom dskd_eval import cli\ncli.Terminal.every = 0.2\ncli.main(sys.argv[1:])\n"
+    script = (
+        "import sys\nfrom dskd_eval import cli\nfrom dskd_eval.cli.progress import TerminalProgress\n"
+        "TerminalProgress.every = 0.2\ncli.main(sys.argv[1:])\n"
+    )
     command = [sys.executable, "-c", script, "--model", str(tiny_model), "--batch-size", "1"]
     command += ["--task-file", str(own_task(rows, max_new_tokens=300)), "--output", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
@@ -244,4 +248,4 @@ def test_without_a_terminal_a_line_comes_within_a_task(
     assert len(lines) >= 2, done.stderr
     assert any("answers, " in line and " tokens: " in line for line in lines)
     assert json.loads((tmp_path / "o" / "results.json").read_text())["complete"]
-    assert 20 <= cli.Terminal.every <= 60
+    assert 20 <= TerminalProgress.every <= 60
