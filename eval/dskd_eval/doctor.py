@@ -102,7 +102,7 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
 
 def _beside_their_files(specs: Sequence[TaskSpec]) -> bool:
     """Tasks of the user's own, with rows that are there: nothing comes from the hub."""
-    sources = [source for spec in specs for listed in spec.data.values() for source in listed]
+    sources = [source for spec in specs for source in spec.sources()]
     return bool(sources) and all(Path(source.file).is_absolute() for source in sources)
 
 
@@ -139,9 +139,9 @@ def _sandbox() -> Iterator[Check]:
 def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -> Iterator[Check]:
     """Reference answers through every task, in both styles: the score must be 100."""
     from dskd_eval.backends.oracle import OracleBackend
-    from dskd_eval.lmeval.model import EvalLM
+    from dskd_eval.lmeval.eval_lm import EvalLM
+    from dskd_eval.lmeval.harness_task import native_answer
     from dskd_eval.lmeval.run_task import evaluate_task
-    from dskd_eval.lmeval.task import native_answer
     from dskd_eval.task_checks import check_task
     from dskd_eval.tasks.right_answers import has_reference
     from dskd_eval.tasks.rows import load_data

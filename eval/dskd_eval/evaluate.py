@@ -11,11 +11,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
-from dskd_eval import comparison, records, report, scores
+from dskd_eval import comparison, report, run_folder, summary
 from dskd_eval.backends.base import Backend
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.lmeval.run_task import evaluate_task
 from dskd_eval.models import ModelFolder
 from dskd_eval.prepare import Prepared
@@ -28,7 +28,7 @@ from dskd_eval.schema import (
     Part,
     PartTimes,
     Results,
-    Score,
+    ScoreRow,
     Settings,
     TaskScore,
     TaskTimes,
@@ -75,7 +75,7 @@ def evaluate(
     A task that fails is recorded and the rest goes on. KeyboardInterrupt leaves a folder that --resume
     takes up.
     """
-    folder = records.RunFolder(output)
+    folder = run_folder.OutputFolder(output)
     folder.open(prepared.identity(), resume=resume)
     progress = _Progress(prepared, folder, watcher)
     store = GenerationStore(cache or folder.generations)
@@ -97,7 +97,7 @@ def _answers(tokens: int) -> str:
 class _Progress:
     """Runs the tasks of one model after the other and keeps results.json up to date."""
 
-    def __init__(self, prepared: Prepared, folder: records.RunFolder, watcher: Watcher) -> None:
+    def __init__(self, prepared: Prepared, folder: run_folder.OutputFolder, watcher: Watcher) -> None:
         self.prepared, self.folder, self.watcher = prepared, folder, watcher
         self.started = datetime.now(UTC)
         self.failures: dict[tuple[str, str], str] = {}
@@ -187,19 +187,19 @@ class _Progress:
 
     def write(self, *, complete: bool) -> Results:
         results = self._results()
-        records.write_json(self.folder.path / "results.json", results)
+        run_folder.write_json(self.folder.path / "results.json", results)
         if complete:
             self.folder.join_samples([(score.model, score.task.task) for score in results.scores])
-            compared = comparison.within(records.Run(self.folder.path))
+            compared = comparison.within(run_folder.SavedRun(self.folder.path))
             notes = [*results.notes, *(note for note in compared.notes if note not in results.notes)]
             results = results.model_copy(update={"comparisons": compared.without_notes(), "notes": notes})
-            records.write_json(self.folder.path / "results.json", results)
-            report.write([records.Run(self.folder.path)], self.folder.path)
+            run_folder.write_json(self.folder.path / "results.json", results)
+            report.write([run_folder.SavedRun(self.folder.path)], self.folder.path)
         return results
 
     def _results(self) -> Results:
         prepared = self.prepared
-        all_scores: list[Score] = []
+        all_scores: list[ScoreRow] = []
         times: list[TaskTimes] = []
         for model in prepared.folders:
             for plan in prepared.plans[model.name]:
@@ -213,17 +213,17 @@ class _Progress:
                 else:
                     score = TaskScore(status="waiting")
                 record = plan.record().model_copy(update={"data": prepared.data[task].record()})
-                all_scores.append(Score.of(model.name, record, score))
+                all_scores.append(ScoreRow.of(model.name, record, score))
         return Results(
             schema_version=SCHEMA_VERSION,
             complete=all(score.finished for score in all_scores),
             settings=prepared.settings.complete(),
-            environment=records.environment(),
+            environment=run_folder.environment(),
             sandbox=prepared.sandbox.record() if prepared.sandbox else None,
-            notes=[*prepared.notes, *scores.warnings(all_scores)],
+            notes=[*prepared.notes, *summary.warnings(all_scores)],
             models=[self._model(model) for model in prepared.folders],
             scores=all_scores,
-            suites=scores.suite_scores(all_scores, self.folder.samples, prepared.settings.seed),
+            suites=summary.suite_scores(all_scores, self.folder.samples, prepared.settings.seed),
             comparisons=Comparison(),
             times=Times(
                 started=self.started.isoformat(timespec="seconds"),

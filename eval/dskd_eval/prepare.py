@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dskd_eval import comparison, models, reasoning, sandbox, task_checks
+from dskd_eval import models, reasoning, sandbox, task_checks
+from dskd_eval.entries import template_notes
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder, ModelRef
 from dskd_eval.schema import SCHEMA_VERSION, Identity, ModelIdentity, Settings, TaskIdentity
@@ -61,7 +63,7 @@ def prepare(
     execute False (dry run) needs no sandbox.
     """
     from dskd_eval import templates as chat_templates
-    from dskd_eval.backends import hf
+    from dskd_eval.backends import hf, tokenizers
 
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
@@ -77,10 +79,9 @@ def prepare(
     for spec in specs:
         data[spec.name] = task_rows.load_data(spec, directory, settings.num_fewshot)
         task_checks.check_needs(spec, directory)
-        notes += [
-            f"{spec.name}: {loaded.note}" for loaded in (data[spec.name].test, data[spec.name].shots)
-            if loaded and loaded.note
-        ]  # fmt: skip
+        for loaded in (data[spec.name].test, data[spec.name].shots):
+            if loaded and loaded.note:
+                notes.append(f"{spec.name}: {loaded.note}")
     box = None
     if execute and any(spec.executes_code for spec in specs):
         box = sandbox.choose(unsafe=settings.unsafe_code)
@@ -92,10 +93,10 @@ def prepare(
     markers: dict[str, tuple[reasoning.Pair, ...]] = {}
     for folder in folders:
         given = settings.given_template
-        tokenizer = hf.load_tokenizer(folder, given)
-        known = [tokenizer.chat_template, hf.load_tokenizer(folder).chat_template if given else None]
+        tokenizer = tokenizers.load_tokenizer(folder, given)
+        known = [tokenizer.chat_template, tokenizers.load_tokenizer(folder).chat_template if given else None]
         markers[folder.name] = reasoning.choose(settings.reasoning, [str(text) for text in known if text])
-        chat = hf.has_chat_template(tokenizer)
+        chat = tokenizers.has_chat_template(tokenizer)
         if settings.chat_template == "on" and not chat:
             raise UserError(
                 f"--chat-template on, model {folder.name}",
@@ -121,13 +122,22 @@ def prepare(
             )
             for spec in specs
         ]
-    for plan in {(plan.spec.name, plan.style): plan for several in plans.values() for plan in several}.values():
+    for plan in _distinct(plans):
         if plan.spec.own:
             seen = task_checks.check_task(plan, data[plan.spec.name])
             notes += [note for note in seen if note not in notes]
             task_checks.check_references(plan, data[plan.spec.name])
-    notes += comparison.template_notes({name: template is not None for name, template in templates.items()})
+    notes += template_notes({name: template is not None for name, template in templates.items()})
     return Prepared(settings, folders, plans, data, box, templates, notes, markers)
+
+
+def _distinct(plans: Mapping[str, Sequence[Plan]]) -> list[Plan]:
+    """One plan per task and style: models of one style are asked the same."""
+    found: dict[tuple[str, str], Plan] = {}
+    for of_model in plans.values():
+        for plan in of_model:
+            found[plan.spec.name, plan.style] = plan
+    return list(found.values())
 
 
 def _check_settings(settings: Settings, specs: list[TaskSpec]) -> list[str]:

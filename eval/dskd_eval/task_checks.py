@@ -9,7 +9,7 @@ from typing import Any
 
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
-from dskd_eval.lmeval.task import build, documents, lm_eval_config
+from dskd_eval.lmeval.harness_task import build, documents, lm_eval_config
 from dskd_eval.scorers import registry, requirements
 from dskd_eval.scorers.base import Answer
 from dskd_eval.scorers.registry import SCORERS

@@ -19,7 +19,7 @@ from dskd_eval import models
 from dskd_eval.backends import hf
 from dskd_eval.backends.base import GenerationSettings, Prompt, tell_nobody
 from dskd_eval.cli.progress import TerminalProgress
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from test_run import Echo, Request
 
 
@@ -177,7 +177,7 @@ def test_sampled_tokens_have_their_probabilities() -> None:
     """4,000 draws of one token over logits 0, 1, 2, the last beyond top-k: chi-square against the renormalised two."""
     logits = torch.tensor([0.0, 1.0, -2.0]).expand(4000, 3)
     prompts = [Prompt(str(n), [n], {}) for n in range(4000)]
-    draw = hf._processors(GenerationSettings(1, temperature=0.5, top_k=2, seed=1), prompts, 1)
+    draw = hf.processors(GenerationSettings(1, temperature=0.5, top_k=2, seed=1), prompts, 1)
     chosen = draw(torch.zeros(4000, 1, dtype=torch.long), logits.clone()).argmax(-1)
     expected = torch.tensor([1.0, torch.e**2]) / (1 + torch.e**2) * 4000
     counts = torch.bincount(chosen, minlength=3)

@@ -248,7 +248,7 @@ def test_importing_the_package_needs_neither_axolotl_nor_the_plugin() -> None:
     """Only light modules come with the command line; the heavy ones wait for a run."""
     script = (
         "import sys; before = set(sys.modules)\n"
-        "import dskd_eval.cli, dskd_eval.stats, dskd_eval.records\n"
+        "import dskd_eval.cli, dskd_eval.stats, dskd_eval.run_folder\n"
         "heavy = {'axolotl', 'dskd_plugin', 'torch', 'transformers', 'lm_eval'}\n"
         "sys.exit(' '.join(heavy & (set(sys.modules) - before)))"
     )

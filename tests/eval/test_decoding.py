@@ -13,7 +13,7 @@ from conftest_models import make_recital
 from dskd_eval import models, programs, reasoning
 from dskd_eval.backends import hf
 from dskd_eval.backends.base import GenerationSettings, Prompt
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.tasks import render, selection
 from lm_eval.api.instance import Instance
 
@@ -107,4 +107,4 @@ def test_what_an_answer_goes_on_with(reciting: hf.HFBackend, roles: tuple[str, .
     if roles:
         model.trace.messages[PROMPT] = [{"role": role, "content": "def"} for role in roles]
     request = Instance("generate_until", {}, (PROMPT, {"until": [], "max_gen_toks": 32}), 0)
-    assert model._works([request])[0].prompt.continues == continues
+    assert model.works([request])[0].prompt.continues == continues

@@ -108,7 +108,7 @@ def test_old_weights_are_downloaded_when_there_are_no_others(
 def test_context_lengths_of_other_families(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     """Prompt and answer fill the context that the family's own setting names, and not a token more."""
     from conftest_models import make_tokenizer
-    from dskd_eval.lmeval.model import EvalLM
+    from dskd_eval.lmeval.eval_lm import EvalLM
     from test_run import Request
     from transformers import AutoConfig, AutoModelForCausalLM
 

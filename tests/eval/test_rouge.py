@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from dskd_eval.backends.oracle import OracleBackend
 from dskd_eval.lmeval import run_task
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.scorers import rouge
 from dskd_eval.scorers.base import Answer
 from dskd_eval.scorers.text import RougeL

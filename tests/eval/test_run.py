@@ -17,7 +17,7 @@ import pytest
 from conftest_models import make_model
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt
 from dskd_eval.errors import UserError
-from dskd_eval.lmeval.model import EvalLM, fit
+from dskd_eval.lmeval.eval_lm import EvalLM, fit
 from dskd_eval.store import GenerationStore
 
 
@@ -301,7 +301,7 @@ def test_fit(prompt: int, wanted: int, context: int, new: int, kept: int) -> Non
 def test_start_token_stays_and_end_token_goes(tmp_path: Path) -> None:
     """Some tokenizers frame every text; a prompt must begin with their start token and not be ended."""
     from conftest_models import make_tokenizer
-    from dskd_eval.backends.hf import encode
+    from dskd_eval.backends.tokenizers import encode
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(tmp_path, chat=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from dskd_eval import report, schema
 from dskd_eval.errors import UserError
-from dskd_eval.records import Run
+from dskd_eval.run_folder import SavedRun
 
 # A real run of three random models on four tasks, one of which failed; written before there were typed records.
 SAVED = Path(__file__).parent / "saved_run"
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_told_with_its_place(
     assert old in text
     (folder / file).write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError) as told:
-        report.write([Run(folder)], tmp_path)
+        report.write([SavedRun(folder)], tmp_path)
     error = told.value
     assert error.where.endswith(where) and error.got.startswith(got) and error.expected.startswith("the record of a ")
     assert "--resume" in error.fix

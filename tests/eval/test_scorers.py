@@ -14,11 +14,11 @@ from dskd_eval import task_checks
 from dskd_eval.backends.oracle import OracleBackend
 from dskd_eval.errors import UserError
 from dskd_eval.lmeval import run_task
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.scorers import mathematics, registry
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.ifeval import IFEval
-from dskd_eval.scorers.metrics import EXACT_MATCH, Metric, Scored, combine, pass_at_k
+from dskd_eval.scorers.metrics import EXACT_MATCH, Judgement, Metric, combine, pass_at_k
 from dskd_eval.scorers.number import Number, last_number, marked_number
 from dskd_eval.scorers.text import Contains, ExactMatch
 from dskd_eval.tasks import load, planning
@@ -169,7 +169,9 @@ def test_pass_at_k_counts_draws(samples: int, passed: int, k: int) -> None:
 
 
 def test_combine_means_pairs_and_pass_at_k() -> None:
-    scored = [Scored({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)}) for value in (1.0, 0.0, 0.0, 1.0)]
+    scored = [
+        Judgement({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)}) for value in (1.0, 0.0, 0.0, 1.0)
+    ]
     found = combine(scored, ["pass@1", "pass@2", "timeout", "part"])
     assert found == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "timeout": 0.5, "part": (2.0, 8.0)}
 
@@ -203,8 +205,8 @@ class Shouting(AnswerScorer):
     modules = ("json",)
     most_checked = 3
 
-    def score_one(self, answer: Answer) -> Scored:
-        return Scored({"loud": float(answer.text.isupper()), "exact_match": float(answer.text in answer.references)})
+    def score_one(self, answer: Answer) -> Judgement:
+        return Judgement({"loud": float(answer.text.isupper()), "exact_match": float(answer.text in answer.references)})
 
 
 def test_a_new_scorer_is_one_class(own_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

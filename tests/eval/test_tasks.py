@@ -15,7 +15,7 @@ from dskd_eval import data, sandbox, task_checks
 from dskd_eval.backends.oracle import OracleBackend
 from dskd_eval.errors import UserError
 from dskd_eval.lmeval import run_task
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.tasks import load, planning, render, selection
 from dskd_eval.tasks import rows as task_rows
 from dskd_eval.tasks.spec import TaskSpec

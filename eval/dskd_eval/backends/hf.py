@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from dskd_eval import templates
 from dskd_eval.backends import cpu_attention
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
+from dskd_eval.backends.tokenizers import (
+    context_length,
+    encode,
+    end_tokens,
+    has_chat_template,
+    load_tokenizer,
+    render_chat,
+)
+from dskd_eval.backends.weights import load_weights
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
 from dskd_eval.reasoning import Pair
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Ends of turn of models that show none: with a template, such a token may stand inside an answer.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,58 +70,6 @@ def choose_dtype(name: str, device: torch.device, config: Mapping[str, Any]) -> 
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(saved, torch.float32)
 
 
-def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any:
-    """The tokenizer of a model; `chat_template` (text) replaces the template that the model or its recipe names.
-
-    The template is one text. It stays a table of several only where none of them is the default.
-    """
-    tokenizer = _tokenizer(folder.tokenizer)
-    if folder.adapter is not None and folder.tokenizer == folder.weights:
-        tokenizer.chat_template = templates.in_folder(folder.adapter) or tokenizer.chat_template
-    elif folder.adapter is not None and not tokenizer.chat_template:
-        with contextlib.suppress(UserError):  # the weights need no tokenizer of their own
-            tokenizer.chat_template = _tokenizer(folder.weights).chat_template
-    if chat_template is None:
-        found = templates.chosen(folder.ref.chat_template, tokenizer.chat_template, f"chat template of {folder.name}")
-        chat_template = templates.one(found) or found  # type: ignore[assignment]
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(
-            f"model {folder}",
-            expected="a tokenizer that transformers can load",
-            got=_first_line(error),
-            fix="Save the tokenizer into the folder.",
-        ) from error
-
-
-def context_length(config: Any, tokenizer: Any) -> int:
-    """Tokens that prompt and answer may have together: the smallest limit that config and tokenizer name."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
-    limits = [getattr(text, name, None) for name in names]
-    limits.append(getattr(tokenizer, "model_max_length", None))
-    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 10_000_000]
-    return min(known) if known else 2048
-
-
-def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
-    """Ids of a prompt: with the start token that a tokenizer adds, without the end token that some add."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if special_tokens:
-        whole: list[int] = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-        ended = len(whole) > len(ids) and whole[-1] == tokenizer.eos_token_id and whole[-1:] != ids[-1:]
-        ids = whole[:-1] if ended else whole
-    if not ids and tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id]
-    return ids
-
-
 def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()) -> str:
     """The text of an answer without special tokens, but for those that are or make up reasoning markers.
 
@@ -151,47 +102,6 @@ def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) ->
     return whole[len(start) :] if before and whole.startswith(start) else text_of(tokens, True)
 
 
-def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, those of generation_config.json, the end of turn of the chat template.
-
-    A token that ends a document counts wherever the tokenizer has it; a known end of turn where no template shows one.
-    """
-    try:
-        listed = transformers.GenerationConfig.from_pretrained(folder.ends, local_files_only=True).eos_token_id
-    except OSError:
-        listed = None
-    settings = folder.config.get("text_config") or folder.config
-    listed = settings.get("eos_token_id") if listed is None else listed
-    ids: set[int] = set()
-    for value in (tokenizer.eos_token_id, listed, _turn_end(tokenizer, dict(folder.ref.template_options))):
-        ids |= {value} if isinstance(value, int) else set(value or ())
-    added = tokenizer.get_added_vocab()
-    known: tuple[str, ...] = _DOCUMENT_ENDS if has_chat_template(tokenizer) else _DOCUMENT_ENDS + _TURN_ENDS
-    # Where a turn has channels, <|end|> ends the reasoning alone.
-    known = tuple(token for token in known if not (token == "<|end|>" and "<|channel|>" in added))
-    return sorted(ids | {added[token] for token in known if token in added})
-
-
-def _turn_end(tokenizer: Any, options: dict[str, Any]) -> int | None:
-    """The first special, else added, token that the chat template writes after an answer."""
-    if not isinstance(tokenizer.chat_template, str):
-        return None
-    answer = "Quebec"
-    turns = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    except Exception:  # whatever a template raises: told where a prompt is rendered
-        return None
-    _, found, after = text.rpartition(answer)
-    if not found:
-        return None
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    added = set(tokenizer.get_added_vocab().values())
-    following = [*(token for token in ids if token in special), *(token for token in ids if token in added)]
-    return int(following[0]) if following else None
-
-
 class HFBackend:
     """A model in memory. Raises UserError when it cannot be loaded or its weights are incomplete."""
 
@@ -211,7 +121,7 @@ class HFBackend:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, folder.config)
         self.tokenizer = load_tokenizer(folder, chat_template)
-        self.model = _load(folder, self.dtype).to(self.device).eval()
+        self.model = load_weights(folder, self.dtype).to(self.device).eval()
         self.template_options = dict(folder.ref.template_options)
         if self.device.type == "cpu":
             cpu_attention.use_for(self.model)
@@ -270,7 +180,7 @@ class HFBackend:
             enough = max(1, len(waiting) // _LEAVE_TOGETHER) if narrows else len(waiting)
             asked = [prompts[row] for row in waiting]
             watch = _Leaving(self.tokenizer, settings, asked, self.end_tokens, width, enough, self.told)
-            draw = _processors(settings, asked, width)
+            draw = processors(settings, asked, width)
             ids, cache = self._write(ids, mask, width + settings.max_new_tokens, cache, watch, draw)
             cut = ids.shape[1] - width >= settings.max_new_tokens
             gone = [done or cut for done in watch.done]
@@ -419,7 +329,7 @@ class _Draw(transformers.LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
-def _processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> Any:
+def processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> Any:
     found = transformers.LogitsProcessorList()
     if settings.temperature > 0:
         if settings.temperature != 1:
@@ -435,125 +345,3 @@ def _processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: 
 def _settings(**options: Any) -> Any:
     make: Any = transformers.GenerationConfig
     return make(**options)
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def render_chat(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool, options: Mapping[str, Any]
-) -> str:
-    """A conversation as text. Templates without a system role get the system text in the first user turn.
-
-    options: variables of the template.
-    """
-    import jinja2
-
-    def apply(turns: list[dict[str, str]]) -> str:
-        text: str = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **options,
-        )
-        return text
-
-    try:
-        return apply(messages)
-    except jinja2.TemplateError as error:
-        if messages and messages[0]["role"] == "system" and len(messages) > 1:
-            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return apply([first, *messages[2:]])
-        raise UserError(
-            "chat template",
-            expected="a template that renders user and assistant turns",
-            got=_first_line(error),
-            fix="Give --chat-template FILE, or --chat-template off.",
-        ) from error
-
-
-def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder.weights, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-    except Exception as error:
-        raise UserError(
-            f"model {folder.weights}",
-            expected="a causal language model that transformers can load",
-            got=_first_line(error),
-            fix="Check config.json and the weight files; code from the hub (trust_remote_code) is not run.",
-        ) from error
-    missing = sorted(info.get("missing_keys") or ())
-    mismatched = list(info.get("mismatched_keys") or ())
-    if missing or mismatched:
-        raise UserError(
-            f"model {folder.weights}",
-            expected="weights for every parameter of the config",
-            got=f"{len(missing)} missing, {len(mismatched)} misshapen, as {(missing or mismatched)[0]}",
-            fix="A part would be random: export the model again.",
-        )
-    if folder.adapter is None:
-        return model
-    try:
-        import peft
-
-        _prepare(model, _shapes(folder.adapter))
-        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder.adapter))
-        return adapted if adapted.active_peft_config.is_prompt_learning else adapted.merge_and_unload()
-    except Exception as error:
-        raise UserError(
-            f"adapter {folder.adapter}",
-            expected=f"a PEFT adapter that fits {folder.weights}",
-            got=_first_line(error),
-            fix="Check base_model_name_or_path, and that peft is installed.",
-        ) from error
-
-
-def _prepare(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give the embeddings of a base as many rows as an adapter was trained with, and let it change them apart."""
-    rows = _vocabulary_rows(model, shapes)
-    if rows not in (None, model.get_input_embeddings().weight.shape[0]):
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    names = [_name(model, inputs), _name(model, outputs)]
-    changed = any(f".{name}.lora_" in f".{key}" for key in shapes for name in names)
-    if changed and outputs is not None and outputs.weight is inputs.weight:
-        # Merged into one tensor, the change of the embeddings would be that of the head as well.
-        outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-
-
-def _vocabulary_rows(model: Any, shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Rows of the embeddings that an adapter was trained with, because its training added tokens; else None."""
-    inputs, outputs = _name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())
-    for name, shape in shapes.items():
-        for module, along in ((inputs, {"lora_embedding_A": 1}), (outputs, {"lora_B.weight": 0})):
-            axes = {"weight": 0, "base_layer.weight": 0, **along}
-            found = [axes[end] for end in axes if module and f".{name}".endswith(f".{module}.{end}")]
-            if found and len(shape) == 2:
-                return int(shape[found[0]])
-    return None
-
-
-def _name(model: Any, wanted: Any) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
-
-
-def _shapes(adapter: Path) -> dict[str, list[int]]:
-    path = adapter / "adapter_model.safetensors"
-    if not path.is_file():
-        tensors = torch.load(adapter / "adapter_model.bin", map_location="cpu", weights_only=True)
-        return {name: list(tensor.shape) for name, tensor in tensors.items()}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:240]}"

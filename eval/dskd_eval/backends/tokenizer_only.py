@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
-from dskd_eval.backends.hf import encode, render_chat
+from dskd_eval.backends.tokenizers import encode, render_chat
 
 
 class TokenizerOnly:

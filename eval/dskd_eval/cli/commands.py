@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import JsonValue
 from rich.markup import escape
 
 from dskd_eval.cli.console import ERR, OUT, quiet_libraries, split
 from dskd_eval.errors import UserError
 from dskd_eval.report.terminal import show_comparison, show_notes
 from dskd_eval.tasks import planning, selection
-from dskd_eval.tasks.spec import STYLES, SUITES
+from dskd_eval.tasks.spec import STYLES, SUITES, TaskSpec
 
 if TYPE_CHECKING:
-    from dskd_eval.records import Run
+    from dskd_eval.run_folder import SavedRun
 
 _SUITES = ", ".join(SUITES)
 
@@ -25,25 +26,13 @@ _SUITES = ", ".join(SUITES)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def list_tasks(as_json: bool) -> None:
     """Suites and tasks, with metric, shots, stop rules and data."""
-    plans = [
-        {style: planning.plan(spec, chat=style == "chat") for style in STYLES}
-        for spec in selection.builtin_tasks().values()
-    ]
+    specs = selection.builtin_tasks().values()
     if as_json:
-        rows = [
-            {
-                **pair["base"].record().plain(),
-                "styles": {style: plan.record().plain() for style, plan in pair.items()},
-                "protocols": sorted(pair["base"].spec.protocols),
-                "data": [source.file for source in pair["base"].spec.data["test"]],
-            }
-            for pair in plans
-        ]
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps([_listed(spec) for spec in specs], indent=1))
         return
     previous = None
-    for pair in plans:
-        base, chat = pair["base"], pair["chat"]
+    for spec in specs:
+        base, chat = (planning.plan(spec, chat=style == "chat") for style in STYLES)
         if previous != base.spec.suite:
             OUT.print(f"\n[bold]{base.spec.suite}[/]")
         previous = base.spec.suite
@@ -54,6 +43,13 @@ def list_tasks(as_json: bool) -> None:
         OUT.print(f"  {'':<14} [dim]{escape(base.spec.summary)}[/]", soft_wrap=True)
     OUT.print("\n[dim]a/b: base style/chat style. All prompts, stop rules and metrics: dskd-eval list --json[/]")
     OUT.print("[dim]A task of your own: --task-file my.yaml (docs/eval.md).[/]")
+
+
+def _listed(spec: TaskSpec) -> dict[str, JsonValue]:
+    """A task with its plan in both styles."""
+    plans = {style: planning.plan(spec, chat=style == "chat").record().plain() for style in STYLES}
+    files: list[JsonValue] = [source.file for source in spec.data["test"]]
+    return {**plans["base"], "styles": {**plans}, "protocols": [*sorted(spec.protocols)], "data": files}
 
 
 @click.command()
@@ -140,9 +136,10 @@ def compare(
     """Paired differences between models of one or several runs."""
     from dskd_eval import comparison
     from dskd_eval import report as writer
+    from dskd_eval.entries import entries_of
 
     found = comparison.compare(
-        comparison.entries([_open(text) for text in runs]),
+        entries_of([_open(text) for text in runs]),
         baseline=baseline,
         teacher=teacher,
         base=base,
@@ -181,7 +178,7 @@ def report(
 ) -> None:
     """Write report.md and report.html of one run, or of several side by side."""
     from dskd_eval import report as writer
-    from dskd_eval.comparison import Roles
+    from dskd_eval.entries import Roles
 
     opened = [_open(text) for text in runs]
     if len(opened) > 1 and output is None:
@@ -191,10 +188,10 @@ def report(
         OUT.print(escape(str(path)), soft_wrap=True)
 
 
-def _open(text: str) -> Run:
-    from dskd_eval.records import Run
+def _open(text: str) -> SavedRun:
+    from dskd_eval.run_folder import SavedRun
 
     if Path(text).exists() or ":" not in text:
-        return Run(Path(text))
+        return SavedRun(Path(text))
     path, _, model = text.rpartition(":")
-    return Run(Path(path), model)
+    return SavedRun(Path(path), model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.panel import Panel
 
-from dskd_eval.backends import hf
+from dskd_eval.backends import tokenizers
 from dskd_eval.backends.tokenizer_only import TokenizerOnly
 from dskd_eval.cli.console import OUT
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.lmeval.preview import preview
 from dskd_eval.prepare import Prepared
 from dskd_eval.scorers import registry
@@ -19,7 +19,7 @@ def dry_run(prepared: Prepared) -> None:
     """Plans, one prompt per task and reference; weights are not loaded."""
 
     for folder in prepared.folders:
-        tokenizer = hf.load_tokenizer(folder, prepared.templates[folder.name])
+        tokenizer = tokenizers.load_tokenizer(folder, prepared.templates[folder.name])
         lm = EvalLM(TokenizerOnly(folder.name, tokenizer, dict(folder.ref.template_options)))
         OUT.rule(f"[bold]{escape(folder.name)}[/]")
         for start, end in prepared.markers[folder.name]:

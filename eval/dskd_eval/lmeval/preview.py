@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dskd_eval.lmeval.model import EvalLM
-from dskd_eval.lmeval.task import build, lm_eval_config, quiet, score_none, scoring
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.lmeval.harness_task import build, lm_eval_config, quiet, score_none, scoring
 from dskd_eval.scorers import registry
 from dskd_eval.tasks.planning import Plan
 from dskd_eval.tasks.right_answers import answer_to, has_reference, reference_answer

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import lm_eval
 
-from dskd_eval import scores
+from dskd_eval import summary
 from dskd_eval.errors import UserError
-from dskd_eval.lmeval.model import EvalLM
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.lmeval.harness_task import build, index_of, lm_eval_config, quiet, scoring
 from dskd_eval.lmeval.samples import native_samples, own_samples
-from dskd_eval.lmeval.task import build, index_of, lm_eval_config, quiet, scoring
 from dskd_eval.sandbox import Outcome, Sandbox
 from dskd_eval.schema import Sample, TaskScore
 from dskd_eval.scorers import registry
@@ -70,7 +70,7 @@ def evaluate_task(
         samples = native_samples(logged, plan, trace.messages)
     else:
         samples = own_samples(logged, plan, trace.messages, trace.infos, chosen)
-    score = scores.task_score(samples, plan, trace.infos, documents=total, seed=seed)
+    score = summary.task_score(samples, plan, trace.infos, documents=total, seed=seed)
     return TaskResult(score, samples)
 
 

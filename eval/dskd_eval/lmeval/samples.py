@@ -8,9 +8,9 @@ from typing import Any
 
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
-from dskd_eval.lmeval.model import message_hash
+from dskd_eval.lmeval.eval_lm import message_hash
 from dskd_eval.schema import GenerationInfo, Sample
-from dskd_eval.scorers.metrics import Scored, plain
+from dskd_eval.scorers.metrics import Judgement, plain
 from dskd_eval.tasks import render
 from dskd_eval.tasks.planning import Plan
 
@@ -25,7 +25,7 @@ def own_samples(
     place_of = {doc_id: place for place, doc_id in enumerate(chosen)}
     samples = []
     for row in logged:
-        scored: list[Scored] = row["filtered_resps"][0]
+        scored: list[Judgement] = row["filtered_resps"][0]
         traced = [infos.get((place_of[row["doc_id"]], repeat)) for repeat in range(len(scored))]
         samples.append(
             Sample(

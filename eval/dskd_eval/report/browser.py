@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from dskd_eval.comparison import Entry
+from dskd_eval.entries import Entry
 from dskd_eval.report.page import Browser, ShownAnswer, ShownDocument
 from dskd_eval.schema import Free, Sample
 

@@ -7,51 +7,47 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dskd_eval import comparison, shown
-from dskd_eval.comparison import Entry, Roles
-from dskd_eval.records import Run
+from dskd_eval.entries import NO_TEMPLATE, Entry, Roles, entries_of, given_roles, run_labels, template_notes
 from dskd_eval.report.browser import BUDGET, browser_of
 from dskd_eval.report.page import Browser, MeasuredTask, Page, ShownCounts, ShownMetric, ShownModel, ShownRun, ShownTask
-from dskd_eval.schema import Comparison, Score, TaskRecord
+from dskd_eval.run_folder import SavedRun
+from dskd_eval.schema import Comparison, ScoreRow, TaskRecord
 from dskd_eval.scorers import registry
 
 
-def payload(runs: Sequence[Run], roles: Roles | None = None) -> Page:
+def payload(runs: Sequence[SavedRun], roles: Roles | None = None) -> Page:
     """Everything both reports show."""
     roles = roles or Roles()
-    entries = comparison.entries(runs)
-    scores = [
-        score.model_copy(update={"model": entry.label})
-        for entry in entries
-        for score in entry.run.results.scores
-        if score.model == entry.model
-    ]
+    entries = entries_of(runs)
+    scores = []
+    for entry in entries:
+        of_model = [score for score in entry.run.results.scores if score.model == entry.model]
+        scores += [score.model_copy(update={"model": entry.label}) for score in of_model]
     comparisons = _comparisons(runs, entries, roles)
+    # Two runs may have models of one name; only run and name together tell a label.
     labels = {(id(entry.run), entry.model): entry.label for entry in entries}
-    suites = [
-        suite.model_copy(update={"model": labels[id(run), suite.model]})
-        for run in runs
-        for suite in run.results.suites
-        if (id(run), suite.model) in labels
-    ]
-    given = comparison.given_roles(entries, roles)
+    suites = []
+    for run in runs:
+        for suite in run.results.suites:
+            if label := labels.get((id(run), suite.model)):
+                suites.append(suite.model_copy(update={"model": label}))
+    given = given_roles(entries, roles)
     notes = _notes(runs, entries)
     notes += [note for note in comparisons.notes if note not in notes]
     models = []
     for run in runs:
         for model in run.models:
-            label = labels[id(run), model.name]
-            role = given.get(label) or model.role
-            models.append(ShownModel.model_validate({**model.given(), "label": label, "role": role}))
+            shown_as = labels[id(run), model.name]
+            role = given.get(shown_as) or model.role
+            models.append(ShownModel.model_validate({**model.given(), "label": shown_as, "role": role}))
+    names = set[str]().union(*(score.metrics for score in scores))
     return Page(
         title="dskd-eval: " + ", ".join(entry.label for entry in entries),
         complete=all(score.finished for score in scores),
         models=models,
         tasks=_tables(scores),
         measured=_measured(scores),
-        metrics={
-            name: ShownMetric(**asdict(registry.metric_info(name)))
-            for name in sorted({name for score in scores for name in score.metrics})
-        },
+        metrics={name: ShownMetric(**asdict(registry.metric_info(name))) for name in sorted(names)},
         scores=scores,
         suites=suites,
         comparisons=comparisons,
@@ -62,7 +58,7 @@ def payload(runs: Sequence[Run], roles: Roles | None = None) -> Page:
     )
 
 
-def _comparisons(runs: Sequence[Run], entries: Sequence[Entry], roles: Roles) -> Comparison:
+def _comparisons(runs: Sequence[SavedRun], entries: Sequence[Entry], roles: Roles) -> Comparison:
     """The comparison that one whole run holds already, else a new one of the models that are shown."""
     if len(runs) == 1 and runs[0].only is None and roles == Roles():
         return runs[0].results.comparisons
@@ -78,7 +74,7 @@ def _comparisons(runs: Sequence[Run], entries: Sequence[Entry], roles: Roles) ->
     )
 
 
-def _tables(scores: Sequence[Score]) -> list[ShownTask]:
+def _tables(scores: Sequence[ScoreRow]) -> list[ShownTask]:
     """One entry per task and primary metric: the lines of the score tables."""
     groups: dict[tuple[str, str], list[TaskRecord]] = {}
     for score in scores:
@@ -91,7 +87,7 @@ def _tables(scores: Sequence[Score]) -> list[ShownTask]:
     return tables
 
 
-def _measured(scores: Sequence[Score]) -> list[MeasuredTask]:
+def _measured(scores: Sequence[ScoreRow]) -> list[MeasuredTask]:
     """Every way in which a task was measured; those of one task stand together."""
     found: list[MeasuredTask] = []
     for score in scores:
@@ -124,7 +120,7 @@ def _answer_facts(entries: Sequence[Entry]) -> list[ShownCounts]:
         for task in entry.tasks():
             score = entry.run.score(entry.model, task)
             facts = score.answers.given() if score else {}
-            details = [detail for sample in entry.run.samples(entry.model, task) for detail in sample.details]
+            details = [detail for sample in entry.samples(task) for detail in sample.details]
             if any("dropped" in detail for detail in details):
                 facts["code_left_out"] = sum(bool(detail.get("dropped")) for detail in details)
             told = {}
@@ -141,7 +137,7 @@ def _answer_facts(entries: Sequence[Entry]) -> list[ShownCounts]:
 def _runs(entries: Sequence[Entry]) -> list[ShownRun]:
     """Settings, sandbox and versions of every run, once per folder."""
     found: dict[Path, ShownRun] = {}
-    for entry, label in zip(entries, comparison.run_labels([entry.run for entry in entries]), strict=True):
+    for entry, label in zip(entries, run_labels([entry.run for entry in entries]), strict=True):
         results = entry.run.results
         place = entry.run.folder.resolve()
         if place not in found:
@@ -156,10 +152,10 @@ def _runs(entries: Sequence[Entry]) -> list[ShownRun]:
     return list(found.values())
 
 
-_REMADE = ("not compared: ", "no closed gap: ", comparison.NO_TEMPLATE)
+_REMADE = ("not compared: ", "no closed gap: ", NO_TEMPLATE)
 
 
-def _notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
+def _notes(runs: Sequence[SavedRun], entries: Sequence[Entry]) -> list[str]:
     """Notes of the runs about the models that are shown, under their labels here."""
     if len(runs) == 1 and runs[0].only is None:
         return list(runs[0].results.notes)
@@ -168,7 +164,7 @@ def _notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
         prefix = f"{entry.model}: "
         texts = [note.removeprefix(prefix) for note in entry.run.results.notes if note.startswith(prefix)]
         about_models += [f"{entry.label}: {text}" for text in texts]
-    labels = comparison.run_labels(runs)
+    labels = run_labels(runs)
     for run, label in zip(runs, labels, strict=True):
         names = tuple(f"{model.name}: " for model in run.results.models)
         for note in run.results.notes:
@@ -176,7 +172,7 @@ def _notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
                 everywhere = all(note in other.results.notes for other in runs)
                 about_runs.append(note if everywhere else f"{label}: {note}")
     templates = {entry.label: entry.facts.chat_template for entry in entries}
-    return list(dict.fromkeys([*about_runs, *comparison.template_notes(templates), *about_models]))
+    return list(dict.fromkeys([*about_runs, *template_notes(templates), *about_models]))
 
 
 def _samples(entries: Sequence[Entry], tasks: Sequence[str]) -> dict[str, Browser]:

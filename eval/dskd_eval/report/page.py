@@ -8,7 +8,7 @@ from dskd_eval.schema import (
     ModelRecord,
     Record,
     SandboxRecord,
-    Score,
+    ScoreRow,
     Settings,
     SuiteScore,
     TaskRecord,
@@ -95,7 +95,7 @@ class Page(Record):
     tasks: list[ShownTask]
     measured: list[MeasuredTask]
     metrics: dict[str, ShownMetric]
-    scores: list[Score]
+    scores: list[ScoreRow]
     suites: list[SuiteScore]
     comparisons: Comparison
     notes: list[Text]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dskd_eval import comparison, shown
-from dskd_eval.schema import GapOfModel, GapRow, MetricScore, PairedModels, PairRow, Score, SuiteScore
+from dskd_eval.schema import GapOfModel, GapRow, MetricScore, PairedModels, PairRow, ScoreRow, SuiteScore
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def estimate(item: MetricScore | SuiteScore) -> Estimate:
     return Estimate(shown.fixed(item.value), (shown.fixed(item.low), shown.fixed(item.high)))
 
 
-def score_or_status(score: Score) -> Estimate | str:
+def score_or_status(score: ScoreRow) -> Estimate | str:
     """The primary score of a finished task, else why there is none."""
     return estimate(score.primary) if score.finished else score.status
 

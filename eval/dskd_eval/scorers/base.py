@@ -10,7 +10,7 @@ from typing import ClassVar
 from dskd_eval import stats
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
-from dskd_eval.scorers.metrics import Metric, Scored
+from dskd_eval.scorers.metrics import Judgement, Metric
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Scorer(ABC):
         return next(iter(cls.metrics))
 
     @abstractmethod
-    def score(self, answers: Sequence[Answer]) -> list[Scored]:
-        """One `Scored` per answer, with a value for each of `metrics`; takes all answers of a task at once."""
+    def score(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """One `Judgement` per answer, with a value for each of `metrics`; takes all answers of a task at once."""
 
     def check_row(self, row: Row, parts: Mapping[str, str]) -> None:
         """Raises UserError when a row lacks what the scorer reads of it."""
@@ -78,7 +78,7 @@ class AnswerScorer(Scorer):
     """A scorer that judges each answer by itself."""
 
     @abstractmethod
-    def score_one(self, answer: Answer) -> Scored: ...
+    def score_one(self, answer: Answer) -> Judgement: ...
 
-    def score(self, answers: Sequence[Answer]) -> list[Scored]:
+    def score(self, answers: Sequence[Answer]) -> list[Judgement]:
         return [self.score_one(answer) for answer in answers]

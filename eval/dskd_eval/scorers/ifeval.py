@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
 from dskd_eval.scorers.base import Answer, AnswerScorer
-from dskd_eval.scorers.metrics import Metric, Scored
+from dskd_eval.scorers.metrics import Judgement, Metric
 
 _FIELDS = ("prompt", "instruction_id_list", "kwargs")
 
@@ -50,7 +50,7 @@ class IFEval(AnswerScorer):
                 fix="Correct `instruction_id_list` and `kwargs` (one mapping per instruction).",
             ) from error
 
-    def score_one(self, answer: Answer) -> Scored:
+    def score_one(self, answer: Answer) -> Judgement:
         from dskd_eval.lmeval import ifeval
 
         row = answer.row
@@ -58,7 +58,7 @@ class IFEval(AnswerScorer):
         strict, loose = ifeval.followed(row, answer.text)
         count = float(len(names))
         failed = [name for name, followed in zip(names, strict, strict=True) if not followed]
-        return Scored(
+        return Judgement(
             {
                 "prompt_strict": float(all(strict)),
                 "prompt_loose": float(all(loose)),

@@ -17,7 +17,7 @@ from typing import Any
 
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.digits import plain_groups
-from dskd_eval.scorers.metrics import EXACT_MATCH, Metric, Scored
+from dskd_eval.scorers.metrics import EXACT_MATCH, Judgement, Metric
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 # What may stand between boxes that are one answer together.
@@ -248,13 +248,13 @@ class Math(AnswerScorer):
     modules = ("math_verify",)
     most_checked = 500  # A comparison takes milliseconds, sometimes seconds.
 
-    def score_one(self, answer: Answer) -> Scored:
+    def score_one(self, answer: Answer) -> Judgement:
         inside = boxed(answer.text)
         exact = inside is not None and any(
             "".join(inside.split()) == "".join(reference.split()) for reference in answer.references
         )
         verified = any(same(answer.text, reference) for reference in answer.references)
-        return Scored(
+        return Judgement(
             {"math_verify": float(verified), "exact_match": float(exact), "boxed": float(inside is not None)},
             {"extracted": inside},
         )

@@ -29,7 +29,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Scored:
+class Judgement:
     """What is known of one answer; details say what was read of it."""
 
     metrics: dict[str, Value]
@@ -46,7 +46,7 @@ def pass_metric(name: str) -> Metric:
     return Metric(name, f"at least one of {name[5:]} programs passes all tests (unbiased estimate)")
 
 
-def combine(scored: Sequence[Scored], metrics: Sequence[str]) -> dict[str, Value]:
+def combine(scored: Sequence[Judgement], metrics: Sequence[str]) -> dict[str, Value]:
     """One value per metric from the samples of one prompt: means, sums of pairs, pass@k.
 
     pass@k = 1 - C(n - c, k) / C(n, k) for n samples of which c pass (Chen et al. 2021, eq. 1).

@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.digits import plain_numbers
-from dskd_eval.scorers.metrics import Metric, Scored
+from dskd_eval.scorers.metrics import Judgement, Metric
 
 _UNSIGNED = r"(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(rf"(?<![\d.])-?\$?{_UNSIGNED}")
@@ -42,14 +42,14 @@ class Number(AnswerScorer):
         "strict": Metric("#### number", "the number after '####' equals the reference: also measures the format"),
     }
 
-    def score_one(self, answer: Answer) -> Scored:
+    def score_one(self, answer: Answer) -> Judgement:
         golds = [marked_number(reference) for reference in answer.references]
         golds = [
             last_number(reference) if gold is None else gold
             for gold, reference in zip(golds, answer.references, strict=True)
         ]
         strict, flexible = marked_number(answer.text), last_number(answer.text)
-        return Scored(
+        return Judgement(
             {
                 "flexible": float(flexible is not None and flexible in golds),
                 "strict": float(strict is not None and strict in golds),

@@ -11,9 +11,9 @@ from dskd_eval.programs.row_tests import beginning
 from dskd_eval.sandbox import Outcome
 from dskd_eval.schema import Free
 from dskd_eval.scorers.base import Answer, Scorer
-from dskd_eval.scorers.metrics import Metric, Scored, Value, pass_metric
+from dskd_eval.scorers.metrics import Judgement, Metric, Value, pass_metric
 
-Runner = Callable[[Sequence[tuple[str, str]]], list[Outcome]]
+RunPrograms = Callable[[Sequence[tuple[str, str]]], list[Outcome]]
 
 
 class Python(Scorer):
@@ -30,7 +30,7 @@ class Python(Scorer):
     needs_reference = False
     checked_before_run = False  # That takes a sandbox: `doctor --oracle` does it.
 
-    def __init__(self, run_programs: Runner | None = None) -> None:
+    def __init__(self, run_programs: RunPrograms | None = None) -> None:
         self.run_programs = run_programs
 
     def check_row(self, row: Row, parts: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ class Python(Scorer):
     def extracted(self, answer: Answer) -> str:
         return f"{program_of(answer.text, answer.parts).text}\n{answer.parts['tests']}".strip()
 
-    def score(self, answers: Sequence[Answer]) -> list[Scored]:
+    def score(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Run every program with its tests in the sandbox; 1 when the tests ran to their end."""
         if self.run_programs is None:
             raise UserError(
@@ -79,5 +79,5 @@ class Python(Scorer):
                 "error": outcome.error,
                 "dropped": list(program.dropped),
             }
-            scored.append(Scored(metrics, details))
+            scored.append(Judgement(metrics, details))
         return scored

@@ -10,7 +10,7 @@ from dskd_eval.scorers.ifeval import IFEval
 from dskd_eval.scorers.mathematics import Math
 from dskd_eval.scorers.metrics import Metric, pass_metric
 from dskd_eval.scorers.number import Number
-from dskd_eval.scorers.python_programs import Python, Runner
+from dskd_eval.scorers.python_programs import Python, RunPrograms
 from dskd_eval.scorers.text import Contains, ExactMatch, RougeL
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -19,7 +19,7 @@ SCORERS: dict[str, type[Scorer]] = {
 METRICS = {name: metric for scorer in SCORERS.values() for name, metric in scorer.metrics.items()}
 
 
-def make(name: str, run_programs: Runner | None = None) -> Scorer:
+def make(name: str, run_programs: RunPrograms | None = None) -> Scorer:
     """A scorer; `run_programs` executes programs (`Sandbox.run_all`), for a scorer that needs it."""
     scorer = SCORERS[name]
     return scorer(run_programs) if issubclass(scorer, Python) else scorer()

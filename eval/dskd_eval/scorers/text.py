@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dskd_eval.scorers import rouge
 from dskd_eval.scorers.base import Answer, AnswerScorer
-from dskd_eval.scorers.metrics import EXACT_MATCH, Metric, Scored, Value
+from dskd_eval.scorers.metrics import EXACT_MATCH, Judgement, Metric, Value
 
 
 def _is_a_reference(answer: Answer) -> bool:
@@ -27,7 +27,7 @@ class RougeL(AnswerScorer):
     }
     modules = ("rouge_score", "nltk")
 
-    def score_one(self, answer: Answer) -> Scored:
+    def score_one(self, answer: Answer) -> Judgement:
         metrics: dict[str, Value] = {
             "rouge_l": max(rouge.rouge_l(answer.text, reference) for reference in answer.references),
             "exact_match": float(_is_a_reference(answer)),
@@ -35,7 +35,7 @@ class RougeL(AnswerScorer):
             "rouge_l_unicode": max(rouge.rouge_l_unicode(answer.text, reference) for reference in answer.references),
         }
         notes = [note for reference in answer.references if (note := rouge.unseen(reference))]
-        return Scored(metrics, {"unseen_by_rouge_l": notes[0]} if notes else {})
+        return Judgement(metrics, {"unseen_by_rouge_l": notes[0]} if notes else {})
 
 
 class ExactMatch(AnswerScorer):
@@ -44,8 +44,8 @@ class ExactMatch(AnswerScorer):
     name = "exact_match"
     metrics = {"exact_match": EXACT_MATCH}
 
-    def score_one(self, answer: Answer) -> Scored:
-        return Scored({"exact_match": float(_is_a_reference(answer))})
+    def score_one(self, answer: Answer) -> Judgement:
+        return Judgement({"exact_match": float(_is_a_reference(answer))})
 
 
 class Contains(AnswerScorer):
@@ -57,7 +57,7 @@ class Contains(AnswerScorer):
         "exact_match": EXACT_MATCH,
     }
 
-    def score_one(self, answer: Answer) -> Scored:
+    def score_one(self, answer: Answer) -> Judgement:
         text = rouge.plain(answer.text)
         inside = any(rouge.plain(reference) in text for reference in answer.references if reference.strip())
-        return Scored({"contains": float(inside), "exact_match": float(_is_a_reference(answer))})
+        return Judgement({"contains": float(inside), "exact_match": float(_is_a_reference(answer))})

@@ -190,10 +190,12 @@ def _data(raw: Any, path: Path, where: str) -> dict[str, tuple[DataSource, ...]]
                 got=repr(split),
                 fix="Name the file under test.",
             )
-    return {
-        split: tuple(_source(item, path, where) for item in (value if isinstance(value, list) else [value]))
-        for split, value in splits.items()
-    }
+    data = {}
+    for split, value in splits.items():
+        # Of several files the first that exists is taken.
+        alternatives = value if isinstance(value, list) else [value]
+        data[split] = tuple(_source(item, path, where) for item in alternatives)
+    return data
 
 
 def _source(item: Any, path: Path, where: str) -> DataSource:
@@ -217,6 +219,7 @@ def _source(item: Any, path: Path, where: str) -> DataSource:
             fix=nearest(name, DataKeys.model_fields),
         )
     if path.parent != TASK_FOLDER and "hub" not in entry:
+        # A file beside the task wins over one in the working directory, where lm-eval would look.
         beside, here = path.parent / Path(entry["file"]).expanduser(), Path(entry["file"])
         entry["file"] = str((here if here.is_file() and not beside.is_file() else beside).resolve())
     if "hub" in entry:

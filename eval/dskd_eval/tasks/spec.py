@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,6 +221,11 @@ class TaskSpec(BaseModel):
     @property
     def executes_code(self) -> bool:
         return self.scorer is not None and SCORERS[self.scorer].executes_code
+
+    def sources(self) -> Iterator[DataSource]:
+        """Every file that rows may come from."""
+        for alternatives in self.data.values():
+            yield from alternatives
 
     @property
     def takes_shots(self) -> bool:

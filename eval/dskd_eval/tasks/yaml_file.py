@@ -84,7 +84,9 @@ def _extended(raw: dict[str, Any], path: Path, through: tuple[Path, ...]) -> dic
 
 def _extendable(name: str, path: Path) -> Path:
     """The file of a task that may be extended: of the package, else beside the file."""
-    known = {file.stem: file for folder in (path.parent, TASK_FOLDER) for file in sorted(folder.glob("*.yaml"))}
+    beside = {file.stem: file for file in sorted(path.parent.glob("*.yaml"))}
+    # The package wins: a file of one's own named dolly.yaml extends the package's dolly.
+    known = beside | {file.stem: file for file in sorted(TASK_FOLDER.glob("*.yaml"))}
     if name not in known:
         raise UserError(
             f"task file {path.name}, `extends`",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from dskd_eval.data import Row
 from dskd_eval.errors import UserError
 from dskd_eval.scorers import registry
 from dskd_eval.scorers.base import Answer
-from dskd_eval.scorers.metrics import Scored, Value, combine
+from dskd_eval.scorers.metrics import Judgement, Value, combine
 from dskd_eval.tasks import render
 from dskd_eval.tasks.planning import Plan
 from dskd_eval.tasks.right_answers import answer_to, shot_target
@@ -109,15 +110,20 @@ def build(config: dict[str, Any], plan: Plan) -> ConfigurableTask:
         ) from error
 
 
-def scoring(plan: Plan, score: Callable[[Sequence[Answer]], list[Scored]]) -> dict[str, Any]:
+def scoring(plan: Plan, score: Callable[[Sequence[Answer]], list[Judgement]]) -> dict[str, Any]:
     """Filters and metrics that hand all answers of the task to our scorer at once."""
     names = plan.metrics
 
-    def score_all(responses: Any, rows: Any) -> list[list[Scored]]:
-        grouped = [(row, list(texts)) for texts, row in zip(responses, rows, strict=True)]
-        answers = [answer_to(plan, row, text) for row, texts in grouped for text in texts]
-        scored = iter(score(answers))
-        return [[next(scored) for _ in texts] for _, texts in grouped]
+    def score_all(responses: Any, rows: Any) -> list[list[Judgement]]:
+        answers: list[Answer] = []
+        counts: list[int] = []
+        for texts, row in zip(responses, rows, strict=True):
+            of_row = [answer_to(plan, row, text) for text in texts]
+            answers += of_row
+            counts.append(len(of_row))
+        # All at once, so that programs run side by side; then row by row, as lm-eval keeps them.
+        judged = iter(score(answers))
+        return [list(itertools.islice(judged, count)) for count in counts]
 
     def process(row: Row, results: Any) -> dict[str, Value]:
         return combine(results[0], names)
@@ -136,11 +142,13 @@ def scoring(plan: Plan, score: Callable[[Sequence[Answer]], list[Scored]]) -> di
     }
 
 
-def score_none(answers: Sequence[Answer]) -> list[Scored]:
+def score_none(answers: Sequence[Answer]) -> list[Judgement]:
+    """For tasks that are built to look at their prompts only."""
     return []
 
 
 def documents(plan: Plan, rows: TaskData) -> Sequence[Row]:
+    """Rows as they are asked; lm-eval's `process_docs` may have changed them."""
     config = lm_eval_config(plan, rows)
     if rows.test is not None and "process_docs" not in config:
         return rows.test.rows
@@ -176,8 +184,8 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    # simple_evaluate lists the installed packages after every task, for seconds; records.environment does
-    # it once.
+    # simple_evaluate lists the installed packages after every task, for seconds; run_folder.environment
+    # does it once.
     collect, evaluator.add_env_info = evaluator.add_env_info, lambda storage: None
     commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:

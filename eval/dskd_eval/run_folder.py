@@ -24,7 +24,7 @@ from pydantic import JsonValue, ValidationError
 from dskd_eval import schema
 from dskd_eval.data import content_hash
 from dskd_eval.errors import UserError
-from dskd_eval.schema import Environment, Identity, LoadedModel, ModelRecord, Part, Record, Results, Sample, Score
+from dskd_eval.schema import Environment, Identity, LoadedModel, ModelRecord, Part, Record, Results, Sample, ScoreRow
 
 _PACKAGES = ("dskd", "lm_eval", "transformers", "torch", "peft", "datasets", "tokenizers", "rouge_score",
              "math-verify", "markdown-it-py", "antlr4-python3-runtime", "langdetect", "nltk", "numpy",
@@ -87,7 +87,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
                 raise UserError(where, expected="the record of a sample", got=schema.problem(error), fix=fix) from error
 
 
-class RunFolder:
+class OutputFolder:
     """The output folder of one run."""
 
     def __init__(self, path: Path) -> None:
@@ -231,7 +231,7 @@ def _short(value: JsonValue) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class Run:
+class SavedRun:
     """A finished (or partly finished) run read back: results and samples by model and task."""
 
     def __init__(self, path: Path, only: str | None = None) -> None:
@@ -277,7 +277,7 @@ class Run:
     def models(self) -> list[ModelRecord]:
         return [model for model in self.results.models if self.only in (None, model.name)]
 
-    def score(self, model: str, task: str) -> Score | None:
+    def score(self, model: str, task: str) -> ScoreRow | None:
         """The score of a finished task."""
         for score in self.results.scores:
             if score.model == model and score.task.task == task and score.finished:

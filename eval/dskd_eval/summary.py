@@ -13,7 +13,7 @@ from dskd_eval.schema import (
     MetricScore,
     MetricValue,
     Sample,
-    Score,
+    ScoreRow,
     SeedScore,
     SuiteScore,
     TaskScore,
@@ -111,11 +111,11 @@ def _answer_facts(infos: Mapping[tuple[int, int], GenerationInfo], samples: list
 
 
 def suite_scores(
-    scores: list[Score], samples_of: Callable[[str, str], Sequence[Sample]], seed: int
+    scores: list[ScoreRow], samples_of: Callable[[str, str], Sequence[Sample]], seed: int
 ) -> list[SuiteScore]:
     """Unweighted mean of the primary metrics of a suite, for models that finished all tasks of the suite."""
     known = selection.builtin_tasks().values()
-    groups: dict[tuple[str, str], list[Score]] = {}
+    groups: dict[tuple[str, str], list[ScoreRow]] = {}
     for score in scores:
         groups.setdefault((score.model, score.task.suite), []).append(score)
     suites = []
@@ -145,7 +145,7 @@ def suite_scores(
     return suites
 
 
-def warnings(scores: list[Score]) -> list[str]:
+def warnings(scores: list[ScoreRow]) -> list[str]:
     """What a reader must know before trusting a number."""
     notes = []
     subset = [score.n for score in scores if score.finished and score.n < score.documents]
@@ -159,7 +159,7 @@ def warnings(scores: list[Score]) -> list[str]:
     return notes + [f"{model}: {text}: {', '.join(tasks)}" for (model, text), tasks in kinds.items()]
 
 
-def _doubts(score: Score) -> Iterator[tuple[str, int]]:
+def _doubts(score: ScoreRow) -> Iterator[tuple[str, int]]:
     """What may be wrong with the answers to a task, each with the number of such answers."""
     facts, task, count = score.answers, score.task, score.answers.count
     if facts.clamped:

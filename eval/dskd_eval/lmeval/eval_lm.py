@@ -30,7 +30,7 @@ _SHORT = 256
 
 
 @dataclass
-class _Work:
+class Work:
     place: int
     prompt: Prompt
     repeat: int
@@ -93,7 +93,7 @@ class EvalLM(LM):  # type: ignore[misc]
         return rendered
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        works = self._works(requests)
+        works = self.works(requests)
         batches = _batches(works, self.chunk, pads=getattr(self.backend, "pads", True))
         answers: list[str] = [""] * len(works)
         done = 0
@@ -136,7 +136,7 @@ class EvalLM(LM):  # type: ignore[misc]
 
         return told
 
-    def _works(self, requests: Sequence[Any]) -> list[_Work]:
+    def works(self, requests: Sequence[Any]) -> list[Work]:
         seen: dict[int, int] = {}
         start = self.backend.encode("", special_tokens=True)[:1]
         encoded: dict[tuple[str, int], list[int]] = {}
@@ -170,10 +170,10 @@ class EvalLM(LM):  # type: ignore[misc]
             opened = reasoning.opened_by(text, messages, self.markers)
             continues = not messages or messages[-1]["role"] == "assistant"
             prompt = Prompt(text, tokens, request.doc, opened, continues)
-            works.append(_Work(place, prompt, repeat, settings, cut, new < wanted))
+            works.append(Work(place, prompt, repeat, settings, cut, new < wanted))
         return works
 
-    def _answer(self, batch: list[_Work]) -> list[Generation]:
+    def _answer(self, batch: list[Work]) -> list[Generation]:
         settings = batch[0].settings
         prompts = [work.prompt for work in batch]
         shaping = asdict(settings) | {"seed": settings.seed if settings.temperature > 0 else None}
@@ -238,16 +238,16 @@ def fit(tokens: list[int], wanted: int, context: int, *, keep_start: bool) -> tu
     return new, tokens[-keep:]
 
 
-def _batches(works: list[_Work], size: int, *, pads: bool = True) -> list[list[_Work]]:
+def _batches(works: list[Work], size: int, *, pads: bool = True) -> list[list[Work]]:
     """Batches of equal settings and, where they are padded, of like length, longest first; the order depends on the
     prompts alone. Very long prompts come last: no other answer waits for them.
     """
-    groups: dict[GenerationSettings, list[_Work]] = {}
+    groups: dict[GenerationSettings, list[Work]] = {}
     for work in works:
         groups.setdefault(work.settings, []).append(work)
-    batches: list[list[_Work]] = []
+    batches: list[list[Work]] = []
     for settings in sorted(groups, key=lambda item: (item.seed, -item.max_new_tokens)):
-        batch: list[_Work] = []
+        batch: list[Work] = []
         for work in sorted(groups[settings], key=lambda work: (-len(work.prompt.tokens), work.place)):
             if batch and not _fits(batch, work, size, pads):
                 batches.append(batch)
@@ -257,7 +257,7 @@ def _batches(works: list[_Work], size: int, *, pads: bool = True) -> list[list[_
     return sorted(batches, key=lambda batch: pads and len(batch[0].prompt.tokens) > TOKENS_PER_ROW)
 
 
-def _fits(batch: list[_Work], work: _Work, size: int, pads: bool) -> bool:
+def _fits(batch: list[Work], work: Work, size: int, pads: bool) -> bool:
     """Whether a prompt, no longer than those of the batch, may join it."""
     if len(batch) >= size:
         return False
