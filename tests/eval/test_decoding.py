@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from conftest_models import make_recital
-from dskd_eval import catalog, hf, models, programs, reasoning
-from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from dskd_eval import models, programs, reasoning
+from dskd_eval.backends import hf
+from dskd_eval.backends.base import GenerationSettings, Prompt
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.tasks import render, selection
 from lm_eval.api.instance import Instance
 
 PROMPT = "def total(xs):\n"
@@ -38,13 +41,13 @@ def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data
     tokenizer = getattr(zoo, name)()
     with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    spec = catalog.builtin_tasks()["humaneval"]
+    spec = selection.builtin_tasks()["humaneval"]
     for row in rows:
         before, whole = ids_of(tokenizer, row["prompt"]), ids_of(tokenizer, row["prompt"] + row["canonical_solution"])
         assert whole[: len(before)] == before
         text = hf.decode(tokenizer, whole[len(before) :], before=before[-1:])
         assert text == row["canonical_solution"]
-        compile(programs.program_of(text, catalog.code_parts(spec, row)).text, "solution", "exec")
+        compile(programs.program_of(text, render.code_parts(spec, row)).text, "solution", "exec")
 
 
 @pytest.mark.parametrize(
@@ -144,4 +147,4 @@ def test_what_an_answer_goes_on_with(reciting: hf.HFBackend, roles: tuple[str, .
     if roles:
         model.trace.messages[PROMPT] = [{"role": role, "content": "def"} for role in roles]
     request = Instance("generate_until", {}, (PROMPT, {"until": [], "max_gen_toks": 32}), 0)
-    assert model._works([request])[0].prompt.continues == continues
+    assert model.works([request])[0].prompt.continues == continues

@@ -288,7 +288,9 @@ def test_another_schema_is_refused(tmp_path):
 def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_path):
     made = report.sections(report.Study(plan.all_records(table.SMALL, study)))
     lines = made["comparison-qa-two"].splitlines()
-    sft, dskd = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("SFT", "DSKD, projected target"))
+    sft, dskd = (
+        next(line for line in lines if line.startswith(f"| {name} |")) for name in ("SFT", "DSKD, projected target")
+    )
     # (10.12 + 4 + 2 x 1.2) / 30 and one bit less for each of the two documents
     assert "| 0.551 |" in sft and "| 0.484 |" in dskd and "-0.067 [" in dskd
     assert next(line for line in lines if line.startswith("| teacher")).split(" | ")[2] == "0.100"
