@@ -66,5 +66,6 @@ class VocabularyWork(TorchDispatchMode):
         elif out.shape[1] == self._widths[name]:
             self.products[name].back += out.shape[0]
         else:
-            self.products[name].logits += out.shape[0]
+            # Logits are made row by row, or id by id where the head comes first.
+            self.products[name].logits += out.shape[1 if self._head_of(factors[0]) else 0]
             self.products[name].calls += 1

@@ -54,15 +54,20 @@ class Head:
         return replace(self, weight_VD=self.weight_VD[: self.vocab_size], bias_V=bias_V)
 
 
-def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
+def head_logits(hidden_ND: Tensor, head: Head, *, by_id: bool = False) -> Tensor:
     """Logits of all V rows of the head: softcap(scale * (h W^T + b)).
 
     hidden_ND: any floating dtype; it is cast to the dtype of the weight, in which the product is taken.
+    by_id: in memory the rows of one id stand together, for what adds ids up (events.masses).
     Returns [N, V] in fp32, or wider where the weight is wider.
     """
-    weight_VD = head.weight_VD
+    weight_VD, hidden_ND = head.weight_VD, hidden_ND.to(head.weight_VD.dtype)
     bias_V = None if head.bias_V is None else head.bias_V.to(weight_VD.dtype)
-    product_NV = torch.nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V)
+    if by_id:
+        product_VN = weight_VD @ hidden_ND.T
+        product_NV = (product_VN if bias_V is None else product_VN + bias_V[:, None]).T
+    else:
+        product_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
     logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
     if head.scale != 1.0:
         logits_NV = logits_NV * head.scale

@@ -123,7 +123,6 @@ class DistillationLoss(nn.Module):
             ce_R=batch.ce_R,
             spans=spans,
             teacher_NE=batch.teacher_ND,
-            teacher_argmax_N=batch.argmax_N,
             label_N=batch.label_N,
             agree_N=batch.agree_N,
         )

@@ -99,7 +99,6 @@ class CrossAttentionLoss(Projecting):
         return replace(
             super().rows_of(batch, student_Rd),
             teacher_NE=None,
-            teacher_argmax_N=None,
             s2t_M=partnered(attending.sample_M, attending.sample_N),
         )
 
@@ -116,7 +115,6 @@ class CrossAttentionLoss(Projecting):
             t2s_Nd=self._t2s(batch, attention),
             s2t_MD=s2t_MD,
             teacher_MD=batch.teacher_ND,
-            teacher_argmax_M=batch.argmax_N,
             student_head=student_head,
             teacher_head=self.teacher_head,
             objective=objective,

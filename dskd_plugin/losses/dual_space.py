@@ -16,7 +16,7 @@ from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
 from dskd_plugin.core.fitting import Fit, fit_map
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, label_distance, project
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, TeacherRows, label_distance, project
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, t2s_projector
 from dskd_plugin.losses.projecting import Projecting
@@ -108,11 +108,15 @@ class DualSpaceLoss(Projecting):
             head = replace(head, weight_VD=head.weight_VD.clone())
 
         def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
-            teacher_NU = head_logits(teacher_ND, self.teacher_head.real())
-            label_N = self._to_student_V[teacher_NU.argmax(-1)] if self._events is None else None
-            distance_N, agree_N = label_distance(
+            teacher = TeacherRows(head_logits(teacher_ND, self.teacher_head.real()), self._events)
+            label_N = None
+            if self._events is None:
+                label_N = self._to_student_V[teacher.logits_NU.argmax(-1)]
+            else:
+                teacher.read_events(1.0)
+            distance_N, agree_N, _ = label_distance(
                 head_logits(project(teacher_ND, map_Dd), head),
-                teacher_NU,
+                teacher,
                 label_N,
                 real=head.vocab_size,
                 soft_labels=self._soft_labels,
@@ -154,10 +158,10 @@ class DualSpaceLoss(Projecting):
     def _label(self, batch: MicroBatch, student_head: Head) -> None:
         exact, t2s_Dd = self._events, self._t2s_Dd()
         masked = t2s_Dd is not None and self.objective.agreement_mask
-        if exact is not None and not masked and not self.objective.in_teacher_space:
+        if exact is not None and not masked:
             return  # every row counts, and the loss finds the labels on its way
-        batch.argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
-        label_N = self._to_student_V[batch.argmax_N] if exact is None else exact.teacher_U[batch.argmax_N]
+        argmax_N = self.backend.argmax(batch.teacher_ND, self.teacher_head)
+        label_N = self._to_student_V[argmax_N] if exact is None else exact.teacher_U[argmax_N]
         batch.label_N = label_N if exact is None else None
         if t2s_Dd is not None and masked:
             with torch.autocast(batch.teacher_ND.device.type, enabled=False):
