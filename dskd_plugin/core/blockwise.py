@@ -95,7 +95,7 @@ def dskd_loss(
     Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
     over micro-batches and ranks); a term with divisor 0 is 0. soft_labels, exact: see objective.term_sums.
-    block_elements: rows x vocabulary entries at a time, 10 to 14 fp32 tensors of that size with gradients.
+    block_elements: rows x vocabulary entries at a time, up to 10 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
     left out. With gradients disabled only values are computed.
@@ -270,6 +270,7 @@ class _Walk:
         self.sweeps: list[_Sweep] = []
         self.known: Sums = {}
         self.pull_R: Tensor | None = None
+        self.gradient_VD: Tensor | None = None  # of the student's head, while a run collects it
         if "span_kl" in objective.terms and rows.spans is not None:
             self._measure_spans(rows.spans, block_elements)
 
@@ -308,7 +309,7 @@ class _Walk:
         """The sums of a block over the student's vocabulary, as functions of these tensors."""
         return student_space_sums(
             replace(self.rows.block(block), student_RD=student_RD),
-            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V),
+            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V, gradient_VD=self.gradient_VD),
             objective=self.objective,
             teacher=teacher,
             pull_R=None if self.pull_R is None else self.pull_R[block],
@@ -352,6 +353,7 @@ class _Walk:
             for name, x in self.inputs.items()
             if flags[name] and x is not None
         }
+        self.gradient_VD = gradients.get("weight_VD")
         computed = self.inputs | {"weight_VD": self.student_head.weight_VD, "bias_V": self.student_head.bias_V}
         leaves = {name: _leaf(x, flags[name]) for name, x in computed.items()}
         # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
@@ -377,6 +379,7 @@ class _Walk:
                                     total = total + relative_T[i] * sums[name][0]
                         if total.requires_grad:
                             _add_gradients(total, given, gradients, sweep.sliced, block)
+        self.gradient_VD = None
         sums_T = sums_K2[: len(TERMS), 0]
         loss = torch.where(self.weights_T > 0, self.weights_T * sums_T, 0).sum()
         return loss, sums_K2, scale, [gradients.get(name) for name in self.inputs]
@@ -408,7 +411,10 @@ def _add_gradients(
     sliced: tuple[str, ...],
     block: slice,
 ) -> None:
-    """Add one block's gradients: those of sliced tensors in their place, the others to the whole."""
+    """Add one block's gradients: those of sliced tensors in their place, the others to the whole.
+
+    That of the student's head is there already, see `Head.gradient_VD`.
+    """
     leaves = {name: leaf for name, leaf in given.items() if name in gradients and leaf is not None}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for name, part in zip(leaves, found, strict=True):
