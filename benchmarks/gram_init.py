@@ -1,6 +1,6 @@
 """Ideal initialisation: SVD pseudo-inverse against Gram matrices, on random heads conditioned like real ones.
 
-    python benchmarks/gram_init.py [--width 1024] [--tokens 50000] [--source-width 1024] [--device cpu]
+    python -m benchmarks.gram_init [--width 1024] [--tokens 50000] [--source-width 1024] [--device cpu]
 
 Prints both times, their ratio and the largest difference, and appends a row to benchmarks/results.csv.
 """
@@ -8,21 +8,16 @@ Prints both times, their ratio and the largest difference, and appends a row to 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import results
+from benchmarks.results import Row
 from dskd_plugin.core.projectors import head_map
 
-RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ["date", "benchmark", "device", "setting", "metric", "value", "command"]
 CONDITION = 95.0  # as measured on the heads of small public models
 
 
@@ -57,33 +52,13 @@ def main() -> None:
     gram_seconds, by_gram = timed(lambda: head_map(source, target, ids, ids), device)
     svd_seconds, by_svd = timed(lambda: source.T @ torch.linalg.pinv(target.T), device)
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     setting = f"{args.source_width} and {args.width} x {args.tokens}, condition {CONDITION:g}"
-    measured = {
-        "svd_seconds": f"{svd_seconds:.2f}",
-        "gram_seconds": f"{gram_seconds:.2f}",
-        "svd_over_gram": f"{svd_seconds / gram_seconds:.2f}",
-        "max_abs_difference": f"{(by_gram - by_svd).abs().max().item():.2e}",
-    }
-    command = " ".join(["python", "benchmarks/gram_init.py", *sys.argv[1:]])
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for metric, value in measured.items():
-            print(f"{metric:>20} {value}")
-            writer.writerow([datetime.date.today(), "gram_init", name, setting, metric, value, command])
-
-
-def _processor() -> str:
-    """What the processor calls itself, with the number of threads in use."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    rows = [
+        Row("svd_seconds", f"{svd_seconds:.2f}"),
+        Row("gram_seconds", f"{gram_seconds:.2f}", "svd", f"{gram_seconds / svd_seconds:.3f}"),
+        Row("max_abs_difference", f"{(by_gram - by_svd).abs().max().item():.2e}"),
+    ]
+    results.append("gram_init", device, setting, rows, results.command_of("benchmarks.gram_init"))
 
 
 if __name__ == "__main__":
