@@ -42,7 +42,7 @@ def dense_step(bench: Bench, method: str, loss: DistillationLoss) -> Tensor:
         teacher_ND=bench.teacher_states(),
         teacher_head_UD=bench.teacher.head.weight_VD,
         student_Rd=bench.student_states(),
-        gold_R=bench.batch["dskd_targets"],
+        gold_R=bench.batch.targets_R,
         student_head_Vd=weight,
         event_V=events.student_V,
         event_U=events.teacher_U,
