@@ -61,7 +61,7 @@ def test_a_rest_is_there_where_a_side_has_one(student, teacher, count, lacks):
 
 
 def test_vocabularies_with_nothing_in_common_are_refused():
-    with pytest.raises(ValueError, match="at least one that both can say"):
+    with pytest.raises(ValueError, match="at least one that both have"):
         events_of(["a", None], [None, "b"])
 
 

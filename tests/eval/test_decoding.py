@@ -13,6 +13,7 @@ from conftest_models import make_recital
 from dskd_eval import models, programs, reasoning
 from dskd_eval.backends import hf
 from dskd_eval.backends.base import GenerationSettings, Prompt
+from dskd_eval.backends.decoding import decode
 from dskd_eval.lmeval.eval_lm import EvalLM
 from dskd_eval.tasks import render, selection
 from lm_eval.api.instance import Instance
@@ -45,7 +46,7 @@ def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data
     for row in rows:
         before, whole = ids_of(tokenizer, row["prompt"]), ids_of(tokenizer, row["prompt"] + row["canonical_solution"])
         assert whole[: len(before)] == before
-        text = hf.decode(tokenizer, whole[len(before) :], before=before[-1:])
+        text = decode(tokenizer, whole[len(before) :], before=before[-1:])
         assert text == row["canonical_solution"]
         compile(programs.program_of(text, render.code_parts(spec, row)).text, "solution", "exec")
 
@@ -57,7 +58,7 @@ def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data
 def test_an_answer_goes_on_with_the_prompt(zoo: Any, before: str, text: str) -> None:
     tokenizer = zoo.mistral()
     first, rest = ids_of(tokenizer, before), ids_of(tokenizer, "\n" + text)
-    assert hf.decode(tokenizer, rest[2:], before=first[-1:]) == text
+    assert decode(tokenizer, rest[2:], before=first[-1:]) == text
 
 
 def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
@@ -65,7 +66,7 @@ def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     pairs = reasoning.choose("auto", ["[THINK]"])
     text = "[THINK] x [/THINK]    return 1"
-    assert hf.decode(tokenizer, ids_of(tokenizer, text), pairs) == text
+    assert decode(tokenizer, ids_of(tokenizer, text), pairs) == text
 
 
 WHITE = ["\tdef f():\n    return 1\n", "\n\n\ty = 'é 日本'", "  lead  two ", "\n", " "]
@@ -79,7 +80,7 @@ def test_answers_keep_every_byte(zoo: Any, name: str, text: str) -> None:
     before = ids_of(tokenizer, "Say 5")
     whole = ids_of(tokenizer, "Say 5" + text)
     assert whole[: len(before)] == before
-    assert hf.decode(tokenizer, whole[len(before) :], before=before[-1:]) == text
+    assert decode(tokenizer, whole[len(before) :], before=before[-1:]) == text
 
 
 @pytest.mark.parametrize("text", WHITE)
@@ -87,7 +88,7 @@ def test_answers_after_a_marker_of_an_unconverted_model_keep_every_byte(zoo: Any
     tokenizer = zoo.TAGGED["unigram-slow"]()
     pairs = reasoning.choose("auto", ["<think>"])
     whole = f"<think>four</think>{text}"
-    assert hf.decode(tokenizer, ids_of(tokenizer, whole), pairs) == whole
+    assert decode(tokenizer, ids_of(tokenizer, whole), pairs) == whole
 
 
 def test_a_folder_in_the_form_of_mistral_reads_as_an_ordinary_tokenizer(zoo: Any, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_folder_in_the_form_of_mistral_reads_as_an_ordinary_tokenizer(zoo: Any
     for text in WHITE:
         ids = model.encode("Say 5" + text, special_tokens=True)
         assert ids == theirs("Say 5" + text)["input_ids"]
-        assert hf.decode(model.tokenizer, ids) == "Say 5" + text
+        assert decode(model.tokenizer, ids) == "Say 5" + text
     assert model.end_tokens == [theirs.eos_token_id]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import transformers
 
 from dskd_eval.backends import cpu_attention
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
+from dskd_eval.backends.decoding import decode
 from dskd_eval.backends.tokenizers import (
     context_length,
     encode,
@@ -25,9 +25,7 @@ from dskd_eval.backends.tokenizers import (
 from dskd_eval.backends.weights import load_weights
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
-from dskd_eval.reasoning import Pair
 
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -70,56 +68,6 @@ def choose_dtype(name: str, device: torch.device, config: Mapping[str, Any]) -> 
     if saved == "float32":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(saved, torch.float32)
-
-
-def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()) -> str:
-    """The text of an answer without special tokens, but for those that are or make up reasoning markers.
-
-    before: the token that the text follows.
-    """
-    special = {place: str(token) for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kept = {
-        place: text for place, text in special.items() if any(text in marker for pair in markers for marker in pair)
-    }
-    before = [token for token in before if token not in special]
-    texts, begin = [], 0
-    for end in [*(place for place, token in enumerate(tokens) if token in kept), len(tokens)]:
-        part = [token for token in tokens[begin:end] if token not in special]
-        texts.append(_text_after(tokenizer, before, part))
-        texts += [kept[tokens[end]]] if end < len(tokens) else []
-        before = list(tokens[end : end + 1])
-        begin = end + 1
-    return "".join(texts)
-
-
-def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens behind others: SentencePiece takes the first space from what it decodes."""
-    if hasattr(tokenizer, "sp_model"):
-        return _spelled(tokenizer, before, tokens)
-
-    def text_of(ids: Sequence[int], skip: bool) -> str:
-        text: str = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        return text
-
-    start = text_of(before, False) if before else ""
-    whole = text_of([*before, *tokens], False) if before else ""
-    return whole[len(start) :] if before and whole.startswith(start) else text_of(tokens, True)
-
-
-def _spelled(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens of a SentencePiece model that transformers has not converted.
-
-    Its own decoding strips white space and writes a byte as `<0x0A>`.
-    """
-    added = set(tokenizer.get_added_vocab().values())
-    parts, begins = [], not before or before[-1] in added
-    for token, piece in zip(tokens, tokenizer.convert_ids_to_tokens(list(tokens)), strict=True):
-        byte = _BYTE_PIECE.fullmatch(piece)
-        text = bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
-        # Where a text begins, the model has put a space before it.
-        parts.append(text.removeprefix(b" ") if begins and token not in added else text)
-        begins = token in added
-    return b"".join(parts).decode("utf-8", "replace")
 
 
 class HFBackend:
