@@ -305,16 +305,17 @@ def test_a_limit_needs_a_task_that_generates(
 def test_channels_of_special_tokens(tmp_path: Path) -> None:
     """Markers of several tokens; the token that ends a channel does not end the answer."""
     from conftest_models import make_tokenizer
-    from dskd_eval.backends import hf, tokenizers
+    from dskd_eval.backends import tokenizers
+    from dskd_eval.backends.decoding import decode
 
     tokenizer = make_tokenizer(tmp_path)
     extra = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": extra, "eos_token": "<|return|>"})
     said = "<|channel|>analysis<|message|>Is it 3?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
     pairs = reasoning.choose("auto", ["... <|channel|>analysis<|message|> ... <|channel|>final<|message|>"])
-    text = hf.decode(tokenizer, tokenizer(said)["input_ids"], pairs)
+    text = decode(tokenizer, tokenizer(said)["input_ids"], pairs)
     assert reasoning.separate(text, pairs).answer == "4"
-    assert hf.decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
+    assert decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
     folder = SimpleNamespace(ends=str(tmp_path), config={}, ref=SimpleNamespace(template_options={}))
     ends = tokenizers.end_tokens(folder, tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|end|>") not in ends

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
-from dskd_eval.backends.hf import decode
+from dskd_eval.backends.decoding import decode
 from dskd_eval.backends.tokenizers import (
     context_length,
     encode,
