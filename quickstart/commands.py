@@ -14,6 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from quickstart import forked
+from quickstart.forked import Forked
+
 # The trainer's bar has no words before it, that of `dskd generate` has this one; the others are short.
 _STEP = re.compile(r"(?:Generating: *)?\d+%\|[^|]*\| *(\d+)/(\d+) \[")
 _TAIL = 4000
@@ -39,6 +42,31 @@ def program(name: str) -> str:
     return found
 
 
+class _Started:
+    """A running command; its output is added to a log file."""
+
+    def __init__(self, command: list[str], *, folder: Path, log: Path, environment: dict[str, str]) -> None:
+        with log.open("a", encoding="utf-8") as sink:
+            options: dict[str, Any] = {"cwd": folder, "env": environment, "stdout": sink, "stderr": subprocess.STDOUT}
+            self._process = subprocess.Popen(command, **options)
+        self.cpu_seconds = 0.0
+
+    def poll(self) -> int | None:
+        """The exit code; None while the command runs."""
+        if self._process.returncode is None:
+            # Unlike Popen.wait it tells what this one process cost.
+            done, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if done:
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return self._process.returncode
+
+    def terminate(self) -> None:
+        """End the command."""
+        self._process.terminate()
+        self._process.wait()
+
+
 class Commands:
     """Runs commands in the folder `out`, their output in `out`/logs; `stop` ends those that run."""
 
@@ -62,33 +90,35 @@ class Commands:
         place: line of the bar, for two commands at a time.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("", encoding="utf-8")
         environment = {"OMP_NUM_THREADS": str(max(1, threads))} | self.environment
-        with log.open("w", encoding="utf-8") as sink, _bar(title, place) as bar:
-            run = subprocess.Popen(command, cwd=self.out, env=environment, stdout=sink, stderr=subprocess.STDOUT)
-            cpu_seconds = self._follow(run, log, bar)
-        if run.returncode != 0:
-            shown = " ".join([Path(command[0]).name, *command[1:3]])
-            last = "\n".join(_lines(log)[-15:])
-            raise RuntimeError(
-                f"{shown}: expected exit code 0, got {run.returncode}. Read {log}; it ends with:\n{last}"
+        name = Path(command[0]).name
+        called = forked.script(name)
+        with _bar(title, place) as bar:
+            run: Forked | _Started = (
+                _Started(command, folder=self.out, log=log, environment=environment)
+                if called is None
+                else Forked(called, command[1:], folder=self.out, log=log, environment=environment)
             )
-        return cpu_seconds
+            code = self._follow(run, log, bar)
+        if code != 0:
+            shown = " ".join([name, *command[1:3]])
+            last = "\n".join(_lines(log)[-15:])
+            raise RuntimeError(f"{shown}: expected exit code 0, got {code}. Read {log}; it ends with:\n{last}")
+        return run.cpu_seconds
 
-    def _follow(self, run: "subprocess.Popen[bytes]", log: Path, bar: "tqdm[Any]") -> float:
+    def _follow(self, run: "Forked | _Started", log: Path, bar: "tqdm[Any]") -> int:
+        """The exit code of a command, once it has ended; a command that is left before is ended."""
+        code = None
         try:
-            while True:
-                # Unlike Popen.wait it tells what this one process cost.
-                done, status, usage = os.wait4(run.pid, os.WNOHANG)
-                if done:
-                    run.returncode = os.waitstatus_to_exitcode(status)
-                    return usage.ru_utime + usage.ru_stime
+            while (code := run.poll()) is None:
                 _show(bar, log)
                 if self.stop.wait(0.5):
                     raise Stopped(f"{bar.desc}: stopped.")
+            return code
         finally:
-            if run.returncode is None:
+            if code is None:
                 run.terminate()
-                run.wait()
 
     def side_by_side(self, *jobs: Callable[[], Any]) -> list[Any]:
         """Results of the jobs, two at a time where there are two cores; the first failure ends the others."""

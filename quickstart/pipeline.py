@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart import measure, models, recipes, rows
+from quickstart import forked, measure, models, recipes, rows
 from quickstart.commands import Commands, cores, program
 from quickstart.measure import Answered
 from quickstart.stages import Cost, digest, stage
@@ -56,6 +56,7 @@ class Pipeline:
         # Axolotl names its prepared rows after their path, not their content.
         shutil.rmtree(self.out / "prepared", ignore_errors=True)
         recipes.copy(RECIPES, self.out, teacher=self.teacher)
+        forked.prepare(self.commands.environment)
         self._first()
         half = max(1, cores() // 2)
         self.commands.side_by_side(lambda: self._teacher_side(half), lambda: self._student_side(half))

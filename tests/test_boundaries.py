@@ -77,6 +77,69 @@ def test_the_evaluator_knows_neither_plugin_nor_axolotl(path):
     assert not {top(name) for name in imports(path)} & {"dskd_plugin", "axolotl"}
 
 
+EVAL = ROOT / "eval" / "dskd_eval"
+# folder -> folders that it may import; what stands beside the folders is open to all of them.
+EVAL_INWARDS = {
+    "schema": set(),
+    "programs": set(),
+    "sandbox": {"schema"},
+    "scorers": {"schema", "programs", "sandbox", "lmeval"},
+    "tasks": {"schema", "scorers"},
+    "backends": {"schema", "tasks", "lmeval"},
+    "lmeval": {"schema", "scorers", "sandbox", "tasks", "backends"},
+    "report": {"schema", "scorers"},
+    "cli": {"schema", "scorers", "tasks", "backends", "lmeval", "report"},
+}
+
+
+def test_every_folder_of_the_evaluator_has_its_place():
+    assert {path.parent.name for path in EVAL_FILES} - {"dskd_eval"} == set(EVAL_INWARDS)
+
+
+@pytest.mark.parametrize("path", EVAL_FILES, ids=lambda path: str(path.relative_to(EVAL)))
+def test_only_the_lmeval_folder_imports_lm_eval(path):
+    if path.parent.name != "lmeval":
+        assert "lm_eval" not in {top(name) for name in imports(path)}
+
+
+@pytest.mark.parametrize("folder", EVAL_INWARDS)
+def test_folders_of_the_evaluator_import_inwards(folder):
+    files = [path for path in EVAL_FILES if path.parent.name == folder]
+    assert files
+    for path in files:
+        parts = (name.split(".") for name in imports(path) if name.startswith("dskd_eval."))
+        used = {part[1] for part in parts if part[1] in EVAL_INWARDS}
+        assert used <= EVAL_INWARDS[folder] | {folder}, path
+
+
+@pytest.mark.parametrize("path", EVAL_FILES, ids=lambda path: str(path.relative_to(EVAL)))
+def test_files_of_the_evaluator_are_short_and_say_what_they_are_for(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 360
+    assert (ast.get_docstring(ast.parse(text)) or "").strip()
+
+
+def test_modules_of_the_evaluator_differ_by_more_than_a_letter():
+    names = sorted({path.parent.name if path.stem == "__init__" else path.stem for path in EVAL_FILES})
+    for place, name in enumerate(names):
+        for other in names[place + 1 :]:
+            longer, shorter = sorted((name, other), key=len, reverse=True)
+            assert longer not in {shorter + letter for letter in "abcdefghijklmnopqrstuvwxyz"}, (name, other)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "eval").glob("*.py")), ids=lambda path: path.stem)
+def test_tests_of_the_evaluator_use_public_names(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and top(node.module or "") == "dskd_eval":
+            ours |= {alias.asname or alias.name: alias.name for alias in node.names}
+    assert not [name for name in ours.values() if name.startswith("_")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            assert not node.attr.startswith("_") or node.attr.startswith("__"), (node.lineno, node.attr)
+
+
 PLUGIN = ROOT / "dskd_plugin"
 PLUGIN_FILES = sorted(PLUGIN.rglob("*.py"))
 # folder -> folders that it may import; what stands beside the folders is open to all of them but `core`.

@@ -122,6 +122,8 @@ def test_metadata(wheel):
     from dskd_plugin import __version__
 
     assert metadata["Version"] == __version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^version: (.*)$", citation)[1] == __version__
 
 
 # -- the hook without Axolotl --------------------------------------------------------------------------------
@@ -328,6 +330,20 @@ def test_broken_install_stops_the_run(tmp_path):
     for line in stopped:
         assert "expected a working installation of dskd, got ModuleNotFoundError" in line
         assert "a_missing_dependency" in line
+
+
+def test_the_evaluator_of_the_wheel_finds_its_tasks(installed):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
+    code = """
+        import dskd_eval
+        from dskd_eval.cli import main
+        print(dskd_eval.__file__)
+        main(["list"])
+    """
+    lines = installed.run(code, "-W", "ignore", **QUIET, PYTHONPATH=dependencies()).stdout.splitlines()
+    assert Path(lines[0]).is_relative_to(installed.site)
+    listed = {line.split()[0] for line in lines[1:] if line.split()}
+    assert {"humaneval", "mbpp", "gsm8k", "math500", "ifeval", "dolly"} <= listed
 
 
 # Imported where it is present and done without where it is not.

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     file = RECORDS / f"{options.size}.jsonl"
     if "records" in options.stages:
         made = plan.all_records(size, out)
-        records.write(file, made)
+        records.write(file, records.merged(records.read(file) if file.is_file() else [], made))
         failed = sum("error" in record for record in made)
         print(f"{file}: {len(made)} lines, {failed} of failed runs")
     if "report" in options.stages:

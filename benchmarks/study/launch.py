@@ -35,9 +35,7 @@ MODULES = (
     "dskd_plugin.host.plugin",
     "dskd_plugin.host.trainer",
     "dskd_eval.cli",
-    "dskd_eval.run",
-    "dskd_eval.runner",
-    "dskd_eval.lm",
+    "dskd_eval.evaluate",
 )
 _PR_SET_PDEATHSIG = 1
 _DEVICES = "CUDA_VISIBLE_DEVICES"

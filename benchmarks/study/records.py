@@ -72,6 +72,27 @@ def record(run: Run, out: Path, phase: str) -> Record:
     return made
 
 
+def merged(earlier: list[Record], made: list[Record]) -> list[Record]:
+    """The records of a file with those of this folder in place of the same runs; runs that only the file has stay.
+
+    ValueError where documents of the file are others than those of this folder.
+    """
+    kept = {_key(record): record for record in earlier}
+    for record in made:
+        before = kept.get(_key(record))
+        if record["kind"] == "documents" and before is not None and before["gold_bytes"] != record["gold_bytes"]:
+            where = f"{record['task']}, {record['split']}"
+            raise ValueError(
+                f"records: expected the documents of {where} as in the file, got others. Name another file."
+            )
+    return list((kept | {_key(record): record for record in made}).values())
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    names = ("kind", "task", "split", "pair", "method", "ablation", "rate", "seed")
+    return tuple(record.get(name) for name in names)
+
+
 def gradients(run: Run, file: Path) -> Record:
     """Norms and cosines of the terms' gradients at the probed steps."""
     found = [{key: round(value, 4) for key, value in probe.items()} for probe in data.read(file)]

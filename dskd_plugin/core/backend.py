@@ -47,7 +47,7 @@ class Backend(Protocol):
 class TorchBlocks:
     """The reference: plain torch, one block of rows after another.
 
-    block_elements: rows x vocabulary entries at a time; up to 14 fp32 tensors of this size live at the peak.
+    block_elements: rows x vocabulary entries at a time; up to 10 fp32 tensors of this size live at the peak.
     """
 
     block_elements: int

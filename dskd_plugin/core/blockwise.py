@@ -23,14 +23,17 @@ from dskd_plugin.core.objective import (
     Rows,
     Spans,
     Sums,
+    TeacherRows,
     projected_student,
     projected_teacher,
     row_masks,
     span_term,
     student_space_sums,
+    teacher_rows,
     teacher_space_sums,
     term_weights,
 )
+from dskd_plugin.core.reduce import keep_rows
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
 _ROWS_AT_FULL_WEIGHT = 64
@@ -92,7 +95,7 @@ def dskd_loss(
     Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
     over micro-batches and ranks); a term with divisor 0 is 0. soft_labels, exact: see objective.term_sums.
-    block_elements: rows x vocabulary entries at a time, 10 to 14 fp32 tensors of that size with gradients.
+    block_elements: rows x vocabulary entries at a time, up to 10 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
     left out. With gradients disabled only values are computed.
@@ -103,30 +106,27 @@ def dskd_loss(
     """
     walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
 
-    def student_space(block: slice, *, t2s_Dd: Tensor | None, **of_student: Any) -> Sums:
+    def teacher(block: slice) -> TeacherRows | None:
+        part = walk.rows.block(block)
+        return teacher_rows(part, walk.constant_teacher_head, objective, soft_labels=soft_labels, exact=exact)
+
+    def student_space(block: slice, teacher: TeacherRows | None, *, t2s_Dd: Tensor | None, **of_student: Any) -> Sums:
         part = walk.rows.block(block)
         t2s_Nd = None
         if objective.in_student_space and part.pairs > 0 and t2s_Dd is not None:
             t2s_Nd = projected_teacher(part, t2s_Dd)
-        return walk.student_space(
-            block,
-            t2s_Nd=t2s_Nd,
-            teacher_head=walk.teacher_head,
-            soft_labels=soft_labels,
-            exact=exact,
-            **of_student,
-        )
+        return walk.student_space(block, teacher, t2s_Nd=t2s_Nd, soft_labels=soft_labels, exact=exact, **of_student)
 
-    def teacher_space(block: slice, *, student_RD: Tensor) -> Sums:
+    def teacher_space(block: slice, teacher: TeacherRows | None, *, student_RD: Tensor, **_: Any) -> Sums:
+        if teacher is None:
+            return {}
         part = replace(walk.rows.block(block), student_RD=student_RD)
-        assert s2t_dD is not None and part.teacher_NE is not None and part.teacher_argmax_N is not None
+        assert s2t_dD is not None
         mask_N = row_masks(part, objective)["s2t_kd"]
-        s2t_ND = projected_student(part, s2t_dD, mask_N)
-        return walk.teacher_space(s2t_ND, part.teacher_NE, part.teacher_argmax_N, mask_N)
+        return walk.teacher_space(projected_student(part, s2t_dD, mask_N), teacher, mask_N)
 
-    walk.sweep(len(rows), student_space, sliced=("student_RD",), whole=("weight_VD", "bias_V", "t2s_Dd"))
-    if objective.in_teacher_space:
-        walk.sweep(rows.pairs, teacher_space, sliced=("student_RD",))
+    stages: tuple[Stage, ...] = (student_space, teacher_space) if objective.in_teacher_space else (student_space,)
+    walk.sweep(len(rows), *stages, teacher=teacher, sliced=("student_RD",), whole=("weight_VD", "bias_V", "t2s_Dd"))
     return walk.loss(t2s_Dd=t2s_Dd)
 
 
@@ -136,7 +136,6 @@ def cma_loss(
     t2s_Nd: Tensor | None,
     s2t_MD: Tensor | None,
     teacher_MD: Tensor,
-    teacher_argmax_M: Tensor,
     student_head: Head,
     teacher_head: Head,
     objective: Objective,
@@ -152,7 +151,7 @@ def cma_loss(
 
     rows: label_N the gold ids, or -1; s2t_M which teacher rows count, required in the teacher's space.
     t2s_Nd, s2t_MD: attend.CrossModelAttention's rows in the student's and in the teacher's space, each None where the
-    objective does not use that space. teacher_MD, teacher_argmax_M: the teacher's states and most likely ids.
+    objective does not use that space. teacher_MD: the teacher's states.
     Gradients: ce and t2s_kd reach student_RD and the student's head. t2s_ce reaches t2s_Nd, and through it the
     projectors t2s and query. s2t_kd reaches s2t_MD, and through it the projectors s2t and query and the student's
     states that s2t_MD was made of. The heads in z_t2s and z_s2t and the teacher get none.
@@ -160,10 +159,8 @@ def cma_loss(
     from detached states then. The loss is attached to every given tensor.
     Source: arXiv 2406.17328 (DSKD v1), values of the mixture as in arXiv 2504.11426.
     """
-    teacher_rows = len(teacher_MD)
-    walk = _Walk(
-        rows, student_head, teacher_head, objective, divisors_T, block_elements, max(len(rows), teacher_rows), True
-    )
+    longest = max(len(rows), len(teacher_MD))
+    walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, longest, True)
 
     walk.sweep(len(rows), walk.student_space, sliced=("student_RD", "t2s_Nd"), whole=("weight_VD", "bias_V"))
     if objective.in_teacher_space:
@@ -174,10 +171,15 @@ def cma_loss(
                 "Set it where a student row of the same sample exists."
             )
 
-        def teacher_space(block: slice, *, s2t_MD: Tensor) -> Sums:
-            return walk.teacher_space(s2t_MD, teacher_MD[block], teacher_argmax_M[block], s2t_M[block])
+        def teacher(block: slice) -> TeacherRows:
+            kept_MD = keep_rows(teacher_MD[block].detach(), s2t_M[block])
+            return TeacherRows(head_logits(kept_MD, walk.constant_teacher_head.real()))
 
-        walk.sweep(teacher_rows, teacher_space, sliced=("s2t_MD",))
+        def teacher_space(block: slice, teacher: TeacherRows | None, *, s2t_MD: Tensor) -> Sums:
+            assert teacher is not None
+            return walk.teacher_space(s2t_MD, teacher, s2t_M[block])
+
+        walk.sweep(len(teacher_MD), teacher_space, teacher=teacher, sliced=("s2t_MD",))
     return walk.loss(t2s_Nd=t2s_Nd, s2t_MD=s2t_MD)
 
 
@@ -201,19 +203,33 @@ def baseline_loss(
     """
     walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
 
-    def student_space(block: slice, **of_student: Any) -> Sums:
-        return walk.student_space(block, teacher_head=walk.teacher_head, compare=compare, **of_student)
+    def teacher(block: slice) -> TeacherRows | None:
+        if compare is None or walk.teacher_head is None:
+            return None
+        return teacher_rows(walk.rows.block(block), walk.constant_teacher_head, objective, compare=compare)
 
-    walk.sweep(len(rows), student_space, sliced=("student_RD",), whole=("weight_VD", "bias_V"))
+    def student_space(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
+        return walk.student_space(block, teacher, compare=compare, **of_student)
+
+    walk.sweep(len(rows), student_space, teacher=teacher, sliced=("student_RD",), whole=("weight_VD", "bias_V"))
     return walk.loss()
+
+
+Stage = Callable[..., Sums]
+"""stage(block, teacher, **tensors): sums of a block, as functions of the tensors that the sweep hands over."""
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """One pass over rows: sums(block, **tensors), with the block of each sliced tensor and the whole of the others."""
+    """One pass over rows, with the block of each sliced tensor and the whole of the others.
+
+    stages: take the block one after the other, so that one's tensors are gone before the next. teacher: what they all
+    read of the teacher, made once for the block.
+    """
 
     blocks: list[slice]
-    sums: Callable[..., Sums]
+    stages: tuple[Stage, ...]
+    teacher: Callable[[slice], TeacherRows | None] | None
     sliced: tuple[str, ...]
     whole: tuple[str, ...]
 
@@ -254,6 +270,7 @@ class _Walk:
         self.sweeps: list[_Sweep] = []
         self.known: Sums = {}
         self.pull_R: Tensor | None = None
+        self.gradient_VD: Tensor | None = None  # of the student's head, while a run collects it
         if "span_kl" in objective.terms and rows.spans is not None:
             self._measure_spans(rows.spans, block_elements)
 
@@ -273,35 +290,48 @@ class _Walk:
             (pull_P,) = torch.autograd.grad(total, log_probs_P)
             self.pull_R = pull_P.new_zeros(len(self.rows)).index_add(0, spans.rows_P, pull_P)
 
+    @property
+    def constant_teacher_head(self) -> Head:
+        """The teacher's head, in the dtype of its products, where the objective reads it."""
+        assert self.teacher_head is not None
+        return self.teacher_head
+
     def student_space(
-        self, block: slice, *, student_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, **more: Any
+        self,
+        block: slice,
+        teacher: TeacherRows | None,
+        *,
+        student_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        **more: Any,
     ) -> Sums:
         """The sums of a block over the student's vocabulary, as functions of these tensors."""
         return student_space_sums(
             replace(self.rows.block(block), student_RD=student_RD),
-            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V),
+            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V, gradient_VD=self.gradient_VD),
             objective=self.objective,
+            teacher=teacher,
             pull_R=None if self.pull_R is None else self.pull_R[block],
             **more,
         )
 
-    def teacher_space(self, s2t_KD: Tensor, teacher_KD: Tensor, teacher_argmax_K: Tensor, mask_K: Tensor) -> Sums:
+    def teacher_space(self, s2t_KD: Tensor, teacher: TeacherRows, mask_K: Tensor) -> Sums:
         """The sums of a block over the teacher's vocabulary."""
-        assert self.teacher_head is not None
         return teacher_space_sums(
-            s2t_KD,
-            teacher_KD=teacher_KD,
-            teacher_argmax_K=teacher_argmax_K,
-            mask_K=mask_K,
-            teacher_head=self.teacher_head,
-            objective=self.objective,
+            s2t_KD, teacher=teacher, mask_K=mask_K, head=self.constant_teacher_head, objective=self.objective
         )
 
     def sweep(
-        self, rows: int, sums: Callable[..., Sums], *, sliced: tuple[str, ...], whole: tuple[str, ...] = ()
+        self,
+        rows: int,
+        *stages: Stage,
+        teacher: Callable[[slice], TeacherRows | None] | None = None,
+        sliced: tuple[str, ...],
+        whole: tuple[str, ...] = (),
     ) -> None:
-        """Add a pass over rows 0 to rows - 1. One after the other, so that one's tensors are gone before the next."""
-        self.sweeps.append(_Sweep(list(_blocks(rows, self.block_rows)), sums, sliced, whole))
+        """Add a pass over rows 0 to rows - 1, see `_Sweep`."""
+        self.sweeps.append(_Sweep(list(_blocks(rows, self.block_rows)), stages, teacher, sliced, whole))
 
     def loss(self, **more: Tensor | None) -> tuple[Tensor, Sums]:
         """The loss and its sums; more: the inputs by name beside the student's rows and head."""
@@ -323,6 +353,7 @@ class _Walk:
             for name, x in self.inputs.items()
             if flags[name] and x is not None
         }
+        self.gradient_VD = gradients.get("weight_VD")
         computed = self.inputs | {"weight_VD": self.student_head.weight_VD, "bias_V": self.student_head.bias_V}
         leaves = {name: _leaf(x, flags[name]) for name, x in computed.items()}
         # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
@@ -335,16 +366,20 @@ class _Walk:
             for block in sweep.blocks:
                 given = {name: leaves[name] for name in sweep.whole}
                 given |= {name: _leaf(_part(leaves[name], block), flags[name]) for name in sweep.sliced}
-                with torch.set_grad_enabled(any(wanted)), _no_autocast(sums_K2.device):
-                    sums = sweep.sums(block, **given)
-                    total = sums_K2.new_zeros(())
-                    for i, name in enumerate(TERMS + RATES):
-                        if name in sums:
-                            sums_K2[i] += torch.stack(sums[name]).detach()
-                            if name in self.moving:
-                                total = total + relative_T[i] * sums[name][0]
-                    if total.requires_grad:
-                        _add_gradients(total, given, gradients, sweep.sliced, block)
+                with torch.no_grad(), _no_autocast(sums_K2.device):
+                    teacher = None if sweep.teacher is None else sweep.teacher(block)
+                for stage in sweep.stages:
+                    with torch.set_grad_enabled(any(wanted)), _no_autocast(sums_K2.device):
+                        sums = stage(block, teacher, **given)
+                        total = sums_K2.new_zeros(())
+                        for i, name in enumerate(TERMS + RATES):
+                            if name in sums:
+                                sums_K2[i] += torch.stack(sums[name]).detach()
+                                if name in self.moving:
+                                    total = total + relative_T[i] * sums[name][0]
+                        if total.requires_grad:
+                            _add_gradients(total, given, gradients, sweep.sliced, block)
+        self.gradient_VD = None
         sums_T = sums_K2[: len(TERMS), 0]
         loss = torch.where(self.weights_T > 0, self.weights_T * sums_T, 0).sum()
         return loss, sums_K2, scale, [gradients.get(name) for name in self.inputs]
@@ -376,7 +411,10 @@ def _add_gradients(
     sliced: tuple[str, ...],
     block: slice,
 ) -> None:
-    """Add one block's gradients: those of sliced tensors in their place, the others to the whole."""
+    """Add one block's gradients: those of sliced tensors in their place, the others to the whole.
+
+    That of the student's head is there already, see `Head.gradient_VD`.
+    """
     leaves = {name: leaf for name, leaf in given.items() if name in gradients and leaf is not None}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for name, part in zip(leaves, found, strict=True):

@@ -32,7 +32,7 @@ def log_probs(logits_NV: Tensor, *, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}. Use 1.0 for none.")
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    return torch.log_softmax(wide_NV / temperature, dim=-1)
+    return torch.log_softmax(wide_NV if temperature == 1.0 else wide_NV / temperature, dim=-1)
 
 
 def forward_kl(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:

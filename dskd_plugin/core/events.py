@@ -9,10 +9,10 @@ Shape letters: N rows, V ids of the student, U ids of the teacher, K events.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,31 +78,89 @@ def events_of_pairs(pairs: Iterable[tuple[int, int]], student_ids: int, teacher_
     return events_of(student_keys, teacher_keys)
 
 
-def masses(log_probs_NV: Tensor, event_V: Tensor, count: int) -> Tensor:
-    """Log-probability of each event: the log of the sum over its ids. Returns [N, count], -inf for an empty event."""
-    with torch.no_grad():
-        index_NV = event_V.expand_as(log_probs_NV)
-        peak_NK = log_probs_NV.new_full((len(log_probs_NV), count), -torch.inf)
-        peak_NK = peak_NK.scatter_reduce(1, index_NV, log_probs_NV, "amax")
-        # An event without mass has nothing to shift by.
-        peak_NK = torch.where(peak_NK.isneginf(), 0, peak_NK)
-    # Shifted by each event's likeliest id: probabilities below 1e-38 would all be 0 in fp32.
-    shifted_NV = (log_probs_NV - peak_NK.index_select(1, event_V)).exp()
-    sums_NK = shifted_NV.new_zeros(peak_NK.shape).index_add(1, event_V, shifted_NV)
-    # log(0) has an infinite slope, which would meet a zero gradient.
-    present_NK = sums_NK > 0
-    return torch.where(present_NK, torch.where(present_NK, sums_NK, 1).log() + peak_NK, -torch.inf)
+def masses(log_weights_NV: Tensor, event_V: Tensor, count: int) -> Tensor:
+    """Log-weight of each event: the log of the sum over its ids. Returns [N, count], -inf for an empty event.
+
+    log_weights_NV: log-probabilities, or logits for masses that are not normalised; a transposed [V, N] is read as it
+    is. Holds one copy of it at most.
+    """
+    apply: Callable[..., Tensor] = _Masses.apply
+    return apply(log_weights_NV, event_V, count)
 
 
-def teacher_masses(student_NK: Tensor, teacher_NU: Tensor, events: Events) -> Tensor:
+class _Masses(torch.autograd.Function):
+    """M(e) = peak + log sum exp(x - peak), with the peak of each event: by a common one, small events would be 0.
+
+    d / d x(v) = exp(x(v) - M(e)). Its own rule because the ids of an event are added up as whole rows of [V, N], a few
+    ids at a time: several times faster than one element after the other, and nothing but the input is held.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_weights_NV: Tensor, event_V: Tensor, count: int) -> Tensor:
+        mass_NK, _ = _masses_and_peaks(log_weights_NV, event_V, count)
+        ctx.save_for_backward(log_weights_NV, event_V, mass_NK)
+        return mass_NK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None]:
+        log_weights_NV, event_V, mass_NK = ctx.saved_tensors
+        # Ids of an event without mass have the weight 0: whatever is finite may stand in for it.
+        shift_NK = mass_NK.masked_fill(mass_NK.isneginf(), 0)
+        found_NV = (log_weights_NV - shift_NK.index_select(1, event_V)).exp_()
+        return found_NV.mul_(gradient_NK.index_select(1, event_V)), None, None
+
+
+def _masses_and_peaks(log_weights_NV: Tensor, event_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-weight of each event, [N, count], and that of its likeliest id, [count, N], 0 for an event without any."""
+    rows_VN = log_weights_NV.T.contiguous()
+    peak_KN = rows_VN.new_full((count, rows_VN.shape[1]), -torch.inf)
+    peak_KN.scatter_reduce_(0, event_V[:, None].expand_as(rows_VN), rows_VN, "amax")
+    # An event without mass has nothing to shift by.
+    peak_KN.masked_fill_(peak_KN.isneginf(), 0)
+    sums_KN = torch.zeros_like(peak_KN)
+    for ids in _id_blocks(rows_VN):
+        event_B = event_V[ids]
+        sums_KN.index_add_(0, event_B, (rows_VN[ids] - peak_KN.index_select(0, event_B)).exp_())
+    return sums_KN.log_().add_(peak_KN).T.contiguous(), peak_KN
+
+
+def _id_blocks(rows_VN: Tensor) -> Iterator[slice]:
+    """Ids of some 1 MiB at a time on a CPU, which its caches hold; all of them elsewhere."""
+    ids, rows = rows_VN.shape
+    step = max(1, 2**18 // max(1, rows)) if rows_VN.device.type == "cpu" else max(1, ids)
+    return (slice(start, start + step) for start in range(0, ids, step))
+
+
+def likeliest_event(log_weights_NV: Tensor, event_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The masses, and the event of each row's likeliest id, [N]; of several such ids the first of their events.
+
+    Without gradient. No further pass over the ids: the likeliest id of each event is known from the masses.
+    """
+    mass_NK, peak_KN = _masses_and_peaks(log_weights_NV.detach(), event_V, count)
+    # Also an event without mass has a peak, 0, which is none.
+    peak_NK = peak_KN.T.masked_fill(mass_NK.isneginf(), -torch.inf)
+    return mass_NK, peak_NK.contiguous().argmax(-1)
+
+
+def event_log_probs(logits_NV: Tensor, event_V: Tensor, count: int, *, temperature: float) -> Tensor:
+    """Log-probability of each event under softmax(z / temperature). Returns [N, count].
+
+    The masses of the logits normalised: the ids' own log-probabilities are not made.
+    """
+    scaled_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
+    return log_probs(masses(scaled_NV, event_V, count), temperature=1.0)
+
+
+def teacher_masses(student_NK: Tensor, teacher_NK: Tensor, events: Events) -> Tensor:
     """The teacher's log-mass of each event; of what one side alone can say, the student's own opinion stands.
 
-    student_NK: the student's masses. teacher_NU: log-probabilities of the teacher. No gradient.
+    student_NK, teacher_NK: log-masses. No gradient.
     Where the teacher has no id of the rest, the student's mass of it stays and the teacher's masses share the
     remainder. Where the student has none, the teacher's mass of it is shared out as the student shares its own.
     Both sums stay 1, and a student that agrees on all other events is not pulled.
     """
-    student_NK, teacher_NK = student_NK.detach(), masses(teacher_NU.detach(), events.teacher_U, events.count)
+    student_NK, teacher_NK = student_NK.detach(), teacher_NK.detach()
     if events.teacher_lacks_last:
         own_N1 = student_NK[:, -1:]
         return torch.cat([teacher_NK[:, :-1] + torch.log1p(-own_N1.exp()), own_N1], dim=-1)
@@ -125,9 +183,16 @@ class EventCompare:
 
     def __call__(self, *, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
         events = self.events
-        student_NK = masses(log_probs(student_NV, temperature=self.temperature), events.student_V, events.count)
-        teacher_NU = log_probs(teacher_NV, temperature=self.temperature)
-        return self.divergence(student_NV=student_NK, teacher_NV=teacher_masses(student_NK, teacher_NU, events))
+        sides = (student_NV, events.student_V), (teacher_NV.detach(), events.teacher_U)
+        student_NK, teacher_NK = (
+            event_log_probs(logits_NV, event_V, events.count, temperature=self.temperature)
+            for logits_NV, event_V in sides
+        )
+        return self.of_masses(student_NK=student_NK, teacher_NK=teacher_NK)
+
+    def of_masses(self, *, student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+        """The same from the log-probabilities of events at the temperature."""
+        return self.divergence(student_NV=student_NK, teacher_NV=teacher_masses(student_NK, teacher_NK, self.events))
 
 
 @dataclass(frozen=True)
@@ -150,18 +215,31 @@ def exact_target(*, student_NV: Tensor, share_NV: Tensor, teacher_NU: Tensor, ev
     student_NV, share_NV, teacher_NU: log-probabilities. share_NV: the projected teacher's, or the student's own, which
     pulls between events alone. Returns [N, V], each row summing to 1 after exp, without gradient.
     """
-    is_own = share_NV is student_NV
-    share_NV = share_NV.detach()
     student_NK = masses(student_NV.detach(), events.student_V, events.count)
-    wanted_NK = teacher_masses(student_NK, teacher_NU, events)
-    shared_NK = student_NK if is_own else masses(share_NV, events.student_V, events.count)
+    is_own = share_NV is student_NV
+    return target_of_masses(
+        share_NV=share_NV.detach(),
+        student_NK=student_NK,
+        share_NK=student_NK if is_own else masses(share_NV.detach(), events.student_V, events.count),
+        teacher_NK=masses(teacher_NU.detach(), events.teacher_U, events.count),
+        events=events,
+    )
+
+
+def target_of_masses(
+    *, share_NV: Tensor, student_NK: Tensor, share_NK: Tensor, teacher_NK: Tensor, events: Events
+) -> Tensor:
+    """The exact target from log-masses that are known; share_NK: those of share_NV."""
+    wanted_NK = teacher_masses(student_NK, teacher_NK, events)
     # The rest may be empty on the student's side: -inf - -inf is never read there.
-    change_NK = torch.where(shared_NK.isneginf(), 0, wanted_NK - shared_NK)
-    return share_NV + change_NK.index_select(1, events.student_V)
+    change_NK = torch.where(share_NK.isneginf(), 0, wanted_NK - share_NK)
+    return change_NK.index_select(1, events.student_V).add_(share_NV)
 
 
-def inside(log_probs_NV: Tensor, id_N: Tensor, events: Events) -> Tensor:
-    """Log-probability of an id given its event. Returns [N] nats, <= 0."""
+def inside(log_weights_NV: Tensor, mass_NK: Tensor, id_N: Tensor, events: Events) -> Tensor:
+    """Log-probability of an id given its event. Returns [N] nats, <= 0.
+
+    log_weights_NV: log-probabilities or logits of the student's ids. mass_NK: their masses.
+    """
     id_N1 = id_N[:, None]
-    mass_NK = masses(log_probs_NV, events.student_V, events.count)
-    return (log_probs_NV.gather(1, id_N1) - mass_NK.gather(1, events.student_V[id_N1]))[:, 0]
+    return (log_weights_NV.gather(1, id_N1) - mass_NK.gather(1, events.student_V[id_N1]))[:, 0]

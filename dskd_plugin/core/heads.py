@@ -5,7 +5,9 @@ Shape letters: N rows, V rows of the head (tokenizer ids, then padding), D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ class Head:
     weight_VD: floating point, V >= vocab_size. bias_V: [V] or None.
     vocab_size: number of real tokenizer ids; rows from there on are padding.
     scale: factor on the logits (Cohere, Granite). softcap: c in c tanh(z / c) (Gemma 2), or None.
+    gradient_VD: where a backward pass adds the gradient of the weight, in place of handing it on; None for the ordinary
+        way, which makes a tensor as large as the weight each time.
     Raises ValueError when vocab_size is not in [1, V], a shape does not fit or softcap is not positive.
     """
 
@@ -26,6 +30,7 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    gradient_VD: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = self.weight_VD.shape[0]
@@ -46,26 +51,56 @@ class Head:
     def detach(self) -> Head:
         """The same head as a constant."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
+        return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V, gradient_VD=None)
 
     def real(self) -> Head:
         """The head of the tokenizer's ids alone: a view without the padding rows."""
         bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
+        assert self.gradient_VD is None
         return replace(self, weight_VD=self.weight_VD[: self.vocab_size], bias_V=bias_V)
 
 
-def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
+def head_logits(hidden_ND: Tensor, head: Head, *, by_id: bool = False) -> Tensor:
     """Logits of all V rows of the head: softcap(scale * (h W^T + b)).
 
     hidden_ND: any floating dtype; it is cast to the dtype of the weight, in which the product is taken.
+    by_id: in memory the rows of one id stand together, for what adds ids up (events.masses).
     Returns [N, V] in fp32, or wider where the weight is wider.
     """
-    weight_VD = head.weight_VD
+    weight_VD, hidden_ND = head.weight_VD, hidden_ND.to(head.weight_VD.dtype)
     bias_V = None if head.bias_V is None else head.bias_V.to(weight_VD.dtype)
-    product_NV = torch.nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V)
+    if head.gradient_VD is not None:
+        apply: Callable[..., Tensor] = _AddingLinear.apply
+        product_NV = apply(hidden_ND, weight_VD, bias_V, head.gradient_VD)
+    elif by_id:
+        product_VN = weight_VD @ hidden_ND.T
+        product_NV = (product_VN if bias_V is None else product_VN + bias_V[:, None]).T
+    else:
+        product_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
     logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
     if head.scale != 1.0:
         logits_NV = logits_NV * head.scale
     if head.softcap is not None:
         logits_NV = torch.tanh(logits_NV / head.softcap) * head.softcap
     return logits_NV
+
+
+class _AddingLinear(torch.autograd.Function):
+    """h W^T + b, whose backward pass adds the gradient of W where it is collected."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, gradient_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.gradient_VD = gradient_VD
+        return torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_NV: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        to_hidden_ND = gradient_NV @ weight_VD if ctx.needs_input_grad[0] else None
+        if ctx.gradient_VD.dtype == weight_VD.dtype:
+            ctx.gradient_VD.addmm_(gradient_NV.T, hidden_ND)
+        else:  # products in low precision are added up in a wide one
+            ctx.gradient_VD.add_(gradient_NV.T @ hidden_ND)
+        return to_hidden_ND, None, gradient_NV.sum(0) if ctx.needs_input_grad[2] else None, None

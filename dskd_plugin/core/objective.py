@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
-from dskd_plugin.core.events import Events, Exact, exact_target, inside, masses
+from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likeliest_event, masses, target_of_masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 
@@ -156,9 +156,8 @@ class Rows:
     ce_R: bool, rows of ce; None for all R.
     spans: None for no span.
     teacher_NE: last hidden states of the teacher at the partners; not read by cross-model attention.
-    teacher_argmax_N: the teacher's most likely id. label_N: that id in the student's vocabulary, or -1; with
-        cross-model attention the gold id, or -1 for a row that attended to nothing. None with an exact target, which
-        has a use for every row.
+    label_N: the teacher's most likely id in the student's vocabulary, or -1; with cross-model attention the gold id, or
+        -1 for a row that attended to nothing. None with an exact target, which has a use for every row.
     agree_N: bool, the projected teacher predicts the label (blockwise.agreement_of); None only where the
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
@@ -173,7 +172,6 @@ class Rows:
     spans: Spans | None = None
     teacher_NE: Tensor | None = None
     label_N: Tensor | None = None
-    teacher_argmax_N: Tensor | None = None
     agree_N: Tensor | None = None
     s2t_N: Tensor | None = None
     s2t_M: Tensor | None = None
@@ -189,7 +187,7 @@ class Rows:
 
     def block(self, rows: slice) -> Rows:
         """These response rows with whatever partners they have; without spans, which may cross the bounds."""
-        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
+        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N")
         changes: dict[str, Any] = {"spans": None}
         for name in parts:
             given = getattr(self, name)
@@ -300,27 +298,93 @@ def term_sums(
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
     t2s_Nd = projected_teacher(rows, t2s_Dd) if objective.in_student_space and t2s_Dd is not None else None
+    teacher = teacher_rows(rows, teacher_head, objective, soft_labels=soft_labels, exact=exact)
     sums = student_space_sums(
         rows,
         student_head=student_head,
         objective=objective,
         t2s_Nd=t2s_Nd,
-        teacher_head=teacher_head,
+        teacher=teacher,
         soft_labels=soft_labels,
         exact=exact,
     )
-    if objective.in_teacher_space and rows.pairs:
-        assert s2t_dD is not None and rows.teacher_NE is not None and rows.teacher_argmax_N is not None
+    if objective.in_teacher_space and teacher is not None:
+        assert s2t_dD is not None
         mask_N = row_masks(rows, objective)["s2t_kd"]
-        sums |= teacher_space_sums(
-            projected_student(rows, s2t_dD, mask_N),
-            teacher_KD=rows.teacher_NE,
-            teacher_argmax_K=rows.teacher_argmax_N,
-            mask_K=mask_N,
-            teacher_head=teacher_head,
-            objective=objective,
-        )
+        s2t_ND = projected_student(rows, s2t_dD, mask_N)
+        sums |= teacher_space_sums(s2t_ND, teacher=teacher, mask_K=mask_N, head=teacher_head, objective=objective)
     return sums
+
+
+class TeacherRows:
+    """The teacher's distributions at some rows, all from one product with its head; no gradient.
+
+    logits_NU: of its real ids. events: of the two vocabularies, where events are read.
+    """
+
+    def __init__(self, logits_NU: Tensor, events: Events | None = None) -> None:
+        self._logits_NU: Tensor | None = logits_NU.detach()
+        self._events = events
+        self._of_events: dict[float, Tensor] = {}
+        self._likeliest_N: Tensor | None = None
+
+    @property
+    def logits_NU(self) -> Tensor:
+        assert self._logits_NU is not None
+        return self._logits_NU
+
+    def read_events(self, *temperatures: float) -> None:
+        """Read all that `of_events` and `likeliest_event_N` say."""
+        assert self._events is not None
+        for temperature in sorted({*temperatures}):
+            scaled_NU = self.logits_NU if temperature == 1.0 else self.logits_NU / temperature
+            mass_NK, self._likeliest_N = likeliest_event(scaled_NU, self._events.teacher_U, self._events.count)
+            self._of_events[temperature] = log_probs(mass_NK, temperature=1.0)
+
+    def let_logits_go(self) -> None:
+        """Free the memory: only events are read from here on."""
+        self._logits_NU = None
+
+    def of_events(self, temperature: float) -> Tensor:
+        """Log-probabilities of events at a temperature, [N, K]."""
+        return self._of_events[temperature]
+
+    @property
+    def likeliest_event_N(self) -> Tensor:
+        """The event of the most likely id; of several such ids the first of their events."""
+        assert self._likeliest_N is not None
+        return self._likeliest_N
+
+
+def teacher_rows(
+    rows: Rows,
+    teacher_head: Head,
+    objective: Objective,
+    *,
+    soft_labels: Compare | None = None,
+    exact: Exact | None = None,
+    compare: Compare | None = None,
+) -> TeacherRows | None:
+    """What the terms of paired rows read of the teacher; None where they read nothing.
+
+    Rows that no term takes may hold NaN: they are zeros before the product.
+    """
+    masks = row_masks(rows, objective)
+    reads: dict[str, bool] = {"s2t_kd": True, "kd": True, "t2s_ce": exact is not None or soft_labels is not None}
+    reading = [name for name in masks if reads.get(name)]
+    if not reading or rows.pairs == 0:
+        return None
+    assert rows.teacher_NE is not None
+    mask_N = torch.stack([masks[name] for name in reading]).any(0)
+    kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
+    events_alone = isinstance(compare, EventCompare) or (exact is not None and not objective.in_teacher_space)
+    logits_NU = head_logits(kept_NE, teacher_head.detach().real(), by_id=events_alone)
+    teacher = TeacherRows(logits_NU, None if exact is None else exact.events)
+    if exact is not None:
+        teacher.read_events(1.0, objective.temperature)
+        if events_alone:
+            teacher.let_logits_go()
+    return teacher
 
 
 def student_space_sums(
@@ -329,7 +393,7 @@ def student_space_sums(
     student_head: Head,
     objective: Objective,
     t2s_Nd: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher: TeacherRows | None = None,
     compare: Compare | None = None,
     soft_labels: Compare | None = None,
     exact: Exact | None = None,
@@ -339,7 +403,7 @@ def student_space_sums(
 
     t2s_Nd: projected teacher rows, [N, d]; where spaces are compared, in the student's space. compare: for kd.
     soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
-    the projected teacher, see term_sums. teacher_head: for these three.
+    the projected teacher, see term_sums. teacher: for these three, of the same rows.
     pull_R: derivative of the span term by each row's log p(gold), 0 outside of spans.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
     Returns sums as term_sums does; "span_kl" has the gradient of the span term but value and count 0.
@@ -351,11 +415,6 @@ def student_space_sums(
     sums: Sums = {}
     if not (with_gold or with_t2s or with_kd):
         return sums
-
-    def teacher_logits(mask_N: Tensor) -> Tensor:
-        assert teacher_head is not None and rows.teacher_NE is not None
-        return head_logits(keep_rows(rows.teacher_NE.detach(), mask_N), teacher_head.detach().real())
-
     needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
     if objective.with_ce:
         needed_R |= masks["ce"]
@@ -366,63 +425,80 @@ def student_space_sums(
     # Rows are dropped before the product with the head and not only masked in its result.
     size = len(rows) if with_gold else pairs
     student_RV = head_logits(keep_rows(rows.student_RD[:size], needed_R[:size]), student_head)
+    # What ce and t2s_kd both read is made once, where padding and temperature do not tell them apart.
+    one_softmax = with_t2s and objective.temperature == 1.0 and student_head.vocab_size == student_RV.shape[1]
+    student_log_RV = log_probs(student_RV, temperature=1.0) if one_softmax else None
     if with_gold:
-        nll_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
+        if student_log_RV is None:
+            nll_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
+        else:
+            nll_R = torch.nn.functional.nll_loss(student_log_RV, rows.labels_R, reduction="none")
         if objective.with_ce:
             sums["ce"] = masked_sum(nll_R, masks["ce"])
         if pull_R is not None:
             pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
             sums["span_kl"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
-    student_NV = student_RV[:pairs, : student_head.vocab_size]
+    real = student_head.vocab_size
     if with_t2s:
         assert t2s_Nd is not None
-        needs_teacher = soft_labels is not None or exact is not None
-        sums |= _t2s_sums(
-            rows,
-            student_NV,
-            t2s_Nd,
-            teacher_logits(masks["t2s_ce"]) if needs_teacher else None,
-            masks,
-            student_head,
-            objective,
-            soft_labels,
-            exact,
-        )
+        if student_log_RV is None:
+            student_log_NV = log_probs(_corner(student_RV, pairs, real), temperature=objective.temperature)
+        else:
+            student_log_NV = _corner(student_log_RV, pairs, real)
+        del student_RV, student_log_RV
+        sums |= _t2s_sums(rows, student_log_NV, t2s_Nd, teacher, masks, student_head, objective, soft_labels, exact)
     if with_kd:
-        assert compare is not None
-        sums["kd"] = masked_sum(compare(student_NV=student_NV, teacher_NV=teacher_logits(masks["kd"])), masks["kd"])
+        assert compare is not None and teacher is not None
+        distance_N = compare(student_NV=_corner(student_RV, pairs, real), teacher_NV=teacher.logits_NU)
+        sums["kd"] = masked_sum(distance_N, masks["kd"])
     return sums
+
+
+def _corner(x_RV: Tensor, rows: int, ids: int) -> Tensor:
+    """The first rows and ids; the tensor itself where these are all: the derivative of a slice is a copy."""
+    x_RV = x_RV if rows == x_RV.shape[0] else x_RV[:rows]
+    return x_RV if ids == x_RV.shape[1] else x_RV[:, :ids]
 
 
 def _t2s_sums(
     rows: Rows,
-    student_NV: Tensor,
+    student_log_NV: Tensor,
     t2s_Nd: Tensor,
-    teacher_NU: Tensor | None,
+    teacher: TeacherRows | None,
     masks: dict[str, Tensor],
     student_head: Head,
     objective: Objective,
     soft_labels: Compare | None,
     exact: Exact | None,
 ) -> Sums:
-    """t2s_ce, t2s_kd and their rates. student_NV, teacher_NU: logits of the real ids of both sides."""
+    """t2s_ce, t2s_kd and their rates. student_log_NV: log-probabilities of the real ids at the temperature."""
     labelled_N, temperature = masks["t2s_ce"], objective.temperature
     t2s_NV = head_logits(keep_rows(t2s_Nd, labelled_N), student_head.detach())
-    t2s_ce_N, agree_N = label_distance(
-        t2s_NV, teacher_NU, rows.label_N, real=student_head.vocab_size, soft_labels=soft_labels, exact=exact
+    t2s_ce_N, agree_N, t2s_NK = label_distance(
+        t2s_NV, teacher, rows.label_N, real=student_head.vocab_size, soft_labels=soft_labels, exact=exact
     )
-    student_log_NV = log_probs(student_NV, temperature=temperature)
-    target_NV = log_probs(t2s_NV.detach()[:, : student_head.vocab_size], temperature=temperature)
+    t2s_NV = _corner(t2s_NV.detach(), rows.pairs, student_head.vocab_size)
     sums: Sums = {}
-    if exact is not None:
-        assert teacher_NU is not None
-        own_NV = student_log_NV.detach()
-        sums["t2s_inside"] = _lead_inside(target_NV, own_NV, rows.labels_R[: rows.pairs], labelled_N, exact.events)
-        target_NV = exact_target(
-            student_NV=own_NV,
-            share_NV=target_NV if exact.shares_inside else own_NV,
-            teacher_NU=log_probs(teacher_NU, temperature=temperature),
-            events=exact.events,
+    if exact is None:
+        target_NV = log_probs(t2s_NV, temperature=temperature)
+    else:
+        assert teacher is not None and t2s_NK is not None
+        events, own_NV, share_NK = exact.events, student_log_NV.detach(), t2s_NK.detach()
+        own_NK = masses(own_NV, events.student_V, events.count)
+        if temperature != 1.0:
+            t2s_NV = t2s_NV / temperature
+            share_NK = masses(t2s_NV, events.student_V, events.count)
+        gold_N = rows.labels_R[: rows.pairs]
+        several_N = labelled_N & (events.sizes_K[events.student_V[gold_N]] > 1)
+        lead_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)
+        # Of rows whose event has one id there is nothing to say.
+        sums["t2s_inside"] = masked_sum(lead_N, several_N)
+        target_NV = target_of_masses(
+            share_NV=t2s_NV if exact.shares_inside else own_NV,
+            share_NK=share_NK if exact.shares_inside else own_NK,
+            student_NK=own_NK,
+            teacher_NK=teacher.of_events(temperature),
+            events=events,
         )
     t2s_kd_N = objective.divergence(student_NV=student_log_NV, teacher_NV=target_NV)
     agree_N = agree_N if rows.agree_N is None else rows.agree_N
@@ -435,79 +511,62 @@ def _t2s_sums(
 
 def label_distance(
     t2s_NV: Tensor,
-    teacher_NU: Tensor | None,
+    teacher: TeacherRows | None,
     label_N: Tensor | None,
     *,
     real: int,
     soft_labels: Compare | None,
     exact: Exact | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """How far the projected teacher is from its labels, t2s_ce, and where it predicts them.
 
-    t2s_NV: its logits over all rows of the student's head, of which the first `real` are ids. teacher_NU: the teacher's
-    own logits, for soft_labels and exact. label_N: ids of the student, -1 for none; not read with exact.
-    Returns [N] nats, whose gradient reaches t2s_NV, and [N] bool. Rows without a label mean nothing.
+    t2s_NV: its logits over all rows of the student's head, of which the first `real` are ids. teacher: the teacher's
+    own opinion, for soft_labels and exact. label_N: ids of the student, -1 for none; not read with exact.
+    Returns [N] nats, whose gradient reaches t2s_NV, [N] bool, and with exact the masses [N, K] of the logits, not
+    normalised. Rows without a label mean nothing.
     """
-    real_NV = t2s_NV[:, :real]
+    real_NV = _corner(t2s_NV, len(t2s_NV), real)
     predicted_N = real_NV.detach().argmax(-1)
-    if exact is None:
-        assert label_N is not None
-        label_N = label_N.clamp(min=0)
-    else:
-        assert teacher_NU is not None
-        label_N, predicted_N = exact.events.teacher_U[teacher_NU.argmax(-1)], exact.events.student_V[predicted_N]
+    if exact is not None:
+        assert teacher is not None
+        events = exact.events
+        t2s_NK = masses(real_NV, events.student_V, events.count)
+        agree_N = events.student_V[predicted_N] == teacher.likeliest_event_N
+        return _event_distance(log_probs(t2s_NK, temperature=1.0), teacher, soft_labels, events), agree_N, t2s_NK
+    assert label_N is not None
+    label_N = label_N.clamp(min=0)
     if soft_labels is not None:
-        assert teacher_NU is not None
-        distance_N = soft_labels(student_NV=real_NV, teacher_NV=teacher_NU)
-    elif exact is not None:
-        distance_N = _event_ce(real_NV, label_N, exact.events)
+        assert teacher is not None
+        distance_N = soft_labels(student_NV=real_NV, teacher_NV=teacher.logits_NU)
     else:
         distance_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
-    return distance_N, predicted_N == label_N
+    return distance_N, predicted_N == label_N, None
 
 
-def _event_ce(t2s_NV: Tensor, label_N: Tensor, events: Events) -> Tensor:
-    """Cross-entropy of the projected teacher with an event as label, 0 for one that the student lacks. Returns [N]."""
-    mass_NK = masses(log_probs(t2s_NV, temperature=1.0), events.student_V, events.count)
+def _event_distance(t2s_log_NK: Tensor, teacher: TeacherRows, soft_labels: Compare | None, events: Events) -> Tensor:
+    """t2s_ce with events as labels: their distribution, or the likeliest one, 0 for one that the student lacks."""
+    if soft_labels is not None:
+        assert isinstance(soft_labels, EventCompare) and soft_labels.temperature == 1.0
+        return soft_labels.of_masses(student_NK=t2s_log_NK, teacher_NK=teacher.of_events(1.0))
+    label_N = teacher.likeliest_event_N
     known_N = events.sizes_K[label_N] > 0
-    return -torch.where(known_N, mass_NK.gather(1, label_N[:, None])[:, 0], 0)
-
-
-def _lead_inside(
-    t2s_NV: Tensor, student_NV: Tensor, gold_N: Tensor, mask_N: Tensor, events: Events
-) -> tuple[Tensor, Tensor]:
-    """t2s_inside: how much likelier the projected teacher finds the gold id, given its event, than the student does.
-
-    t2s_NV, student_NV: log-probabilities without gradient. Of rows whose event has one id there is nothing to say.
-    """
-    several_N = mask_N & (events.sizes_K[events.student_V[gold_N]] > 1)
-    lead_N = inside(t2s_NV, gold_N, events) - inside(student_NV, gold_N, events)
-    return masked_sum(lead_N, several_N)
+    return -torch.where(known_N, t2s_log_NK.gather(1, label_N[:, None])[:, 0], 0)
 
 
 def teacher_space_sums(
-    s2t_KD: Tensor,
-    *,
-    teacher_KD: Tensor,
-    teacher_argmax_K: Tensor,
-    mask_K: Tensor,
-    teacher_head: Head,
-    objective: Objective,
+    s2t_KD: Tensor, *, teacher: TeacherRows, mask_K: Tensor, head: Head, objective: Objective
 ) -> Sums:
     """s2t_kd and s2t_agreement: what needs logits over the teacher's vocabulary, at K rows.
 
-    s2t_KD: the student's states in the teacher's space. Its gradient is the only one. teacher_KD: the teacher's own.
-    mask_K: bool, rows that count.
+    s2t_KD: the student's states in the teacher's space. Its gradient is the only one. teacher: the teacher's own
+    opinion. mask_K: bool, rows that count. head: the teacher's.
     """
-    head = teacher_head.detach().real()
-    s2t_KV = head_logits(keep_rows(s2t_KD, mask_K), head)
+    s2t_KU = head_logits(keep_rows(s2t_KD, mask_K), head.detach().real())
     s2t_kd_K = objective.divergence(
-        student_NV=log_probs(s2t_KV, temperature=objective.temperature),
-        teacher_NV=log_probs(
-            head_logits(keep_rows(teacher_KD.detach(), mask_K), head), temperature=objective.temperature
-        ),
+        student_NV=log_probs(s2t_KU, temperature=objective.temperature),
+        teacher_NV=log_probs(teacher.logits_NU, temperature=objective.temperature),
     )
-    agree_K = s2t_KV.detach().argmax(-1) == teacher_argmax_K
+    agree_K = s2t_KU.detach().argmax(-1) == teacher.logits_NU.argmax(-1)
     return {
         "s2t_kd": masked_sum(s2t_kd_K, mask_K),
         "s2t_agreement": masked_sum(agree_K.to(s2t_kd_K.dtype), mask_K),

@@ -120,7 +120,6 @@ class CrossAttentionLoss(Projecting):
             t2s_Nd=self._t2s(batch, attention),
             s2t_MD=s2t_MD,
             teacher_MD=batch.teacher_MD,
-            teacher_argmax_M=batch.teacher_argmax_M,
             student_head=student_head,
             teacher_head=self.teacher_head,
             objective=objective,

@@ -16,7 +16,7 @@ from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
 from dskd_plugin.core.fitting import Fit, fit_map
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, label_distance, project
+from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, TeacherRows, label_distance, project
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, t2s_projector
 from dskd_plugin.losses.projecting import Projecting
@@ -108,11 +108,15 @@ class DualSpaceLoss(Projecting):
             head = replace(head, weight_VD=head.weight_VD.clone())
 
         def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
-            teacher_NU = head_logits(teacher_ND, self.teacher_head.real())
-            label_N = self._to_student_V[teacher_NU.argmax(-1)] if self._events is None else None
-            distance_N, agree_N = label_distance(
+            teacher = TeacherRows(head_logits(teacher_ND, self.teacher_head.real()), self._events)
+            label_N = None
+            if self._events is None:
+                label_N = self._to_student_V[teacher.logits_NU.argmax(-1)]
+            else:
+                teacher.read_events(1.0)
+            distance_N, agree_N, _ = label_distance(
                 head_logits(project(teacher_ND, map_Dd), head),
-                teacher_NU,
+                teacher,
                 label_N,
                 real=head.vocab_size,
                 soft_labels=self._soft_labels,
@@ -155,7 +159,7 @@ class DualSpaceLoss(Projecting):
         rows = super().labelled(batch, student_head)
         exact, t2s_Dd, teacher_ND = self._events, self._t2s_Dd(), batch.teacher_states
         masked = t2s_Dd is not None and self.objective.agreement_mask
-        if exact is not None and not masked and not self.objective.in_teacher_space:
+        if exact is not None and not masked:
             return rows  # every row counts, and the loss finds the labels on its way
         argmax_N = self.backend.argmax(teacher_ND, self.teacher_head)
         label_N = self._to_student_V[argmax_N] if exact is None else exact.teacher_U[argmax_N]
@@ -166,10 +170,10 @@ class DualSpaceLoss(Projecting):
             event_V = None if exact is None else exact.student_V
             agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)
         if exact is not None:
-            return replace(rows, teacher_argmax_N=argmax_N, agree_N=agree_N)
+            return replace(rows, agree_N=agree_N)
         if not self._keep_unmapped:
             s2t_N = label_N >= 0
-        return replace(rows, teacher_argmax_N=argmax_N, label_N=label_N, agree_N=agree_N, s2t_N=s2t_N)
+        return replace(rows, label_N=label_N, agree_N=agree_N, s2t_N=s2t_N)
 
     def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         self._refresh_s2t(student_head)

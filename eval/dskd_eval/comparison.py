@@ -8,173 +8,92 @@ would mix model and prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from dskd_eval import scorers, shown, stats
+from dskd_eval import shown, stats
+from dskd_eval.entries import (
+    Entry,
+    check_roles,
+    choose_baseline,
+    entries_of,
+    find,
+    of_role,
+    reasoning_notes,
+    trained,
+)
 from dskd_eval.errors import UserError
-from dskd_eval.records import Run
+from dskd_eval.run_folder import SavedRun
+from dskd_eval.schema import (
+    Comparison,
+    GapOfModel,
+    GapRow,
+    MetricValue,
+    PairedModels,
+    PairRow,
+    Sample,
+    ScoreRow,
+)
+from dskd_eval.scorers import registry
 
 _SAME = ("version", "scorer", "primary_metric", "protocol", "style", "shots", "generation", "seeds", "prompt")
-_TRAINED = ("student", "sft")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One model of one run; `label` is unique among the compared ones."""
-
-    run: Run
-    model: str
-    label: str
-    role: str | None = None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The record of the model."""
-        found: dict[str, Any] = next(model for model in self.run.models if model["name"] == self.model)
-        return found
-
-    def tasks(self) -> list[str]:
-        return [
-            score["task"]["task"]
-            for score in self.run.results["scores"]
-            if score["model"] == self.model and score["status"] == "finished"
-        ]
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Models that are named for a part of the comparison, by label or name; None: as `compare` chooses."""
-
-    baseline: str | None = None
-    teacher: str | None = None
-    base: str | None = None
-    students: tuple[str, ...] = ()
+Place = tuple[str, str, int]  # hashes of document and prompt, and which of several equal ones
 
 
 class Mismatch(Exception):
     """Two models were not asked the same; the text says where."""
 
 
-def entries(runs: Sequence[Run]) -> list[Entry]:
-    """All models of the runs, labelled by name, or by folder and name where names repeat.
-
-    Raises UserError: one model of one run is named twice.
-    """
-    found = [(run, model, where) for run, where in zip(runs, run_labels(runs), strict=True) for model in run.models]
-    names = Counter(model["name"] for _, model, _ in found)
-    listed: list[Entry] = []
-    seen: set[tuple[Path, str]] = set()
-    for run, model, where in found:
-        place = (run.folder.resolve(), model["name"])
-        if place in seen:
-            raise UserError(
-                f"run {run.folder}",
-                expected="each model of a run once",
-                got=f"{model['name']!r} twice",
-                fix="Name the run once; RUN:MODEL picks one of its models.",
-            )
-        seen.add(place)
-        label = model["name"] if names[model["name"]] == 1 else f"{where}/{model['name']}"
-        listed.append(Entry(run, model["name"], label, model.get("role")))
-    _check_labels(listed)
-    return listed
-
-
-def _check_labels(group: Sequence[Entry]) -> None:
-    """Raise UserError where two models have one label, as a model `a/m` beside the model `m` of a run `a`."""
-    labels = Counter(entry.label for entry in group)
-    for entry in group:
-        if labels[entry.label] > 1:
-            same = [str(other.run.folder) for other in group if other.label == entry.label]
-            raise UserError(
-                "runs",
-                expected="a label of its own for every model",
-                got=f"{entry.label!r} for models of " + " and ".join(same),
-                fix="Rename one of the folders.",
-            )
-
-
-def run_labels(runs: Sequence[Run]) -> list[str]:
-    """Names of the runs' folders; where they repeat, with as many folders above them as tell them apart."""
-    folders = [run.folder.resolve() for run in runs]
-    depth = 1
-    while True:
-        names = {folder: "/".join(folder.parts[-depth:]).removeprefix("//") for folder in folders}
-        if len(set(names.values())) == len(names):
-            break
-        depth += 1
-    counts = Counter(folder.name for folder in names)
-    return [names[folder] if counts[folder.name] > 1 else folder.name for folder in folders]
-
-
-NO_TEMPLATE = "no chat template: "
-
-
-def template_notes(templates: Mapping[str, bool]) -> list[str]:
-    """What to know of models some of which have no chat template; templates: whether each model has one."""
-    without = [name for name, has in templates.items() if not has]
-    if not without or len(without) == len(templates):
-        return []
-    return [
-        f"{NO_TEMPLATE}{', '.join(without)}; the other models use theirs, so their prompts differ and are not "
-        "compared (--chat-template FILE or off makes them equal)"
-    ]
-
-
-def given_roles(group: Sequence[Entry], roles: Roles) -> dict[str, str]:
-    """Roles by label, of the models that are named for one."""
-    named = [("teacher", "--teacher", roles.teacher), ("base", "--base", roles.base)]
-    named += [("student", "--student", name) for name in roles.students]
-    return {find(group, name, option).label: role for role, option, name in named if name}
-
-
-def joined(first: Entry, second: Entry, task: str) -> dict[tuple[str, str, int], tuple[Any, Any]]:
+def joined(first: Entry, second: Entry, task: str) -> dict[Place, tuple[MetricValue, MetricValue]]:
     """Values of the primary metric on the documents that both answered. Raises Mismatch."""
     return {key: (values[0], values[1]) for key, values in _join([first, second], task).items()}
 
 
-def _join(group: Sequence[Entry], task: str) -> dict[tuple[str, str, int], list[Any]]:
+def _join(group: Sequence[Entry], task: str) -> dict[Place, list[MetricValue]]:
     plans = []
     for entry in group:
         score = entry.run.score(entry.model, task)
         if score is None:
             raise Mismatch(f"{task}: {entry.label} has no finished result")
-        plans.append(score["task"])
+        plans.append(score.task)
     for entry, plan in zip(group[1:], plans[1:], strict=True):
         for key in _SAME:
-            if key == "seeds" and not plan["generation"].get("do_sample"):
+            if key == "seeds" and not plan.sampled:
                 continue  # A greedy answer does not depend on them.
-            if plan[key] != plans[0][key]:
-                raise Mismatch(f"{task}: {_words(key)} differs: {_place(group[0], plans[0][key], entry, plan[key])}")
+            there, here = getattr(plans[0], key), getattr(plan, key)
+            if here != there:
+                raise Mismatch(f"{task}: {_words(key)} differs: {_place(group[0], there, entry, here)}")
     tables = [_table(entry, task) for entry in group]
     for entry, table in zip(group[1:], tables[1:], strict=True):
         _check_prompts(group[0], tables[0], entry, table, task)
-    shared = [key for key in tables[0] if all(key in table for table in tables[1:])]
+    metric = plans[0].primary_metric
+    shared: dict[Place, list[MetricValue]] = {}
+    for place in tables[0]:
+        if all(place in table for table in tables[1:]):
+            shared[place] = [table[place].metrics[metric] for table in tables]
     if not shared:
         raise Mismatch(f"{task}: no document in common (other --seed, --limit or data)")
-    metric = plans[0]["primary_metric"]
-    return {key: [table[key]["metrics"][metric] for table in tables] for key in shared}
+    return shared
 
 
 def _words(key: str) -> str:
     return {"style": "prompt style (chat template)", "generation": "generation settings"}.get(key, key)
 
 
-def _place(first: Entry, there: Any, second: Entry, here: Any) -> str:
+def _place(first: Entry, there: object, second: Entry, here: object) -> str:
     if isinstance(there, dict) and isinstance(here, dict):
         keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
         there, here = {key: there.get(key) for key in keys}, {key: here.get(key) for key in keys}
     return f"{first.label} {str(there)[:80]!r}, {second.label} {str(here)[:80]!r}"
 
 
-def _table(entry: Entry, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+def _table(entry: Entry, task: str) -> dict[Place, Sample]:
     seen: Counter[tuple[str, str]] = Counter()
     table = {}
     for sample in entry.run.samples(entry.model, task):
-        key = (sample["doc_hash"], sample["prompt_hash"])
+        # Some data sets hold a document twice; its n-th answers belong together.
+        key = (sample.doc_hash, sample.prompt_hash)
         table[(*key, seen[key])] = sample
         seen[key] += 1
     return table
@@ -182,9 +101,9 @@ def _table(entry: Entry, task: str) -> dict[tuple[str, str, int], dict[str, Any]
 
 def _check_prompts(
     first: Entry,
-    first_table: dict[tuple[str, str, int], dict[str, Any]],
+    first_table: dict[Place, Sample],
     second: Entry,
-    second_table: dict[tuple[str, str, int], dict[str, Any]],
+    second_table: dict[Place, Sample],
     task: str,
 ) -> None:
     prompts: dict[str, set[str]] = {}
@@ -194,8 +113,8 @@ def _check_prompts(
         if document in prompts and prompt not in prompts[document]:
             other = next(row for key, row in second_table.items() if key[0] == document)
             raise Mismatch(
-                f"{task}: the prompt of document {sample['doc_id']} differs: "
-                + _first_difference(first.label, sample["prompt"], second.label, other["prompt"])
+                f"{task}: the prompt of document {sample.doc_id} differs: "
+                + _first_difference(first.label, sample.prompt, second.label, other.prompt)
             )
 
 
@@ -207,7 +126,7 @@ def _first_difference(first: str, there: str, second: str, here: str) -> str:
     )
 
 
-def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[dict[str, Any]], list[str]]:
+def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[PairRow], list[str]]:
     """Rows of `second` against `first`, Holm-adjusted over tasks, and what could not be compared.
 
     strict: raise UserError on the first kind of mismatch instead of leaving tasks out.
@@ -231,12 +150,12 @@ def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[dict
             fix="Repeat one run with the settings of the other (--chat-template, --num-fewshot, --seed, "
             "--data-dir), or compare only what is equal with --skip-different.",
         )
-    for row, adjusted in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = adjusted
+    adjusted = stats.holm([row.p for row in rows])
+    rows = [row.model_copy(update={"p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
     return rows, problems
 
 
-def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) -> dict[str, Any]:
+def _row(first: Entry, second: Entry, task: str, values: list[tuple[MetricValue, MetricValue]]) -> PairRow:
     metric, scale, sign, proportion = _reading([first, second], task)
     before, after = [value[0] for value in values], [value[1] for value in values]
     worse, better = (before, after) if sign > 0 else (after, before)
@@ -246,27 +165,27 @@ def _row(first: Entry, second: Entry, task: str, values: list[tuple[Any, Any]]) 
     if found.low is not None and found.high is not None:
         low, high = sorted((scale * sign * found.low, scale * sign * found.high))
         leader = "second" if found.low > 0 else "first" if found.high < 0 else None
-    return {
-        "task": task,
-        "metric": metric,
-        "first": scale * stats.mean(before),
-        "second": scale * stats.mean(after),
-        "difference": scale * sign * found.difference,
-        "low": low,
-        "high": high,
-        "interval": found.method,
-        "better": leader,
-        "wins": found.wins,
-        "ties": found.ties,
-        "losses": found.losses,
-        "p": found.p,
-        "test": found.test,
-        "n": found.n,
-        "of": max(score["n"] for score in _scores([first, second], task)),
-    }
+    return PairRow(
+        task=task,
+        metric=metric,
+        first=scale * stats.mean(before),
+        second=scale * stats.mean(after),
+        difference=scale * sign * found.difference,
+        low=low,
+        high=high,
+        interval=found.method,
+        better=leader,
+        wins=found.wins,
+        ties=found.ties,
+        losses=found.losses,
+        p=found.p,
+        test=found.test,
+        n=found.n,
+        of=max(score.n for score in _scores([first, second], task)),
+    )
 
 
-def _scores(group: Sequence[Entry], task: str) -> list[dict[str, Any]]:
+def _scores(group: Sequence[Entry], task: str) -> list[ScoreRow]:
     return [score for entry in group if (score := entry.run.score(entry.model, task)) is not None]
 
 
@@ -275,35 +194,36 @@ def _reading(group: Sequence[Entry], task: str) -> tuple[str, float, int, bool]:
     share of documents that are right.
     """
     scores = _scores(group, task)
-    metric: str = scores[0]["task"]["primary_metric"]
-    percent = all(score["metrics"][metric]["unit"] == "percent" for score in scores)
-    proportion = scorers.is_proportion(metric, "percent" if percent else "number")
-    sign = 1 if scores[0]["metrics"][metric]["higher_is_better"] else -1
+    metric = scores[0].task.primary_metric
+    percent = all(score.metrics[metric].unit == "percent" for score in scores)
+    proportion = registry.is_proportion(metric, "percent" if percent else "number")
+    sign = 1 if scores[0].metrics[metric].higher_is_better else -1
     return metric, 100.0 if percent else 1.0, sign, proportion
 
 
-def _gap(columns: list[list[Any]], sign: int, proportion: bool) -> stats.GapClosed:
+def _gap(columns: list[list[MetricValue]], sign: int, proportion: bool) -> stats.GapClosed:
     """The closed gap of base, student and teacher; of an error rate it is that of the shares without error."""
     if sign > 0:
         return stats.gap_closed(*columns, proportion=proportion)
     top = 1.0 if proportion else 0.0
-    turned = [
-        [[top * value[1] - value[0], value[1]] if isinstance(value, (list, tuple)) else top - value for value in column]
-        for column in columns
-    ]
-    return stats.gap_closed(*turned, proportion=proportion)
+
+    def turned(value: MetricValue) -> MetricValue:
+        return [top * value[1] - value[0], value[1]] if isinstance(value, list) else top - value
+
+    base, student, teacher = ([turned(value) for value in column] for column in columns)
+    return stats.gap_closed(base, student, teacher, proportion=proportion)
 
 
-def gap_span(row: dict[str, Any]) -> str:
+def gap_span(row: GapRow) -> str:
     """The interval of a closed gap as text, or why there is none."""
-    if row["closed"] is None:
+    if row.closed is None:
         return "teacher not above base"
-    if row["low"] is None:
-        return shown.UNKNOWN if row.get("interval") == "none" else "open"
-    return shown.span(row["low"], row["high"], 0)
+    if row.low is None:
+        return shown.UNKNOWN if row.interval == "none" else "open"
+    return shown.span(row.low, row.high, 0)
 
 
-def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any]], list[str]]:
+def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[GapRow], list[str]]:
     """Share of the distance from base to teacher that the student covers, per task, and what was left out."""
     rows, problems = [], []
     for task in base.tasks():
@@ -318,40 +238,19 @@ def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[dict[str, Any
         _, scale, sign, proportion = _reading([base, student, teacher], task)
         found = _gap(columns, sign, proportion)
         rows.append(
-            {
-                "task": task,
-                "base": scale * stats.mean(columns[0]),
-                "student": scale * stats.mean(columns[1]),
-                "teacher": scale * stats.mean(columns[2]),
-                "closed": found.value,
-                "low": found.low,
-                "high": found.high,
-                "interval": found.method,
-                "n": found.n,
-            }
+            GapRow(
+                task=task,
+                base=scale * stats.mean(columns[0]),
+                student=scale * stats.mean(columns[1]),
+                teacher=scale * stats.mean(columns[2]),
+                closed=found.value,
+                low=found.low,
+                high=found.high,
+                interval=found.method,
+                n=found.n,
+            )
         )
     return rows, problems
-
-
-def choose_baseline(group: Sequence[Entry], label: str | None = None) -> Entry:
-    """The named model, else the one a recipe calls base, else the first."""
-    if label is not None:
-        return find(group, label, "--baseline")
-    return next((entry for entry in group if entry.role == "base"), group[0])
-
-
-def find(group: Sequence[Entry], label: str, option: str) -> Entry:
-    """The model of that label, or of that name where one run has it. Raises UserError: none, or several."""
-    found = [entry for entry in group if entry.label == label] or [entry for entry in group if entry.model == label]
-    if len(found) == 1:
-        return found[0]
-    labels = ", ".join(entry.label for entry in found or group)
-    raise UserError(
-        option,
-        expected="one of " + labels,
-        got=f"{label!r}, which is in several runs" if found else repr(label),
-        fix=f"Write for example {option} {found[0].label}." if found else "Choose one.",
-    )
 
 
 def compare(
@@ -362,29 +261,30 @@ def compare(
     base: str | None = None,
     students: Sequence[str] = (),
     strict: bool = True,
-) -> dict[str, Any]:
+) -> Comparison:
     """Every model against the baseline, and the closed gap of students where teacher and base are known."""
     if len(group) < 2:
         raise UserError("compare", expected="at least two models", got=str(len(group)), fix="Name another run.")
     notes = reasoning_notes(group)
-    named_base = find(group, base, "--base") if base else _of_role(group, "base", notes, strict)
-    named_teacher = find(group, teacher, "--teacher") if teacher else _of_role(group, "teacher", notes, strict)
+    named_base = find(group, base, "--base") if base else of_role(group, "base", notes, strict)
+    named_teacher = find(group, teacher, "--teacher") if teacher else of_role(group, "teacher", notes, strict)
     chosen = [find(group, label, "--student") for label in students]
-    _check_roles(named_base, named_teacher, chosen)
+    check_roles(named_base, named_teacher, chosen)
     against = choose_baseline(group, baseline or base)
-    result: dict[str, Any] = {"baseline": against.label, "pairs": [], "gaps": [], "notes": notes}
+    pairs: list[PairedModels] = []
+    gaps: list[GapOfModel] = []
     for entry in group:
         if entry is not against:
             # The base is what the baseline started from, so that difference reads the other way round.
             first, second = (entry, against) if base and entry is named_base else (against, entry)
             rows, problems = pair(first, second, strict=strict)
-            result["pairs"].append({"model": second.label, "against": first.label, "rows": rows})
-            result["notes"] += [f"not compared: {problem}" for problem in problems]
+            pairs.append(PairedModels(model=second.label, against=first.label, rows=rows))
+            notes += [f"not compared: {problem}" for problem in problems]
     if named_base and named_teacher:
-        for entry in _trained(group, chosen, named_base, named_teacher, named=bool(teacher or base)):
-            rows, problems = gap(named_base, entry, named_teacher)
-            result["gaps"].append({"model": entry.label, "rows": rows})
-            result["notes"] += [f"no closed gap: {problem}" for problem in problems]
+        for entry in trained(group, chosen, named_base, named_teacher, named=bool(teacher or base)):
+            shares, problems = gap(named_base, entry, named_teacher)
+            gaps.append(GapOfModel(model=entry.label, rows=shares))
+            notes += [f"no closed gap: {problem}" for problem in problems]
     elif teacher or students:
         raise UserError(
             "compare",
@@ -392,66 +292,12 @@ def compare(
             got="no base" if named_teacher else "no teacher",
             fix="Name it with --base." if named_teacher else "Name it with --teacher.",
         )
-    result["notes"] = list(dict.fromkeys(result["notes"]))
-    return result
+    return Comparison(baseline=against.label, pairs=pairs, gaps=gaps, notes=list(dict.fromkeys(notes)))
 
 
-def _of_role(group: Sequence[Entry], role: str, notes: list[str], strict: bool) -> Entry | None:
-    """The model that a recipe gives a role; the first of several that are one model.
-
-    Where they differ: raises UserError if strict, else none has it, and a note says so.
-    """
-    found = [entry for entry in group if entry.role == role]
-    if len({entry.facts["fingerprint"] for entry in found}) < 2:
-        return found[0] if found else None
-    several = ", ".join(entry.label for entry in found)
-    fix = f"Name one, as in --{role} {found[0].label}."
-    if strict:
-        raise UserError(f"the role {role}", expected="one model", got=f"several: {several}", fix=fix)
-    notes.append(f"no closed gap: several models have the role {role}: {several}. {fix}")
-    return None
-
-
-def _check_roles(base: Entry | None, teacher: Entry | None, students: Sequence[Entry]) -> None:
-    """Raise UserError where one model has two parts in the closed gap, or is named twice as a student."""
-    parts = [("--base", base), ("--teacher", teacher), *(("--student", entry) for entry in students)]
-    seen: dict[str, str] = {}
-    for option, entry in parts:
-        if entry is not None and entry.label in seen:
-            raise UserError(
-                f"{option} {entry.label}",
-                expected="a model of its own for each role",
-                got=f"the model of {seen[entry.label]}",
-                fix="Name another, or leave the option out.",
-            )
-        if entry is not None:
-            seen[entry.label] = option
-
-
-def _trained(
-    group: Sequence[Entry], students: Sequence[Entry], base: Entry, teacher: Entry, *, named: bool
-) -> list[Entry]:
-    """The students: those named, else those of a recipe, else (roles given by hand) all but base and teacher."""
-    if students:
-        return list(students)
-    by_role = [entry for entry in group if entry.role in _TRAINED and entry not in (base, teacher)]
-    return by_role or [entry for entry in group if named and entry is not base and entry is not teacher]
-
-
-def reasoning_notes(group: Sequence[Entry]) -> list[str]:
-    """What to know where runs differ in `--reasoning`: a trace is scored in one and not in the other."""
-    models: dict[str, list[str]] = {}
-    for entry in group:
-        models.setdefault(str(entry.run.results["settings"].get("reasoning", "not recorded")), []).append(entry.label)
-    if len(models) < 2:
-        return []
-    told = "; ".join(f"{', '.join(labels)}: {option}" for option, labels in models.items())
-    return [f"--reasoning differs, so what counts as the answer differs: {told}"]
-
-
-def within(run: Run) -> dict[str, Any]:
+def within(run: SavedRun) -> Comparison:
     """The comparison of the models of one run; tasks that cannot be compared become notes."""
-    group = entries([run])
+    group = entries_of([run])
     if len(group) < 2:
-        return {"notes": []}
+        return Comparison(notes=[])
     return compare(group, strict=False)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_eval.errors import UserError
+from dskd_eval.schema import DataRecord
 
 Row = dict[str, Any]
 
@@ -66,9 +67,9 @@ class LoadedData:
     digest: str
     note: str | None
 
-    def record(self) -> dict[str, Any]:
-        facts = {"source": self.source, "sha256": self.sha256, "digest": self.digest, "rows": len(self.rows)}
-        return facts | ({"note": self.note} if self.note else {})
+    def record(self) -> DataRecord:
+        facts = DataRecord(source=self.source, sha256=self.sha256, digest=self.digest, rows=len(self.rows))
+        return facts.model_copy(update={"note": self.note}) if self.note else facts
 
 
 def canonical(value: Any) -> Any:

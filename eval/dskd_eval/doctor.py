@@ -9,12 +9,14 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dskd_eval import catalog, data, sandbox
-from dskd_eval.catalog import TaskSpec
+from dskd_eval import data, sandbox
 from dskd_eval.errors import UserError
+from dskd_eval.scorers.requirements import REQUIREMENTS
+from dskd_eval.tasks import planning
+from dskd_eval.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
-    from dskd_eval import runner
+    from dskd_eval.lmeval.run_task import TaskResult
 
 _PACKAGES = {
     "lm_eval": "lm_eval",
@@ -89,20 +91,18 @@ def _data(specs: Sequence[TaskSpec], data_dir: str | None) -> Iterator[Check]:
     else:
         yield Check("ok", "data directory", str(directory))
         yield from _files(specs, directory)
-    from dskd_eval import runner
-
     for spec in specs:
-        if "nltk_punkt" in spec.needs:
+        for requirement in (REQUIREMENTS[need] for need in spec.needs):
             try:
-                runner.check_needs(spec, directory)
-                yield Check("ok", "nltk punkt_tab", "found")
+                requirement.check(spec.name, directory)
+                yield Check("ok", requirement.label, "found")
             except UserError as error:
-                yield Check("bad", "nltk punkt_tab", f"{error.got}. {error.fix}")
+                yield Check("bad", requirement.label, f"{error.got}. {error.fix}")
 
 
 def _beside_their_files(specs: Sequence[TaskSpec]) -> bool:
     """Tasks of the user's own, with rows that are there: nothing comes from the hub."""
-    sources = [source for spec in specs for listed in spec.data.values() for source in listed]
+    sources = [source for spec in specs for source in spec.sources()]
     return bool(sources) and all(Path(source.file).is_absolute() for source in sources)
 
 
@@ -138,38 +138,42 @@ def _sandbox() -> Iterator[Check]:
 
 def oracle(specs: Sequence[TaskSpec], data_dir: str | None, limit: int | None) -> Iterator[Check]:
     """Reference answers through every task, in both styles: the score must be 100."""
-    from dskd_eval import runner
-    from dskd_eval.lm import EvalLM
-    from dskd_eval.oracle import OracleBackend
+    from dskd_eval.backends.oracle import OracleBackend
+    from dskd_eval.lmeval.eval_lm import EvalLM
+    from dskd_eval.lmeval.harness_task import native_answer
+    from dskd_eval.lmeval.run_task import evaluate_task
+    from dskd_eval.task_checks import check_task
+    from dskd_eval.tasks.right_answers import has_reference
+    from dskd_eval.tasks.rows import load_data
 
     directory = data.data_directory(data_dir)
     for spec in specs:
         for chat in (False, True):
-            plan = catalog.plan(spec, chat=chat)
+            plan = planning.plan(spec, chat=chat)
             try:
-                rows = runner.load_data(spec, directory)
-                answer = runner.native_answer(plan, rows) if spec.native else None
-                if answer is None and not runner.has_reference(plan):
+                rows = load_data(spec, directory)
+                answer = native_answer(plan, rows) if spec.native else None
+                if answer is None and not has_reference(plan):
                     why = "ranks choices or has no reference answers" if spec.native else "has no reference answers"
                     yield Check("ok", f"oracle {spec.name}", f"{why}, {plan.style} style")
                     continue
                 box = sandbox.choose() if spec.executes_code else None
-                for note in runner.check_task(plan, rows):
+                for note in check_task(plan, rows):
                     yield Check("warn", f"oracle {spec.name}", note)
                 lm = EvalLM(OracleBackend(plan, answer=answer))
-                result = runner.evaluate_task(lm, plan, rows, limit=limit, sandbox=box)
+                result = evaluate_task(lm, plan, rows, limit=limit, sandbox=box)
             except UserError as error:
                 yield Check("bad", f"oracle {spec.name}", str(error))
                 break
             yield _verdict(plan, result)
 
 
-def _verdict(plan: catalog.Plan, result: runner.TaskResult) -> Check:
+def _verdict(plan: planning.Plan, result: TaskResult) -> Check:
     """Whether references score 100; of a metric of lm-eval that is no share of right answers, only the value."""
-    metric = result.score["metrics"][plan.primary]
-    text = f"{metric['value']:.1f} on {result.score['n']} documents, {plan.style} style"
-    if plan.spec.native and not (metric["unit"] == "percent" and metric["higher_is_better"]):
+    metric = result.score.metrics[plan.primary]
+    text = f"{metric.value:.1f} on {result.score.n} documents, {plan.style} style"
+    if plan.spec.native and not (metric.unit == "percent" and metric.higher_is_better):
         return Check("ok", f"oracle {plan.spec.name}", f"{text}; {plan.primary} is not judged")
-    wrong = [sample["doc_id"] for sample in result.samples if sample["metrics"][plan.primary] != 1.0]
+    wrong = [sample.doc_id for sample in result.samples if sample.metrics[plan.primary] != 1.0]
     text += f"; wrong: {wrong[:5]}" if wrong else ""
     return Check("bad" if wrong else "ok", f"oracle {plan.spec.name}", text)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dskd_eval.data import file_sha256
 from dskd_eval.errors import UserError
+from dskd_eval.schema import ModelSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -75,16 +76,16 @@ class ModelFolder:
         own = self.adapter is not None and (self.adapter / "generation_config.json").is_file()
         return self.adapter if own and self.adapter is not None else self.weights
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "role": self.ref.role,
-            "source": self.ref.source,
-            "revision": self.ref.revision,
-            "adapter": self.ref.adapter if self.ref.adapter else (str(self.adapter) if self.adapter else None),
-            "architecture": (self.config.get("architectures") or [self.config.get("model_type")])[0],
-            "fingerprint": self.fingerprint,
-        }
+    def record(self) -> ModelSource:
+        return ModelSource(
+            name=self.name,
+            role=self.ref.role,
+            source=self.ref.source,
+            revision=self.ref.revision,
+            adapter=self.ref.adapter if self.ref.adapter else (str(self.adapter) if self.adapter else None),
+            architecture=(self.config.get("architectures") or [self.config.get("model_type")])[0],
+            fingerprint=self.fingerprint,
+        )
 
 
 def parse_model(text: str) -> ModelRef:

@@ -40,12 +40,12 @@ _WRAPPERS: tuple[Pair, ...] = (
     ("<response>", "</response>"),
     ("<answer>", "</answer>"),
 )
-_QUOTED = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}(["'])(?:(?!\1).)*\1(?!\w)|“[^“”\n]*”|«[^«»\n]*»""")
+QUOTED = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}(["'])(?:(?!\1).)*\1(?!\w)|“[^“”\n]*”|«[^«»\n]*»""")
 _QUOTE = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}["']|[“«]""")
-_CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n[ \t]*\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n[ \t]*\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
 _TICKS = re.compile("`+")
 # What may open each kind of span within a line, and the whole span.
-_KINDS = ((_TICKS, _CODE_SPAN), (_QUOTE, _QUOTED))
+_KINDS = ((_TICKS, CODE_SPAN), (_QUOTE, QUOTED))
 _FENCE = re.compile("```|~~~")
 # Blocks alone: what stands within a line is of no use here and slow to read.
 _MARKDOWN = MarkdownIt("commonmark", {"html": False}).disable("inline")
@@ -196,7 +196,7 @@ class _Literal:
             wanted = self.begin + 2 * (last - self.begin) if self.unclosed_is_code else len(self.text)
             line_end = self.text.find("\n", min(wanted, len(self.text)))
             self.read = line_end if line_end >= 0 else len(self.text)
-            found = _code_blocks(self.text[self.begin : self.read], unclosed_is_code=self.unclosed_is_code)
+            found = code_blocks(self.text[self.begin : self.read], unclosed_is_code=self.unclosed_is_code)
             self.blocks = [(self.begin + start, self.begin + end) for start, end in found]
             self.block = 0
         while self.block < len(self.blocks) and self.blocks[self.block][1] < last:
@@ -204,7 +204,7 @@ class _Literal:
         return self.block < len(self.blocks) and self.blocks[self.block][0] <= first
 
 
-def _code_blocks(text: str, *, unclosed_is_code: bool) -> list[tuple[int, int]]:
+def code_blocks(text: str, *, unclosed_is_code: bool) -> list[tuple[int, int]]:
     """Spans of the fenced blocks of a text."""
     lines = text.split("\n")
     starts = [0]

@@ -22,7 +22,7 @@ RESAMPLES = 10_000
 # With fewer pairs no two-sided sign-flip p can fall below 0.05, so a bootstrap would claim more than the test.
 FEWEST_PAIRS = 6
 _Z = 1.959963984540054
-_BLOCK = 4_000_000
+BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _ratio(pairs: Floats) -> Floats:
 
 def _resampled(n: int, seed: int, resamples: int, statistic: Callable[[NDArray[np.int64]], Floats]) -> Floats:
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // n)
+    rows = max(1, BLOCK // n)
     parts = []
     for start in range(0, resamples, rows):
         parts.append(statistic(generator.integers(0, n, size=(min(rows, resamples - start), n))))
@@ -245,7 +245,7 @@ def sign_flip(differences: Floats, *, seed: int = 0, resamples: int = RESAMPLES)
         return 1.0
     generator = np.random.default_rng(seed)
     observed = abs(changed.sum())
-    hits, rows = 0, max(1, _BLOCK // len(changed))
+    hits, rows = 0, max(1, BLOCK // len(changed))
     for start in range(0, resamples, rows):
         signs = generator.integers(0, 2, size=(min(rows, resamples - start), len(changed))) * 2 - 1
         hits += int((np.abs(signs @ changed) >= observed - 1e-12).sum())

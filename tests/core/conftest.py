@@ -66,7 +66,6 @@ class Case:
     softcap: float | None
     settings: dict[str, Any]
     agree: list[bool] = field(default_factory=list)
-    teacher_argmax: list[int] = field(default_factory=list)
 
     LEAVES = ("student", "weight", "bias", "t2s")
 
@@ -88,7 +87,6 @@ class Case:
             labels_R=torch.tensor(self.gold, dtype=torch.long),
             teacher_NE=self.teacher,
             label_N=torch.tensor(self.label, dtype=torch.long),
-            teacher_argmax_N=torch.tensor(self.teacher_argmax, dtype=torch.long),
             agree_N=torch.tensor(self.agree, dtype=torch.bool),
             s2t_N=torch.tensor(self.s2t_rows, dtype=torch.bool),
         )
@@ -220,8 +218,6 @@ def make_case(oracle):
             projected = oracle.row_times_matrix(floats["teacher"][n], floats["t2s"])
             best = oracle.argmax(oracle.logits(projected, floats["head"])[:ids])
             case.label[n] = -1 if n in (2, 4) else best if n < 2 else (best + 1) % ids
-            teacher_logits = oracle.logits(floats["teacher"][n], floats["teacher_head"])
-            case.teacher_argmax.append(oracle.argmax(teacher_logits[:teacher_ids]))
             case.agree.append(case.label[n] == best)
         if pairs > 4:
             case.teacher[4] = NAN

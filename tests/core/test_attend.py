@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dskd_plugin.core.attend import cross_model_attention, partnered
-from dskd_plugin.core.blockwise import agreement_of, cma_loss, teacher_argmax
+from dskd_plugin.core.blockwise import agreement_of, cma_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, counts
@@ -109,7 +109,6 @@ class Case:
             t2s_Nd=t2s,
             s2t_MD=s2t,
             teacher_MD=self.teacher,
-            teacher_argmax_M=teacher_argmax(self.teacher, self.teacher_head(), block_elements=WHOLE),
             student_head=self.student_head(),
             teacher_head=self.teacher_head(),
             objective=objective,
@@ -357,7 +356,6 @@ def test_one_space_alone_needs_only_its_rows(make, spaces):
         rows,
         **parts,
         teacher_MD=case.teacher,
-        teacher_argmax_M=teacher_argmax(case.teacher, case.teacher_head(), block_elements=WHOLE),
         student_head=case.student_head(),
         teacher_head=case.teacher_head(),
         objective=case.objective(),
@@ -379,7 +377,6 @@ def test_the_teacher_rows_that_count_must_be_named(make):
             t2s_Nd=t2s,
             s2t_MD=s2t,
             teacher_MD=case.teacher,
-            teacher_argmax_M=torch.zeros(6, dtype=torch.long),
             student_head=case.student_head(),
             teacher_head=case.teacher_head(),
             objective=case.objective(),
@@ -558,7 +555,6 @@ def larger(block, rows=600):
         t2s_Nd=t2s,
         s2t_MD=s2t,
         teacher_MD=teacher,
-        teacher_argmax_M=teacher_argmax(teacher, teacher_head, block_elements=block * 460),
         student_head=head,
         teacher_head=teacher_head,
         objective=objective,

@@ -14,7 +14,7 @@ from dskd_plugin.core.baselines import mapped, overlap, uld, vanilla
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums
+from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums, teacher_rows
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
@@ -410,7 +410,8 @@ def larger(name, dtype, *, rows=96, pairs=64, block=20, truth=False, plain=False
         "objective": objective,
     }
     if plain:
-        sums = student_space_sums(batch, **parts)
+        read = teacher_rows(batch, parts.pop("teacher_head"), objective, compare=parts["compare"])
+        sums = student_space_sums(batch, teacher=read, **parts)
         loss = 0.5 * sums["ce"][0] / rows + 0.5 * sums["kd"][0] / pairs
     else:
         divisors = counts(batch, objective)

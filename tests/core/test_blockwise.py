@@ -124,9 +124,7 @@ def slice_rows(case, response, pairs):
     """A micro-batch of the given response rows and pairs, in the given order."""
     rows = case.rows()
     order = [*pairs, *(r for r in response if r not in pairs)]
-    picked = {
-        name: getattr(rows, name)[pairs] for name in ("teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
-    }
+    picked = {name: getattr(rows, name)[pairs] for name in ("teacher_NE", "label_N", "agree_N", "s2t_N")}
     return dataclasses.replace(rows, student_RD=case.student[order], labels_R=rows.labels_R[order], **picked)
 
 
@@ -362,7 +360,6 @@ def larger_loss(tensors, dtype=None, *, block_elements=20 * 460, kind="forward_k
         labels_R=cast["gold"],
         teacher_NE=cast["teacher"],
         label_N=cast["label"],
-        teacher_argmax_N=cast["label"],
     )
     objective = Objective(**SETTINGS | {"divergence": divergence(kind), "agreement_mask": False})
     parts = {
@@ -419,7 +416,6 @@ def test_fp16_gradients_do_not_underflow():
         labels_R=cast["gold"],
         teacher_NE=cast["teacher"],
         label_N=cast["label"],
-        teacher_argmax_N=cast["label"],
     )
     loss, _ = dskd_loss(
         rows,
@@ -446,7 +442,6 @@ def test_fp16_head_gradient_of_many_rows_does_not_overflow():
         labels_R=torch.zeros(rows_in_block, dtype=torch.long),
         teacher_NE=torch.zeros(0, 2, dtype=torch.float16),
         label_N=none,
-        teacher_argmax_N=none,
     )
     loss, _ = dskd_loss(
         rows,

@@ -129,10 +129,7 @@ def test_many_micro_batches_equal_one(make_case):
         ([4, 1], [6], [([2, 1], -2.5)]),
     ):
         order = pairs + others
-        over_n = {
-            name: getattr(rows, name)[pairs]
-            for name in ("teacher_NE", "label_N", "teacher_argmax_N", "agree_N", "s2t_N")
-        }
+        over_n = {name: getattr(rows, name)[pairs] for name in ("teacher_NE", "label_N", "agree_N", "s2t_N")}
         batches.append(
             (dataclasses.replace(rows, student_RD=case.student[order], labels_R=rows.labels_R[order], **over_n), parts)
         )

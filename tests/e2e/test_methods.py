@@ -103,9 +103,14 @@ ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
 ROLLOUT = ("dskd/rollout_answers", "dskd/rollout_tokens", "dskd/rollout_empty", "dskd/rollout_cut")
 
 
-@pytest.mark.parametrize("changes", [{"alignment": "cma"}, ON_POLICY], ids=["cma", "on-policy"])
+FITTED = {"projector": {"init": "fitted"}}
+
+
+@pytest.mark.parametrize("changes", [{"alignment": "cma"}, ON_POLICY, FITTED], ids=["cma", "on-policy", "fitted"])
 def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
-    """Bit for bit: draws and samples of an on-policy step follow from the seed and the step."""
+    """Bit for bit: draws and samples of an on-policy step follow from the seed and the step, and a projector that was
+    fitted once is not fitted again.
+    """
     recipe = {
         **recipe,
         "dskd": block(recipe, changes),
@@ -122,6 +127,8 @@ def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
     names = ("loss", "grad_norm", "dskd/ce", "dskd/kd", *(ROLLOUT if "on_policy" in changes else ()))
     assert len(again.curve(*names)) == 20
     assert again.curve(*names) == whole.curve(*names)
+    fits = ["dskd: projector fitted on" in run.output for run in (whole, killed, again)]
+    assert fits == ([True, True, False] if changes is FITTED else [False, False, False])
     from safetensors.torch import load_file
 
     for file in ("model.safetensors", "dskd_projectors.safetensors"):

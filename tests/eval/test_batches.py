@@ -15,8 +15,11 @@ import pytest
 import torch
 import transformers
 from conftest_models import make_model, make_tokenizer
-from dskd_eval import cli, hf, lm, models
-from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from dskd_eval import models
+from dskd_eval.backends import hf
+from dskd_eval.backends.base import GenerationSettings, Prompt, tell_nobody
+from dskd_eval.cli.progress import TerminalProgress
+from dskd_eval.lmeval.eval_lm import EvalLM
 from test_run import Echo, Request
 
 
@@ -154,7 +157,7 @@ def test_progress_within_a_batch(unequal: tuple[hf.HFBackend, list[Prompt], list
     told: list[tuple[int, int]] = []
     backend.told = lambda tokens, finished: told.append((tokens, finished))
     backend.generate(prompts, GenerationSettings(48))
-    backend.told = lm.tell_nobody
+    backend.told = tell_nobody
     assert sum(tokens for tokens, _ in told) == sum(map(len, expected))
     assert sum(finished for _, finished in told) == len(prompts)
 
@@ -174,7 +177,7 @@ def test_sampled_tokens_have_their_probabilities() -> None:
     """4,000 draws of one token over logits 0, 1, 2, the last beyond top-k: chi-square against the renormalised two."""
     logits = torch.tensor([0.0, 1.0, -2.0]).expand(4000, 3)
     prompts = [Prompt(str(n), [n], {}) for n in range(4000)]
-    draw = hf._processors(GenerationSettings(1, temperature=0.5, top_k=2, seed=1), prompts, 1)
+    draw = hf.processors(GenerationSettings(1, temperature=0.5, top_k=2, seed=1), prompts, 1)
     chosen = draw(torch.zeros(4000, 1, dtype=torch.long), logits.clone()).argmax(-1)
     expected = torch.tensor([1.0, torch.e**2]) / (1 + torch.e**2) * 4000
     counts = torch.bincount(chosen, minlength=3)
@@ -233,7 +236,10 @@ def test_without_a_terminal_a_line_comes_within_a_task(
 ) -> None:
     """As in a log file of a batch job: what is done, how long it took; also while one answer is being written."""
     rows = [{"question": f"Say {n}", "answer": str(n)} for n in range(6)]
-    script = "import sys\nfrom dskd_eval import cli\ncli.Terminal.every = 0.2\ncli.main(sys.argv[1:])\n"
+    script = (
+        "import sys\nfrom dskd_eval import cli\nfrom dskd_eval.cli.progress import TerminalProgress\n"
+        "TerminalProgress.every = 0.2\ncli.main(sys.argv[1:])\n"
+    )
     command = [sys.executable, "-c", script, "--model", str(tiny_model), "--batch-size", "1"]
     command += ["--task-file", str(own_task(rows, max_new_tokens=300)), "--output", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
@@ -242,4 +248,4 @@ def test_without_a_terminal_a_line_comes_within_a_task(
     assert len(lines) >= 2, done.stderr
     assert any("answers, " in line and " tokens: " in line for line in lines)
     assert json.loads((tmp_path / "o" / "results.json").read_text())["complete"]
-    assert 20 <= cli.Terminal.every <= 60
+    assert 20 <= TerminalProgress.every <= 60

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from dskd_eval import report
-from dskd_eval.records import Run
+from dskd_eval.entries import Roles
+from dskd_eval.run_folder import SavedRun
 from test_compare import values, write_run
 
 CHROMIUM = next(
@@ -32,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     first, second = values(0, 0.5, 60), values(1, 0.6, 60)
     run = write_run(folder / "x", {"base model": first, "<i>student</i>": second})
-    report.write([Run(run)], run)
+    report.write([SavedRun(run)], run)
     copy = run / "probed.html"
     copy.write_text((run / "report.html").read_text(encoding="utf-8").replace("</head>", PROBE, 1), encoding="utf-8")
     return copy
@@ -85,7 +86,7 @@ def test_page_fits_a_phone(page: Path) -> None:
 def test_page_rounds_ties_and_shows_unknown_intervals(tmp_path: Path) -> None:
     """1 of 16 is 6.25 and shows as 6.3, as in report.md; an unknown interval is a dash."""
     run = write_run(tmp_path / "x", {"a": [0.0] * 16, "b": [1.0] + [0.0] * 15}, metric={"low": None, "high": None})
-    report.write([Run(run), Run(run, "a")], run)
+    report.write([SavedRun(run)], run, Roles(baseline="a"))
     copy = run / "probed.html"
     copy.write_text((run / "report.html").read_text(encoding="utf-8").replace("</head>", PROBE, 1), encoding="utf-8")
     page_shown = open_page(copy)

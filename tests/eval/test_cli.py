@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dskd_eval
 import pytest
 from conftest_models import make_tokenizer
-from dskd_eval import catalog
+from dskd_eval.tasks import selection
+from dskd_eval.tasks.spec import SUITES
 
 Invoke = Callable[..., Any]
 
@@ -36,12 +38,12 @@ def test_help_of_every_command(invoke: Invoke) -> None:
 
 def test_list_names_every_task(invoke: Invoke) -> None:
     rows = json.loads(invoke("list", "--json").output)
-    assert [row["task"] for row in rows] == list(catalog.builtin_tasks())
+    assert [row["task"] for row in rows] == list(selection.builtin_tasks())
     for row in rows:
         assert row["primary_metric"] == row["metrics"][0] and row["version"] == 1
         assert row["generation"]["max_gen_toks"] > 0 and row["data"]
     table = invoke("list").output
-    assert all(suite in table for suite in catalog.SUITES)
+    assert all(suite in table for suite in SUITES)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_importing_the_package_needs_neither_axolotl_nor_the_plugin() -> None:
     """Only light modules come with the command line; the heavy ones wait for a run."""
     script = (
         "import sys; before = set(sys.modules)\n"
-        "import dskd_eval.cli, dskd_eval.stats, dskd_eval.records\n"
+        "import dskd_eval.cli, dskd_eval.stats, dskd_eval.run_folder\n"
         "heavy = {'axolotl', 'dskd_plugin', 'torch', 'transformers', 'lm_eval'}\n"
         "sys.exit(' '.join(heavy & (set(sys.modules) - before)))"
     )
@@ -257,7 +259,7 @@ def test_importing_the_package_needs_neither_axolotl_nor_the_plugin() -> None:
 def test_no_module_imports_axolotl_or_the_plugin() -> None:
     import ast
 
-    for path in Path(catalog.__file__).parent.rglob("*.py"):
+    for path in Path(dskd_eval.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

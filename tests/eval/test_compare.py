@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from dskd_eval import comparison, report
-from dskd_eval.records import Run
+from dskd_eval.entries import entries_of, run_labels
+from dskd_eval.run_folder import SavedRun
 from test_stats import slow_score_edges
 
 PLAN = {
@@ -69,10 +70,10 @@ def test_known_difference_is_found_and_numbers_agree_with_numpy(tmp_path: Path, 
 
 def test_two_runs_of_one_model_do_not_differ(tmp_path: Path) -> None:
     same = values(3, 0.4)
-    runs = [Run(write_run(tmp_path / name, {"m": same})) for name in ("x", "y")]
-    group = comparison.entries(runs)
+    runs = [SavedRun(write_run(tmp_path / name, {"m": same})) for name in ("x", "y")]
+    group = entries_of(runs)
     assert [entry.label for entry in group] == ["x/m", "y/m"]
-    row = comparison.compare(group)["pairs"][0]["rows"][0]
+    row = comparison.compare(group).pairs[0].rows[0].plain()
     assert (row["difference"], row["p"], row["wins"]) == (0.0, 1.0, 0)
     assert (row["low"], row["high"]) == pytest.approx((-0.951, 0.951), abs=1e-3)  # z^2 / (400 + z^2)
 
@@ -96,9 +97,9 @@ def test_a_name_in_several_runs_is_refused_with_what_to_write(tmp_path: Path, in
 
 def test_labels_have_as_many_folders_as_tell_them_apart(tmp_path: Path) -> None:
     folders = ["a/p/run", "b/p/run", "c"]
-    runs = [Run(write_run(tmp_path / name, {"m": values(0, 0.5)})) for name in folders]
-    assert comparison.run_labels(runs) == ["a/p/run", "b/p/run", "c"]
-    assert [entry.label for entry in comparison.entries(runs)] == ["a/p/run/m", "b/p/run/m", "c/m"]
+    runs = [SavedRun(write_run(tmp_path / name, {"m": values(0, 0.5)})) for name in folders]
+    assert run_labels(runs) == ["a/p/run", "b/p/run", "c"]
+    assert [entry.label for entry in entries_of(runs)] == ["a/p/run/m", "b/p/run/m", "c/m"]
 
 
 def test_one_run_named_twice_is_refused(tmp_path: Path, invoke: Callable[..., Any]) -> None:
@@ -137,9 +138,9 @@ def test_recipes_with_two_teachers(tmp_path: Path, invoke: Callable[..., Any], o
     done = invoke("compare", *runs)
     assert done.exit_code == int(refused)
     assert ("the role teacher expected one model got several: x/t, y/t" in said(done)) == refused
-    gaps = report.payload([Run(run) for run in runs])["comparisons"]
-    assert bool(gaps["gaps"]) != refused
-    assert any("several models have the role teacher: x/t, y/t" in note for note in gaps["notes"]) == refused
+    gaps = report.payload([SavedRun(run) for run in runs]).comparisons
+    assert bool(gaps.gaps) != refused
+    assert any("several models have the role teacher: x/t, y/t" in note for note in gaps.notes) == refused
 
 
 @pytest.mark.parametrize(("second", "differs"), [("off", True), ("auto", False)])
@@ -161,7 +162,7 @@ def test_an_error_rate_is_compared_as_the_share_without_error(tmp_path: Path) ->
     """The first model fails 3 of 10, the second none: the interval is that of the right answers, turned around."""
     failed = {"b": [1.0] * 3 + [0.0] * 7, "s": [0.0] * 10, "t": [0.0] * 10}
     run = write_run(tmp_path / "r", failed, metric={"higher_is_better": False})
-    row = comparison.compare(comparison.entries([Run(run)]), base="b")["pairs"][0]["rows"][0]
+    row = comparison.compare(entries_of([SavedRun(run)]), base="b").pairs[0].rows[0].plain()
     low, high = slow_score_edges(3, 0, 10)
     assert (row["low"], row["high"]) == pytest.approx((-100 * high, -100 * low), abs=0.11)
     assert (row["difference"], row["wins"], row["losses"], row["p"]) == (-30.0, 3, 0, 0.25)
@@ -174,7 +175,7 @@ def test_graded_scores_get_no_interval_of_proportions(tmp_path: Path) -> None:
     (run / "results.json").write_text(text)
     rows = (run / "samples.jsonl").read_text().replace('"metrics": {"exact_match"', '"metrics": {"rouge_l"')
     (run / "samples.jsonl").write_text(rows)
-    row = comparison.compare(comparison.entries([Run(run)]))["pairs"][0]["rows"][0]
+    row = comparison.compare(entries_of([SavedRun(run)])).pairs[0].rows[0].plain()
     assert (row["interval"], row["test"]) == ("bootstrap", "sign-flip permutation")
 
 
@@ -205,19 +206,22 @@ def test_seeds_matter_for_sampled_answers_only(tmp_path: Path) -> None:
     """Another --seed draws another subset; greedy answers to the shared documents can be compared."""
     for name, drawn in (("greedy", {}), ("sampled", {"do_sample": True})):
         generation = PLAN["generation"] | drawn
-        group = comparison.entries([
-            Run(write_run(tmp_path / name / str(seed), {"m": values(seed, 0.5)}, seeds=[seed], generation=generation))
-            for seed in (1, 2)
+        group = entries_of([
+            SavedRun(write_run(tmp_path / name / str(n), {"m": values(n, 0.5)}, seeds=[n], generation=generation))
+            for n in (1, 2)
         ])  # fmt: skip
         found = comparison.compare(group, strict=False)
-        assert len(found["pairs"][0]["rows"]) == (name == "greedy")
-        assert bool(found["notes"]) == (name == "sampled")
+        assert len(found.pairs[0].rows) == (name == "greedy")
+        assert bool(found.notes) == (name == "sampled")
 
 
 def test_only_shared_documents_are_compared(tmp_path: Path) -> None:
     first, second = values(0, 0.5), values(1, 0.6)
-    runs = [Run(write_run(tmp_path / "x", {"a": first})), Run(write_run(tmp_path / "y", {"b": second}, skip=100))]
-    row = comparison.compare(comparison.entries(runs))["pairs"][0]["rows"][0]
+    runs = [
+        SavedRun(write_run(tmp_path / "x", {"a": first})),
+        SavedRun(write_run(tmp_path / "y", {"b": second}, skip=100)),
+    ]
+    row = comparison.compare(entries_of(runs)).pairs[0].rows[0].plain()
     assert (row["n"], row["of"]) == (300, 400)
     assert row["first"] == pytest.approx(100 * float(np.mean(first[100:])))
 
@@ -274,13 +278,13 @@ def test_lower_is_better_and_numbers_that_are_no_percentages(tmp_path: Path) -> 
     counts = {name: [4.0 * value for value in column] for name, column in rates.items()}
     roles = {"b": "base", "s": "student", "t": "teacher"}
     metric = {"unit": "number", "higher_is_better": False}
-    found = comparison.compare(comparison.entries([Run(write_run(tmp_path / "r", counts, roles=roles, metric=metric))]))
-    row = found["pairs"][0]["rows"][0]
+    found = comparison.compare(entries_of([SavedRun(write_run(tmp_path / "r", counts, roles=roles, metric=metric))]))
+    row = found.pairs[0].rows[0].plain()
     b, s, t = (float(np.mean(counts[name])) for name in "bst")
     assert (row["first"], row["second"], row["difference"]) == pytest.approx((b, s, s - b))
     assert row["low"] < s - b < row["high"] < 0 and row["better"] == "second"
     assert row["wins"] == sum(y < x for x, y in zip(counts["b"], counts["s"], strict=True)) > row["losses"]
-    gap = found["gaps"][0]["rows"][0]
+    gap = found.gaps[0].rows[0].plain()
     assert gap["closed"] == pytest.approx(100 * (s - b) / (t - b)) and gap["teacher"] == pytest.approx(t)
 
 
@@ -318,7 +322,7 @@ def test_html_is_one_file_and_output_is_never_markup(tmp_path: Path) -> None:
 
     evil = "</script><script>alert(1)</script>"
     run = write_run(tmp_path / "x", {evil: values(0, 0.5, 20), "b": values(1, 0.5, 20)})
-    report.write([Run(run)], run)
+    report.write([SavedRun(run)], run)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<script") == 2 and page.count("</script>") == 2
     assert not re.findall(r"(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest_models import make_tokenizer
-from dskd_eval import cpu_attention
+from dskd_eval.backends import cpu_attention
 
 
 def loops(q: Any, k: Any, v: Any, allowed: Any, scale: float) -> list[Any]:

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 from conftest_models import make_recital
-from dskd_eval import catalog, hf, models, programs, reasoning
-from dskd_eval.lm import EvalLM, GenerationSettings, Prompt
+from dskd_eval import models, programs, reasoning
+from dskd_eval.backends import hf
+from dskd_eval.backends.base import GenerationSettings, Prompt
+from dskd_eval.backends.decoding import decode
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.tasks import render, selection
 from lm_eval.api.instance import Instance
 
 PROMPT = "def total(xs):\n"
@@ -38,13 +42,13 @@ def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data
     tokenizer = getattr(zoo, name)()
     with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    spec = catalog.builtin_tasks()["humaneval"]
+    spec = selection.builtin_tasks()["humaneval"]
     for row in rows:
         before, whole = ids_of(tokenizer, row["prompt"]), ids_of(tokenizer, row["prompt"] + row["canonical_solution"])
         assert whole[: len(before)] == before
-        text = hf.decode(tokenizer, whole[len(before) :], before=before[-1:])
+        text = decode(tokenizer, whole[len(before) :], before=before[-1:])
         assert text == row["canonical_solution"]
-        compile(programs.program_of(text, catalog.code_parts(spec, row)).text, "solution", "exec")
+        compile(programs.program_of(text, render.code_parts(spec, row)).text, "solution", "exec")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_solutions_of_humaneval_keep_their_indentation(zoo: Any, name: str, data
 def test_an_answer_goes_on_with_the_prompt(zoo: Any, before: str, text: str) -> None:
     tokenizer = zoo.mistral()
     first, rest = ids_of(tokenizer, before), ids_of(tokenizer, "\n" + text)
-    assert hf.decode(tokenizer, rest[2:], before=first[-1:]) == text
+    assert decode(tokenizer, rest[2:], before=first[-1:]) == text
 
 
 def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
@@ -62,7 +66,47 @@ def test_text_after_a_special_marker_keeps_its_indentation(zoo: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     pairs = reasoning.choose("auto", ["[THINK]"])
     text = "[THINK] x [/THINK]    return 1"
-    assert hf.decode(tokenizer, ids_of(tokenizer, text), pairs) == text
+    assert decode(tokenizer, ids_of(tokenizer, text), pairs) == text
+
+
+WHITE = ["\tdef f():\n    return 1\n", "\n\n\ty = 'é 日本'", "  lead  two ", "\n", " "]
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral-slow", "unigram-slow", "tekken-fast", "byte-level"])
+@pytest.mark.parametrize("text", WHITE)
+def test_answers_keep_every_byte(zoo: Any, name: str, text: str) -> None:
+    """Also those of SentencePiece models that transformers does not convert: their bytes are no names of bytes."""
+    tokenizer = zoo.ZOO[name][0]()
+    before = ids_of(tokenizer, "Say 5")
+    whole = ids_of(tokenizer, "Say 5" + text)
+    assert whole[: len(before)] == before
+    assert decode(tokenizer, whole[len(before) :], before=before[-1:]) == text
+
+
+@pytest.mark.parametrize("text", WHITE)
+def test_answers_after_a_marker_of_an_unconverted_model_keep_every_byte(zoo: Any, text: str) -> None:
+    tokenizer = zoo.TAGGED["unigram-slow"]()
+    pairs = reasoning.choose("auto", ["<think>"])
+    whole = f"<think>four</think>{text}"
+    assert decode(tokenizer, ids_of(tokenizer, whole), pairs) == whole
+
+
+def test_a_folder_in_the_form_of_mistral_reads_as_an_ordinary_tokenizer(zoo: Any, tmp_path: Path) -> None:
+    """A Mistral model with tekken.json alone: transformers hands out a class without vocabulary or template."""
+    import transformers
+
+    theirs = zoo.ZOO["tekken"][0]()
+    theirs.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.MistralConfig(vocab_size=131072, num_key_value_heads=1, head_dim=8, **sizes)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    assert not hasattr(transformers.AutoTokenizer.from_pretrained(tmp_path), "get_added_vocab")
+    model = hf.HFBackend(models.locate(models.parse_model(str(tmp_path))), dtype="float32", device="cpu")
+    for text in WHITE:
+        ids = model.encode("Say 5" + text, special_tokens=True)
+        assert ids == theirs("Say 5" + text)["input_ids"]
+        assert decode(model.tokenizer, ids) == "Say 5" + text
+    assert model.end_tokens == [theirs.eos_token_id]
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +148,4 @@ def test_what_an_answer_goes_on_with(reciting: hf.HFBackend, roles: tuple[str, .
     if roles:
         model.trace.messages[PROMPT] = [{"role": role, "content": "def"} for role in roles]
     request = Instance("generate_until", {}, (PROMPT, {"until": [], "max_gen_toks": 32}), 0)
-    assert model._works([request])[0].prompt.continues == continues
+    assert model.works([request])[0].prompt.continues == continues

@@ -7,7 +7,7 @@ import threading
 from fractions import Fraction
 
 import pytest
-from dskd_eval import mathematics
+from dskd_eval.scorers import mathematics
 
 LONG = "9" * 5000
 SAME = [

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, data, doctor, runner, sandbox
+from dskd_eval import data, doctor, sandbox, task_checks
 from dskd_eval.errors import UserError
 from dskd_eval.programs import why_untested
+from dskd_eval.tasks import load, planning, render, selection
+from dskd_eval.tasks import rows as task_rows
 
 Task = Callable[..., Path]
 ROWS = [
@@ -27,10 +29,10 @@ ROWS = [
 
 def checked(path: Path, *, chat: bool = False) -> list[str]:
     """All that is checked of a task of the user before a model is loaded."""
-    spec = catalog.load_task(path)
-    plan, rows = catalog.plan(spec, chat=chat), runner.load_data(spec, None)
-    notes = runner.check_task(plan, rows)
-    runner.check_references(plan, rows)
+    spec = load.load_task(path)
+    plan, rows = planning.plan(spec, chat=chat), task_rows.load_data(spec, None)
+    notes = task_checks.check_task(plan, rows)
+    task_checks.check_references(plan, rows)
     return notes
 
 
@@ -169,7 +171,7 @@ def test_references_of_lm_eval_tasks_go_through_their_own_metric(
         ROWS, scorer=None, metric_list=[metric], prompt=None, reference=None, doc_to_text="{{question}}",
         doc_to_target="{{answer}}" + (filters or ""), filter_list=[{"name": "short", "filter": steps}],
     )  # fmt: skip
-    found = list(doctor.oracle([catalog.load_task(path)], None, None))
+    found = list(doctor.oracle([load.load_task(path)], None, None))
     assert [check.state for check in found] == [state, state]
     assert all(("100.0 on 3" in check.text) == (state == "ok") for check in found)
 
@@ -203,7 +205,7 @@ def test_parts_of_programs_are_fields_or_templates(own_task: Task, tests: str) -
     path = own_task(ROWS, prompt="question", reference=None, scorer="python", code={"tests": tests, "entry_point": "f"})
     assert checked(path) == []
     expected = {"assert f({{answers}}) == {{n}}": "assert f(['Wien', '?']) == 0", "check(f)": "check(f)"}
-    assert catalog.code_parts(catalog.load_task(path), ROWS[0])["tests"] == expected.get(tests, "assert f() == 0")
+    assert render.code_parts(load.load_task(path), ROWS[0])["tests"] == expected.get(tests, "assert f() == 0")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_what_the_refusals_advise_works() -> None:
 def test_a_part_of_a_program_without_a_value_is_empty(own_task: Task, key: str, template: str) -> None:
     rows = [{"question": "f?", "tests": "assert f() == 0", "part": part} for part in ("x", None)]
     path = own_task(rows, prompt="question", reference=None, scorer="python", code={"tests": "tests", key: template})
-    parts = [catalog.code_parts(catalog.load_task(path), row)[key] for row in rows]
+    parts = [render.code_parts(load.load_task(path), row)[key] for row in rows]
     assert parts == ["x", ""]
 
 
@@ -387,11 +389,11 @@ def test_an_own_ifeval_task_takes_the_sentences_of_the_data_directory(
 
 
 def test_needs_belong_to_the_scorer(own_task: Task) -> None:
-    assert catalog.load_task(own_ifeval(own_task)).needs == ("nltk_punkt",)
-    assert catalog.builtin_tasks()["ifeval"].needs == ("nltk_punkt",)
-    assert catalog.builtin_tasks()["gsm8k"].needs == ()
+    assert load.load_task(own_ifeval(own_task)).needs == ("nltk_punkt",)
+    assert selection.builtin_tasks()["ifeval"].needs == ("nltk_punkt",)
+    assert selection.builtin_tasks()["gsm8k"].needs == ()
     with pytest.raises(UserError, match=r"`needs`: expected known needs; got 'punkt'"):
-        catalog.load_task(own_task(needs="punkt"))
+        load.load_task(own_task(needs="punkt"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import hf, models
+from dskd_eval import models
+from dskd_eval.backends import hf
 from dskd_eval.models import ModelRef
 
 
@@ -107,7 +108,7 @@ def test_old_weights_are_downloaded_when_there_are_no_others(
 def test_context_lengths_of_other_families(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     """Prompt and answer fill the context that the family's own setting names, and not a token more."""
     from conftest_models import make_tokenizer
-    from dskd_eval.lm import EvalLM
+    from dskd_eval.lmeval.eval_lm import EvalLM
     from test_run import Request
     from transformers import AutoConfig, AutoModelForCausalLM
 

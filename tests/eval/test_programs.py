@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, programs, sandbox, scorers
+from dskd_eval import programs, sandbox
 from dskd_eval.errors import UserError
 from dskd_eval.sandbox import Sandbox
+from dskd_eval.scorers import registry
+from dskd_eval.scorers.base import Answer
+from dskd_eval.tasks import render, selection
 
 PARTS = {"setup": "", "completes": "", "entry_point": "", "tests": ""}
 TESTS = "assert total([1, 2, 3]) == 6\nassert total([]) == 0"
@@ -444,7 +447,7 @@ def test_helpers_in_prompts_of_humaneval(box: Sandbox, data_dir: Path, task: str
     with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         row = next(row for line in file if (row := json.loads(line))["task_id"] == task)
     header = row["prompt"][row["prompt"].rindex("\ndef ") + 1 :]
-    parts = catalog.code_parts(catalog.builtin_tasks()["humaneval"], row)
+    parts = render.code_parts(selection.builtin_tasks()["humaneval"], row)
     for given in (parts, parts | {"entry_point": ""}):
         program = programs.program_of(f"```python\n{header}{row['canonical_solution']}```", given)
         found = box.run(program.text, parts["tests"])
@@ -508,15 +511,12 @@ def test_a_builtin_that_the_answer_defines_anew(box: Sandbox) -> None:
 
 def test_the_record_says_what_was_dropped(box: Sandbox) -> None:
     text = f"```python\n{WRONG}```\nBetter:\n```python\n{RIGHT}\nassert total([1]) == 2\nprint(total([1, 2, 3, 4, 5,"
-    row: dict[str, Any] = {"question": "total"}
-    spec = catalog.TaskSpec(
-        "own", 1.0, "own", "", Path("own.yaml"), "python", ("pass@1",), {}, {}, {}, {}, {"tests": TESTS}
-    )
-    scored = scorers.make_scorer(spec, box.run_all)([scorers.Answer(row, text, [], "chat")])[0]
+    answer = Answer({"question": "total"}, text, [], "chat", PARTS | {"tests": TESTS})
+    scored = registry.make("python", box.run_all).score([answer])[0]
     assert scored.metrics == {"pass@1": 1.0, "timeout": 0.0, "syntax_error": 0.0}
     assert scored.details["dropped"] == [
         "1 of 2 code blocks",
-        "an end of 1 lines that does not parse, from: print(total([1, 2, 3, 4, 5,",
+        "an end of 1 line that does not parse, from: print(total([1, 2, 3, 4, 5,",
         "1 statements beside the tested code: assert total([1]) == 2",
     ]
 
@@ -594,11 +594,11 @@ def test_an_answer_of_humaneval_94_that_the_limit_cut(box: Sandbox, data_dir: Pa
     )
     text = f"```python\n{row['prompt'].strip()}\n{row['canonical_solution']}\n# Example usage:\n{examples}"
     text += "print(skjkasdkd([1,3,1,32,5107,34,83278,109,163,23,2323,32,30,"
-    spec = catalog.builtin_tasks()["humaneval"]
-    parts = catalog.code_parts(spec, row)
+    spec = selection.builtin_tasks()["humaneval"]
+    parts = render.code_parts(spec, row)
     program = programs.program_of(text, parts)
     assert box.run(program.text, parts["tests"]).passed
-    assert "an end of 1 lines that does not parse" in program.dropped[0]
+    assert "an end of 1 line that does not parse" in program.dropped[0]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest_models import CHATML, make_reciter
 from dskd_eval import reasoning
+from dskd_eval.backends.base import GenerationSettings, cut_at_stop
 from dskd_eval.errors import UserError
-from dskd_eval.lm import GenerationSettings, cut_at_stop
 
 THINK = (("<think>", "</think>"),)
 FENCE = "```python\ndef strip(t):\n    return t.split('</think>')[-1]\n```"
@@ -141,9 +141,9 @@ def slow_answer_start(text: str) -> int | None:
 
 
 def is_literal(text: str, first: int, last: int, traced: bool) -> bool:
-    spans = [found.span() for found in reasoning._CODE_SPAN.finditer(text)]
-    spans += [found.span() for found in reasoning._QUOTED.finditer(text)]
-    spans += reasoning._code_blocks(text, unclosed_is_code=traced)
+    spans = [found.span() for found in reasoning.CODE_SPAN.finditer(text)]
+    spans += [found.span() for found in reasoning.QUOTED.finditer(text)]
+    spans += reasoning.code_blocks(text, unclosed_is_code=traced)
     return any(start <= first and last <= end for start, end in spans)
 
 
@@ -305,17 +305,18 @@ def test_a_limit_needs_a_task_that_generates(
 def test_channels_of_special_tokens(tmp_path: Path) -> None:
     """Markers of several tokens; the token that ends a channel does not end the answer."""
     from conftest_models import make_tokenizer
-    from dskd_eval import hf
+    from dskd_eval.backends import tokenizers
+    from dskd_eval.backends.decoding import decode
 
     tokenizer = make_tokenizer(tmp_path)
     extra = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": extra, "eos_token": "<|return|>"})
     said = "<|channel|>analysis<|message|>Is it 3?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
     pairs = reasoning.choose("auto", ["... <|channel|>analysis<|message|> ... <|channel|>final<|message|>"])
-    text = hf.decode(tokenizer, tokenizer(said)["input_ids"], pairs)
+    text = decode(tokenizer, tokenizer(said)["input_ids"], pairs)
     assert reasoning.separate(text, pairs).answer == "4"
-    assert hf.decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
+    assert decode(tokenizer, tokenizer(said)["input_ids"]) == "analysisIs it 3?assistantfinal4"
     folder = SimpleNamespace(ends=str(tmp_path), config={}, ref=SimpleNamespace(template_options={}))
-    ends = hf.end_tokens(folder, tokenizer)
+    ends = tokenizers.end_tokens(folder, tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|end|>") not in ends
     assert tokenizer.convert_tokens_to_ids("<|return|>") in ends

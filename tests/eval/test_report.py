@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from dskd_eval import report, shown
-from dskd_eval.records import Run
+from dskd_eval.run_folder import SavedRun
 from test_compare import PLAN, values, write_run
 
 
@@ -174,7 +174,7 @@ def test_ties_are_rounded_as_a_browser_rounds_them(value: float, text: str) -> N
 def test_markdown_and_terminal_show_the_rounding_of_the_page(tmp_path: Path, invoke: Callable[..., Any]) -> None:
     """1 of 16 right: 6.25. The page is rendered in test_browser."""
     run = write_run(tmp_path / "r", {"a": [0.0] * 16, "b": [1.0] + [0.0] * 15})
-    report.write([Run(run)], run)
+    report.write([SavedRun(run)], run)
     assert "| quiz | exact_match | 16 | 0.0 (0.0 to 100.0) | 6.3 (0.0 to 100.0) |" in (run / "report.md").read_text()
     assert "+6.3" in invoke("compare", run).output
 
@@ -182,7 +182,7 @@ def test_markdown_and_terminal_show_the_rounding_of_the_page(tmp_path: Path, inv
 def test_unknown_intervals_are_dashes(tmp_path: Path, invoke: Callable[..., Any]) -> None:
     metric = {"low": None, "high": None, "interval": "none"}
     run = write_run(tmp_path / "r", {"a": [0.5] * 4, "b": [0.5] * 4}, metric=metric)
-    report.write([Run(run)], run)
+    report.write([SavedRun(run)], run)
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| 50.0 (–) | 50.0 (–) |" in text
     invoke("report", f"{run}:a", f"{run}:b", "--output", tmp_path / "o")
@@ -192,7 +192,7 @@ def test_unknown_intervals_are_dashes(tmp_path: Path, invoke: Callable[..., Any]
 
 def test_plans_of_the_helper_are_those_of_a_run() -> None:
     """The runs made by hand above have the keys of a real plan."""
-    from dskd_eval import catalog
+    from dskd_eval.tasks import planning, selection
 
-    plan = catalog.plan(catalog.builtin_tasks()["vicuna"], chat=False)
-    assert plan.record().keys() | {"data"} == PLAN.keys()
+    plan = planning.plan(selection.builtin_tasks()["vicuna"], chat=False)
+    assert plan.record().plain().keys() | {"data"} == PLAN.keys()

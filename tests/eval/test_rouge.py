@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import catalog, rouge, runner, scorers
-from dskd_eval.lm import EvalLM
-from dskd_eval.oracle import OracleBackend
-from dskd_eval.scorers import Answer
+from dskd_eval.backends.oracle import OracleBackend
+from dskd_eval.lmeval import run_task
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.scorers import rouge
+from dskd_eval.scorers.base import Answer
+from dskd_eval.scorers.text import RougeL
+from dskd_eval.tasks import load, planning
+from dskd_eval.tasks import rows as task_rows
 
 
 def lcs_f(text: list[str], reference: list[str]) -> float:
@@ -39,7 +43,7 @@ def test_rouge_l_of_a_reference_without_words(text: str, score: float) -> None:
 
 
 def test_rouge_l_takes_the_best_reference_and_stems() -> None:
-    found = scorers.score_rouge(Answer({}, "running dogs", ["cat", "run dog"])).metrics
+    found = RougeL().score_one(Answer({}, "running dogs", ["cat", "run dog"])).metrics
     assert found == {
         "rouge_l": pytest.approx(1.0),
         "exact_match": 0.0,
@@ -92,23 +96,23 @@ def test_any_script_equals_rouge_l_on_ascii(data_dir: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_row_says_what_rouge_l_does_not_see(reference: str, note: str) -> None:
-    details = scorers.score_rouge(Answer({}, "x", [reference, "plain"])).details
+    details = RougeL().score_one(Answer({}, "x", [reference, "plain"])).details
     assert details == ({"unseen_by_rouge_l": note} if note else {})
 
 
 def test_a_task_with_references_of_another_script(own_task: Callable[..., Path], tmp_path: Path, invoke: Any) -> None:
     """rouge_l is 100 for a wrong answer in the same letters beside ASCII; the other metric is not."""
     rows = [{"question": f"capital {n}?", "answer": f"{city} (a)"} for n, city in enumerate(["北京", "東京", "Αθήνα"])]
-    spec = catalog.load_task(own_task(rows, scorer="rouge_l"))
-    result = runner.evaluate_task(
-        EvalLM(OracleBackend(catalog.plan(spec, chat=False), constant="ソウル (a)")),
-        catalog.plan(spec, chat=False),
-        runner.load_data(spec, None),
+    spec = load.load_task(own_task(rows, scorer="rouge_l"))
+    result = run_task.evaluate_task(
+        EvalLM(OracleBackend(planning.plan(spec, chat=False), constant="ソウル (a)")),
+        planning.plan(spec, chat=False),
+        task_rows.load_data(spec, None),
     )
-    assert result.score["metrics"]["rouge_l"]["value"] == 100.0
-    assert result.score["metrics"]["rouge_l_unicode"]["value"] < 50
-    assert result.score["answers"]["references_unseen"] == 3
-    assert all("unseen_by_rouge_l" in sample["details"][0] for sample in result.samples)
+    assert result.score.metrics["rouge_l"].value == 100.0
+    assert result.score.metrics["rouge_l_unicode"].value < 50
+    assert result.score.answers.references_unseen == 3
+    assert all("unseen_by_rouge_l" in sample.details[0] for sample in result.samples)
 
 
 def test_a_run_notes_unseen_references(

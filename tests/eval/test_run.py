@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 from conftest_models import make_model
-from dskd_eval import lm
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt
 from dskd_eval.errors import UserError
-from dskd_eval.lm import EvalLM, Generation, GenerationSettings, GenerationStore, Prompt
+from dskd_eval.lmeval.eval_lm import EvalLM, fit
+from dskd_eval.store import GenerationStore
 
 
 def results(folder: Path, *, times: bool = False) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def test_killed_and_resumed_run_gives_the_same_results(
 def test_interrupt_leaves_a_resumable_folder(
     tiny_model: Path, own_task: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Any], monkeypatch: Any
 ) -> None:
-    from dskd_eval.hf import HFBackend
+    from dskd_eval.backends.hf import HFBackend
 
     path, real, calls = own_task(), HFBackend.generate, []
 
@@ -290,17 +291,17 @@ def test_answers_come_back_in_order_whatever_the_batches() -> None:
 )
 def test_fit(prompt: int, wanted: int, context: int, new: int, kept: int) -> None:
     tokens = list(range(prompt))
-    found_new, found = lm.fit(tokens, wanted, context, keep_start=False)
+    found_new, found = fit(tokens, wanted, context, keep_start=False)
     assert (found_new, len(found)) == (new, kept)
     assert found == tokens[-kept:] and found_new + kept <= context
-    started = lm.fit(tokens, wanted, context, keep_start=True)[1]
+    started = fit(tokens, wanted, context, keep_start=True)[1]
     assert started[0] == 0 and len(started) == kept and started[1:] == tokens[-(kept - 1) :]
 
 
 def test_start_token_stays_and_end_token_goes(tmp_path: Path) -> None:
     """Some tokenizers frame every text; a prompt must begin with their start token and not be ended."""
     from conftest_models import make_tokenizer
-    from dskd_eval.hf import encode
+    from dskd_eval.backends.tokenizers import encode
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(tmp_path, chat=False)
@@ -350,7 +351,8 @@ def test_tokenizer_without_end_token(own_task: Callable[..., Path], tmp_path: Pa
 
 def test_stop_strings_and_batches_agree_with_single_prompts(tiny_model: Path) -> None:
     """A batch gives what each prompt gives alone, and answers end before the stop string."""
-    from dskd_eval import hf, models
+    from dskd_eval import models
+    from dskd_eval.backends import hf
 
     backend = hf.HFBackend(models.locate(models.parse_model(str(tiny_model))), dtype="float32", device="cpu")
     texts = ["short", "a somewhat longer prompt", "x"]
@@ -369,7 +371,8 @@ def test_stop_strings_and_batches_agree_with_single_prompts(tiny_model: Path) ->
 def test_own_sampling_settings_of_a_checkpoint_do_not_count(tmp_path: Path, tiny_model: Path) -> None:
     import shutil
 
-    from dskd_eval import hf, models
+    from dskd_eval import models
+    from dskd_eval.backends import hf
 
     folder = tmp_path / "loud"
     shutil.copytree(tiny_model, folder)
@@ -413,7 +416,8 @@ def test_adapters_of_every_kind(tiny_model: Path, tmp_path: Path, kind: str) -> 
     """What the adapter folder gives is what the adapted model gave; tokens added in training enlarge the base."""
     peft = pytest.importorskip("peft")
     import torch
-    from dskd_eval import hf, models
+    from dskd_eval import models
+    from dskd_eval.backends import hf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)

@@ -230,8 +230,8 @@ def test_runs_in_a_thread(box: Sandbox) -> None:
 
 def test_record_names_the_backend(box: Sandbox) -> None:
     record = box.record()
-    assert record["backend"] == box.backend and record["version"]
-    assert record["limits"]["memory_bytes"] == LIMITS.memory_bytes
+    assert record.backend == box.backend and record.version
+    assert record.limits["memory_bytes"] == LIMITS.memory_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Landlock is a Linux interface")

@@ -5,11 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
-from dskd_eval import mathematics, scorers
-from dskd_eval.scorers import Answer
+from dskd_eval import task_checks
+from dskd_eval.backends.oracle import OracleBackend
+from dskd_eval.errors import UserError
+from dskd_eval.lmeval import run_task
+from dskd_eval.lmeval.eval_lm import EvalLM
+from dskd_eval.scorers import mathematics, registry
+from dskd_eval.scorers.base import Answer, AnswerScorer
+from dskd_eval.scorers.ifeval import IFEval
+from dskd_eval.scorers.metrics import EXACT_MATCH, Judgement, Metric, combine, pass_at_k
+from dskd_eval.scorers.number import Number, last_number, marked_number
+from dskd_eval.scorers.text import Contains, ExactMatch
+from dskd_eval.tasks import load, planning
+from dskd_eval.tasks import rows as task_rows
 
 
 def answer(text: str, *references: str, style: str = "base", **row: object) -> Answer:
@@ -25,7 +38,7 @@ def answer(text: str, *references: str, style: str = "base", **row: object) -> A
     ],
 )  # fmt: skip
 def test_last_number(text: str, number: str | None) -> None:
-    assert scorers.last_number(text) == (None if number is None else Decimal(number))
+    assert last_number(text) == (None if number is None else Decimal(number))
 
 
 def typeset(value: Decimal, separator: str, minus: str, currency: str = "") -> str:
@@ -68,10 +81,10 @@ def test_numbers_as_latex_and_typography_write_them(separator: str, minus: str) 
     for number in map(Decimal, numbers):
         for currency in ("", "$", "\\$", "€"):
             text = typeset(number, separator, minus, currency)
-            assert scorers.last_number(f"There are 3 of 7, so x = {text}.") == number, text
-            assert scorers.last_number(f"It is ${text}$") == number, text
-            assert scorers.marked_number(f"so\n#### {text}") == number, text
-            found = scorers.score_number(answer(f"The answer is {number}", f"... #### {text}")).metrics
+            assert last_number(f"There are 3 of 7, so x = {text}.") == number, text
+            assert last_number(f"It is ${text}$") == number, text
+            assert marked_number(f"so\n#### {text}") == number, text
+            found = Number().score_one(answer(f"The answer is {number}", f"... #### {text}")).metrics
             assert found["flexible"] == 1.0, text
 
 
@@ -88,7 +101,7 @@ def test_numbers_as_latex_and_typography_write_them(separator: str, minus: str) 
     ],
 )  # fmt: skip
 def test_what_is_no_group_of_digits(text: str, number: str) -> None:
-    assert scorers.last_number(text) == Decimal(number)
+    assert last_number(text) == Decimal(number)
 
 
 @pytest.mark.parametrize(
@@ -103,19 +116,19 @@ def test_what_is_no_group_of_digits(text: str, number: str) -> None:
     ],
 )  # fmt: skip
 def test_other_groups_and_signs(text: str, number: str) -> None:
-    assert scorers.last_number(text) == Decimal(number)
-    assert scorers.score_number(answer(number, text)).metrics["flexible"] == 1.0, "as a reference"
+    assert last_number(text) == Decimal(number)
+    assert Number().score_one(answer(number, text)).metrics["flexible"] == 1.0, "as a reference"
 
 
 @pytest.mark.parametrize(("text", "number"), [("#### 3, 5", "3"), ("#### - 5", "-5"), ("#### 1,200", "1200")])
 def test_marked_numbers_are_read_like_others(text: str, number: str) -> None:
-    assert scorers.marked_number(text) == Decimal(number)
+    assert marked_number(text) == Decimal(number)
 
 
 @pytest.mark.parametrize("unit", ["1\\,", "1,", "- ", "1.111", "\\!", "1~~~", "-" + " " * 300, "{-", "1'"])
 def test_long_rows_of_separators_take_no_long_time(unit: str) -> None:
     begun = time.process_time()
-    scorers.last_number(unit * (200_000 // len(unit)) + " x")
+    last_number(unit * (200_000 // len(unit)) + " x")
     assert time.process_time() - begun < 5
 
 
@@ -127,7 +140,7 @@ def test_long_rows_of_separators_take_no_long_time(unit: str) -> None:
     ],
 )  # fmt: skip
 def test_number_scorer(text: str, flexible: int, strict: int) -> None:
-    found = scorers.score_number(answer(text, "9 * 2 = <<9*2=18>>18\n#### 18")).metrics
+    found = Number().score_one(answer(text, "9 * 2 = <<9*2=18>>18\n#### 18")).metrics
     assert found == {"flexible": flexible, "strict": strict}
 
 
@@ -140,7 +153,7 @@ def test_number_scorer(text: str, flexible: int, strict: int) -> None:
     ],
 )  # fmt: skip
 def test_mathematics(text: str, reference: str, same: bool) -> None:
-    assert scorers.score_math(answer(text, reference)).metrics["math_verify"] == float(same)
+    assert mathematics.Math().score_one(answer(text, reference)).metrics["math_verify"] == float(same)
 
 
 def test_boxed_balances_braces() -> None:
@@ -151,15 +164,15 @@ def test_boxed_balances_braces() -> None:
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 5), (4, 4, 2), (6, 1, 6)])
 def test_pass_at_k_counts_draws(samples: int, passed: int, k: int) -> None:
     draws = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
-    assert scorers.pass_at_k(samples, passed, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+    assert pass_at_k(samples, passed, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
     assert math.comb(samples, k) == len(draws)
 
 
 def test_combine_means_pairs_and_pass_at_k() -> None:
     scored = [
-        scorers.Scored({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)}) for value in (1.0, 0.0, 0.0, 1.0)
+        Judgement({"pass@1": value, "timeout": 1 - value, "part": (value, 2.0)}) for value in (1.0, 0.0, 0.0, 1.0)
     ]
-    found = scorers.combine(scored, ["pass@1", "pass@2", "timeout", "part"])
+    found = combine(scored, ["pass@1", "pass@2", "timeout", "part"])
     assert found == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "timeout": 0.5, "part": (2.0, 8.0)}
 
 
@@ -170,15 +183,52 @@ def test_ifeval_counts_instructions(punkt: None) -> None:
         "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
         "kwargs": [{}, {"relation": "at least", "num_words": 5, "unused": None}],
     }  # fmt: skip
-    found = scorers.score_ifeval(Answer(row, "no comma here", [""])).metrics
+    found = IFEval().score_one(Answer(row, "no comma here", [""])).metrics
     assert found["prompt_strict"] == 0.0
     assert found["instruction_strict"] == (1.0, 2.0)
 
 
 def test_exact_and_contains_ignore_case_and_space() -> None:
-    assert scorers.score_exact(answer("  Paris\n", "paris")).metrics == {"exact_match": 1.0}
-    assert scorers.score_contains(answer("It is PARIS.", "paris")).metrics == {
+    assert ExactMatch().score_one(answer("  Paris\n", "paris")).metrics == {"exact_match": 1.0}
+    assert Contains().score_one(answer("It is PARIS.", "paris")).metrics == {
         "contains": 1.0,
         "exact_match": 0.0,
     }
-    assert scorers.score_contains(answer("anything", "")).metrics["contains"] == 0.0
+    assert Contains().score_one(answer("anything", "")).metrics["contains"] == 0.0
+
+
+class Shouting(AnswerScorer):
+    """A scorer of a test: capital letters are right."""
+
+    name = "shouting"
+    metrics = {"loud": Metric("loud", "share of answers in capital letters"), "exact_match": EXACT_MATCH}
+    modules = ("json",)
+    most_checked = 3
+
+    def score_one(self, answer: Answer) -> Judgement:
+        return Judgement({"loud": float(answer.text.isupper()), "exact_match": float(answer.text in answer.references)})
+
+
+def test_a_new_scorer_is_one_class(own_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metrics, checks and scores follow from the class, whatever else there is."""
+    monkeypatch.setitem(registry.SCORERS, "shouting", Shouting)
+    rows = [{"question": "q", "answer": text} for text in ("A", "B", "C", "d")]
+    spec = load.load_task(own_task(rows, scorer="shouting", reference="answer"))
+    assert spec.metrics == ("loud", "exact_match") and not spec.executes_code
+    plan, data = planning.plan(spec, chat=False), task_rows.load_data(spec, None)
+    task_checks.check_references(plan, data)  # of four, three are enough
+    score = run_task.evaluate_task(EvalLM(OracleBackend(plan)), plan, data).score
+    assert (score.metrics["loud"].value, score.metrics["exact_match"].value) == (75.0, 100.0)
+    monkeypatch.setattr(Shouting, "most_checked", None)
+    with pytest.raises(UserError, match=r"row 4: expected a reference that its own `scorer: shouting` scores 100"):
+        task_checks.check_references(plan, data)
+
+
+def test_a_scorer_that_lacks_a_module_says_so_before_a_run(
+    own_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.SCORERS, "shouting", Shouting)
+    monkeypatch.setattr(Shouting, "modules", ("a_missing_module",))
+    spec = load.load_task(own_task(scorer="shouting"))
+    with pytest.raises(UserError, match=r"task sums: expected the package a_missing_module"):
+        task_checks.check_needs(spec, None)

@@ -56,7 +56,7 @@ def test_ratio_interval_resamples_pairs() -> None:
 def test_blocks_do_not_change_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(60).tolist()
     whole = stats.interval(values, resamples=500)
-    monkeypatch.setattr(stats, "_BLOCK", 60 * 7)
+    monkeypatch.setattr(stats, "BLOCK", 60 * 7)
     assert stats.interval(values, resamples=500) == whole
 
 

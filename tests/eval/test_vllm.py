@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from dskd_eval import models
-from dskd_eval.lm import GenerationSettings, Prompt
+from dskd_eval.backends.base import GenerationSettings, Prompt
 
 
 class Engine:
@@ -33,7 +33,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Any:
     vllm.SamplingParams = lambda **options: options  # type: ignore[attr-defined]
     vllm.__version__ = "0.0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    from dskd_eval.vllm_backend import VLLMBackend
+    from dskd_eval.backends.vllm import VLLMBackend
 
     return VLLMBackend(models.locate(models.parse_model(str(tiny_model))), dtype="bfloat16", seed=3)
 
@@ -71,7 +71,7 @@ def test_stop_strings_within_reasoning_do_not_end_an_answer(backend: Any) -> Non
 
 
 def test_identity_differs_from_other_backends(backend: Any, tiny_model: Path) -> None:
-    from dskd_eval.hf import HFBackend
+    from dskd_eval.backends.hf import HFBackend
 
     other = HFBackend(models.locate(models.parse_model(str(tiny_model))), dtype="bfloat16", device="cpu")
     assert backend.identity != other.identity

@@ -297,7 +297,8 @@ def of_the_plugin(case):
 def of_the_evaluator(case, tmp):
     """Folder, tokenizer and backend as the evaluator has them, from the recipe."""
     import yaml
-    from dskd_eval import hf, models, recipe
+    from dskd_eval import models, recipe
+    from dskd_eval.backends import hf
 
     student = tmp / "student"
     shutil.copytree(case.weights, student)
@@ -458,9 +459,10 @@ REFUSED = {
 def test_a_model_that_cannot_be_loaded_is_refused_at_once(when, case, tiny, tmp_path):
     """By the files alone, before torch is imported; by the plugin; by the evaluator, before it loads any weights."""
     from dskd_eval import models as evaluated
-    from dskd_eval import run
     from dskd_eval.errors import UserError
     from dskd_eval.models import ModelRef
+    from dskd_eval.prepare import prepare
+    from dskd_eval.schema import Settings
 
     from dskd_plugin import preflight
     from dskd_plugin.host.named_templates import named_template
@@ -485,7 +487,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_at_once(when, case, tiny, tmp_
             choice = teacher.get("chat_template", "tokenizer_default")
             ref = ModelRef("teacher", teacher["model"], "teacher", None, teacher.get("adapter"), choice)
             evaluated.locate(ref)
-            run.prepare([ref], [], run.Settings(), None)
+            prepare([ref], [], Settings(), None)
     for word in words:
         assert word in " ".join(str(error.value).split()), error.value
     assert "expected" in str(error.value) and "got" in str(error.value)

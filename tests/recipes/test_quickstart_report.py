@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quickstart import compare, curves, models, page, rows
+from quickstart import compare, curves, forked, models, page, rows
 from quickstart.commands import Commands, program
 from quickstart.measure import Answered, measure
 from quickstart.recipes import best_of, log_of, mean_of
@@ -46,6 +46,43 @@ def test_a_command_tells_its_own_cpu_time(commands: Commands, tmp_path: Path) ->
         spent[name] = commands.run(python(text), tmp_path / f"{name}.log", title=name, threads=1)
     assert 0.6 < spent["busy"] < 3
     assert spent["idle"] < spent["busy"] - 0.3
+
+
+IN_A_CHILD = """
+import os, sys
+from pathlib import Path
+from quickstart import forked
+from quickstart.commands import Commands
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    commands = Commands(out, seed=1, offline=True)
+    if sys.argv[2] == "prepared":
+        forked.MODULES = ("torch",)
+        forked.prepare(commands.environment)
+    print(commands.run([f"{Path(sys.executable).parent}/dskd", *sys.argv[3:]], out / "a.log", title="a", threads=2))
+"""
+
+
+@pytest.mark.skipif(forked.script("dskd") is None, reason="processes are not forked on this system")
+@pytest.mark.parametrize("start", ["prepared", "cold"])
+def test_a_forked_command_is_the_installed_one(tmp_path: Path, start: str) -> None:
+    """Its output is in the log, its CPU time is told, its failure is told with the end of the log."""
+    (tmp_path / "run.py").write_text(IN_A_CHILD, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), start]
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*words, *arguments], env=environment, capture_output=True, text=True)
+
+    good = run("generate", "--help")
+    assert good.returncode == 0, good.stderr
+    assert float(good.stdout) > 0
+    assert "--write-recipe" in (tmp_path / "a.log").read_text(encoding="utf-8")
+    bad = run("generate", "no-such-recipe.yaml")
+    assert bad.returncode == 1
+    assert re.search(r"dskd generate no-such-recipe\.yaml: expected exit code 0, got [12]\.", bad.stderr), bad.stderr
+    assert "no-such-recipe.yaml" in (tmp_path / "a.log").read_text(encoding="utf-8")
 
 
 def test_the_bar_follows_the_steps_of_the_log(tmp_path: Path) -> None:

@@ -288,12 +288,14 @@ def test_another_schema_is_refused(tmp_path):
 def test_the_report_shows_the_means_the_differences_and_the_failures(study, tmp_path):
     made = report.sections(report.Study(plan.all_records(table.SMALL, study)))
     lines = made["comparison-qa-two"].splitlines()
-    sft, dskd = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("SFT", "DSKD"))
+    sft, dskd = (
+        next(line for line in lines if line.startswith(f"| {name} |")) for name in ("SFT", "DSKD, projected target")
+    )
     # (10.12 + 4 + 2 x 1.2) / 30 and one bit less for each of the two documents
     assert "| 0.551 |" in sft and "| 0.484 |" in dskd and "-0.067 [" in dskd
     assert next(line for line in lines if line.startswith("| teacher")).split(" | ")[2] == "0.100"
     assert made["overview"].splitlines()[0] == "| bits per byte, gold | short questions, two tokenizers |"
-    assert "| DSKD | -0.067 [" in made["overview"] and "| SFT | 0.551 |" in made["overview"]
+    assert "| DSKD, projected target | -0.067 [" in made["overview"] and "| SFT | 0.551 |" in made["overview"]
     assert "uld, rate 0.001, seed 1: ValueError" in made["failures"]
     assert "| random init | 1 |" in made["ablations-qa-two"]
     changes = made["changes"].splitlines()
@@ -319,7 +321,7 @@ def test_gradients_of_the_terms_are_shown_beside_each_other(tmp_path):
     made = records.gradients(runs.Run("qa", "two", "dskd", 1e-3, 4), file)
     assert made["probes"] == [probe | {"norm/t2s_kd": 0.1235}]
     table_text = report.gradients(report.Study([made]), "qa", "two")
-    assert table_text.splitlines()[-1] == "| DSKD | 21 | 0.500 | 0.123 |  |  | -0.25 |  |  |"
+    assert table_text.splitlines()[-1] == "| DSKD, projected target | 21 | 0.500 | 0.123 |  |  | -0.25 |  |  |"
     assert report.gradients(report.Study([]), "qa", "two") == "not measured"
 
 
@@ -480,6 +482,18 @@ def test_a_student_moved_to_another_tokenizer_keeps_the_meaning_of_its_tokens(sm
     assert rows[new.convert_tokens_to_ids("<0xE4>")].tolist() == pytest.approx(mean, abs=1e-6)
     assert rows[new.eos_token_id].tolist() == known[old.eos_token_id].tolist()
     assert student.get_output_embeddings().weight is rows
+
+
+def test_records_of_another_folder_stay_beside_the_new_ones():
+    def run(method, seed, value):
+        return {"kind": "run", "task": "qa", "pair": "one", "method": method, "seed": seed, "value": value}
+
+    documents = {"kind": "documents", "task": "qa", "split": "heldout", "gold_bytes": [3, 4]}
+    earlier = [documents, run("sft", 1, 0), run("kd", 1, 0)]
+    made = [documents, run("sft", 1, 9), run("sft", 2, 9)]
+    assert records.merged(earlier, made) == [documents, run("sft", 1, 9), run("kd", 1, 0), run("sft", 2, 9)]
+    with pytest.raises(ValueError, match="expected the documents of qa, heldout as in the file, got others"):
+        records.merged(earlier, [{**documents, "gold_bytes": [3, 5]}])
 
 
 # -- launching -------------------------------------------------------------------------------------------------------

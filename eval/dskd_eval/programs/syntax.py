@@ -180,7 +180,9 @@ def indent_of(line: str) -> str:
 
 def shortened_note(rest: str) -> str:
     """What the record says of an end that does not parse."""
-    return f"an end of {full_lines(rest)} lines that does not parse, from: {short(first_full_line(rest).strip())}"
+    lines = full_lines(rest)
+    said = f"an end of {lines} line{'s' * (lines != 1)} that does not parse"
+    return f"{said}, from: {short(first_full_line(rest).strip())}"
 
 
 def shown(statement: ast.stmt) -> str:

@@ -1,0 +1,1 @@
+"""Backends: a model in memory that tokenizes, renders a conversation and generates."""

@@ -1,0 +1,39 @@
+"""A backend that renders and counts, for dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
+from dskd_eval.backends.tokenizers import encode, render_chat
+
+
+class TokenizerOnly:
+    """The tokenizer of a model, without its weights."""
+
+    kind = "none"
+    pads = True
+    told: Told = staticmethod(tell_nobody)
+    default_batch_size = 1
+    max_length = 1 << 30
+
+    def __init__(self, name: str, tokenizer: Any, template_options: Mapping[str, Any]) -> None:
+        self.name, self.tokenizer, self.template_options = name, tokenizer, template_options
+        self.identity: Mapping[str, Any] = {"fingerprint": ""}
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        return encode(self.tokenizer, text, special_tokens=special_tokens)
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
+
+    def template(self) -> str | None:
+        found: str | None = self.tokenizer.chat_template
+        return found
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
+        raise NotImplementedError("a dry run generates nothing")
+
+    def likelihood_model(self, batch_size: int) -> Any:
+        raise NotImplementedError("a dry run generates nothing")
