@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "runs" in options.stages:
         ok &= in_turn(jobs(options, place), options, "runs")
     if "records" in options.stages:
-        made = records.collect(planned(), place)
+        earlier = records.read(options.records) if options.records.is_file() else []
+        made = records.merged(earlier, records.collect(planned(), place))
         records.write(options.records, made)
         print(f"{options.records}: {len(made)} lines")
     if "report" in options.stages:

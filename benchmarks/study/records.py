@@ -89,7 +89,7 @@ def merged(earlier: list[Record], made: list[Record]) -> list[Record]:
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    names = ("kind", "task", "split", "pair", "method", "ablation", "rate", "seed")
+    names = ("kind", "task", "data", "split", "pair", "method", "setting", "ablation", "rate", "steps", "seed")
     return tuple(record.get(name) for name in names)
 
 

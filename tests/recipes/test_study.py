@@ -490,7 +490,8 @@ def test_records_of_another_folder_stay_beside_the_new_ones():
 
     documents = {"kind": "documents", "task": "qa", "split": "heldout", "gold_bytes": [3, 4]}
     earlier = [documents, run("sft", 1, 0), run("kd", 1, 0)]
-    made = [documents, run("sft", 1, 9), run("sft", 2, 9)]
+    failed = {**run("kd", 1, 9), "error": "stopped"}
+    made = [documents, run("sft", 1, 9), run("sft", 2, 9), failed]
     assert records.merged(earlier, made) == [documents, run("sft", 1, 9), run("kd", 1, 0), run("sft", 2, 9)]
     with pytest.raises(ValueError, match="expected the documents of qa, heldout as in the file, got others"):
         records.merged(earlier, [{**documents, "gold_bytes": [3, 5]}])
