@@ -90,6 +90,7 @@ def distillation_loss(
         agreement_mask=settings.agreement_mask,
         compares=method.compares,
         span_weight=settings.span_weight,
+        unpaired_ce=settings.unpaired == "ce",
     )
     parts = Parts(
         settings=settings,

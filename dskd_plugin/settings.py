@@ -171,6 +171,12 @@ class Settings(_Block):
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
     temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) CE + kd_ratio KD")
+    unpaired: Literal["share", "ce"] = Field(
+        "share",
+        description="cross-entropy of response tokens that no KD term takes, mostly those without a partner. share: "
+        "(1 - kd_ratio) of it, as of all others; ce: the whole of it; not with `on_policy`, where no gold token has a "
+        "partner",
+    )
     spaces: Literal["both", "student", "teacher"] = Field(
         "student",
         description="whose head the compared distributions share; `student` keeps t2s_kd + t2s_ce, `teacher` s2t_kd",
@@ -250,6 +256,13 @@ class Settings(_Block):
                 f"auto, identity or eta beside {method.chosen_by()}",
                 "'cma': cross-model attention belongs to dskd",
                 "Remove it.",
+            )
+        if self.unpaired == "ce" and self.on_policy is not None:
+            raise SettingError(
+                "dskd.unpaired",
+                "'share' beside on_policy",
+                "'ce': in a step on sampled answers no gold token has a partner, and each would count whole",
+                "Remove one of the two.",
             )
         method.check(self)
         return self

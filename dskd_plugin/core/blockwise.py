@@ -91,6 +91,7 @@ def dskd_loss(
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
         loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c span_kl / div)
+               and, with unpaired_ce, + r ce_unpaired / div_ce
 
     Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed

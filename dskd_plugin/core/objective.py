@@ -4,6 +4,8 @@
     L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, uld, mined
     L = ce                                                             sft
 
+With unpaired_ce each of the first two gains r ce_unpaired.
+
 Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
 of a head, D and E width of student and teacher, P response rows within spans, C spans; in the maps between the
 spaces d is the student's width and D the teacher's.
@@ -22,7 +24,8 @@ from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likelie
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 
-TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl")
+TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")
+CE_TERMS = ("ce", "ce_unpaired")
 RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
 
 Compares = Literal["nothing", "distributions", "spaces"]
@@ -46,10 +49,13 @@ class Objective:
         both sides in a space of one of them, terms t2s_kd, t2s_ce, s2t_kd.
     span_weight: c >= 0, the weight of the span term beside the other KD terms.
     span_temperature: > 0, divides the log-likelihood of a span (divergences.binary_kl).
+    unpaired_ce: rows that no KD term of pairs takes keep their whole cross-entropy: term ce_unpaired, the sum of ce
+        over these rows, of weight r and with the divisor of ce.
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
-    Terms of weight 0 are left out: no ce at r = 1, nothing else at r = 0; they count 0 rows.
+    Terms of weight 0 are left out: no ce at r = 1 (unless unpaired_ce, which measures it), nothing else at r = 0; they
+    count 0 rows.
     """
 
     divergence: Divergence
@@ -61,6 +67,7 @@ class Objective:
     span_weight: float = 0.0
     span_temperature: float = 100.0
     projectors_alone: bool = False
+    unpaired_ce: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
@@ -83,6 +90,11 @@ class Objective:
             raise ValueError(
                 f"span_temperature: expected a finite number above 0, got {self.span_temperature}. Try 100."
             )
+        if self.unpaired_ce and self.compares == "nothing":
+            raise ValueError(
+                "unpaired_ce: expected it only where something is compared, got compares 'nothing', under which each "
+                "row has its whole cross-entropy. Leave it out."
+            )
         if self.projectors_alone and self.compares != "spaces":
             raise ValueError(
                 f"projectors_alone: expected it only where spaces are compared, got {self.compares!r}, which has no "
@@ -91,7 +103,7 @@ class Objective:
 
     @property
     def with_ce(self) -> bool:
-        return self.compares == "nothing" or self.kd_ratio < 1
+        return self.compares == "nothing" or self.kd_ratio < 1 or self.unpaired_ce
 
     @property
     def with_kd(self) -> bool:
@@ -115,6 +127,7 @@ class Objective:
             "s2t_kd": self.in_teacher_space,
             "kd": self.with_kd and self.compares == "distributions",
             "span_kl": self.with_kd and self.span_weight > 0,
+            "ce_unpaired": self.with_kd and self.unpaired_ce,
         }
         return tuple(term for term in TERMS if computed[term])
 
@@ -130,7 +143,8 @@ class Objective:
             "ce": 1.0 if self.compares == "nothing" else 1 - self.kd_ratio,
             "span_kl": self.kd_ratio * self.span_weight,
         }
-        return {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+        shares = {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+        return {term: share for term, share in shares.items() if share > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +212,7 @@ class Rows:
 def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
     """Which rows each term of the objective takes: name in TERMS -> bool.
 
-    Shapes: [R] for ce, [C] for span_kl, [M] for s2t_kd of cross-model attention and [N] for the others.
+    Shapes: [R] for ce and ce_unpaired, [C] for span_kl, [M] for s2t_kd of cross-model attention and [N] for the others.
     A term that the objective leaves out has no entry. ValueError when the agreement mask lacks agree_N.
     """
 
@@ -225,7 +239,19 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         masks["kd"] = all_of(rows.pairs)
     if "span_kl" in objective.terms:
         masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
+    if "ce_unpaired" in objective.terms:
+        masks["ce_unpaired"] = masks["ce"].clone()
+        masks["ce_unpaired"][: rows.pairs] &= ~_taken(rows, masks)
     return masks
+
+
+def _taken(rows: Rows, masks: dict[str, Tensor]) -> Tensor:
+    """The pairs that some KD term takes, [N] bool; with cross-model attention the rows that attended."""
+    if rows.s2t_M is not None:
+        assert rows.label_N is not None
+        return rows.label_N >= 0
+    found = [masks[term] for term in ("t2s_ce", "s2t_kd", "kd") if term in masks]
+    return torch.stack(found).any(0)
 
 
 def counts(rows: Rows, objective: Objective) -> Tensor:
@@ -233,9 +259,11 @@ def counts(rows: Rows, objective: Objective) -> Tensor:
 
     Only labels_R, the masks and labels over R, N and M, the lengths of teacher_NE (without label_N) and of
     spans.teacher_C are read. Returns [T] int64, T terms; sum them over micro-batches and ranks to get divisors
-    for the loss. A term that the objective leaves out counts 0.
+    for the loss. A term that the objective leaves out counts 0; ce_unpaired, a part of ce, counts the rows of ce.
     """
     masks = row_masks(rows, objective)
+    if "ce_unpaired" in masks:
+        masks["ce_unpaired"] = masks["ce"]
     none = torch.zeros((), dtype=torch.long, device=rows.labels_R.device)
     return torch.stack([masks[term].sum() if term in masks else none for term in TERMS])
 
@@ -435,6 +463,8 @@ def student_space_sums(
             nll_R = torch.nn.functional.nll_loss(student_log_RV, rows.labels_R, reduction="none")
         if objective.with_ce:
             sums["ce"] = masked_sum(nll_R, masks["ce"])
+        if "ce_unpaired" in masks:
+            sums["ce_unpaired"] = masked_sum(nll_R, masks["ce_unpaired"])[0], sums["ce"][1]
         if pull_R is not None:
             pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
             sums["span_kl"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))

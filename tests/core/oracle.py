@@ -398,3 +398,14 @@ def exact_loss(case, live, exact):
             label = events[1][argmax(z_t)]
             labels.append(-math.log(seen[label]) if label in events[0] else 0.0)
     return sum((1 - r) * x / len(ce) for x in ce) + sum(r * (a + b) / len(kd) for a, b in zip(kd, labels, strict=True))
+
+
+# --- rows without a partner -----------------------------------------------------------------------------
+
+
+def weighted_cross_entropy(case, live, weights):
+    """Sum over the response rows of weight x cross-entropy."""
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    return math.fsum(
+        weight * cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r, weight in enumerate(weights)
+    )

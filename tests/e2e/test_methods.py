@@ -20,6 +20,7 @@ TWO = {
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "span_weight": ({"span_weight": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}),
+    "unpaired": ({"method": "overlap_kd", "shared": "ids", "unpaired": "ce"}, {"ce", "kd", "ce_unpaired"}),
     "warm-up": ({"projector": {"warmup_steps": 2}}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "on-policy": (
         {"on_policy": {"fraction": 0.5, "max_new_tokens": 12, "log_samples": 1}},
@@ -39,7 +40,7 @@ ONE = {
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
 }
-TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}
+TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl", "ce_unpaired"}
 
 
 def block(recipe, changes, teacher=None):
@@ -60,6 +61,7 @@ def check(run, terms, warm_up=0):
         assert logged - {"kd"} == terms - {"kd"}
         assert all(math.isfinite(entry[f"dskd/{name}"]) for name in logged)
         kd = entry["dskd/t2s_ce"] if step < warm_up else entry.get("dskd/kd", 0.0)
+        kd += entry.get("dskd/ce_unpaired", 0.0)
         expected = entry["dskd/ce"] if terms == {"ce"} else 0.5 * entry["dskd/ce"] + 0.5 * kd
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)
     from transformers import AutoModelForCausalLM

@@ -78,6 +78,9 @@ BAD = [
         {**TEACHER, "on_policy": {"fraction": 1, "top_P": 0.9}},
         ["dskd.on_policy.top_P", "Did you mean 'top_p'?"],
     ),
+    ({**TEACHER, "unpaired": "all"}, ["dskd.unpaired: expected 'share' or 'ce', got 'all'"]),
+    ({**TEACHER, "method": "sft", "unpaired": "share"}, ["unpaired", "method: sft ignores"]),
+    ({**TEACHER, "unpaired": "ce", "on_policy": {"fraction": 1}}, ["dskd.unpaired: expected 'share' beside on_policy"]),
     ({**TEACHER, "kd_ratio": 7, "tempe": 1}, ["dskd.kd_ratio", "dskd.tempe"]),
 ]
 
@@ -110,6 +113,7 @@ def test_defaults():
         "divergence": {"kind": "forward_kl"},
         "temperature": 1.0,
         "kd_ratio": 0.5,
+        "unpaired": "share",
         "spaces": "student",
         "target": "exact",
         "shared": "events",

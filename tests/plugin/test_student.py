@@ -161,6 +161,8 @@ MODES = {
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
     "keep": PUBLISHED | {"unmapped_argmax": "teacher_space"},
     "spans": {"span_weight": 0.7},
+    "unpaired": {"unpaired": "ce"},
+    "unpaired published": PUBLISHED | {"unpaired": "ce"},
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
@@ -278,6 +280,28 @@ def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     for name, term in zip(("ce", "t2s_kd", "t2s_ce", "s2t_kd"), (ce, t2s_kd, t2s_ce, s2t_kd), strict=True):
         assert sums[name] == (pytest.approx(sum(term), rel=1e-4, abs=1e-4), len(term))
     assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
+def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
+    """Each of them counts 1 and each of the others 1 - kd_ratio, over all response rows."""
+    share, whole = (Setup(tiny["student"], tiny["teacher"], unpaired=value, **mode) for value in ("share", "ce"))
+    samples = whole.samples(rows)
+    loss, sums, gradients = whole.run([padded(whole, samples[:2]), padded(whole, samples[2:])])
+    other, other_sums, other_gradients = share.run([padded(share, samples)])
+    plain = Setup(tiny["student"], tiny["teacher"], method="sft")
+    of_rows = 0.0
+    for sample in samples:
+        paired = set(sample["aligned_student"])
+        labels = [-100 if place in paired else label for place, label in enumerate(sample["labels"])]
+        value, found, _ = plain.run([padded(plain, [{**sample, "labels": labels}])])
+        of_rows += value * found["ce"][1]
+    ratio, (_, number) = whole.settings.kd_ratio, sums["ce"]
+    assert of_rows > 0 and sums["ce_unpaired"] == (pytest.approx(of_rows, rel=2e-5), number)
+    assert loss == pytest.approx(other + ratio * of_rows / number, rel=2e-5)
+    assert not all(torch.equal(gradient, other_gradients[name]) for name, gradient in gradients.items())
+    if ratio < 1:
+        assert sums["ce"] == (pytest.approx(other_sums["ce"][0], rel=2e-5), number)
 
 
 def test_warm_up_trains_the_projectors_alone(tiny, rows):
