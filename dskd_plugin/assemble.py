@@ -106,6 +106,7 @@ def distillation_loss(
             "student_vocab_size": pair.student.vocab_size,
             "teacher_head": None if teacher is None else teacher.head,
             "warmup_steps": settings.projector.warmup_steps,
+            "balanced": settings.kd_weight == "balanced",
             "backend": backend,
         },
     )

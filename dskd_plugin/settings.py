@@ -171,6 +171,12 @@ class Settings(_Block):
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
     temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) CE + kd_ratio KD")
+    kd_weight: Literal["fixed", "balanced"] = Field(
+        "fixed",
+        description="balanced: the KD terms that move the student are scaled to the size of the cross-entropy, by the "
+        "ratio of the two over about twenty steps before; needs a kd_ratio below 1",
+        json_schema_extra={"see": "[balanced](method.md#kd_weight-balanced)"},
+    )
     unpaired: Literal["share", "ce"] = Field(
         "share",
         description="cross-entropy of response tokens that no KD term takes, mostly those without a partner. share: "
@@ -256,6 +262,13 @@ class Settings(_Block):
                 f"auto, identity or eta beside {method.chosen_by()}",
                 "'cma': cross-model attention belongs to dskd",
                 "Remove it.",
+            )
+        if self.kd_weight == "balanced" and self.kd_ratio == 1:
+            raise SettingError(
+                "dskd.kd_weight",
+                "'fixed' beside kd_ratio: 1",
+                "'balanced': there is no cross-entropy whose size the KD part could take",
+                "Remove it, or set a lower kd_ratio.",
             )
         if self.unpaired == "ce" and self.on_policy is not None:
             raise SettingError(

@@ -4,7 +4,8 @@
     L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, uld, mined
     L = ce                                                             sft
 
-With unpaired_ce each of the first two gains r ce_unpaired.
+With unpaired_ce each of the first two gains r ce_unpaired. With a kd_scale the terms that move the student, all of the
+KD terms but t2s_ce, are multiplied with it.
 
 Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
 of a head, D and E width of student and teacher, P response rows within spans, C spans; in the maps between the
@@ -51,6 +52,7 @@ class Objective:
     span_temperature: > 0, divides the log-likelihood of a span (divergences.binary_kl).
     unpaired_ce: rows that no KD term of pairs takes keep their whole cross-entropy: term ce_unpaired, the sum of ce
         over these rows, of weight r and with the divisor of ce.
+    kd_scale: >= 0, multiplies the KD terms that move the student, `scaled`; see balance.Balance.
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
@@ -68,6 +70,7 @@ class Objective:
     span_temperature: float = 100.0
     projectors_alone: bool = False
     unpaired_ce: bool = False
+    kd_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
@@ -90,6 +93,8 @@ class Objective:
             raise ValueError(
                 f"span_temperature: expected a finite number above 0, got {self.span_temperature}. Try 100."
             )
+        if not 0 <= self.kd_scale < float("inf"):
+            raise ValueError(f"kd_scale: expected a finite number from 0, got {self.kd_scale}. Use 1 for none.")
         if self.unpaired_ce and self.compares == "nothing":
             raise ValueError(
                 "unpaired_ce: expected it only where something is compared, got compares 'nothing', under which each "
@@ -131,6 +136,11 @@ class Objective:
         }
         return tuple(term for term in TERMS if computed[term])
 
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """The KD terms that move the student; t2s_ce moves the projector alone."""
+        return tuple(term for term in self.terms if term not in (*CE_TERMS, "t2s_ce"))
+
     def shares(self, *, s2t_is_learned: bool = False) -> dict[str, float]:
         """Weight of the mean of each term in the loss; a term without an entry adds nothing, nor any gradient.
 
@@ -144,7 +154,8 @@ class Objective:
             "span_kl": self.kd_ratio * self.span_weight,
         }
         shares = {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
-        return {term: share for term, share in shares.items() if share > 0}
+        scaled = {term: share * (self.kd_scale if term in self.scaled else 1) for term, share in shares.items()}
+        return {term: share for term, share in scaled.items() if share > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +288,22 @@ def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:
     divisors_T = divisors_T.double()
     shares_T = divisors_T.new_tensor([shares.get(term, 0.0) for term in TERMS])
     return torch.where(divisors_T > 0, shares_T / divisors_T.clamp(min=1e-30), 0)
+
+
+def means_of_step(sums_T2: Tensor, objective: Objective) -> tuple[float, float] | None:
+    """Mean cross-entropy and mean KD of an optimizer step: what `balance.Balance` weighs.
+
+        KD = the sum of the means of the terms that move the student (Objective.scaled), span_kl times c
+
+    sums_T2: sum and number of rows of each term in the order of TERMS, over micro-batches and ranks.
+    None for a step without rows of either.
+    """
+    found = {term: (total, rows) for term, (total, rows) in zip(TERMS, sums_T2.tolist(), strict=True) if rows > 0}
+    shares = {term: objective.span_weight if term == "span_kl" else 1.0 for term in objective.scaled if term in found}
+    if "ce" not in found or not shares:
+        return None
+    total, rows = found["ce"]
+    return total / rows, sum(share * found[term][0] / found[term][1] for term, share in shares.items())
 
 
 def project(hidden_ND: Tensor, map_DE: Tensor) -> Tensor:

@@ -256,6 +256,8 @@ class DSKDTrainer(AxolotlTrainer):
                 means["kd"] = sum(of_kd) / objective.kd_ratio
             if kind == "train":
                 self._warn(means)
+                if self.distillation.kd_scale is not None:
+                    means["kd_scale"] = self.distillation.kd_scale
             if kind == "train" and self._rollout is not None:
                 means |= self._rollout_totals(self._rollout)
             for name, value in means.items():

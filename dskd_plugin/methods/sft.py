@@ -21,6 +21,7 @@ class FineTuning(Method):
         "divergence",
         "temperature",
         "kd_ratio",
+        "kd_weight",
         "unpaired",
         "span_weight",
         "on_policy",

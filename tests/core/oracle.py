@@ -409,3 +409,22 @@ def weighted_cross_entropy(case, live, weights):
     return math.fsum(
         weight * cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r, weight in enumerate(weights)
     )
+
+
+# --- KD at the size of the cross-entropy ----------------------------------------------------------------
+
+
+def kd_scale(steps, largest):
+    """steps: (mean ce, mean kd) of every step so far, the oldest first."""
+    ce = math.fsum(0.95**age * value for age, (value, _) in enumerate(reversed(steps)))
+    kd = math.fsum(0.95**age * value for age, (_, value) in enumerate(reversed(steps)))
+    if not steps or (ce == 0 and kd == 0):
+        return 1.0
+    return largest if ce > largest * kd else ce / kd
+
+
+def scaled_loss(case, live, scale):
+    """dskd with t2s_kd and s2t_kd, but not t2s_ce, multiplied with a number."""
+    found, r, div = terms(case, live), case["kd_ratio"], case["divisors"]
+    moving = found["t2s_kd"][0] / div["t2s_kd"] + found["s2t_kd"][0] / div["s2t_kd"]
+    return (1 - r) * found["ce"][0] / div["ce"] + r * (scale * moving + found["t2s_ce"][0] / div["t2s_ce"])
