@@ -198,6 +198,12 @@ class Settings(_Block):
         "events",
         description="what both vocabularies can say, for `target: exact` and `overlap_kd`. ids: equal tokens alone",
     )
+    support: int | None = Field(
+        None,
+        ge=2,
+        description="`overlap_kd` with `shared: ids`: compare only the k shared tokens that the student finds "
+        "likeliest at a row, both sides renormalised on them; the teacher's head is read at these alone; null: all",
+    )
     agreement_mask: bool = Field(False, description="t2s_kd only where the projected teacher predicts its own token")
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
         "drop",

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
 from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likeliest_event, masses, target_of_masses
-from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.reduce import keep_rows, masked_sum
+from dskd_plugin.core.support import SupportCompare
 
 TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")
 CE_TERMS = ("ce", "ce_unpaired")
@@ -375,10 +376,14 @@ class TeacherRows:
     """The teacher's distributions at some rows, all from one product with its head; no gradient.
 
     logits_NU: of its real ids. events: of the two vocabularies, where events are read.
+    states: in place of the logits, the hidden states and the head, where a few ids of each row are read.
     """
 
-    def __init__(self, logits_NU: Tensor, events: Events | None = None) -> None:
-        self._logits_NU: Tensor | None = logits_NU.detach()
+    def __init__(
+        self, logits_NU: Tensor | None, events: Events | None = None, states: tuple[Tensor, Head] | None = None
+    ) -> None:
+        self._logits_NU = None if logits_NU is None else logits_NU.detach()
+        self._states = states
         self._events = events
         self._of_events: dict[float, Tensor] = {}
         self._likeliest_N: Tensor | None = None
@@ -387,6 +392,11 @@ class TeacherRows:
     def logits_NU(self) -> Tensor:
         assert self._logits_NU is not None
         return self._logits_NU
+
+    def logits_at(self, ids_NK: Tensor, *, elements: int) -> Tensor:
+        """Logits of some ids of each row, see `heads.logits_at`."""
+        assert self._states is not None
+        return logits_at(*self._states, ids_NK, elements=elements)
 
     def read_events(self, *temperatures: float) -> None:
         """Read all that `of_events` and `likeliest_event_N` say."""
@@ -432,6 +442,8 @@ def teacher_rows(
     assert rows.teacher_NE is not None
     mask_N = torch.stack([masks[name] for name in reading]).any(0)
     kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
+    if isinstance(compare, SupportCompare):
+        return TeacherRows(None, states=(kept_NE, teacher_head.detach()))
     events_alone = isinstance(compare, EventCompare) or (exact is not None and not objective.in_teacher_space)
     logits_NU = head_logits(kept_NE, teacher_head.detach().real(), by_id=events_alone)
     teacher = TeacherRows(logits_NU, None if exact is None else exact.events)
@@ -506,9 +518,19 @@ def student_space_sums(
         sums |= _t2s_sums(rows, student_log_NV, t2s_Nd, teacher, masks, student_head, objective, soft_labels, exact)
     if with_kd:
         assert compare is not None and teacher is not None
-        distance_N = compare(student_NV=_corner(student_RV, pairs, real), teacher_NV=teacher.logits_NU)
-        sums["kd"] = masked_sum(distance_N, masks["kd"])
+        sums["kd"] = masked_sum(_compared(compare, _corner(student_RV, pairs, real), teacher), masks["kd"])
     return sums
+
+
+def _compared(compare: Compare, student_NV: Tensor, teacher: TeacherRows) -> Tensor:
+    """The distance of a pair's two distributions, [N], from no more of the teacher than it reads."""
+    if not isinstance(compare, SupportCompare):
+        return compare(student_NV=student_NV, teacher_NV=teacher.logits_NU)
+    student_ids_NK, teacher_ids_NK = compare.ids(student_NV)
+    return compare.of_logits(
+        student_NK=student_NV.gather(1, student_ids_NK),
+        teacher_NK=teacher.logits_at(teacher_ids_NK, elements=student_NV.numel()),
+    )
 
 
 def _corner(x_RV: Tensor, rows: int, ids: int) -> Tensor:

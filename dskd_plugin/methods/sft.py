@@ -26,6 +26,7 @@ class FineTuning(Method):
         "span_weight",
         "on_policy",
         "shared",
+        "support",
         *PROJECTING,
     )
     compares = "nothing"

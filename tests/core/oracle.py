@@ -428,3 +428,14 @@ def scaled_loss(case, live, scale):
     found, r, div = terms(case, live), case["kd_ratio"], case["divisors"]
     moving = found["t2s_kd"][0] / div["t2s_kd"] + found["s2t_kd"][0] / div["s2t_kd"]
     return (1 - r) * found["ce"][0] / div["ce"] + r * (scale * moving + found["t2s_ce"][0] / div["t2s_ce"])
+
+
+# --- a few shared ids -----------------------------------------------------------------------------------
+
+
+def compare_support(z_s, z_t, tau, kind, pairs, size):
+    """Probabilities first, then those of the shared ids that the student finds likeliest, divided by their sum."""
+    chosen = sorted(pairs, key=lambda pair: -z_s[pair[0]])[:size]
+    q, p = softmax(z_s, tau), softmax(z_t, tau)
+    whole_q, whole_p = math.fsum(q[i] for i, _ in chosen), math.fsum(p[j] for _, j in chosen)
+    return DISTANCES[kind]([p[j] / whole_p for _, j in chosen], [q[i] / whole_q for i, _ in chosen])

@@ -15,6 +15,7 @@ from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums, teacher_rows
+from dskd_plugin.core.support import SupportCompare
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
@@ -59,6 +60,11 @@ METHODS = {
     "overlap_kd": overlap_of("forward_kl"),
     "overlap_kd_reverse": overlap_of("reverse_kl"),
     "overlap_kd_tvd": overlap_of("tvd"),
+    "overlap_kd_support": Method(
+        "overlap_kd",
+        lambda tau=TAU: SupportCompare(divergence("reverse_kl"), tau, 3, *shared_ids()),
+        lambda o: lambda s, t: o.compare_support(s, t, TAU, "reverse_kl", SHARED, 3),
+    ),
     "uld": Method("uld", lambda tau=TAU: uld(tau), lambda o: lambda s, t: o.compare_uld(s, t, TAU)),
     "mined": Method(
         "mined",

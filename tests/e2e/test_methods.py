@@ -16,6 +16,7 @@ TWO = {
     "sft": ({"method": "sft"}, {"ce"}),
     "fitted": ({"spaces": "student", "projector": {"init": "fitted"}}, {"ce", "t2s_kd", "t2s_ce"}),
     "overlap_kd": ({"method": "overlap_kd", "shared": "ids"}, {"ce", "kd"}),
+    "support": ({"method": "overlap_kd", "shared": "ids", "support": 16}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),

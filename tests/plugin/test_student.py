@@ -167,6 +167,7 @@ MODES = {
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
+    "overlap_kd support": {"method": "overlap_kd", "shared": "ids", "support": 16},
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
@@ -335,6 +336,15 @@ def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode
     setup.student.eval()
     assert setup.run(batches)[0] == pytest.approx(expected[0], rel=1e-5)  # evaluations can be compared
     assert fixed.loss.kd_scale is None
+
+
+def test_the_support_moves_the_loss_up_to_all_shared_ids(tiny, rows):
+    sizes = (4, 16, 10**6, None)
+    setups = [Setup(tiny["student"], tiny["teacher"], method="overlap_kd", shared="ids", support=k) for k in sizes]
+    found = [setup.run([padded(setup, setup.samples(rows))]) for setup in setups]
+    losses = [loss for loss, _, _ in found]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3) and losses[1] != pytest.approx(losses[3], rel=1e-3)
+    close(found[2], found[3])
 
 
 def test_a_resumed_loss_is_balanced_as_it_was(tiny, rows, tmp_path):
