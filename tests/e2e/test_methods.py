@@ -28,6 +28,17 @@ TWO = {
         {"on_policy": {"fraction": 0.5, "max_new_tokens": 12, "log_samples": 1}},
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
+    "on-policy support": (
+        {
+            "method": "overlap_kd",
+            "shared": "ids",
+            "support": 16,
+            "divergence": {"kind": "reverse_kl"},
+            "kd_weight": "balanced",
+            "on_policy": {"fraction": 1, "max_new_tokens": 12},
+        },
+        {"ce", "kd"},
+    ),
     "on-policy overlap_kd": (
         {"method": "overlap_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
         {"ce", "kd"},
