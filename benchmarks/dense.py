@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 RATIO = 0.5  # kd_ratio
+SUPPORT = 16  # shared ids that are compared, where not all are
 
 
 def dense_loss(
@@ -25,10 +26,14 @@ def dense_loss(
     teacher_head_UD: Tensor,
     event_V: Tensor,
     event_U: Tensor,
+    shared: int,
     t2s_Dd: Tensor | None = None,
     s2t_dD: Tensor | None = None,
 ) -> Tensor:
-    """The loss of a method of shapes.METHODS; t2s_Dd, s2t_dD: for dskd, s2t_dD for both of its spaces."""
+    """The loss of a method of shapes.METHODS.
+
+    shared: ids, the first of both sides, that are the same token. t2s_Dd, s2t_dD: for dskd, s2t_dD for both spaces.
+    """
     logits_RV = wide(student_Rd @ student_head_Vd.T)
     ce = cross_entropy(logits_RV, gold_R)
     if method == "sft":
@@ -37,6 +42,10 @@ def dense_loss(
     teacher_NU = wide(teacher_ND @ teacher_head_UD.T).log_softmax(-1)
     count = int(torch.maximum(event_V.max(), event_U.max())) + 1
     teacher_NK, student_NK = mass(teacher_NU, event_U, count), mass(student_NV, event_V, count)
+    if method == "overlap_kd_support":
+        likeliest_NK = student_NV.detach()[:, :shared].topk(SUPPORT).indices
+        of_both = [log_NV.gather(1, likeliest_NK).log_softmax(-1) for log_NV in (teacher_NU, student_NV)]
+        return (1 - RATIO) * ce + RATIO * kl(*of_both)
     if method == "overlap_kd":
         return (1 - RATIO) * ce + RATIO * kl(teacher_NK, student_NK)
     assert t2s_Dd is not None

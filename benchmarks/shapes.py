@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dense import wide
+from benchmarks.dense import SUPPORT, wide
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import StepBatch, TeacherText, ask
 from dskd_plugin.core.backend import Backend
@@ -33,6 +33,7 @@ EVENTS = 0.794
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
+    "overlap_kd_support": {"method": "overlap_kd", "shared": "ids", "support": SUPPORT},
     "dskd": {},
     "dskd_both": {"spaces": "both"},
 }
@@ -188,6 +189,11 @@ class Bench:
         targets_R = self.input_ids.cpu().flatten()[rows_R + 1]
         ce_R = torch.ones(len(rows_R), dtype=torch.bool)
         return StepBatch(rows_R, targets_R, ce_R, teacher_text=text).to(self.device)
+
+    @property
+    def shared_ids(self) -> int:
+        """Ids that are the same token on both sides, the first of both."""
+        return len(overlap_like(*self._ids).student_ids_O)
 
     @cached_property
     def input_ids(self) -> Tensor:

@@ -46,6 +46,7 @@ def dense_step(bench: Bench, method: str, loss: DistillationLoss) -> Tensor:
         student_head_Vd=weight,
         event_V=events.student_V,
         event_U=events.teacher_U,
+        shared=bench.shared_ids,
         **maps,
     )
     value.backward()

@@ -90,6 +90,7 @@ def distillation_loss(
         agreement_mask=settings.agreement_mask,
         compares=method.compares,
         span_weight=settings.span_weight,
+        unpaired_ce=settings.unpaired == "ce",
     )
     parts = Parts(
         settings=settings,
@@ -105,6 +106,7 @@ def distillation_loss(
             "student_vocab_size": pair.student.vocab_size,
             "teacher_head": None if teacher is None else teacher.head,
             "warmup_steps": settings.projector.warmup_steps,
+            "balanced": settings.kd_weight == "balanced",
             "backend": backend,
         },
     )

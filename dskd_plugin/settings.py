@@ -178,6 +178,18 @@ class Settings(_Block):
     divergence: Divergence = Field(default_factory=lambda: ForwardKL(kind="forward_kl"))
     temperature: float = Field(1.0, gt=0, le=100, description="softens the two distributions that a method compares")
     kd_ratio: float = Field(0.5, gt=0, le=1, description="loss = (1 - kd_ratio) CE + kd_ratio KD")
+    kd_weight: Literal["fixed", "balanced"] = Field(
+        "fixed",
+        description="balanced: the KD terms that move the student are scaled to the size of the cross-entropy, by the "
+        "ratio of the two over about twenty steps before; needs a kd_ratio below 1",
+        json_schema_extra={"see": "[balanced](method.md#kd_weight-balanced)"},
+    )
+    unpaired: Literal["share", "ce"] = Field(
+        "share",
+        description="cross-entropy of response tokens that no KD term takes, mostly those without a partner. share: "
+        "(1 - kd_ratio) of it, as of all others; ce: the whole of it; not with `on_policy`, where no gold token has a "
+        "partner",
+    )
     spaces: Literal["both", "student", "teacher"] = Field(
         "student",
         description="whose head the compared distributions share; `student` keeps t2s_kd + t2s_ce, `teacher` s2t_kd",
@@ -192,6 +204,12 @@ class Settings(_Block):
     shared: Literal["events", "ids"] = Field(
         "events",
         description="what both vocabularies can say, for `target: exact` and `overlap_kd`. ids: equal tokens alone",
+    )
+    support: int | None = Field(
+        None,
+        ge=2,
+        description="`overlap_kd` with `shared: ids`: compare only the k shared tokens that the student finds "
+        "likeliest at a row, both sides renormalised on them; the teacher's head is read at these alone; null: all",
     )
     agreement_mask: bool = Field(False, description="t2s_kd only where the projected teacher predicts its own token")
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
@@ -269,6 +287,20 @@ class Settings(_Block):
                 f"it unset beside {method.chosen_by()}",
                 f"{self.teacher.cache!r}: no state of the teacher is read",
                 "Remove it.",
+            )
+        if self.kd_weight == "balanced" and self.kd_ratio == 1:
+            raise SettingError(
+                "dskd.kd_weight",
+                "'fixed' beside kd_ratio: 1",
+                "'balanced': there is no cross-entropy whose size the KD part could take",
+                "Remove it, or set a lower kd_ratio.",
+            )
+        if self.unpaired == "ce" and self.on_policy is not None:
+            raise SettingError(
+                "dskd.unpaired",
+                "'share' beside on_policy",
+                "'ce': in a step on sampled answers no gold token has a partner, and each would count whole",
+                "Remove one of the two.",
             )
         method.check(self)
         return self

@@ -29,10 +29,11 @@ SETTINGS = {
     "spaces": "spaces",
     "target": "target",
     "shared": "shared",
+    "kd_weight": "kd_weight",
     "projector_init": "projector.init",
 }
 # What a run did before the setting was there to be kept.
-BEFORE = {"target": "projected", "shared": "ids", "projector_init": "ideal"}
+BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 
 
 def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
@@ -80,6 +81,7 @@ def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, Any]:
         "spaces": settings.spaces,
         "target": "exact" if settings.exact else "projected",
         "shared": "events" if settings.by_events else "ids",
+        "kd_weight": settings.kd_weight,
         "projector_init": settings.projector.init,
     }
 
@@ -136,8 +138,10 @@ def _recipe_lines(kept: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def load(folder: str | os.PathLike[str], loss: DistillationLoss, *, weights: bool = True) -> None:
-    """Copy saved projectors into place, sharded or not; weights: False where the engine has restored them."""
-    if not any(True for _ in loss.parameters()):
+    """Copy saved projectors into place, sharded or not, and the loss's memory; weights: False where the engine has
+    restored them.
+    """
+    if not (any(True for _ in loss.parameters()) or loss.memory()):
         return
     saved = load_file(Path(folder) / WEIGHTS)
     loss.remember(saved)

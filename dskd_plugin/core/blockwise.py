@@ -34,6 +34,7 @@ from dskd_plugin.core.objective import (
     term_weights,
 )
 from dskd_plugin.core.reduce import keep_rows
+from dskd_plugin.core.support import SupportCompare
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
 _ROWS_AT_FULL_WEIGHT = 64
@@ -91,6 +92,7 @@ def dskd_loss(
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
         loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c span_kl / div)
+               and, with unpaired_ce, + r ce_unpaired / div_ce
 
     Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
     the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
@@ -198,15 +200,18 @@ def baseline_loss(
         loss = (1 - r) ce / div_ce + r (kd / div_kd + c span_kl / div_span);   sft: ce / div_ce
         kd   = compare(z, sg(z_t)) at the first N rows, over the real ids of both heads
 
-    compare: from baselines.py. It and teacher_head may be None for sft.
+    compare: from baselines.py, an EventCompare or a SupportCompare. It and teacher_head may be None for sft.
     Gradients reach student_RD and the student's head, nothing of the teacher.
     """
-    walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
+    # A few rows of the teacher's head are read: neither its size nor a copy in the dtype of products matters.
+    few = isinstance(compare, SupportCompare)
+    walk = _Walk(rows, student_head, None if few else teacher_head, objective, divisors_T, block_elements, len(rows))
+    read_head = teacher_head if few else walk.teacher_head
 
     def teacher(block: slice) -> TeacherRows | None:
-        if compare is None or walk.teacher_head is None:
+        if compare is None or read_head is None:
             return None
-        return teacher_rows(walk.rows.block(block), walk.constant_teacher_head, objective, compare=compare)
+        return teacher_rows(walk.rows.block(block), read_head, objective, compare=compare)
 
     def student_space(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
         return walk.student_space(block, teacher, compare=compare, **of_student)

@@ -1,6 +1,6 @@
 """A language model's head: the map from last hidden states to logits.
 
-Shape letters: N rows, V rows of the head (tokenizer ids, then padding), D width of the model.
+Shape letters: N rows, V rows of the head (tokenizer ids, then padding), D width of the model, K ids of a row.
 """
 
 from __future__ import annotations
@@ -77,6 +77,29 @@ def head_logits(hidden_ND: Tensor, head: Head, *, by_id: bool = False) -> Tensor
         product_NV = (product_VN if bias_V is None else product_VN + bias_V[:, None]).T
     else:
         product_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+    return _capped(product_NV, head)
+
+
+def logits_at(hidden_ND: Tensor, head: Head, ids_NK: Tensor, *, elements: int) -> Tensor:
+    """Logits of some ids of each row: those of head_logits, without a product with the whole head.
+
+    ids_NK: rows of the head. elements: of the head's rows that are gathered at a time.
+    Returns [N, K] as head_logits does. No gradient.
+    """
+    weight_VD, hidden_ND = head.weight_VD.detach(), hidden_ND.detach().to(head.weight_VD.dtype)
+    product_NK = hidden_ND.new_empty(ids_NK.shape)
+    step = max(1, elements // max(1, ids_NK.shape[1] * weight_VD.shape[1]))
+    for start in range(0, len(ids_NK), step):
+        ids_BK = ids_NK[start : start + step]
+        rows_BKD = weight_VD.index_select(0, ids_BK.flatten()).view(*ids_BK.shape, -1)
+        product_NK[start : start + step] = torch.bmm(rows_BKD, hidden_ND[start : start + step, :, None])[..., 0]
+    if head.bias_V is not None:
+        product_NK += head.bias_V.detach().to(weight_VD.dtype)[ids_NK]
+    return _capped(product_NK, head)
+
+
+def _capped(product_NV: Tensor, head: Head) -> Tensor:
+    """What a head does after its product, in fp32 or wider."""
     logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
     if head.scale != 1.0:
         logits_NV = logits_NV * head.scale

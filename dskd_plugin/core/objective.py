@@ -4,6 +4,9 @@
     L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, uld, mined
     L = ce                                                             sft
 
+With unpaired_ce each of the first two gains r ce_unpaired. With a kd_scale the terms that move the student, all of the
+KD terms but t2s_ce, are multiplied with it.
+
 Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
 of a head, D and E width of student and teacher, P response rows within spans, C spans; in the maps between the
 spaces d is the student's width and D the teacher's.
@@ -19,10 +22,12 @@ from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
 from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likeliest_event, masses, target_of_masses
-from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.reduce import keep_rows, masked_sum
+from dskd_plugin.core.support import SupportCompare
 
-TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl")
+TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")
+CE_TERMS = ("ce", "ce_unpaired")
 RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
 
 Compares = Literal["nothing", "distributions", "spaces"]
@@ -46,10 +51,14 @@ class Objective:
         both sides in a space of one of them, terms t2s_kd, t2s_ce, s2t_kd.
     span_weight: c >= 0, the weight of the span term beside the other KD terms.
     span_temperature: > 0, divides the log-likelihood of a span (divergences.binary_kl).
+    unpaired_ce: rows that no KD term of pairs takes keep their whole cross-entropy: term ce_unpaired, the sum of ce
+        over these rows, of weight r and with the divisor of ce.
+    kd_scale: >= 0, multiplies the KD terms that move the student, `scaled`; see balance.Balance.
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
-    Terms of weight 0 are left out: no ce at r = 1, nothing else at r = 0; they count 0 rows.
+    Terms of weight 0 are left out: no ce at r = 1 (unless unpaired_ce, which measures it), nothing else at r = 0; they
+    count 0 rows.
     """
 
     divergence: Divergence
@@ -61,6 +70,8 @@ class Objective:
     span_weight: float = 0.0
     span_temperature: float = 100.0
     projectors_alone: bool = False
+    unpaired_ce: bool = False
+    kd_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
@@ -83,6 +94,13 @@ class Objective:
             raise ValueError(
                 f"span_temperature: expected a finite number above 0, got {self.span_temperature}. Try 100."
             )
+        if not 0 <= self.kd_scale < float("inf"):
+            raise ValueError(f"kd_scale: expected a finite number from 0, got {self.kd_scale}. Use 1 for none.")
+        if self.unpaired_ce and self.compares == "nothing":
+            raise ValueError(
+                "unpaired_ce: expected it only where something is compared, got compares 'nothing', under which each "
+                "row has its whole cross-entropy. Leave it out."
+            )
         if self.projectors_alone and self.compares != "spaces":
             raise ValueError(
                 f"projectors_alone: expected it only where spaces are compared, got {self.compares!r}, which has no "
@@ -91,7 +109,7 @@ class Objective:
 
     @property
     def with_ce(self) -> bool:
-        return self.compares == "nothing" or self.kd_ratio < 1
+        return self.compares == "nothing" or self.kd_ratio < 1 or self.unpaired_ce
 
     @property
     def with_kd(self) -> bool:
@@ -115,8 +133,14 @@ class Objective:
             "s2t_kd": self.in_teacher_space,
             "kd": self.with_kd and self.compares == "distributions",
             "span_kl": self.with_kd and self.span_weight > 0,
+            "ce_unpaired": self.with_kd and self.unpaired_ce,
         }
         return tuple(term for term in TERMS if computed[term])
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """The KD terms that move the student; t2s_ce moves the projector alone."""
+        return tuple(term for term in self.terms if term not in (*CE_TERMS, "t2s_ce"))
 
     def shares(self, *, s2t_is_learned: bool = False) -> dict[str, float]:
         """Weight of the mean of each term in the loss; a term without an entry adds nothing, nor any gradient.
@@ -130,7 +154,9 @@ class Objective:
             "ce": 1.0 if self.compares == "nothing" else 1 - self.kd_ratio,
             "span_kl": self.kd_ratio * self.span_weight,
         }
-        return {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+        shares = {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+        scaled = {term: share * (self.kd_scale if term in self.scaled else 1) for term, share in shares.items()}
+        return {term: share for term, share in scaled.items() if share > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +224,7 @@ class Rows:
 def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
     """Which rows each term of the objective takes: name in TERMS -> bool.
 
-    Shapes: [R] for ce, [C] for span_kl, [M] for s2t_kd of cross-model attention and [N] for the others.
+    Shapes: [R] for ce and ce_unpaired, [C] for span_kl, [M] for s2t_kd of cross-model attention and [N] for the others.
     A term that the objective leaves out has no entry. ValueError when the agreement mask lacks agree_N.
     """
 
@@ -225,7 +251,19 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         masks["kd"] = all_of(rows.pairs)
     if "span_kl" in objective.terms:
         masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
+    if "ce_unpaired" in objective.terms:
+        masks["ce_unpaired"] = masks["ce"].clone()
+        masks["ce_unpaired"][: rows.pairs] &= ~_taken(rows, masks)
     return masks
+
+
+def _taken(rows: Rows, masks: dict[str, Tensor]) -> Tensor:
+    """The pairs that some KD term takes, [N] bool; with cross-model attention the rows that attended."""
+    if rows.s2t_M is not None:
+        assert rows.label_N is not None
+        return rows.label_N >= 0
+    found = [masks[term] for term in ("t2s_ce", "s2t_kd", "kd") if term in masks]
+    return torch.stack(found).any(0)
 
 
 def counts(rows: Rows, objective: Objective) -> Tensor:
@@ -233,9 +271,11 @@ def counts(rows: Rows, objective: Objective) -> Tensor:
 
     Only labels_R, the masks and labels over R, N and M, the lengths of teacher_NE (without label_N) and of
     spans.teacher_C are read. Returns [T] int64, T terms; sum them over micro-batches and ranks to get divisors
-    for the loss. A term that the objective leaves out counts 0.
+    for the loss. A term that the objective leaves out counts 0; ce_unpaired, a part of ce, counts the rows of ce.
     """
     masks = row_masks(rows, objective)
+    if "ce_unpaired" in masks:
+        masks["ce_unpaired"] = masks["ce"]
     none = torch.zeros((), dtype=torch.long, device=rows.labels_R.device)
     return torch.stack([masks[term].sum() if term in masks else none for term in TERMS])
 
@@ -249,6 +289,22 @@ def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:
     divisors_T = divisors_T.double()
     shares_T = divisors_T.new_tensor([shares.get(term, 0.0) for term in TERMS])
     return torch.where(divisors_T > 0, shares_T / divisors_T.clamp(min=1e-30), 0)
+
+
+def means_of_step(sums_T2: Tensor, objective: Objective) -> tuple[float, float] | None:
+    """Mean cross-entropy and mean KD of an optimizer step: what `balance.Balance` weighs.
+
+        KD = the sum of the means of the terms that move the student (Objective.scaled), span_kl times c
+
+    sums_T2: sum and number of rows of each term in the order of TERMS, over micro-batches and ranks.
+    None for a step without rows of either.
+    """
+    found = {term: (total, rows) for term, (total, rows) in zip(TERMS, sums_T2.tolist(), strict=True) if rows > 0}
+    shares = {term: objective.span_weight if term == "span_kl" else 1.0 for term in objective.scaled if term in found}
+    if "ce" not in found or not shares:
+        return None
+    total, rows = found["ce"]
+    return total / rows, sum(share * found[term][0] / found[term][1] for term, share in shares.items())
 
 
 def project(hidden_ND: Tensor, map_DE: Tensor) -> Tensor:
@@ -320,10 +376,14 @@ class TeacherRows:
     """The teacher's distributions at some rows, all from one product with its head; no gradient.
 
     logits_NU: of its real ids. events: of the two vocabularies, where events are read.
+    states: in place of the logits, the hidden states and the head, where a few ids of each row are read.
     """
 
-    def __init__(self, logits_NU: Tensor, events: Events | None = None) -> None:
-        self._logits_NU: Tensor | None = logits_NU.detach()
+    def __init__(
+        self, logits_NU: Tensor | None, events: Events | None = None, states: tuple[Tensor, Head] | None = None
+    ) -> None:
+        self._logits_NU = None if logits_NU is None else logits_NU.detach()
+        self._states = states
         self._events = events
         self._of_events: dict[float, Tensor] = {}
         self._likeliest_N: Tensor | None = None
@@ -332,6 +392,11 @@ class TeacherRows:
     def logits_NU(self) -> Tensor:
         assert self._logits_NU is not None
         return self._logits_NU
+
+    def logits_at(self, ids_NK: Tensor, *, elements: int) -> Tensor:
+        """Logits of some ids of each row, see `heads.logits_at`."""
+        assert self._states is not None
+        return logits_at(*self._states, ids_NK, elements=elements)
 
     def read_events(self, *temperatures: float) -> None:
         """Read all that `of_events` and `likeliest_event_N` say."""
@@ -377,6 +442,8 @@ def teacher_rows(
     assert rows.teacher_NE is not None
     mask_N = torch.stack([masks[name] for name in reading]).any(0)
     kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
+    if isinstance(compare, SupportCompare):
+        return TeacherRows(None, states=(kept_NE, teacher_head.detach()))
     events_alone = isinstance(compare, EventCompare) or (exact is not None and not objective.in_teacher_space)
     logits_NU = head_logits(kept_NE, teacher_head.detach().real(), by_id=events_alone)
     teacher = TeacherRows(logits_NU, None if exact is None else exact.events)
@@ -435,6 +502,8 @@ def student_space_sums(
             nll_R = torch.nn.functional.nll_loss(student_log_RV, rows.labels_R, reduction="none")
         if objective.with_ce:
             sums["ce"] = masked_sum(nll_R, masks["ce"])
+        if "ce_unpaired" in masks:
+            sums["ce_unpaired"] = masked_sum(nll_R, masks["ce_unpaired"])[0], sums["ce"][1]
         if pull_R is not None:
             pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
             sums["span_kl"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
@@ -449,9 +518,19 @@ def student_space_sums(
         sums |= _t2s_sums(rows, student_log_NV, t2s_Nd, teacher, masks, student_head, objective, soft_labels, exact)
     if with_kd:
         assert compare is not None and teacher is not None
-        distance_N = compare(student_NV=_corner(student_RV, pairs, real), teacher_NV=teacher.logits_NU)
-        sums["kd"] = masked_sum(distance_N, masks["kd"])
+        sums["kd"] = masked_sum(_compared(compare, _corner(student_RV, pairs, real), teacher), masks["kd"])
     return sums
+
+
+def _compared(compare: Compare, student_NV: Tensor, teacher: TeacherRows) -> Tensor:
+    """The distance of a pair's two distributions, [N], from no more of the teacher than it reads."""
+    if not isinstance(compare, SupportCompare):
+        return compare(student_NV=student_NV, teacher_NV=teacher.logits_NU)
+    student_ids_NK, teacher_ids_NK = compare.ids(student_NV)
+    return compare.of_logits(
+        student_NK=student_NV.gather(1, student_ids_NK),
+        teacher_NK=teacher.logits_at(teacher_ids_NK, elements=student_NV.numel()),
+    )
 
 
 def _corner(x_RV: Tensor, rows: int, ids: int) -> Tensor:

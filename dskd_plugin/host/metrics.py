@@ -24,6 +24,10 @@ MEANINGS = {
     "s2t_kd": "divergence in the teacher's space",
     "kd": "the sum of the KD terms; with a method other than dskd its one term",
     "span_kl": "divergence of the likelihoods of a span, per span; enters `dskd/kd` with its weight",
+    "kd_scale": "`kd_weight: balanced`: what the KD terms but `dskd/t2s_ce` were multiplied with in the last step; "
+    "`dskd/kd` and its terms are logged without it",
+    "ce_unpaired": "`unpaired: ce`: the part of `dskd/ce` that rows without a partner make up, their sum divided by "
+    "all response tokens",
     "t2s_agreement": "share of aligned rows where the projected teacher predicts its own token; with `target: exact` "
     "the event of it",
     "t2s_inside": "`target: exact`: how much likelier, in nats, the projected teacher finds the gold token, given "

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dskd_plugin import advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, ask
+from dskd_plugin.core.objective import CE_TERMS
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
@@ -239,10 +240,12 @@ class DSKDTrainer(AxolotlTrainer):
             if kind == "eval":
                 logs["eval_loss"] = sum(share * means[term] for term, share in shares.items())
             if objective.with_kd:
-                of_kd = (share * means[term] for term, share in shares.items() if term != "ce")
+                of_kd = (share * means[term] for term, share in shares.items() if term not in CE_TERMS)
                 means["kd"] = sum(of_kd) / objective.kd_ratio
             if kind == "train":
                 self._warn(means)
+                if self.distillation.kd_scale is not None:
+                    means["kd_scale"] = self.distillation.kd_scale
             if kind == "train" and self._rollout is not None:
                 means |= self._rollout_totals(self._rollout)
             for name, value in means.items():

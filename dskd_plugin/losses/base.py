@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.backend import Backend, TorchBlocks
+from dskd_plugin.core.balance import Balance
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows, Spans, Sums, counts, span_sums
+from dskd_plugin.core.objective import TERMS, Objective, Rows, Spans, Sums, counts, means_of_step, span_sums
 from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
 
 # Logits computed at a time: enough rows for a product with a head to run at full speed. Up to 10 fp32 tensors of this
 # size live at the peak (1.3 GiB, on a CPU 0.6 GiB where both vocabularies are large).
 BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**24}
+_MEMORY = "kd_balance"
 
 
 class DistillationLoss(nn.Module):
@@ -35,6 +37,7 @@ class DistillationLoss(nn.Module):
         student_vocab_size: int,
         teacher_head: Head | None,
         warmup_steps: int = 0,
+        balanced: bool = False,
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
@@ -51,6 +54,11 @@ class DistillationLoss(nn.Module):
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step: Callable[[], int] = lambda: 0
         self._head_checked = False
+        # How the KD part is scaled to the size of the cross-entropy, and the sums of the step that runs.
+        self._balance = Balance() if balanced else None
+        self._seen_T2 = torch.zeros(len(TERMS), 2, dtype=torch.float64)
+        self.kd_scale = 1.0 if balanced else None
+        """What the KD terms that move the student were multiplied with in the last step; None where they never are."""
         # Called after the loss of each micro-batch with this module, the micro-batch and the student's hidden states.
         self.observers: list[Callable[[DistillationLoss, StepBatch, Tensor], None]] = []
 
@@ -99,14 +107,27 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
     def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Called after each optimizer step on all ranks. reduce: the sum of a tensor over ranks."""
+        """Called after each optimizer step on all ranks. reduce: the sum of a tensor over ranks.
+
+        What is learned from steps changes between them alone: a step does not depend on how its batch was split.
+        """
+        if self._balance is not None:
+            self.kd_scale = self._balance.scale
+            found = means_of_step(reduce(self._seen_T2), self.objective)
+            if found is not None:
+                self._balance = self._balance.after(*found)
+            self._seen_T2 = torch.zeros_like(self._seen_T2)
 
     def memory(self) -> dict[str, Tensor]:
         """What a resumed run must know beside the weights, the same on all ranks."""
-        return {}
+        if self._balance is None:
+            return {}
+        return {_MEMORY: torch.tensor([self._balance.ce, self._balance.kd], dtype=torch.float64)}
 
     def remember(self, saved: Mapping[str, Tensor]) -> None:
         """Take up a saved memory."""
+        if self._balance is not None:
+            self._balance = Balance(*saved[_MEMORY].tolist())
 
     @torch.no_grad()
     def _prepare_window(self, window: list[StepBatch], student_head: Head) -> None:
@@ -137,7 +158,12 @@ class DistillationLoss(nn.Module):
         rows = replace(batch.rows, student_RD=hidden_BSd.flatten(0, 1)[batch.rows_R])
         warming_up = self.training and self.step() < self.warmup_steps
         objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
+        if self.training and self._balance is not None:
+            objective = replace(objective, kd_scale=self._balance.scale)
         loss, batch.sums = self.loss_of(rows, batch, student_head, objective)
+        if self.training and self._balance is not None:
+            seen_T2 = torch.stack([torch.stack(batch.sums[term]) for term in TERMS])
+            self._seen_T2 = self._seen_T2.to(seen_T2.device) + seen_T2
         for observe in self.observers:
             observe(self, batch, hidden_BSd)
         return loss

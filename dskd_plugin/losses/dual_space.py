@@ -138,14 +138,16 @@ class DualSpaceLoss(Projecting):
         An exact target's shares rest on it. It changes between steps alone, so that a step does not depend on how its
         batch was split, and is kept with the projectors, so that a resumed run goes on alike.
         """
+        super().after_step(reduce)
         if self._events is not None:
             self._inside = _KEPT_OF_STEP * self._inside + reduce(self._seen_inside).cpu()
             self._seen_inside = torch.zeros_like(self._seen_inside)
 
     def memory(self) -> dict[str, Tensor]:
-        return {} if self._events is None else {_MEMORY: self._inside}
+        return super().memory() | ({} if self._events is None else {_MEMORY: self._inside})
 
     def remember(self, saved: Mapping[str, Tensor]) -> None:
+        super().remember(saved)
         if self._events is not None:
             self._inside = saved[_MEMORY].clone()
 

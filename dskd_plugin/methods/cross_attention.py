@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @register
 class CrossAttention(DualSpace):
     alignment = "cma"
-    ignores = ("unmapped_argmax", "shared")
+    ignores = ("unmapped_argmax", "shared", "support")
     pairs_by = "all"
     needs_embedding = True
 

@@ -29,6 +29,13 @@ class DualSpace(Method):
 
     def check(self, settings: Settings) -> None:
         given = settings.model_fields_set
+        if "support" in given:
+            raise SettingError(
+                "dskd.support",
+                "it unset beside method: dskd",
+                f"{settings.support!r}: the projector learns from the teacher's whole distribution",
+                "Remove it, or use method: overlap_kd with shared: ids.",
+            )
         if self.exact(settings) and "unmapped_argmax" in given:
             raise SettingError(
                 "dskd.unmapped_argmax",

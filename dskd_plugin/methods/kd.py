@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @register
 class KnowledgeDistillation(Method):
     name = "kd"
-    ignores = ("span_weight", "shared", *PROJECTING)
+    ignores = ("span_weight", "shared", "support", *PROJECTING)
     needs_one_tokenizer = True
 
     def compare(self, parts: Parts) -> Compare | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @register
 class MinimumEditDistance(Method):
     name = "mined"
-    ignores = ("alignment", "divergence", "shared", *PROJECTING)
+    ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "warped"
 
     def compare(self, parts: Parts) -> Compare | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dskd_plugin.errors import SettingError
 from dskd_plugin.methods.base import PROJECTING, Method, register
 
 if TYPE_CHECKING:
@@ -20,9 +21,19 @@ class OverlapDistillation(Method):
     def by_events(self, settings: Settings) -> bool:
         return settings.shared == "events"
 
+    def check(self, settings: Settings) -> None:
+        if settings.support is not None and self.by_events(settings):
+            raise SettingError(
+                "dskd.shared",
+                "'ids' beside support",
+                "'events': the mass of an event needs the probabilities of all its tokens",
+                "Set shared: ids, or remove support.",
+            )
+
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines
         from dskd_plugin.core.events import EventCompare
+        from dskd_plugin.core.support import SupportCompare
 
         device, temperature = parts.teacher_head.weight_VD.device, parts.settings.temperature
         if self.by_events(parts.settings):
@@ -30,4 +41,6 @@ class OverlapDistillation(Method):
             return EventCompare(parts.divergence, temperature, parts.events.to(device))
         assert parts.overlap is not None
         ids = parts.overlap.student_ids_O.to(device), parts.overlap.teacher_ids_O.to(device)
+        if parts.settings.support is not None:
+            return SupportCompare(parts.divergence, temperature, parts.settings.support, *ids)
         return baselines.overlap(parts.divergence, temperature, *ids)

@@ -16,7 +16,19 @@ class FineTuning(Method):
     """Reads the teacher's tokenizer, for the same rows, and needs no more of it."""
 
     name = "sft"
-    ignores = ("alignment", "divergence", "temperature", "kd_ratio", "span_weight", "on_policy", "shared", *PROJECTING)
+    ignores = (
+        "alignment",
+        "divergence",
+        "temperature",
+        "kd_ratio",
+        "kd_weight",
+        "unpaired",
+        "span_weight",
+        "on_policy",
+        "shared",
+        "support",
+        *PROJECTING,
+    )
     compares = "nothing"
     needs_teacher = False
 

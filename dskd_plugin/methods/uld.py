@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @register
 class UniversalLogitDistillation(Method):
     name = "uld"
-    ignores = ("alignment", "divergence", "shared", *PROJECTING)
+    ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "position"
 
     def compare(self, parts: Parts) -> Compare | None:

@@ -398,3 +398,44 @@ def exact_loss(case, live, exact):
             label = events[1][argmax(z_t)]
             labels.append(-math.log(seen[label]) if label in events[0] else 0.0)
     return sum((1 - r) * x / len(ce) for x in ce) + sum(r * (a + b) / len(kd) for a, b in zip(kd, labels, strict=True))
+
+
+# --- rows without a partner -----------------------------------------------------------------------------
+
+
+def weighted_cross_entropy(case, live, weights):
+    """Sum over the response rows of weight x cross-entropy."""
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    return math.fsum(
+        weight * cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r, weight in enumerate(weights)
+    )
+
+
+# --- KD at the size of the cross-entropy ----------------------------------------------------------------
+
+
+def kd_scale(steps, largest):
+    """steps: (mean ce, mean kd) of every step so far, the oldest first."""
+    ce = math.fsum(0.95**age * value for age, (value, _) in enumerate(reversed(steps)))
+    kd = math.fsum(0.95**age * value for age, (_, value) in enumerate(reversed(steps)))
+    if not steps or (ce == 0 and kd == 0):
+        return 1.0
+    return largest if ce > largest * kd else ce / kd
+
+
+def scaled_loss(case, live, scale):
+    """dskd with t2s_kd and s2t_kd, but not t2s_ce, multiplied with a number."""
+    found, r, div = terms(case, live), case["kd_ratio"], case["divisors"]
+    moving = found["t2s_kd"][0] / div["t2s_kd"] + found["s2t_kd"][0] / div["s2t_kd"]
+    return (1 - r) * found["ce"][0] / div["ce"] + r * (scale * moving + found["t2s_ce"][0] / div["t2s_ce"])
+
+
+# --- a few shared ids -----------------------------------------------------------------------------------
+
+
+def compare_support(z_s, z_t, tau, kind, pairs, size):
+    """Probabilities first, then those of the shared ids that the student finds likeliest, divided by their sum."""
+    chosen = sorted(pairs, key=lambda pair: -z_s[pair[0]])[:size]
+    q, p = softmax(z_s, tau), softmax(z_t, tau)
+    whole_q, whole_p = math.fsum(q[i] for i, _ in chosen), math.fsum(p[j] for _, j in chosen)
+    return DISTANCES[kind]([p[j] / whole_p for _, j in chosen], [q[i] / whole_q for i, _ in chosen])

@@ -15,6 +15,7 @@ from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums, teacher_rows
+from dskd_plugin.core.support import SupportCompare
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
@@ -59,6 +60,11 @@ METHODS = {
     "overlap_kd": overlap_of("forward_kl"),
     "overlap_kd_reverse": overlap_of("reverse_kl"),
     "overlap_kd_tvd": overlap_of("tvd"),
+    "overlap_kd_support": Method(
+        "overlap_kd",
+        lambda tau=TAU: SupportCompare(divergence("reverse_kl"), tau, 3, *shared_ids()),
+        lambda o: lambda s, t: o.compare_support(s, t, TAU, "reverse_kl", SHARED, 3),
+    ),
     "uld": Method("uld", lambda tau=TAU: uld(tau), lambda o: lambda s, t: o.compare_uld(s, t, TAU)),
     "mined": Method(
         "mined",
@@ -132,7 +138,7 @@ def gradients(case, loss):
 def test_loss_and_gradients_equal_the_floats(oracle, make_baseline_case, method, dtype, tolerance):
     # fp32: central differences of a sum of absolute values keep some of its rounding, hence 2e-5
     case = make_baseline_case(method, seed=1, dtype=dtype, scale=1.3, softcap=4.0)
-    divisors = torch.tensor([9, 0, 0, 0, 7, 0])
+    divisors = torch.tensor([9, 0, 0, 0, 7, 0, 0])
     loss, sums = run(case, method, block_elements=30, divisors=divisors)
     floats, live = case.floats() | {"ce_rows": case.ce_rows}, case.live()
 
@@ -167,7 +173,7 @@ def test_sft_is_the_cross_entropy_alone(oracle, make_baseline_case):
     for name, got in zip(LEAVES, gradients(case, loss), strict=True):
         wanted = oracle.gradient(lambda live: oracle.baseline_loss(floats, live, None, 1 / 5, 0.0), live, name)
         torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-9)
-    assert [int(sums[term][1]) for term in TERMS] == [5, 0, 0, 0, 0, 0]
+    assert [int(sums[term][1]) for term in TERMS] == [5, 0, 0, 0, 0, 0, 0]
 
 
 @every_method
@@ -195,7 +201,7 @@ def test_many_micro_batches_equal_one(make_baseline_case, method):
         picked = {name: getattr(rows, name)[order] for name in ("student_RD", "labels_R", "ce_R")}
         batches.append(dataclasses.replace(rows, teacher_NE=case.teacher[pairs], **picked))
     divisors = sum(counts(batch, objective_of(method)) for batch in batches)
-    assert divisors.tolist() == [5, 0, 0, 0, 5, 0]
+    assert divisors.tolist() == [5, 0, 0, 0, 5, 0, 0]
     total = sum(run(case, method, rows=batch, divisors=divisors, block_elements=24)[0] for batch in batches)
     torch.testing.assert_close(total, loss, rtol=1e-12, atol=0)
     for got, wanted in zip(gradients(case, total), expected, strict=True):

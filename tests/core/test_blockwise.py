@@ -34,7 +34,7 @@ def gradients(case, loss, scale=1.0):
 @pytest.mark.parametrize("kind", ["forward_kl", "adaptive_kl", "tvd"])
 def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, dtype, tolerance):
     case = make_case(seed=1, divergence=kind, dtype=dtype, scale=1.3, softcap=4.0)
-    divisors = {"ce": 9, "t2s_kd": 4, "t2s_ce": 5, "s2t_kd": 7, "kd": 0, "span_kl": 0}
+    divisors = {"ce": 9, "t2s_kd": 4, "t2s_ce": 5, "s2t_kd": 7, "kd": 0, "span_kl": 0, "ce_unpaired": 0}
     floats, live = case.floats(divisors), case.live()
     loss, sums = run(case, block_elements=40, divisors=torch.tensor(list(divisors.values())))
     assert loss.item() == pytest.approx(oracle.loss(floats, live), rel=tolerance)
@@ -92,7 +92,7 @@ def test_size_of_the_blocks_does_not_matter(make_case, kind, dtype):
 def test_equals_plain_autograd(make_case):
     case = make_case(seed=4, divergence="js")
     sums = term_sums(case.rows(), **case.parts())
-    divisors = torch.tensor([11, 3, 4, 6, 0, 0])
+    divisors = torch.tensor([11, 3, 4, 6, 0, 0, 0])
     shares = {"ce": 0.6, "t2s_kd": 0.4, "t2s_ce": 0.4, "s2t_kd": 0.4}
     plain = sum(shares[term] * sums[term][0] / divisors[TERMS.index(term)] for term in shares)
     loss, _ = run(case, block_elements=24, divisors=divisors)
@@ -113,7 +113,7 @@ def test_gradcheck(make_case):
 
     def by_map(t2s):
         parts = case.parts() | {"t2s_Dd": t2s}
-        ce_only = divisors * torch.tensor([0, 0, 1, 0, 0, 0])
+        ce_only = divisors * torch.tensor([0, 0, 1, 0, 0, 0, 0])
         return dskd_loss(case.rows(), **parts, divisors_T=ce_only, block_elements=24)[0]
 
     assert torch.autograd.gradcheck(by_student, case.student)
@@ -198,7 +198,7 @@ def test_projector_warm_up_leaves_the_student_to_ce(make_case):
     torch.testing.assert_close(loss, 0.6 * means["ce"] + 0.4 * means["t2s_ce"], rtol=1e-12, atol=0)
     *of_student, of_map = gradients(case, loss)
     torch.testing.assert_close(of_map, expected[-1], rtol=1e-12, atol=1e-14)
-    ce_alone, _ = run(case, divisors=divisors * torch.tensor([1, 0, 0, 0, 0, 0]))
+    ce_alone, _ = run(case, divisors=divisors * torch.tensor([1, 0, 0, 0, 0, 0, 0]))
     for got, wanted in zip(of_student, gradients(case, ce_alone), strict=False):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
 
@@ -450,7 +450,7 @@ def test_fp16_head_gradient_of_many_rows_does_not_overflow():
         t2s_Dd=None,
         s2t_dD=None,
         objective=Objective(**SETTINGS | {"divergence": divergence("forward_kl"), "kd_ratio": 0.0}),
-        divisors_T=torch.tensor([rows_in_block, 0, 0, 0, 0, 0]),
+        divisors_T=torch.tensor([rows_in_block, 0, 0, 0, 0, 0, 0]),
         block_elements=WHOLE,
     )
     loss.backward()

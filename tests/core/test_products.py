@@ -11,6 +11,7 @@ from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact, likeliest_event, masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import TERMS, Objective, Rows
+from dskd_plugin.core.support import SupportCompare
 
 R, N, IDS, TEACHER_IDS, BLOCK = 70, 45, 300, 360, 10
 BLOCKS_WITH_PAIRS = 5
@@ -30,7 +31,7 @@ def work_of(method, temperature=1.0):
         kd_ratio=0.5,
         spaces=spaces,
         agreement_mask=False,
-        compares="distributions" if method == "overlap" else "spaces",
+        compares="distributions" if method in ("overlap", "support") else "spaces",
     )
     rows = Rows(
         student_RD=sample(R, 8).requires_grad_(),
@@ -48,6 +49,10 @@ def work_of(method, temperature=1.0):
     with VocabularyWork({"student": weight, "teacher": teacher_weight}) as work:
         if method == "overlap":
             loss, _ = baseline_loss(rows, compare=EventCompare(forward_kl, temperature, TABLE), **parts)
+        elif method == "support":
+            shared = torch.arange(250)
+            compare = SupportCompare(forward_kl, temperature, 16, shared, shared.flip(0))
+            loss, _ = baseline_loss(rows, compare=compare, **parts)
         else:
             parts |= {"t2s_Dd": sample(12, 8).requires_grad_(), "s2t_dD": sample(8, 12) if spaces == "both" else None}
             soft = EventCompare(forward_kl, 1.0, TABLE)
@@ -74,6 +79,12 @@ def test_second_space_adds_the_students_rows_alone():
 def test_distributions_are_read_once_each():
     student, teacher = work_of("overlap")
     assert (teacher.logits, teacher.calls, teacher.back) == (N, BLOCKS_WITH_PAIRS, 0)
+    assert (student.logits, student.back, student.weight) == (R, R, R)
+
+
+def test_a_support_needs_no_product_with_the_teachers_head():
+    student, teacher = work_of("support")
+    assert (teacher.logits, teacher.calls, teacher.back, teacher.weight) == (0, 0, 0, 0)
     assert (student.logits, student.back, student.weight) == (R, R, R)
 
 

@@ -60,7 +60,7 @@ def gradients(case, loss):
 @pytest.mark.parametrize("compares", ["spaces", "distributions"])
 def test_the_term_and_its_gradients_equal_the_floats(oracle, make_case, compares, block_elements):
     case = whole_teacher(make_case(seed=1, scale=1.3, softcap=4.0))
-    divisors = torch.tensor([9, 4, 5, 7, 6, 11])
+    divisors = torch.tensor([9, 4, 5, 7, 6, 11, 0])
     loss, sums = run(case, compares=compares, divisors=divisors, block_elements=block_elements)
     base, _ = run(case, compares=compares, divisors=divisors, parts=[])
     floats, live = case.floats(), case.live()
@@ -79,7 +79,7 @@ def test_the_term_and_its_gradients_equal_the_floats(oracle, make_case, compares
 
 def test_the_gradient_is_that_of_plain_autograd(make_case):
     case = make_case(seed=2)
-    loss, _ = run(case, block_elements=24, divisors=torch.tensor([0, 0, 0, 0, 0, 1]))
+    loss, _ = run(case, block_elements=24, divisors=torch.tensor([0, 0, 0, 0, 0, 1, 0]))
     head, spans = case.student_head(), spans_of(SPANS)
     logits = head.scale * (case.student[spans.rows_P] @ head.weight_VD.T + head.bias_V)
     gold = torch.tensor(case.gold)[spans.rows_P]
@@ -95,7 +95,7 @@ def test_spans_need_no_gold_rows(oracle, make_case, kd_ratio):
     """On sampled answers ce takes no row and the spans still count."""
     case = make_case(seed=3)
     rows = dataclasses.replace(case.rows(), ce_R=torch.zeros(7, dtype=torch.bool))
-    divisors = torch.tensor([1, 0, 0, 0, 0, 1])
+    divisors = torch.tensor([1, 0, 0, 0, 0, 1, 0])
     loss, _ = run(case, rows=rows, divisors=divisors, kd_ratio=kd_ratio, block_elements=24)
     floats, live = case.floats(), case.live()
     assert loss.item() == pytest.approx(kd_ratio * 0.7 * oracle.spans_loss(floats, live, SPANS, TAU), rel=1e-9)
@@ -123,7 +123,7 @@ def test_many_micro_batches_equal_one(make_case):
     loss, _ = run(case)
     expected = gradients(case, loss)
     rows = case.rows()
-    total, divisors, batches = 0, torch.tensor([7, 2, 3, 3, 0, 3]), []
+    total, divisors, batches = 0, torch.tensor([7, 2, 3, 3, 0, 3, 0]), []
     for pairs, others, parts in (
         ([0, 2, 3], [5], [([3], -0.01), ([0, 1, 2], -40.0)]),
         ([4, 1], [6], [([2, 1], -2.5)]),
@@ -144,9 +144,9 @@ def test_counts(make_case):
     case = make_case(seed=6)
     objective = dataclasses.replace(case.objective(), span_weight=0.5)
     with_spans = dataclasses.replace(case.rows(), spans=spans_of(SPANS))
-    assert counts(with_spans, objective).tolist() == [7, 2, 3, 3, 0, 3]
-    assert counts(case.rows(), objective).tolist() == [7, 2, 3, 3, 0, 0]
-    assert counts(with_spans, case.objective()).tolist() == [7, 2, 3, 3, 0, 0]
+    assert counts(with_spans, objective).tolist() == [7, 2, 3, 3, 0, 3, 0]
+    assert counts(case.rows(), objective).tolist() == [7, 2, 3, 3, 0, 0, 0]
+    assert counts(with_spans, case.objective()).tolist() == [7, 2, 3, 3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("parts", [[], None])
@@ -203,7 +203,7 @@ def test_a_model_against_itself_is_no_distance(make_case):
     case = make_case(seed=11)
     log_probs = token_log_probs(case.student, case.student_head(), torch.tensor(case.gold), block_elements=24)
     parts = [(rows, log_probs[rows].sum().item()) for rows, _ in SPANS]
-    divisors = torch.tensor([0, 0, 0, 0, 0, 1])
+    divisors = torch.tensor([0, 0, 0, 0, 0, 1, 0])
     loss, sums = run(case, parts=parts, divisors=divisors)
     assert sums["span_kl"][0].abs() < 1e-14
     assert all(g.abs().max() < 1e-12 for g in gradients(case, loss))
@@ -346,4 +346,4 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest):
 
 
 def test_the_order_of_terms():
-    assert TERMS == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl")
+    assert TERMS == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")

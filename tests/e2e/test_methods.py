@@ -16,14 +16,28 @@ TWO = {
     "sft": ({"method": "sft"}, {"ce"}),
     "fitted": ({"spaces": "student", "projector": {"init": "fitted"}}, {"ce", "t2s_kd", "t2s_ce"}),
     "overlap_kd": ({"method": "overlap_kd", "shared": "ids"}, {"ce", "kd"}),
+    "support": ({"method": "overlap_kd", "shared": "ids", "support": 16}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "span_weight": ({"span_weight": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}),
+    "balanced": ({"kd_weight": "balanced"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
+    "unpaired": ({"method": "overlap_kd", "shared": "ids", "unpaired": "ce"}, {"ce", "kd", "ce_unpaired"}),
     "warm-up": ({"projector": {"warmup_steps": 2}}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "on-policy": (
         {"on_policy": {"fraction": 0.5, "max_new_tokens": 12, "log_samples": 1}},
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
+    ),
+    "on-policy support": (
+        {
+            "method": "overlap_kd",
+            "shared": "ids",
+            "support": 16,
+            "divergence": {"kind": "reverse_kl"},
+            "kd_weight": "balanced",
+            "on_policy": {"fraction": 1, "max_new_tokens": 12},
+        },
+        {"ce", "kd"},
     ),
     "on-policy overlap_kd": (
         {"method": "overlap_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
@@ -39,7 +53,7 @@ ONE = {
         {"ce", "t2s_kd", "t2s_ce", "s2t_kd"},
     ),
 }
-TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}
+TERMS = {"ce", "kd", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl", "ce_unpaired"}
 
 
 def block(recipe, changes, teacher=None):
@@ -60,6 +74,11 @@ def check(run, terms, warm_up=0):
         assert logged - {"kd"} == terms - {"kd"}
         assert all(math.isfinite(entry[f"dskd/{name}"]) for name in logged)
         kd = entry["dskd/t2s_ce"] if step < warm_up else entry.get("dskd/kd", 0.0)
+        if "dskd/kd_scale" in entry:
+            of_projector = entry.get("dskd/t2s_ce", 0.0)
+            kd = entry["dskd/kd_scale"] * (kd - of_projector) + of_projector
+            assert (entry["dskd/kd_scale"] == 1) == (step == 0)
+        kd += entry.get("dskd/ce_unpaired", 0.0)
         expected = entry["dskd/ce"] if terms == {"ce"} else 0.5 * entry["dskd/ce"] + 0.5 * kd
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)
     from transformers import AutoModelForCausalLM
@@ -104,12 +123,15 @@ ROLLOUT = ("dskd/rollout_answers", "dskd/rollout_tokens", "dskd/rollout_empty", 
 
 
 FITTED = {"projector": {"init": "fitted"}}
+BALANCED = {"method": "overlap_kd", "kd_weight": "balanced"}
 
 
-@pytest.mark.parametrize("changes", [{"alignment": "cma"}, ON_POLICY, FITTED], ids=["cma", "on-policy", "fitted"])
+@pytest.mark.parametrize(
+    "changes", [{"alignment": "cma"}, ON_POLICY, FITTED, BALANCED], ids=["cma", "on-policy", "fitted", "balanced"]
+)
 def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
-    """Bit for bit: draws and samples of an on-policy step follow from the seed and the step, and a projector that was
-    fitted once is not fitted again.
+    """Bit for bit: draws and samples of an on-policy step follow from the seed and the step, a projector that was
+    fitted once is not fitted again, and what a balanced loss has seen is kept.
     """
     recipe = {
         **recipe,
@@ -125,6 +147,7 @@ def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
     again = run_axolotl({**cut, "auto_resume_from_checkpoints": True})
     assert again.code == 0, again.output[-3000:]
     names = ("loss", "grad_norm", "dskd/ce", "dskd/kd", *(ROLLOUT if "on_policy" in changes else ()))
+    names += ("dskd/kd_scale",) if changes is BALANCED else ()
     assert len(again.curve(*names)) == 20
     assert again.curve(*names) == whole.curve(*names)
     fits = ["dskd: projector fitted on" in run.output for run in (whole, killed, again)]

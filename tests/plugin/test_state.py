@@ -18,6 +18,7 @@ PAIR = {
     "spaces": "student",
     "target": "exact",
     "shared": "events",
+    "kd_weight": "fixed",
     "projector_init": "ideal",
 }
 
@@ -78,6 +79,15 @@ def test_a_checkpoint_of_the_old_defaults_is_refused_with_the_lines_to_add(check
         state.check(folder, PAIR)
     assert lines_of(error) == {"dskd": {"target": "projected", "shared": "ids"}}
     state.check(folder, {**PAIR, "target": "projected", "shared": "ids"})
+
+
+def test_a_checkpoint_of_fixed_weights_has_no_balance_to_go_on_with(checkpoint):
+    folder = checkpoint()
+    without(folder, "kd_weight")
+    state.check(folder, PAIR)
+    with pytest.raises(ValueError, match="kd_weight 'fixed' instead of 'balanced'") as error:
+        state.check(folder, {**PAIR, "kd_weight": "balanced"})
+    assert lines_of(error) == {"dskd": {"kd_weight": "fixed"}}
 
 
 def test_a_setting_that_the_method_does_not_have_is_not_asked_for(checkpoint):

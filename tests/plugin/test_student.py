@@ -161,9 +161,13 @@ MODES = {
     "kd-only": {"kd_ratio": 1.0, "divergence": {"kind": "js"}},
     "keep": PUBLISHED | {"unmapped_argmax": "teacher_space"},
     "spans": {"span_weight": 0.7},
+    "unpaired": {"unpaired": "ce"},
+    "unpaired published": PUBLISHED | {"unpaired": "ce"},
+    "balanced": {"spaces": "both", "kd_weight": "balanced"},
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
+    "overlap_kd support": {"method": "overlap_kd", "shared": "ids", "support": 16},
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
@@ -180,6 +184,10 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
     samples = setup.samples(rows)
     whole = setup.run([padded(setup, samples)])
     assert whole[0] > 0
+    if setup.settings.kd_weight == "balanced":
+        setup.loss.after_step(lambda sums: sums)
+        assert setup.run([padded(setup, samples)])[0] != pytest.approx(whole[0], rel=0.01)
+        whole = setup.run([padded(setup, samples)])
     close(
         setup.run([padded(setup, samples[:1]), padded(setup, samples[1:4]), padded(setup, samples[4:])]),
         whole,
@@ -278,6 +286,79 @@ def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     for name, term in zip(("ce", "t2s_kd", "t2s_ce", "s2t_kd"), (ce, t2s_kd, t2s_ce, s2t_kd), strict=True):
         assert sums[name] == (pytest.approx(sum(term), rel=1e-4, abs=1e-4), len(term))
     assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
+def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
+    """Each of them counts 1 and each of the others 1 - kd_ratio, over all response rows."""
+    share, whole = (Setup(tiny["student"], tiny["teacher"], unpaired=value, **mode) for value in ("share", "ce"))
+    samples = whole.samples(rows)
+    loss, sums, gradients = whole.run([padded(whole, samples[:2]), padded(whole, samples[2:])])
+    other, other_sums, other_gradients = share.run([padded(share, samples)])
+    plain = Setup(tiny["student"], tiny["teacher"], method="sft")
+    of_rows = 0.0
+    for sample in samples:
+        paired = set(sample["aligned_student"])
+        labels = [-100 if place in paired else label for place, label in enumerate(sample["labels"])]
+        value, found, _ = plain.run([padded(plain, [{**sample, "labels": labels}])])
+        of_rows += value * found["ce"][1]
+    ratio, (_, number) = whole.settings.kd_ratio, sums["ce"]
+    assert of_rows > 0 and sums["ce_unpaired"] == (pytest.approx(of_rows, rel=2e-5), number)
+    assert loss == pytest.approx(other + ratio * of_rows / number, rel=2e-5)
+    assert not all(torch.equal(gradient, other_gradients[name]) for name, gradient in gradients.items())
+    if ratio < 1:
+        assert sums["ce"] == (pytest.approx(other_sums["ce"][0], rel=2e-5), number)
+
+
+@pytest.mark.parametrize(
+    "mode", [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}]
+)
+def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode):
+    setup = Setup(tiny["student"], tiny["teacher"], kd_weight="balanced", kd_ratio=0.3, **mode)
+    fixed = Setup(tiny["student"], tiny["teacher"], kd_ratio=0.3, **mode)
+    samples = setup.samples(rows)
+    batches = [padded(setup, samples[:1]), padded(setup, samples[1:])]
+    expected = fixed.run(batches)
+    first = setup.run(batches)
+    close(first, expected)  # before the first step nothing is known
+    assert setup.loss.kd_scale == 1
+    ranks = 2
+    setup.loss.after_step(lambda sums: ranks * sums)  # as if a second rank had seen the same
+    loss, sums, gradients = setup.run(batches)
+    means = {name: sums[name][0] / max(1, sums[name][1]) for name in setup.loss.objective.terms}
+    of_projector = means.get("t2s_ce", 0.0)
+    assert loss == pytest.approx(0.7 * means["ce"] + 0.3 * (means["ce"] + of_projector), rel=1e-5)
+    close((0.0, sums, {}), (0.0, expected[1], {}))  # logged unscaled
+    assert not all(torch.equal(gradients[name], expected[2][name]) for name in gradients)
+    setup.loss.after_step(lambda sums: sums)
+    kd = sum(means[name] * (0.5 if name == "span_kl" else 1) for name in setup.loss.objective.scaled)
+    assert setup.loss.kd_scale == pytest.approx(means["ce"] / kd, rel=1e-5)
+    setup.student.eval()
+    assert setup.run(batches)[0] == pytest.approx(expected[0], rel=1e-5)  # evaluations can be compared
+    assert fixed.loss.kd_scale is None
+
+
+def test_the_support_moves_the_loss_up_to_all_shared_ids(tiny, rows):
+    sizes = (4, 16, 10**6, None)
+    setups = [Setup(tiny["student"], tiny["teacher"], method="overlap_kd", shared="ids", support=k) for k in sizes]
+    found = [setup.run([padded(setup, setup.samples(rows))]) for setup in setups]
+    losses = [loss for loss, _, _ in found]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3) and losses[1] != pytest.approx(losses[3], rel=1e-3)
+    close(found[2], found[3])
+
+
+def test_a_resumed_loss_is_balanced_as_it_was(tiny, rows, tmp_path):
+    """Also where the method has no projector to save."""
+    from dskd_plugin import state
+
+    setups = [Setup(tiny["student"], tiny["teacher"], method="overlap_kd", kd_weight="balanced") for _ in range(2)]
+    batches = [padded(setups[0], setups[0].samples(rows))]
+    setups[0].run(batches)
+    setups[0].loss.after_step(lambda sums: sums)
+    state.save(tmp_path, state.projector_state(setups[0].loss), {})
+    state.load(tmp_path, setups[1].loss)
+    assert setups[0].run(batches)[0] == setups[1].run(batches)[0]
+    assert setups[0].loss.memory()["kd_balance"].equal(setups[1].loss.memory()["kd_balance"])
 
 
 def test_warm_up_trains_the_projectors_alone(tiny, rows):

@@ -34,7 +34,7 @@ def test_step_writes_ratios_to_the_floor_the_target_and_the_dense_reference(tmp_
     assert {("dskd", "target"), ("dskd", "dense_dskd")} <= compared
     values = {row["metric"]: row["value"] for row in rows}
     # The other one of both spaces is the student, read by the teacher's head.
-    products = {"sft": "0", "overlap_kd": "1", "dskd": "1", "dskd_both": "2"}
+    products = {"sft": "0", "overlap_kd": "1", "overlap_kd_support": "0", "dskd": "1", "dskd_both": "2"}
     for method, number in products.items():
         assert values[f"{method}, teacher-head products per paired row"] == number
     assert {row["command"] for row in rows} == {"python -m benchmarks.step --size tiny --repeats 2"}
