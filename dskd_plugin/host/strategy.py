@@ -1,13 +1,16 @@
 """How one row is tokenized: by the student's strategy and the teacher's, joined with the pairs of tokens."""
 
 import copy
+import copyreg
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin.host.packed import packed, unpacked
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import OneSided, hand_over
@@ -16,6 +19,10 @@ from dskd_plugin.text.tokens import TokenTable, places, spell
 from dskd_plugin.text.turn_ends import end_of_turn
 
 IGNORE = -100
+
+
+# Strategies by their bytes; a forked process has those of its parent and need not build their tokenizers again.
+_KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
 
 
 class PairedStrategy:
@@ -37,6 +44,19 @@ class PairedStrategy:
         self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)
         self.filter_rows = getattr(student, "filter_rows", None)
         self.one_sided = OneSided.of(student, teacher)
+        self._packed: bytes | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As bytes made once: `datasets` pickles it twice for a fingerprint and once for each process, in Python.
+
+        That takes seconds where a tokenizer of transformers keeps its vocabulary and its merges.
+        """
+        if self._packed is None:
+            self._packed = packed(self.__dict__)
+        if self._packed is None:
+            return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+        _KNOWN[self._packed] = self
+        return _restored, (self._packed,)
 
     @property
     def supports_batched(self) -> bool:
@@ -166,6 +186,14 @@ class PairedStrategy:
             column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
             for column, value in {"teacher_input_ids": list(teacher_ids), **found}.items()
         }
+
+
+def _restored(content: bytes) -> PairedStrategy:
+    found = _KNOWN.get(content)
+    if found is None:
+        found = PairedStrategy.__new__(PairedStrategy)
+        found.__dict__.update(unpacked(content))
+    return found
 
 
 def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
