@@ -11,6 +11,7 @@ from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrat
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.host.packed import packed, unpacked
+from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import OneSided, hand_over
@@ -105,7 +106,7 @@ class PairedStrategy:
         strategy = self.student if side == "student" else self.teacher
         try:
             # Strategies change the row they are given.
-            return dict(strategy.tokenize_prompt(copy.deepcopy(prompt))), []
+            return dict(_read(strategy, copy.deepcopy(prompt))), []
         except Exception as error:  # whatever a template raises, e.g. for a system message
             if side == "student" and self.one_sided is None:
                 raise  # no template's
@@ -114,7 +115,7 @@ class PairedStrategy:
         parts, notes = [], []
         for row in _rows_of(prompt):
             try:
-                found = strategy.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
+                found = _read(strategy, copy.deepcopy({name: [value] for name, value in row.items()}))
                 parts.append({column: values[0] for column, values in found.items()})
                 notes.append("")
             except Exception as error:
@@ -209,6 +210,11 @@ def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
 def _starts(inside: list[bool]) -> list[int]:
     """Where the answers begin."""
     return [k for k, here in enumerate(inside) if here and (k == 0 or not inside[k - 1])]
+
+
+def _read(strategy: Any, prompt: dict[str, Any]) -> Any:
+    with read_once(strategy.tokenizer):
+        return strategy.tokenize_prompt(prompt)
 
 
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:
