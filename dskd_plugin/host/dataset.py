@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from dskd_plugin import advice
 from dskd_plugin.errors import Mistakes, SettingError
@@ -94,7 +95,7 @@ class ReadTwice:
         """A dataset tokenized with the strategy that is wanted at this time."""
         if self._exchange is not None:
             strategy = self._exchange(strategy)
-        return dataset if strategy is None else original(strategy, dataset, **kwargs)
+        return dataset if strategy is None else _rows_alone(original(strategy, dataset, **kwargs))
 
     def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
         """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
@@ -178,6 +179,16 @@ def install(run: Run | None) -> None:
         replaced = functools.partial(getattr(both, name), original)
         replaced.axolotls_own = original  # type: ignore[attr-defined]
         setattr(module, name, replaced)
+
+
+def _rows_alone(dataset: Any) -> Any:
+    """A tokenized dataset without the strategy that Axolotl leaves in it.
+
+    With it, every change of columns copies both tokenizers, and every process that filters or saves rows reads them.
+    """
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return Dataset(dataset.data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
 
 
 @functools.cache

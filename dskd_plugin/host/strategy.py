@@ -1,13 +1,17 @@
 """How one row is tokenized: by the student's strategy and the teacher's, joined with the pairs of tokens."""
 
 import copy
+import copyreg
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin.host.packed import packed, unpacked
+from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import OneSided, hand_over
@@ -16,6 +20,10 @@ from dskd_plugin.text.tokens import TokenTable, places, spell
 from dskd_plugin.text.turn_ends import end_of_turn
 
 IGNORE = -100
+
+
+# Strategies by their bytes; a forked process has those of its parent and need not build their tokenizers again.
+_KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
 
 
 class PairedStrategy:
@@ -37,6 +45,19 @@ class PairedStrategy:
         self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)
         self.filter_rows = getattr(student, "filter_rows", None)
         self.one_sided = OneSided.of(student, teacher)
+        self._packed: bytes | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As bytes made once: `datasets` pickles it twice for a fingerprint and once for each process, in Python.
+
+        That takes seconds where a tokenizer of transformers keeps its vocabulary and its merges.
+        """
+        if self._packed is None:
+            self._packed = packed(self.__dict__)
+        if self._packed is None:
+            return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+        _KNOWN[self._packed] = self
+        return _restored, (self._packed,)
 
     @property
     def supports_batched(self) -> bool:
@@ -85,7 +106,7 @@ class PairedStrategy:
         strategy = self.student if side == "student" else self.teacher
         try:
             # Strategies change the row they are given.
-            return dict(strategy.tokenize_prompt(copy.deepcopy(prompt))), []
+            return dict(_read(strategy, copy.deepcopy(prompt))), []
         except Exception as error:  # whatever a template raises, e.g. for a system message
             if side == "student" and self.one_sided is None:
                 raise  # no template's
@@ -94,7 +115,7 @@ class PairedStrategy:
         parts, notes = [], []
         for row in _rows_of(prompt):
             try:
-                found = strategy.tokenize_prompt(copy.deepcopy({name: [value] for name, value in row.items()}))
+                found = _read(strategy, copy.deepcopy({name: [value] for name, value in row.items()}))
                 parts.append({column: values[0] for column, values in found.items()})
                 notes.append("")
             except Exception as error:
@@ -168,6 +189,14 @@ class PairedStrategy:
         }
 
 
+def _restored(content: bytes) -> PairedStrategy:
+    found = _KNOWN.get(content)
+    if found is None:
+        found = PairedStrategy.__new__(PairedStrategy)
+        found.__dict__.update(unpacked(content))
+    return found
+
+
 def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
     """Teacher tokens before the answer to the student's last prompt within ``kept``; 0 where there is no prompt."""
     starts, whole, teacher_starts = _starts(kept), _starts(ours), _starts(theirs)
@@ -181,6 +210,11 @@ def prompt_end(kept: list[bool], ours: list[bool], theirs: list[bool]) -> int:
 def _starts(inside: list[bool]) -> list[int]:
     """Where the answers begin."""
     return [k for k, here in enumerate(inside) if here and (k == 0 or not inside[k - 1])]
+
+
+def _read(strategy: Any, prompt: dict[str, Any]) -> Any:
+    with read_once(strategy.tokenizer):
+        return strategy.tokenize_prompt(prompt)
 
 
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:

@@ -67,10 +67,10 @@ class Aligner:
         ours = all_but(gaps(student_ids, student_response, self.student, self.student_end), len(student_ids))
         theirs = all_but(gaps(teacher_ids, teacher_response, self.teacher, self.teacher_end), len(teacher_ids))
         found = align(
-            [student_ids[k] for k in ours],
-            [student_response[k] for k in ours],
-            [teacher_ids[k] for k in theirs],
-            [teacher_response[k] for k in theirs],
+            _at(ours, student_ids),
+            _at(ours, student_response),
+            _at(theirs, teacher_ids),
+            _at(theirs, teacher_response),
             self.student,
             self.teacher,
             identity=self.identity,
@@ -196,15 +196,18 @@ def align(
         elif pairing in ("exact", "starts"):
             match = match_spans if pairing == "exact" else match_starts
             matched = match(*common.offsets)
-            found = [(one.run[i], other.run[j]) for i, j in matched if not _apart(one, other, common, i, j)]
+            mine, yours = _before_words(one, common, 0), _before_words(other, common, 1)
+            first, start = one.run.start, other.run.start
+            found = [(first + i, start + j) for i, j in matched if mine[i] == yours[j]]
             found += _ends(one, other, common.ends)
         unmatched -= 1
         if pairing == "all":
             student_N.extend(one.run)
             teacher_N.extend(other.run)
-        else:
-            student_N.extend(i for i, _ in found)
-            teacher_N.extend(j for _, j in found)
+        elif found:
+            students, teachers = zip(*found, strict=True)
+            student_N.extend(students)
+            teacher_N.extend(teachers)
         if with_spans and common is not None:
             first, start = one.run.start, other.run.start
             spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _spans(one, other, common))
@@ -257,6 +260,11 @@ def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
     return [b for _, b in best]
 
 
+def _at(places: Sequence[int], values: Sequence[Any]) -> Sequence[Any]:
+    """The values at these places, in order; all of them without a copy."""
+    return values if len(places) == len(values) else [values[k] for k in places]
+
+
 def _excerpt(text: bytes, at: int) -> str:
     """A text around a place, in quotes."""
     start, stop = max(0, at - _AROUND), at + _AROUND
@@ -273,16 +281,20 @@ def _warped(one: Segment, other: Segment) -> list[tuple[int, int]]:
     return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other, (one.end, other.end))
 
 
-def _apart(one: Segment, other: Segment, spans: Spans, i: int, j: int) -> bool:
-    """Whether the space before the word of token i of one and of token j of the other is not at the same place.
+def _before_words(segment: Segment, spans: Spans, side: int) -> bytes:
+    """For each token where the space before its word is: tokens with other values do not stand at the same place.
 
     A padded token spells one space more than it covers: of white space alone, only that tells the two apart.
     """
-    return one.spaces(i) != other.spaces(j) or (i in spans.padded[0]) != (j in spans.padded[1])
+    found = bytearray(segment.spaces.tobytes())
+    for index in spans.padded[side]:
+        found[index] += 3
+    return bytes(found)
 
 
 def _spans(one: Segment, other: Segment, spans: Spans) -> Iterator[Span]:
     """Half-open index ranges of the spans of two segments."""
+    mine, yours = _before_words(one, spans, 0), _before_words(other, spans, 1)
     sides = []
     student_starts, student_ends, teacher_starts, teacher_ends = spans.offsets
     for segment, starts, ends in ((one, student_starts, student_ends), (other, teacher_starts, teacher_ends)):
@@ -306,7 +318,7 @@ def _spans(one: Segment, other: Segment, spans: Spans) -> Iterator[Span]:
             at[side] = tokens[stops[side]][1]
             stops[side] += 1
         else:
-            apart = _apart(one, other, spans, i, first)
+            apart = mine[i] != yours[first]
             if apart or stops != [i + 1, first + 1]:
                 lead, other_lead = (
                     int(apart and k - 1 in padded and places[k - 1] == (0, 0))

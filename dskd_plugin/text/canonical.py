@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 from dskd_plugin.text.tokens import TokenTable
 
+_FIRST_MARK, _MARKS = 0x300, {"Mn", "Mc", "Me"}
+# Letters that join the one before them: of Hangul, and the half-width marks of Katakana.
+_JOINING = (range(0x1160, 0x1200), range(0xD7B0, 0xD800), (0xFF9E, 0xFF9F))
+
 
 def canonical(table: TokenTable) -> "Canonical | None":
     """What the tokenizer makes of a unit of text; None where it changes nothing."""
@@ -46,22 +50,12 @@ class Canonical:
 @functools.cache
 def units() -> re.Pattern[str]:
     """Pieces of text that are normalised on their own: white space, or a character and the marks after it."""
-    marks: list[str] = []
-    start = None
-    for code in range(0x300, sys.maxunicode + 2):
-        char = chr(min(code, sys.maxunicode))
-        joins = code <= sys.maxunicode and (
-            unicodedata.category(char)[0] == "M"
-            or 0x1160 <= code <= 0x11FF
-            or 0xD7B0 <= code <= 0xD7FF
-            or code in (0xFF9E, 0xFF9F)
-        )
-        if joins and start is None:
-            start = code
-        elif not joins and start is not None:
-            marks.append(f"{re.escape(chr(start))}-{re.escape(chr(code - 1))}")
-            start = None
-    return re.compile(rf"\s+|\S[{''.join(marks)}]*")
+    kinds = map(unicodedata.category, map(chr, range(_FIRST_MARK, sys.maxunicode + 1)))
+    joining = {code for code, kind in enumerate(kinds, _FIRST_MARK) if kind in _MARKS}.union(*_JOINING)
+    starts, stops = (sorted(code for code in joining if code + step not in joining) for step in (-1, 1))
+    pairs = zip(starts, stops, strict=True)
+    marks = "".join(f"{re.escape(chr(start))}-{re.escape(chr(stop))}" for start, stop in pairs)
+    return re.compile(rf"\s+|\S[{marks}]*")
 
 
 @functools.lru_cache(maxsize=16)

@@ -3,6 +3,8 @@
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
+
 from dskd_plugin.text.canonical import canonical
 from dskd_plugin.text.comparisons import beginning, contained, same, same_ink
 from dskd_plugin.text.segments import Segment
@@ -86,22 +88,22 @@ def match_texts(one: Segment, other: Segment, whole: bool = False) -> Spans | No
 
 def _spans_in(text: Text, common: Common, side: int) -> tuple[tuple[list[int], list[int]], frozenset[int]]:
     """Where the tokens lie in the first text, and which of them are padded. side: of ``text``, 0 for the first."""
-    regions, padding = common.regions, common.padding[side]
-    starts, ends, padded = [], [], set()
-    at = 0
-    for index, (start, end) in enumerate(zip(text.starts, text.ends, strict=True)):
-        if start in padding and start < end:
-            start += 1
-            padded.add(index)
-        while at < len(regions) and regions[at][side] + regions[at].size < end:
-            at += 1
-        moved = 0, 0
-        if at < len(regions):
-            region = regions[at]
-            place = region[side]
-            certain = end > place + region.lead and start < place + region.size - region.trail
-            if place <= start < end and certain:
-                moved = start + region.first - place, end + region.first - place
-        starts.append(moved[0])
-        ends.append(moved[1])
-    return (starts, ends), frozenset(padded)
+    starts, ends = text.starts, text.ends
+    padded: list[int] = []
+    if common.padding[side]:
+        begins = np.isin(starts, list(common.padding[side])) & (starts < ends)
+        starts, padded = starts + begins, np.flatnonzero(begins).tolist()
+    if not common.regions:
+        nowhere = [0] * len(starts)
+        return (nowhere, nowhere), frozenset(padded)
+    first, size, lead, trail = (np.array([region[k] for region in common.regions]) for k in (0, 2, 3, 4))
+    place = np.array([region[side] for region in common.regions])
+    # The region of a token is the first that ends with or behind it; one that lies behind them all has none.
+    at = np.maximum.accumulate((place + size).searchsorted(ends))
+    inside = at < len(place)
+    at = at * inside
+    lies = inside & (place[at] <= starts) & (starts < ends)
+    certain = (ends > (place + lead)[at]) & (starts < (place + size - trail)[at])
+    by = (first - place)[at]
+    known = lies & certain
+    return (((starts + by) * known).tolist(), ((ends + by) * known).tolist()), frozenset(padded)

@@ -5,10 +5,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dskd_plugin.errors import SettingError
 from dskd_plugin.text.canonical import Canonical
 from dskd_plugin.text.texts import Text
-from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.tokens import BEGINS, ENDS, TokenTable
 
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
 
@@ -46,15 +49,13 @@ def all_but(left_out: list[int], length: int) -> Sequence[int]:
 
 
 def runs_of(response: Sequence[bool]) -> Iterator[range]:
-    start = None
-    for position, inside in enumerate(response):
-        if inside and start is None:
-            start = position
-        elif not inside and start is not None:
-            yield range(start, position)
-            start = None
-    if start is not None:
-        yield range(start, len(response))
+    flags = bytes(map(bool, response))
+    start = flags.find(1)
+    while start >= 0:
+        stop = flags.find(0, start)
+        stop = len(flags) if stop < 0 else stop
+        yield range(start, stop)
+        start = flags.find(1, stop)
 
 
 class Segment:
@@ -89,11 +90,18 @@ class Segment:
     def literal(self, index: int) -> bytes:
         return self.table.literal[self.ids[index]] or b""
 
-    def spaces(self, index: int) -> tuple[bool, bool]:
-        """Whether a token begins with a space, and whether it does or the one before it ends with one."""
-        before = self.literal(index - 1) if index else self.before
-        inside = self.literal(index)[:1] == b" "
-        return inside, inside or before[-1:] == b" "
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        return np.array(self.ids, dtype=np.int64)
+
+    @cached_property
+    def spaces(self) -> NDArray[np.uint8]:
+        """Of each token: 0 without a space before its word, 1 where only the token before ends with one, else 2."""
+        own = self.table.spaces[self.tokens]
+        behind = np.empty(len(own), dtype=bool)
+        behind[:1] = self.before[-1:] == b" "
+        behind[1:] = own[:-1] & ENDS
+        return np.where(own & BEGINS, 2, behind).astype(np.uint8)
 
     @cached_property
     def readings(self) -> list["_Reading"]:
@@ -105,7 +113,7 @@ class Segment:
         text_ids = self.ids[: self.end]
         ended = _Reading(self.end, short=self.end is None and last)
         whole = [ended] if not self.end or not last else [ended, _Reading(None, short=True)]
-        cut = not self.table.vague.isdisjoint(text_ids) or any(self.table.literal[i] is None for i in text_ids)
+        cut = not self.table.vague.isdisjoint(text_ids) or None in map(self.table.literal.__getitem__, text_ids)
         return [*whole, ended._replace(cut=True)] if cut else whole
 
     def read(self, reading: "_Reading", changes: tuple[Canonical, ...]) -> Text:
@@ -118,25 +126,19 @@ class Segment:
         return self.known[key]
 
     def _spell(self, reading: "_Reading") -> Text:
-        table = self.table
-        parts: list[bytes] = []
-        starts, ends, cuts, dummies = [], [], [], []
-        size = 0
-        prefixed = table.dummy_prefix
-        for token_id in self.ids[: reading.end]:
-            text = table.literal[token_id]
-            if reading.cut and (text is None or token_id in table.vague):
-                cuts.append(size)
-                text = b""
-            text = text or b""
-            if prefixed and text[:1] == b" ":
-                dummies.append(size)
-            prefixed = token_id in table.prefixing
-            parts.append(text)
-            starts.append(size)
-            size += len(text)
-            ends.append(size)
-        return Text(b"".join(parts), starts, ends, cuts, dummies, reading.short)
+        table, ids = self.table, self.ids[: reading.end]
+        sizes = table.sizes[self.tokens[: reading.end]]
+        parts = [table.literal[token_id] or b"" for token_id in ids]
+        unknown = [k for k, i in enumerate(ids) if table.literal[i] is None or i in table.vague] if reading.cut else []
+        for k in unknown:
+            parts[k] = b""
+        sizes[unknown] = 0
+        ends = sizes.cumsum()
+        starts = ends - sizes
+        prefixed = [k + 1 for k, i in enumerate(ids[:-1]) if i in table.prefixing] if table.prefixing else []
+        prefixed += [0] if table.dummy_prefix and ids else []
+        dummies = [int(starts[k]) for k in prefixed if parts[k][:1] == b" "]
+        return Text(b"".join(parts), starts, ends, starts[unknown].tolist(), dummies, reading.short)
 
 
 class _Reading(NamedTuple):

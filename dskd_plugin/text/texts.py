@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dskd_plugin.text.canonical import Canonical, units
 
@@ -48,8 +49,8 @@ class Text:
     def __init__(
         self,
         text: bytes,
-        starts: list[int],
-        ends: list[int],
+        starts: NDArray[np.int64],
+        ends: NDArray[np.int64],
         cuts: list[int],
         dummies: Sequence[int] = (),
         short: bool = False,
@@ -86,11 +87,10 @@ class Text:
                 size += len(new_bytes)
                 at += len(old_bytes)
         to[at] = size
-        starts, ends = [], []
-        for start, end in zip(self.starts, self.ends, strict=True):
-            known = to[start] >= 0 and to[end] >= 0 and bisect_left(removed, start) == bisect_left(removed, end)
-            starts.append(to[start] if known else 0)
-            ends.append(to[end] if known else 0)
+        moved, gone = np.array(to), np.array(removed, dtype=np.int64)
+        starts, ends = moved[self.starts], moved[self.ends]
+        known = (starts >= 0) & (ends >= 0) & (gone.searchsorted(self.starts) == gone.searchsorted(self.ends))
+        starts, ends = starts * known, ends * known
         text = b"".join(parts)
         dummies = [to[at] for at in self.dummies if to[at] >= 0 and text[to[at] : to[at] + 1] == b" "]
         return Text(text, starts, ends, [to[cut] for cut in self.cuts], dummies, self.short)
@@ -111,7 +111,8 @@ class Text:
     @cached_property
     def inked(self) -> "Text":
         """The text without its white space, as a text of its own."""
-        return Text(self.ink, [], [], [bisect_left(self.ink_at, cut) for cut in self.cuts], short=self.short)
+        none = np.zeros(0, dtype=np.int64)
+        return Text(self.ink, none, none, [bisect_left(self.ink_at, cut) for cut in self.cuts], short=self.short)
 
     def run_before(self, k: int) -> range:
         """Places of the white space before the k-th byte of ``ink``, as far as the text is known."""
