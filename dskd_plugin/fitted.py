@@ -1,4 +1,4 @@
-"""``projector.init: fitted``: the projector learns from teacher states of training rows before the first step."""
+"""``projector.init: fitted``: reads teacher states of training rows and lets `core.fitting` fit the projector."""
 
 import time
 from collections.abc import Iterator

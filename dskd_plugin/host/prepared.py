@@ -1,4 +1,4 @@
-"""A recipe's rows as its run prepares them, by Axolotl's own loaders, without a student and without a training."""
+"""For `dskd cache build`: a recipe's rows as its run prepares them, by Axolotl's own loaders, without a training."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,7 +10,7 @@ from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrat
 
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import ONE_SIDED, PARTED, REFUSED, UNMATCHED
-from dskd_plugin.host.packed import packed, unpacked
+from dskd_plugin.host.pickled import packed, unpacked
 from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings

@@ -1,4 +1,4 @@
-"""Dual-space distillation with cross-model attention in place of pairs of tokens (arXiv 2406.17328)."""
+"""Method dskd with alignment: cma: its settings, and how its loss is built (arXiv 2406.17328)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dual-space knowledge distillation: each side's hidden states read by the other's head (arXiv 2406.17328)."""
+"""Method dskd: which settings it takes and how its loss is built, `losses.dual_space` (arXiv 2406.17328)."""
 
 from __future__ import annotations
 

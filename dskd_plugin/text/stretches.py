@@ -1,4 +1,4 @@
-"""What two texts share whose white space differs, or in which tokens of unknown text leave a hole."""
+"""Regions that two texts share where their white space differs, or where one has tokens of unknown text."""
 
 from collections.abc import Iterator
 from itertools import pairwise

@@ -13,9 +13,7 @@ from dskd_eval.errors import UserError
 
 
 class GenerationStore:
-    """Finished batches on disk, keyed by model content, dtype, backend, prompts and settings. Survives kill
-    -9.
-    """
+    """Finished batches on disk, keyed by model content, dtype, backend, prompts and settings. Survives `kill -9`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

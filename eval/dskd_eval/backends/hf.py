@@ -26,8 +26,6 @@ from dskd_eval.backends.weights import load_weights
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def choose_device(name: str) -> torch.device:
     """'auto' takes the GPU when there is one. Raises UserError for a device this machine lacks."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dskd_plugin.host.packed import packed, unpacked
+from dskd_plugin.host.pickled import packed, unpacked
 from dskd_plugin.host.strategy import _KNOWN, PairedStrategy
 
 STATE = {"names": {"role", "content", "tools"}, "ids": [frozenset({3, 1}), ({"a", ("b", 2)}, None)], "empty": set()}
@@ -21,7 +21,7 @@ def test_sets_come_back_as_they_were():
 
 
 def test_every_process_makes_the_same_bytes():
-    code = f"from dskd_plugin.host.packed import packed; print(packed({STATE!r}).hex())"
+    code = f"from dskd_plugin.host.pickled import packed; print(packed({STATE!r}).hex())"
     made = {
         subprocess.run(
             [sys.executable, "-c", code],
