@@ -75,17 +75,21 @@ def record(run: Run, out: Path, phase: str) -> Record:
 def merged(earlier: list[Record], made: list[Record]) -> list[Record]:
     """The records of a file with those of this folder in place of the same runs; runs that only the file has stay.
 
-    ValueError where documents of the file are others than those of this folder.
+    A run that failed here takes no place of a finished one. ValueError where documents of the file are others than
+    those of this folder.
     """
     kept = {_key(record): record for record in earlier}
     for record in made:
-        before = kept.get(_key(record))
+        key = _key(record)
+        before = kept.get(key)
         if record["kind"] == "documents" and before is not None and before["gold_bytes"] != record["gold_bytes"]:
-            where = f"{record['task']}, {record['split']}"
+            where = ", ".join(str(part) for part in key[1:] if part is not None)
             raise ValueError(
                 f"records: expected the documents of {where} as in the file, got others. Name another file."
             )
-    return list((kept | {_key(record): record for record in made}).values())
+        if before is None or "error" not in record:
+            kept[key] = record
+    return list(kept.values())
 
 
 def _key(record: Record) -> tuple[Any, ...]:
