@@ -30,6 +30,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("refused_name", list(_ZOO.REFUSED))
 
 
+@pytest.fixture
+def caplog(caplog):
+    """What the plugin says, in whatever order the tests run.
+
+    The first import of Axolotl's commands puts handlers of its own in place of those that pytest listens with.
+    """
+    import axolotl.cli  # noqa: F401
+
+    from dskd_plugin.log import LOG
+
+    before = LOG.propagate
+    LOG.addHandler(caplog.handler)
+    LOG.propagate = False  # else a message that reaches the root as well would be there twice
+    yield caplog
+    LOG.removeHandler(caplog.handler)
+    LOG.propagate = before
+
+
 @pytest.fixture(scope="session")
 def tokenizer_zoo() -> ModuleType:
     """The module itself: ZOO, REFUSED, load and the builders."""
