@@ -40,12 +40,14 @@ def caplog(caplog):
 
     from dskd_plugin.log import LOG
 
-    before = LOG.propagate
+    before, level = LOG.propagate, LOG.level
     LOG.addHandler(caplog.handler)
+    LOG.setLevel("DEBUG")  # what Axolotl was imported with, AXOLOTL_LOG_LEVEL, would hold
     LOG.propagate = False  # else a message that reaches the root as well would be there twice
     yield caplog
     LOG.removeHandler(caplog.handler)
     LOG.propagate = before
+    LOG.setLevel(level)
 
 
 @pytest.fixture(scope="session")
