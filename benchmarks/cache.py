@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.results import Row
+from benchmarks.shapes import RandomTeacher, random_model
 from benchmarks.timing import Spread, ratios, taking_turns
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import StepBatch, TeacherText, ask
@@ -31,22 +32,11 @@ from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.cache.rows import wanted
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.losses.base import DistillationLoss
-from dskd_plugin.models import decoder, output_head, read_head
+from dskd_plugin.models import decoder, output_head
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.base import TeacherParts
-from dskd_plugin.teachers.live import Teacher
 from dskd_plugin.text.pieces import shared_id_events
-
-
-class RandomTeacher(Teacher):
-    """The live teacher with a model that is handed in, in place of one that is loaded."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self.decoder = decoder(model)
-        self.head = read_head(model, output_head(model), model.config.vocab_size).detach()
-        self.packed = False
 
 
 @dataclass(frozen=True)
@@ -74,23 +64,18 @@ SIZES = {
 }
 
 
-def random_model(side: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def shape_of(side: tuple[int, int, int, int]) -> tuple[str, dict[str, Any]]:
+    """Family and options of a model of these layers, width, heads and ids."""
     layers, width, heads, ids = side
-    config = AutoConfig.for_model(
-        "llama",
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=ids,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(seed)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return "llama", {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": ids,
+        "max_position_embeddings": 4096,
+    }
 
 
 @dataclass
@@ -104,11 +89,11 @@ class Bench:
 
     @cached_property
     def teacher(self) -> RandomTeacher:
-        return RandomTeacher(random_model(self.size.teacher, self.device, self.dtype, 1))
+        return RandomTeacher(random_model(shape_of(self.size.teacher), self.device, self.dtype, 1))
 
     @cached_property
     def student(self) -> Any:
-        return random_model(self.size.student, self.device, self.dtype, 0)
+        return random_model(shape_of(self.size.student), self.device, self.dtype, 0)
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -51,6 +51,16 @@ def core_modules(path):
     return {name[len(prefix) :].split(".")[0] for name in imports(path) if name.startswith(prefix)}
 
 
+def check_inwards(package, files, allowed, folder):
+    """That the files of a folder import from no folders of the package but itself and those that are allowed."""
+    inside = [path for path in files if path.parent.name == folder]
+    assert inside
+    for path in inside:
+        parts = (name.split(".") for name in imports(path) if name.startswith(f"{package}."))
+        used = {part[1] for part in parts if part[1] in allowed}
+        assert used <= allowed[folder] | {folder}, path
+
+
 CORE_FILES = sorted(CORE.glob("*.py"))
 EVAL_FILES = sorted((ROOT / "eval" / "dskd_eval").rglob("*.py"))
 
@@ -106,12 +116,7 @@ def test_only_the_lmeval_folder_imports_lm_eval(path):
 
 @pytest.mark.parametrize("folder", EVAL_INWARDS)
 def test_folders_of_the_evaluator_import_inwards(folder):
-    files = [path for path in EVAL_FILES if path.parent.name == folder]
-    assert files
-    for path in files:
-        parts = (name.split(".") for name in imports(path) if name.startswith("dskd_eval."))
-        used = {part[1] for part in parts if part[1] in EVAL_INWARDS}
-        assert used <= EVAL_INWARDS[folder] | {folder}, path
+    check_inwards("dskd_eval", EVAL_FILES, EVAL_INWARDS, folder)
 
 
 @pytest.mark.parametrize("path", EVAL_FILES, ids=lambda path: str(path.relative_to(EVAL)))
@@ -170,12 +175,7 @@ def test_only_the_host_folder_imports_axolotl(path):
 
 @pytest.mark.parametrize("folder", INWARDS)
 def test_folders_of_the_plugin_import_inwards(folder):
-    files = [path for path in PLUGIN_FILES if path.parent.name == folder]
-    assert files
-    for path in files:
-        parts = (name.split(".") for name in imports(path) if name.startswith("dskd_plugin."))
-        used = {part[1] for part in parts if part[1] in INWARDS}
-        assert used <= INWARDS[folder] | {folder}, path
+    check_inwards("dskd_plugin", PLUGIN_FILES, INWARDS, folder)
 
 
 @pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from benchmarks.real_pair import data, easy, records, report, runs
 from benchmarks.real_pair.measures import MEASURES
 from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, Run, planned
 from benchmarks.study import launch
+from benchmarks.study.records import merged
 
 STAGES = ("prepare", "generate", "runs", "records", "report")
 RECORDS = Path(__file__).parent / "records" / "real_pair.jsonl"
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         ok &= in_turn(jobs(options, place), options, "runs")
     if "records" in options.stages:
         earlier = records.read(options.records) if options.records.is_file() else []
-        made = records.merged(earlier, records.collect(planned(), place))
+        made = merged(earlier, records.collect(planned(), place))
         records.write(options.records, made)
         print(f"{options.records}: {len(made)} lines")
     if "report" in options.stages:

@@ -8,11 +8,10 @@ from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, MEASURES, NE
 from benchmarks.real_pair.runs import Place
 from benchmarks.real_pair.table import BASE, DATA_SETS, Run, block
 from benchmarks.study.data import read as read_lines
-from benchmarks.study.records import Record, curve, last_line, merged
+from benchmarks.study.records import Record, curve, last_line
 from benchmarks.study.records import write as write_lines
 from benchmarks.study.runs import read_json
 
-__all__ = ["collect", "merged", "read", "write"]
 SCHEMA = 1
 
 

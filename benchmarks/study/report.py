@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dskd_eval.stats import holm
 
 from benchmarks.study import records
 from benchmarks.study.records import Record
-from benchmarks.study.statistics import Difference, Floats, holm, paired, score
+from benchmarks.study.statistics import Difference, Floats, paired, score
 from benchmarks.study.table import ABLATIONS, METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,6 @@ Seeds and documents are both samples, so both are drawn with replacement, indepe
 bootstrap). The statistic is a ratio of sums: bits over bytes, or hits over documents.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,13 +56,3 @@ def paired(one_SN: Floats, other_SN: Floats, sizes_N: Floats, *, seed: int = 0, 
     below, above = int((sample_B <= 0).sum()), int((sample_B >= 0).sum())
     p = min(1.0, 2 * (min(below, above) + 1) / (len(sample_B) + 1))
     return Difference(score(gap_SN, sizes_N), float(low), float(high), p)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Adjusted p values in the given order (Holm 1979)."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    adjusted, largest = [0.0] * len(values), 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
-        adjusted[i] = largest
-    return adjusted

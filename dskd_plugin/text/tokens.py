@@ -85,11 +85,6 @@ class TokenTable:
         """Number of ids, added tokens and unused ids included."""
         return len(self.bytes)
 
-    @property
-    def prefix_after_added(self) -> bool:
-        """Whether a space is put behind some added token."""
-        return bool(self.prefixing)
-
 
 def same_tokenizer(a: TokenTable, b: TokenTable) -> bool:
     """True where both give every id the same meaning; one may have more added tokens at its end."""

@@ -95,7 +95,7 @@ def test_decoding_agrees_with_the_bytes(zoo, zoo_name):
 )
 def test_what_a_tokenizer_does_to_text_is_told(zoo, name, kind, dummy, everywhere, changes):
     table = zoo(name).table
-    assert (table.kind, table.dummy_prefix, table.prefix_after_added) == (kind, dummy, everywhere)
+    assert (table.kind, table.dummy_prefix, bool(table.prefixing)) == (kind, dummy, everywhere)
     assert table.normalization == changes
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dskd_eval.stats import holm
 
 from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
 from benchmarks.study.__main__ import parse
-from benchmarks.study.statistics import holm, paired, score
+from benchmarks.study.statistics import paired, score
 from dskd_plugin.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]

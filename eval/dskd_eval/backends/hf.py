@@ -15,12 +15,11 @@ from dskd_eval.backends import cpu_attention
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.backends.decoding import decode
 from dskd_eval.backends.tokenizers import (
+    RendersChats,
     context_length,
     encode,
     end_tokens,
-    has_chat_template,
     load_tokenizer,
-    render_chat,
 )
 from dskd_eval.backends.weights import load_weights
 from dskd_eval.errors import UserError
@@ -68,7 +67,7 @@ def choose_dtype(name: str, device: torch.device, config: Mapping[str, Any]) -> 
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(saved, torch.float32)
 
 
-class HFBackend:
+class HFBackend(RendersChats):
     """A model in memory. Raises UserError when it cannot be loaded or its weights are incomplete."""
 
     kind = "hf"
@@ -112,13 +111,6 @@ class HFBackend:
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         return encode(self.tokenizer, text, special_tokens=special_tokens) or [self._pad]
-
-    def template(self) -> str | None:
-        found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None
-        return found
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         try:

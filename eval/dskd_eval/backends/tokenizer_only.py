@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
-from dskd_eval.backends.tokenizers import encode, render_chat
+from dskd_eval.backends.tokenizers import RendersChats, encode
 
 
-class TokenizerOnly:
+class TokenizerOnly(RendersChats):
     """The tokenizer of a model, without its weights."""
 
     kind = "none"
@@ -24,13 +24,6 @@ class TokenizerOnly:
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         return encode(self.tokenizer, text, special_tokens=special_tokens)
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
-
-    def template(self) -> str | None:
-        found: str | None = self.tokenizer.chat_template
-        return found
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         raise NotImplementedError("a dry run generates nothing")

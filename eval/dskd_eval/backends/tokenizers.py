@@ -157,3 +157,17 @@ def render_chat(
 def first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:240]}"
+
+
+class RendersChats:
+    """A backend whose tokenizer is one of transformers: conversations as text, in its template."""
+
+    tokenizer: Any
+    template_options: Mapping[str, Any]
+
+    def template(self) -> str | None:
+        found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None
+        return found
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)

@@ -10,14 +10,7 @@ from typing import Any
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.backends.decoding import decode
-from dskd_eval.backends.tokenizers import (
-    context_length,
-    encode,
-    end_tokens,
-    has_chat_template,
-    load_tokenizer,
-    render_chat,
-)
+from dskd_eval.backends.tokenizers import RendersChats, context_length, encode, end_tokens, load_tokenizer
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
 
@@ -36,7 +29,7 @@ def require() -> Any:
     return vllm
 
 
-class VLLMBackend:
+class VLLMBackend(RendersChats):
     """A vLLM engine. The whole task is one batch; vLLM schedules it."""
 
     kind = "vllm"
@@ -95,13 +88,6 @@ class VLLMBackend:
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         ids = encode(self.tokenizer, text, special_tokens=special_tokens)
         return ids or [self.end_tokens[0] if self.end_tokens else 0]
-
-    def template(self) -> str | None:
-        found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None
-        return found
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt, self.template_options)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         sampling = self._vllm.SamplingParams(
