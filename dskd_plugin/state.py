@@ -13,6 +13,7 @@ from torch import Tensor
 from dskd_plugin import __version__
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
+from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import gathered
 from dskd_plugin.run import Sides
@@ -32,6 +33,8 @@ SETTINGS = {
     "kd_weight": "kd_weight",
     "projector_init": "projector.init",
 }
+# The whole `dskd:` block as it was resolved: what of it may change in the middle of a run is told, not refused.
+BLOCK = "settings"
 # What a run did before the setting was there to be kept.
 BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 
@@ -83,11 +86,15 @@ def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, Any]:
         "shared": "events" if settings.by_events else "ids",
         "kd_weight": settings.kd_weight,
         "projector_init": settings.projector.init,
+        BLOCK: settings.model_dump(mode="json", exclude={"teacher"}),
     }
 
 
 def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless ``folder`` is a complete checkpoint of this teacher and student."""
+    """Raise ``ValueError`` unless ``folder`` is a complete checkpoint of this teacher and student.
+
+    Another temperature, weight or label may be meant, as another learning rate may: a warning names it.
+    """
     source = Path(folder)
     for file in (STATE, "trainer_state.json"):
         _expect(source, file)
@@ -96,7 +103,8 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     if found.get("projectors", True):
         _expect(source, WEIGHTS)
     # A setting that does not apply to the method is None here, and may not have been kept.
-    expected = {key: value for key, value in pair.items() if key in found or value is not None}
+    now, then = _flat(pair.get(BLOCK, {})), _flat(found.pop(BLOCK, {}))
+    expected = {key: value for key, value in pair.items() if key != BLOCK and (key in found or value is not None)}
     found = {**BEFORE, **found}
     different = [key for key, value in expected.items() if found.get(key) != value]
     if different:
@@ -109,6 +117,21 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
             f"those of another: {told}",
             f"{advice} The lines of that run's recipe:\n{lines}" if lines else advice,
         )
+    changed = [f"dskd.{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+    if changed:
+        LOG.warning(
+            "dskd: %s goes on with other settings than it was trained with: %s. The loss curve may jump.",
+            source,
+            ", ".join(changed),
+        )
+
+
+def _flat(block: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The block with its inner keys as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for key, value in block.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
 
 
 def _expect(source: Path, file: str) -> None:

@@ -112,7 +112,7 @@ def test_lora_resumes_the_same_curve(train, lora):
     assert again.curve()[10:] == whole.curve()[10:]
 
 
-def test_resume_refuses_another_pair_and_half_a_checkpoint(train, run_axolotl, recipe, tiny):
+def test_resume_tells_what_changed_and_refuses_another_pair_and_half_a_checkpoint(train, run_axolotl, recipe, tiny):
     run = train(max_steps=2)
     checkpoint = run.out / "checkpoint-2"
     other = {
@@ -121,6 +121,9 @@ def test_resume_refuses_another_pair_and_half_a_checkpoint(train, run_axolotl, r
         "max_steps": 4,
         "resume_from_checkpoint": str(checkpoint),
     }
+    warmer = run_axolotl({**other, "dskd": {**recipe["dskd"], "temperature": 2.0}})
+    assert warmer.code == 0
+    assert "goes on with other settings than it was trained with: dskd.temperature 1.0 -> 2.0." in warmer.output
     sibling = {"teacher": {"model": tiny["sibling"], "dtype": "float32"}}
     refused = run_axolotl({**other, "dskd": sibling})
     assert refused.code != 0

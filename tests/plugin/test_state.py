@@ -96,6 +96,21 @@ def test_a_setting_that_the_method_does_not_have_is_not_asked_for(checkpoint):
     state.check(folder, {**PAIR, "method": "uld", "target": None, "shared": None, "projector_init": None})
 
 
+def test_a_setting_that_may_change_in_the_middle_of_a_run_is_told(checkpoint, caplog):
+    then = {"temperature": 1.0, "kd_ratio": 0.5, "divergence": {"kind": "forward_kl"}, "projector": {"lr": None}}
+    folder = checkpoint(settings=then)
+    state.check(folder, {**PAIR, "settings": then})
+    assert not caplog.records
+    now = {**then, "temperature": 2.0, "divergence": {"kind": "js", "beta": 0.5}, "not_there_then": 1}
+    state.check(folder, {**PAIR, "settings": now})
+    (record,) = caplog.records
+    assert "dskd.temperature 1.0 -> 2.0, dskd.divergence.kind forward_kl -> js. " in record.getMessage()
+    without(folder, "settings")  # of an earlier release
+    caplog.clear()
+    state.check(folder, {**PAIR, "settings": now})
+    assert not caplog.records
+
+
 def test_nested_settings_are_written_as_the_recipe_has_them(checkpoint):
     folder = checkpoint(teacher="./other", teacher_revision="v2", projector_init="random", widths=[32, 64])
     with pytest.raises(ValueError, match="widths") as error:
