@@ -158,8 +158,9 @@ INWARDS = {
     "teachers": {"core", "methods", "text"},
     "cache": {"core", "methods", "teachers", "text"},
     "generation": {"core", "text"},
+    "plan": {"losses", "methods", "teachers"},
     "host": {"core", "methods", "text", "losses", "teachers", "generation", "cache"},
-    "cli": {"methods", "text", "teachers", "generation", "host", "cache"},
+    "cli": {"methods", "text", "teachers", "generation", "host", "cache", "plan"},
 }
 
 

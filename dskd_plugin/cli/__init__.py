@@ -1,4 +1,4 @@
-"""The command line: ``dskd generate`` and ``dskd cache``. Exit codes: 0 done, 1 failure, 2 wrong usage."""
+"""The command line: ``dskd generate``, ``cache`` and ``plan``. Exit codes: 0 done, 1 failure, 2 wrong usage."""
 
 import sys
 from typing import Any
@@ -33,6 +33,8 @@ def main() -> None:
 
 from dskd_plugin.cli.cache import cache  # noqa: E402
 from dskd_plugin.cli.generate import generate  # noqa: E402
+from dskd_plugin.cli.plan import plan  # noqa: E402
 
 main.add_command(cache)
 main.add_command(generate)
+main.add_command(plan)

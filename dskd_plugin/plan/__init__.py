@@ -1,0 +1,125 @@
+"""`dskd plan`: what a run will need of memory, disk, arithmetic and network, read from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dskd_plugin.methods import method_of
+from dskd_plugin.plan.advice import Planned, changes
+from dskd_plugin.plan.facts import Facts, facts_of
+from dskd_plugin.plan.memory import GIB, Memory, memory_of
+from dskd_plugin.plan.models import Student, Teacher, student_of, teacher_of
+from dskd_plugin.plan.work import Work, work_of
+from dskd_plugin.settings import parse_settings
+
+# Of a GPU's memory, what an allocator that is cut into pieces can hand out. Assumed, not measured.
+USABLE = 0.93
+
+
+@dataclass(frozen=True)
+class Plan:
+    """helpful: changes for a run that does not fit, in the order to try them, up to the one with which it does."""
+
+    facts: Facts
+    student: Student
+    teacher: Teacher | None
+    memory: Memory
+    work: Work
+    helpful: list[Planned] = field(default_factory=list)
+
+    @staticmethod
+    def usable(gpu_memory: float) -> float:
+        """GiB of so many that tensors can fill."""
+        return USABLE * gpu_memory
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes and operations by name."""
+        facts = self.facts
+        return {
+            "ranks": facts.ranks,
+            "engine": facts.engine,
+            "rows": facts.rows,
+            "tokens": facts.tokens,
+            "accumulation": facts.accumulation,
+            "dtype": facts.weights,
+            "optimizer": facts.optimizer,
+            "weights": {
+                "student": self.student.counts.all,
+                "trained": sum(self.student.counts.trained.values()),
+                "teacher": None if self.teacher is None else self.teacher.counts.all,
+            },
+            "memory": {**asdict(self.memory), "peak": self.memory.peak, "worst": self.memory.worst},
+            "work": asdict(self.work),
+            "helpful": [
+                {
+                    "change": one.change.lines,
+                    "peak_alone": one.alone.peak,
+                    "peak_with_those_above": one.together.peak,
+                }
+                for one in self.helpful
+            ],
+        }
+
+
+def make(
+    recipe: dict[str, Any], *, ranks: int, on_gpu: bool, tokens: int | None = None, gpu_memory: float | None = None
+) -> Plan:
+    """Plan a recipe. tokens: of the longest row, None for sequence_len; gpu_memory: GiB to fit into, if any."""
+    facts = facts_of(recipe, parse_settings(recipe["dskd"]), ranks, on_gpu)
+    if tokens is not None:
+        facts = replace(facts, tokens=tokens, teacher_tokens=tokens)
+    models = _Models()
+    student, teacher = models.of(facts)
+    memory = memory_of(facts, student, teacher)
+    states = memory.stays["optimizer's states"] * (ranks if facts.engine not in ("one process", "DDP") else 1)
+    plan = Plan(facts, student, teacher, memory, work_of(facts, student, teacher, states + memory.host))
+    if gpu_memory is None or memory.peak <= USABLE * gpu_memory * GIB:
+        return plan
+    return replace(plan, helpful=_helpful(facts, models, memory, USABLE * gpu_memory * GIB))
+
+
+def _helpful(facts: Facts, models: _Models, now: Memory, limit: float) -> list[Planned]:
+    """Changes that make the run smaller, one after the other until it fits."""
+    found: list[Planned] = []
+    so_far: dict[str, Any] = {}
+    best = now
+    for change in changes(facts):
+        alone = models.memory(facts.with_recipe(**change.recipe))
+        together = models.memory(facts.with_recipe(**_merged(so_far, change.recipe)))
+        if together.peak >= best.peak:
+            continue
+        so_far, best = _merged(so_far, change.recipe), together
+        found.append(Planned(change, alone, together))
+        if together.peak <= limit:
+            break
+    return found
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    teacher = {**one.get("dskd", {}).get("teacher", {}), **other.get("dskd", {}).get("teacher", {})}
+    return {**one, **other, **({"dskd": {"teacher": teacher}} if teacher else {})}
+
+
+class _Models:
+    """Simulated models, each once for all plans in which nothing changes for it."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def of(self, facts: Facts) -> tuple[Student, Teacher | None]:
+        """The two models of a plan; no teacher for a method that needs none."""
+        batch = (facts.rows, facts.tokens)
+        ours = ("student", *batch, facts.checkpointing, facts.adapter, facts.engine == "FSDP2")
+        theirs = ("teacher", *batch, facts.settings.teacher.quantization)
+        needed = method_of(facts.settings).needs_teacher
+        return self._once(ours, student_of, facts), self._once(theirs, teacher_of, facts) if needed else None
+
+    def memory(self, facts: Facts) -> Memory:
+        return memory_of(facts, *self.of(facts))
+
+    def _once(self, key: Any, make: Callable[[Facts], Any], facts: Facts) -> Any:
+        if key not in self._known:
+            self._known[key] = make(facts)
+        return self._known[key]

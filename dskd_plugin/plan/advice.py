@@ -1,0 +1,62 @@
+"""What to change when a run does not fit, each change with what the run would then need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dskd_plugin.plan.facts import STATES_OF_BYTES, Facts
+from dskd_plugin.plan.memory import Memory
+
+
+@dataclass(frozen=True)
+class Change:
+    """lines: what to write into the recipe; recipe: the same for `Facts.with_recipe`."""
+
+    lines: str
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A change and the memory of the run with it, and with all changes before it."""
+
+    change: Change
+    alone: Memory
+    together: Memory
+
+
+def changes(facts: Facts) -> Iterator[Change]:
+    """What the recipe does not do yet, those that cost the run least first."""
+    teacher = facts.settings.teacher
+    if facts.teacher_resident and facts.settings.on_policy is None:
+        # auto would need the teacher in memory before the first step.
+        yield Change("dskd.teacher.cache: FOLDER, of `dskd cache build`", {"dskd": {"teacher": {"cache": "FOLDER"}}})
+    if facts.teacher_resident and facts.on_gpu and teacher.quantization == "none" and not _adapter(facts):
+        yield Change("dskd.teacher.quantization: 4bit", {"dskd": {"teacher": {"quantization": "4bit"}}})
+    if facts.ranks > 1 and facts.engine in ("one process", "DDP", "ZeRO-1"):
+        yield Change("deepspeed: zero2.json", {"deepspeed": _zero(facts, 2)})
+    if not facts.checkpointing:
+        yield Change("gradient_checkpointing: true", {"gradient_checkpointing": True})
+    if facts.rows > 1:
+        steps = facts.rows * facts.accumulation
+        yield Change(
+            f"micro_batch_size: 1, gradient_accumulation_steps: {steps}",
+            {"micro_batch_size": 1, "gradient_accumulation_steps": steps},
+        )
+    if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and not facts.engine.startswith("ZeRO"):
+        yield Change("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"})
+    if facts.ranks > 1 and facts.engine not in ("ZeRO-3", "FSDP2") and teacher.quantization == "none":
+        yield Change("deepspeed: zero3.json", {"deepspeed": _zero(facts, 3)})
+    if not facts.adapter:
+        lora = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}
+        yield Change("adapter: lora, lora_r: 32, lora_target_linear: true", lora)
+
+
+def _adapter(facts: Facts) -> bool:
+    return facts.settings.teacher.adapter is not None
+
+
+def _zero(facts: Facts, stage: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}, "bf16": {"enabled": facts.weights == "bfloat16"}}

@@ -1,0 +1,152 @@
+"""What a recipe says about memory, with Axolotl's defaults where it is silent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dskd_plugin.errors import SettingError
+from dskd_plugin.settings import Settings
+
+Engine = Literal["one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+SEQUENCE_LEN = 512  # Axolotl's default
+
+# Bytes that an optimizer keeps for each trained weight: a multiple of the weight's own size, or so many whatever it is.
+STATES_LIKE_WEIGHTS = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "adamw_torch_xla": 2,
+    "adamw_apex_fused": 2,
+    "adamw_anyprecision": 2,
+    "ademamix": 3,
+    "came_pytorch": 1,
+    "lion_32bit": 1,
+    "muon": 1,
+    "rmsprop": 1,
+    "sgd": 0,
+    "adafactor": 0,
+}
+STATES_OF_BYTES = {
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "ao_adamw_8bit": 2,
+    "ao_adamw_fp8": 2,
+    "ao_adamw_4bit": 1,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "ademamix_8bit": 3,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A recipe as far as memory goes.
+
+    rows, tokens: of a micro-batch; teacher_tokens: of a row of the teacher. ranks: processes, one per device.
+    weights: "bfloat16", "float16" or "float32", of the student's layers; quantized: bits of frozen weights, or None.
+    offload: what DeepSpeed keeps on the CPU. optimizer_known: whether its states are in the tables above.
+    """
+
+    recipe: dict[str, Any]
+    settings: Settings
+    on_gpu: bool
+    ranks: int
+    engine: Engine
+    rows: int
+    tokens: int
+    teacher_tokens: int
+    accumulation: int
+    weights: str
+    quantized: int | None
+    adapter: bool
+    checkpointing: bool
+    packed: bool
+    attention: str
+    optimizer: str
+    offload: frozenset[str] = frozenset()
+
+    @property
+    def optimizer_known(self) -> bool:
+        return self.optimizer in STATES_LIKE_WEIGHTS or self.optimizer in STATES_OF_BYTES
+
+    @property
+    def teacher_resident(self) -> bool:
+        """Whether the teacher's decoder is in memory while the student trains."""
+        from dskd_plugin.methods import method_of
+
+        teacher = self.settings.teacher
+        return method_of(self.settings).needs_teacher and (teacher.cache is None or self.settings.on_policy is not None)
+
+    def with_recipe(self, **changes: Any) -> Facts:
+        """The same with other keys in the recipe; `dskd` is merged, the others are replaced."""
+        from dskd_plugin.settings import parse_settings
+
+        recipe = {**self.recipe, **changes}
+        block = {key: value for key, value in self.recipe["dskd"].items() if key != "teacher"}
+        given = changes.get("dskd", {})
+        teacher = {**self.recipe["dskd"]["teacher"], **given.get("teacher", {})}
+        recipe["dskd"] = {**block, **given, "teacher": teacher}
+        made = facts_of(recipe, parse_settings(recipe["dskd"]), self.ranks, self.on_gpu)
+        return replace(made, tokens=self.tokens, teacher_tokens=self.teacher_tokens)
+
+
+def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: bool) -> Facts:
+    """Read a recipe; ``ValueError`` for a DeepSpeed file that is not there."""
+    engine, offload, half = _engine(recipe, ranks)
+    tokens = int(recipe.get("sequence_len") or SEQUENCE_LEN)
+    weights = "float32"
+    # Axolotl's `auto` is bfloat16 on every GPU of today.
+    if recipe.get("bf16") or recipe.get("bfloat16") or (half and on_gpu):
+        weights = "bfloat16"
+    elif recipe.get("load_in_8bit") or recipe.get("fp16") or recipe.get("float16"):
+        weights = "float16"
+    checkpointing = bool(recipe.get("gradient_checkpointing")) or bool(recipe.get("activation_offloading"))
+    attention = str(recipe.get("attn_implementation") or ("flash" if recipe.get("flash_attention") else "sdpa"))
+    return Facts(
+        recipe=recipe,
+        settings=settings,
+        on_gpu=on_gpu,
+        ranks=ranks,
+        engine=engine,
+        rows=int(recipe.get("micro_batch_size") or 1),
+        tokens=tokens,
+        # Its limit is twice that, but the same text has about as many tokens on both sides.
+        teacher_tokens=min(settings.teacher.sequence_len or tokens, 2 * tokens),
+        accumulation=int(recipe.get("gradient_accumulation_steps") or 1),
+        weights=weights,
+        quantized=4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None,
+        adapter=bool(recipe.get("adapter")),
+        checkpointing=checkpointing,
+        packed=bool(recipe.get("sample_packing")),
+        attention=attention,
+        optimizer=str(recipe.get("optimizer") or "adamw_torch_fused"),
+        offload=offload,
+    )
+
+
+def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str], bool]:
+    """The engine, what it keeps on the CPU, and whether it trains in half precision by a setting of its own."""
+    if recipe.get("fsdp_config"):
+        offload = frozenset({"optimizer", "weights"} if recipe["fsdp_config"].get("offload_params") else ())
+        return "FSDP2", offload, False
+    if not recipe.get("deepspeed"):
+        return ("DDP" if ranks > 1 else "one process"), frozenset(), False
+    given = recipe["deepspeed"]
+    if isinstance(given, dict):
+        config = given
+    else:
+        try:
+            config = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingError("deepspeed", "a DeepSpeed configuration in JSON", error, "Name another file.") from None
+    zero = config.get("zero_optimization") or {}
+    engines: dict[int, Engine] = {0: "DDP", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
+    named = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offload = frozenset(
+        what for what, key in named.items() if (zero.get(key) or {}).get("device", "none") not in ("none", None)
+    )
+    half = any((config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
+    return engines[int(zero.get("stage", 0))], offload, bool(half)

@@ -1,0 +1,164 @@
+"""What lives on a device at once: what stays for the whole run, and what each moment of a step adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dskd_plugin.losses.base import BLOCK_ELEMENTS
+from dskd_plugin.methods import method_of
+from dskd_plugin.plan.facts import STATES_LIKE_WEIGHTS, STATES_OF_BYTES, Engine, Facts
+from dskd_plugin.plan.models import Student, Teacher
+
+GIB = 2**30
+# Measured: an `axolotl train` that has loaded Python, torch and Axolotl, but no model (docs/plan.md).
+PROCESS = int(0.82 * GIB)
+# Assumed, not measured: what a CUDA context and the kernels loaded into it take beside the allocator.
+CUDA_CONTEXT = int(0.6 * GIB)
+# How many fp32 tensors of a block live at once while the loss is computed, over the student's and over the teacher's
+# ids; measured by torch's profiler (tests/plugin/test_plan.py).
+CROSS_ENTROPY = (3.0, 0.0)
+FEW_IDS = (4.0, 0.0)
+DISTRIBUTIONS = (6.0, 1.4)
+STUDENT_SPACE = (6.2, 1.1)
+TEACHER_SPACE = (1.2, 6.9)
+# Weights with fp32 copy and both states of Adam: what DeepSpeed keeps for half precision.
+MASTER_AND_STATES = 12
+SHARDED: dict[str, frozenset[Engine]] = {
+    "optimizer": frozenset({"ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"}),
+    "gradients": frozenset({"ZeRO-2", "ZeRO-3", "FSDP2"}),
+    "weights": frozenset({"ZeRO-3", "FSDP2"}),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. stays: name -> bytes, the whole run; moments: name -> what it adds while it lasts.
+
+    host: on the CPU beside a device, where an engine or a setting keeps something there.
+    """
+
+    stays: dict[str, int]
+    moments: dict[str, int]
+    host: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.stays.values()) + max(self.moments.values())
+
+    @property
+    def worst(self) -> str:
+        """The moment at which most is alive."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+
+def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory:
+    """Add up what a rank holds. teacher: None where the method needs none."""
+    settings, counts = facts.settings, student.counts
+    projector = _projector_weights(facts, student, teacher)
+    share = {part: facts.ranks if facts.engine in engines else 1 for part, engines in SHARDED.items()}
+    zero = facts.engine.startswith("ZeRO")
+    trained = sum(counts.trained.values()) + projector
+
+    weights = student.bytes // share["weights"]
+    gradients = sum(size * number for size, number in counts.trained.items()) // share["gradients"] + 4 * projector
+    if zero and facts.weights != "float32":
+        states = MASTER_AND_STATES * trained // share["optimizer"]
+    else:
+        states = sum(_states(facts, size) * number for size, number in counts.trained.items()) // share["optimizer"]
+        states += _states(facts, 4) * projector
+    host = 0
+    if "optimizer" in facts.offload:
+        host, states = host + states, 0
+    if "weights" in facts.offload:
+        host, weights = host + weights, 0
+
+    stays = {"student's weights": weights, "optimizer's states": states}
+    if teacher is not None:
+        stays["teacher's output head"] = teacher.head_bytes
+        if facts.teacher_resident:
+            stays["teacher's decoder"] = teacher.decoder_bytes
+        elif method_of(settings).needs_embedding:
+            stays["teacher's embedding"] = (
+                teacher.counts.vocab * teacher.counts.width * _bytes_of(settings.teacher.dtype)
+            )
+    stays |= {"projector": 4 * projector} if projector else {}
+    stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
+    # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
+    held = facts.accumulation > 1 or facts.engine in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+    if held:
+        stays["gradients"] = gradients
+
+    rows = facts.rows * facts.tokens
+    gathered = _gathered(facts, student)
+    head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts, student) else 0
+    states_of_teacher = 0 if teacher is None else rows * teacher.counts.width * _bytes_of(settings.teacher.dtype)
+    # The head in the dtype of its products, where mixed precision makes a copy of a float32 weight.
+    cast = 2 * counts.vocab * counts.width if facts.weights != "float32" and not facts.adapter else 0
+
+    lived, growing = student.lived, 0 if held else gradients
+    # Of the first layer, computed again or not; then tied weights have two gradients for a moment.
+    last = max(lived.backward - lived.kept, head_gradient if counts.tied else 0)
+    moments = {
+        "loss": lived.kept + states_of_teacher + _logits(facts, student, teacher) + head_gradient + cast + gathered,
+        "start of the backward": lived.backward + states_of_teacher + 2 * head_gradient + gathered,
+        # Gradients have grown while what the layers kept has gone.
+        "end of the backward": growing + states_of_teacher + last + gathered,
+        "optimizer's step": growing,
+    }
+    if teacher is not None and "teacher's decoder" in stays:
+        moments["teacher's forward"] = teacher.reading
+    return Memory(stays, moments, host)
+
+
+def _logits(facts: Facts, student: Student, teacher: Teacher | None) -> int:
+    """What a block of logits takes at its worst stage."""
+    settings, ours = facts.settings, student.counts.vocab
+    method = method_of(settings)
+    theirs = 0 if teacher is None else teacher.counts.vocab
+    if teacher is None or method.compares == "nothing":
+        stages = [CROSS_ENTROPY]
+    elif method.compares == "distributions":
+        stages = [FEW_IDS if settings.support is not None else DISTRIBUTIONS]
+    else:
+        stages = {"student": [STUDENT_SPACE], "teacher": [CROSS_ENTROPY, TEACHER_SPACE]}.get(
+            settings.spaces, [STUDENT_SPACE, TEACHER_SPACE]
+        )
+    read = max(ours, theirs if any(of_theirs for _, of_theirs in stages) else 0)
+    rows = min(facts.rows * facts.tokens, max(1, BLOCK_ELEMENTS["cuda" if facts.on_gpu else "cpu"] // read))
+    return int(max(4 * rows * (of_ours * ours + of_theirs * theirs) for of_ours, of_theirs in stages))
+
+
+def _states(facts: Facts, size: int) -> int:
+    """Bytes of the optimizer for a weight of so many bytes; unknown ones count as Adam."""
+    if facts.optimizer in STATES_OF_BYTES:
+        return STATES_OF_BYTES[facts.optimizer]
+    return STATES_LIKE_WEIGHTS.get(facts.optimizer, 2) * size
+
+
+def _projector_weights(facts: Facts, student: Student, teacher: Teacher | None) -> int:
+    """Trained numbers between the two widths."""
+    method = method_of(facts.settings)
+    if method.compares != "spaces" or teacher is None:
+        return 0
+    small, large = student.counts.width, teacher.counts.width
+    if method.needs_embedding:  # cross-model attention: to the student, to the teacher, and the queries
+        return 2 * small * large + 4 * small * large
+    return small * large if facts.settings.spaces != "teacher" else 0
+
+
+def _head_is_trained(facts: Facts, student: Student) -> bool:
+    """Whether the loss collects a gradient for the student's output head."""
+    saved = facts.recipe.get("lora_modules_to_save") or ()
+    return not facts.adapter or any("lm_head" in name or "embed" in name for name in saved)
+
+
+def _gathered(facts: Facts, student: Student) -> int:
+    """What an engine that splits weights puts together at a time: a layer ahead, and the head for the loss."""
+    if facts.engine not in SHARDED["weights"] or facts.ranks == 1:
+        return 0
+    each = 2 if facts.weights != "float32" else 4
+    return each * (2 * student.counts.largest + student.counts.vocab * student.counts.width)
+
+
+def _bytes_of(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

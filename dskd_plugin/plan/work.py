@@ -1,0 +1,67 @@
+"""Arithmetic, network and disk of a step, counted from the sizes of the matrix products.
+
+A product of a weight costs 2 operations per token forward and 4 more backward. Every token counts as a response token,
+which makes the heads an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dskd_plugin.methods import method_of
+from dskd_plugin.plan.facts import Facts
+from dskd_plugin.plan.models import Counts, Student, Teacher
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one optimizer step and one rank. flops: what -> operations; network: bytes sent; read: bytes of a cache read.
+
+    checkpoint: bytes on disk, all ranks; cache_per_million: bytes of a teacher cache for a million response tokens.
+    """
+
+    flops: dict[str, float]
+    network: int
+    read: int
+    checkpoint: int
+    cache_per_million: int
+
+
+def work_of(facts: Facts, student: Student, teacher: Teacher | None, states: int) -> Work:
+    """Count a step. states: bytes that the optimizer keeps, of all ranks."""
+    settings, counts = facts.settings, student.counts
+    tokens = facts.rows * facts.tokens * facts.accumulation
+    passes = 3 + facts.checkpointing
+    if facts.adapter:
+        passes -= 1  # no gradients of frozen weights
+    flops = {
+        "student": passes * _decoder(counts, tokens, facts.tokens),
+        "student's head": 6.0 * counts.vocab * counts.width * tokens,
+    }
+    sent = 0
+    trained = sum(size * number for size, number in counts.trained.items())
+    if facts.ranks > 1:
+        away = (facts.ranks - 1) / facts.ranks
+        if facts.engine in ("ZeRO-3", "FSDP2"):
+            # Weights put together forward and backward for each micro-batch, gradients added up once.
+            sent = int(away * (2 * facts.accumulation * student.bytes + trained))
+        else:
+            sent = int(2 * away * trained)
+    per_token = read = 0
+    if teacher is not None:
+        products = 0.0 if settings.support is not None else 2.0
+        projected = 4.0 if method_of(settings).compares == "spaces" else 0.0
+        flops["teacher's head"] = products * teacher.counts.vocab * teacher.counts.width * tokens
+        if projected:
+            flops["projected states through the student's head"] = projected * counts.vocab * counts.width * tokens
+        if facts.teacher_resident:
+            flops["teacher"] = _decoder(teacher.counts, tokens, facts.tokens)
+        per_token = 2 * teacher.counts.width
+        read = 0 if facts.teacher_resident else per_token * tokens
+    weights = trained if facts.adapter else student.bytes
+    return Work(flops, sent, read, weights + states, per_token * 1_000_000)
+
+
+def _decoder(counts: Counts, tokens: int, length: int) -> float:
+    """Operations of a forward: products of weights, and causal attention over rows of so many tokens."""
+    return 2.0 * counts.products * tokens + 2.0 * counts.depth * counts.width * length * tokens
