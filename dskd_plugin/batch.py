@@ -5,7 +5,7 @@ hidden states filled in; the loss adds which rows count, computes and leaves the
 
 Shapes: R response rows, N aligned rows (the first N of R), T tokens that the teacher reads, S samples of them, B packed
 rows of them, M teacher rows (N of them unless all rows of a sample meet in attention), P and Q rows of the spans on the
-student's and the teacher's side, D teacher width.
+student's and the teacher's side (Q also the further teacher rows of pairs), D teacher width.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,24 @@ class SpanRows:
 
 
 @dataclass(frozen=True)
+class ReachRows:
+    """Where the student's tokens of the N pairs lie in the teacher's text, which they may enter inside a token.
+
+    offset_N: bytes of the teacher's token before the student's; below 0, bytes of the student's before the teacher's.
+    targets_N: the teacher's token. Of the Q further teacher tokens that student tokens reach into: of_Q: the pair, not
+    falling; teacher_rows_Q: flat positions in the teacher's text before them; teacher_targets_Q: the tokens.
+    teacher_QD: the hidden states there.
+    """
+
+    offset_N: Tensor
+    targets_N: Tensor
+    of_Q: Tensor
+    teacher_rows_Q: Tensor
+    teacher_targets_Q: Tensor
+    teacher_QD: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class AttentionRows:
     """What cross-model attention reads: sample number and input token of each row; the teacher's targets."""
 
@@ -77,6 +95,7 @@ class StepBatch:
     teacher_MD: Tensor | None = None
     """Teacher hidden states of the compared rows, empty without a teacher; None before `ask`."""
     spans: SpanRows | None = None
+    reach: ReachRows | None = None
     attention: AttentionRows | None = None
     samples: list[Any] | None = None
     """The rows of the dataset, where the student may answer their prompts in place of the gold answers."""
@@ -137,17 +156,19 @@ def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
 
 
 def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:
-    """The batch with the hidden states of the teacher, of the compared rows and of the spans."""
-    text, spans = batch.teacher_text, batch.spans
+    """The batch with the hidden states of the teacher, of the compared rows and of what reads further ones."""
+    text = batch.teacher_text
     assert text is not None
+    further = {name: part for name in ("spans", "reach") if (part := getattr(batch, name)) is not None}
     if teacher is None:
         nothing = torch.zeros(0, 0, device=batch.rows_R.device)
-        spans = None if spans is None else replace(spans, teacher_QD=nothing)
-        return replace(batch, teacher_MD=nothing, spans=spans)
-    # One question for both: the teacher reads the text once.
-    wanted = text.rows_M if spans is None else torch.cat([text.rows_M, spans.teacher_rows_Q])
-    hidden = teacher.rows(text.ids_T, text.lengths_S.cpu(), text.samples_B.cpu(), wanted)
-    if spans is None:
-        return replace(batch, teacher_MD=hidden)
-    compared = len(text.rows_M)
-    return replace(batch, teacher_MD=hidden[:compared], spans=replace(spans, teacher_QD=hidden[compared:]))
+        empty = {name: replace(part, teacher_QD=nothing) for name, part in further.items()}
+        return replace(batch, teacher_MD=nothing, **empty)
+    # One question for all: the teacher reads the text once.
+    rows = [text.rows_M, *(part.teacher_rows_Q for part in further.values())]
+    hidden = teacher.rows(text.ids_T, text.lengths_S.cpu(), text.samples_B.cpu(), torch.cat(rows))
+    compared, *found = torch.split(hidden, [len(part) for part in rows])
+    of_parts = zip(further.items(), found, strict=True)
+    return replace(
+        batch, teacher_MD=compared, **{name: replace(part, teacher_QD=states) for (name, part), states in of_parts}
+    )

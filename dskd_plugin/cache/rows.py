@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 KEY_BYTES = 16
-COLUMNS = ("teacher_input_ids", "aligned_teacher", "spans")
+COLUMNS = ("teacher_input_ids", "aligned_teacher", "aligned_more", "spans")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,20 @@ def key_of(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, dtype="<i4").tobytes(), digest_size=KEY_BYTES).digest()
 
 
-def positions_of(length: int, targets: np.ndarray, spans: np.ndarray) -> np.ndarray:
+def positions_of(length: int, targets: np.ndarray, spans: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
     """Positions before the aligned targets and before the tokens of the spans, as the collator asks for them.
 
     length: tokens of the teacher's row; targets: positions of ``aligned_teacher``; spans: flat, four numbers each.
+    more: ``aligned_more``, how many tokens behind each target are wanted as well; None for none.
     """
     spans_C4 = spans.reshape(-1, 4)
     spans_C4 = spans_C4[(spans_C4[:, 2] > 0) & (spans_C4[:, 3] <= length)]
     of_spans = [np.arange(start, stop) for start, stop in spans_C4[:, 2:]]
-    all_targets = np.concatenate([targets[(targets > 0) & (targets < length)], *of_spans])
+    last = targets if more is None else targets + more
+    there = (targets > 0) & (last < length)
+    reached = np.flatnonzero(there & (last > targets))
+    of_reach = [np.arange(targets[k] + 1, last[k] + 1) for k in reached]
+    all_targets = np.concatenate([targets[there], *of_reach, *of_spans])
     return np.unique(all_targets).astype(np.int32) - 1
 
 
@@ -59,7 +64,8 @@ def needed(dataset: Any) -> Iterator[Needed]:
     for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
         ids, targets = _lists(table["teacher_input_ids"]), _lists(table["aligned_teacher"])
         spans = _lists(table["spans"]) if "spans" in columns else [np.zeros(0, int)] * len(ids)
-        for row in zip(ids, targets, spans, strict=True):
+        more = _lists(table["aligned_more"]) if "aligned_more" in columns else [None] * len(ids)
+        for row in zip(ids, targets, spans, more, strict=True):
             positions = positions_of(len(row[0]), *row[1:])
             if len(positions):
                 yield Needed(place, key_of(row[0]), len(row[0]), positions)

@@ -49,3 +49,32 @@ def match_starts(
     }
     spans = enumerate(zip(student_starts, student_ends, strict=True))
     return [(i, teacher_at_start[start]) for i, (start, end) in spans if end > start and start in teacher_at_start]
+
+
+def match_covers(
+    student_starts: Sequence[int],
+    student_ends: Sequence[int],
+    teacher_starts: Sequence[int],
+    teacher_ends: Sequence[int],
+) -> list[tuple[int, int, int]]:
+    """(i, j, more): the spans of the teacher that cover span i without a gap are j to j + more; as match_spans.
+
+    Span j holds the byte at which i begins. Spans of the student that are not covered whole are left out.
+    """
+    found: list[tuple[int, int, int]] = []
+    j = 0
+    for i, (start, end) in enumerate(zip(student_starts, student_ends, strict=True)):
+        if end <= start:
+            continue
+        while j < len(teacher_ends) and teacher_ends[j] <= start:
+            j += 1
+        if j == len(teacher_ends) or teacher_starts[j] > start:
+            continue
+        last, covered = j, teacher_ends[j]
+        while covered < end and last + 1 < len(teacher_ends):
+            if not teacher_starts[last + 1] == covered < teacher_ends[last + 1]:
+                break
+            last, covered = last + 1, teacher_ends[last + 1]
+        if covered >= end:
+            found.append((i, j, last - j))
+    return found

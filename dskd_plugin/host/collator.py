@@ -15,10 +15,11 @@ from axolotl.utils.collators import (
 )
 from torch import Tensor
 
-from dskd_plugin.batch import KEY, AttentionRows, SpanRows, StepBatch, TeacherText
+from dskd_plugin.batch import KEY, AttentionRows, ReachRows, SpanRows, StepBatch, TeacherText
+from dskd_plugin.text.align import REACH
 
-# Columns that a prepared row adds to the host's; the last three only where the settings ask for them.
-COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt")
+# Columns that a prepared row adds to the host's; those behind the first three only where the settings ask for them.
+COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", *REACH, "spans", "teacher_prompt")
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
 ON_POLICY = "on_policy"
 IGNORE = -100
@@ -45,6 +46,7 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
     trained[[base for base, _ in placed]] = False
     counted = trained.clone()
     student, teacher, student_sample, teacher_sample, spans = [], [], [], [], []
+    offsets, more = [], []
     teacher_offset = 0
     for number, (base, sample) in enumerate(placed):
         # The host truncates the student's side only: columns of pairs and spans may reach beyond it.
@@ -56,13 +58,16 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
         targets, partners = _ids(sample["aligned_student"]), _ids(sample["aligned_teacher"])
         inside = (targets > 0) & (targets < length)
         inside[inside.clone()] = trained[targets[inside] + base]
-        there = (partners > 0) & (partners < teacher_length)
+        offset, further = (_ids(sample.get(column, [0] * len(partners))) for column in REACH)
+        there = (partners > 0) & (partners + further < teacher_length)
         if not cross_attention:
             inside = there = inside & there
         elif not inside.any() or not there.any():
             inside, there = torch.zeros_like(inside), torch.zeros_like(there)
         student.append(targets[inside] + base)
         teacher.append(partners[there] + teacher_offset)
+        offsets.append(offset[there])
+        more.append(further[there])
         student_sample.append(torch.full_like(student[-1], number))
         teacher_sample.append(torch.full_like(teacher[-1], number))
         spans.append(_kept_spans(sample, trained[base : base + length], base, teacher_offset))
@@ -82,7 +87,7 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
             inputs_M=teacher_ids[partners - 1],
             targets_M=teacher_ids[partners],
         )
-    with_spans = any("spans" in sample for _, sample in placed)
+    with_spans, with_reach = (any(column in sample for _, sample in placed) for column in ("spans", REACH[0]))
     return StepBatch(
         rows_R=targets_R - 1,
         targets_R=flat_labels[targets_R],
@@ -94,7 +99,20 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
             rows_M=partners - 1,
         ),
         spans=_span_rows(spans_C4, targets_R, teacher_ids, positions=len(flat_labels)) if with_spans else None,
+        reach=_reach_rows(_cat(offsets), _cat(more), partners, teacher_ids) if with_reach else None,
         attention=attention,
+    )
+
+
+def _reach_rows(offset_N: Tensor, more_N: Tensor, partners_N: Tensor, teacher_ids: Tensor) -> ReachRows:
+    """Where the student's tokens of pairs lie. partners_N: flat positions of the teacher's tokens."""
+    further, of_Q = _spread(partners_N + 1, partners_N + 1 + more_N)
+    return ReachRows(
+        offset_N=offset_N,
+        targets_N=teacher_ids[partners_N],
+        of_Q=of_Q,
+        teacher_rows_Q=further - 1,
+        teacher_targets_Q=teacher_ids[further],
     )
 
 

@@ -25,6 +25,7 @@ from dskd_plugin.host.turn_end_warning import names_the_side, template_end
 from dskd_plugin.log import LOG
 from dskd_plugin.run import Run, Sides, is_chat
 from dskd_plugin.teachers.reader import TeacherReader
+from dskd_plugin.text.align import REACH
 from dskd_plugin.text.tokens import overlap
 from dskd_plugin.text.turn_ends import end_of_turn
 
@@ -328,13 +329,12 @@ class _Truncate:
     pairs: bool
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        kept = [k for k, position in enumerate(row["aligned_teacher"]) if position < self.limit]
-        new = {
-            "teacher_input_ids": row["teacher_input_ids"][: self.limit],
-            "aligned_teacher": [row["aligned_teacher"][k] for k in kept],
-        }
-        if self.pairs:
-            new["aligned_student"] = [row["aligned_student"][k] for k in kept]
+        more = row.get("aligned_more") or [0] * len(row["aligned_teacher"])
+        kept = [k for k, position in enumerate(row["aligned_teacher"]) if position + more[k] < self.limit]
+        new = {"teacher_input_ids": row["teacher_input_ids"][: self.limit]}
+        for column in ("aligned_teacher", *(("aligned_student", *REACH) if self.pairs else ())):
+            if column in row:
+                new[column] = [row[column][k] for k in kept]
         if "spans" in row:
             spans = [row["spans"][k : k + 4] for k in range(0, len(row["spans"]), 4)]
             new["spans"] = [position for span in spans if span[3] <= self.limit for position in span]

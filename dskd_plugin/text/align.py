@@ -6,17 +6,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dskd_plugin.core.spans import match_spans, match_starts
 from dskd_plugin.errors import SettingError
 from dskd_plugin.text.comparisons import first_difference
 from dskd_plugin.text.matching import Spans, match_texts, partners_of
+from dskd_plugin.text.placed import Placed, matched
 from dskd_plugin.text.segments import Segment, all_but, answers, gaps, runs_of
 from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
 RULES = 8  # raise it where the same rows would align in another way, so that no prepared rows are reused
-Pairing = Literal["exact", "starts", "position", "warped", "all"]
+Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
+REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`
 _AROUND = 40  # bytes that are shown on either side of a place
 
 
@@ -30,6 +31,7 @@ class Alignment:
     student_tokens: response tokens of the student, paired or not.
     segments: responses of the student; unmatched_segments: those without a counterpart of the teacher's.
     spans: (student start, student stop, teacher start, teacher stop), half-open positions, see `align`.
+    offsets_N, more_N: of each pair, see `placed.Placed`; none with pairing "all".
     """
 
     student_N: list[int]
@@ -38,6 +40,8 @@ class Alignment:
     segments: int
     unmatched_segments: int
     spans: list[Span]
+    offsets_N: list[int]
+    more_N: list[int]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Aligner:
         teacher_ids: Sequence[int],
         teacher_response: Sequence[bool],
     ) -> dict[str, Any]:
-        """Columns of a training row: aligned_student, aligned_teacher, spans (flat, if on), unmatched_segments.
+        """Columns of a training row: aligned_student, aligned_teacher, with pairing "bytes" aligned_offset and
+        aligned_more, spans (flat, if on), unmatched_segments.
 
         What a template puts between an answer and its end of turn, see `gaps`, is left out.
         """
@@ -87,6 +92,7 @@ class Aligner:
         return {
             "aligned_student": [ours[k] for k in found.student_N],
             "aligned_teacher": [theirs[k] for k in found.teacher_N],
+            **(dict(zip(REACH, (found.offsets_N, found.more_N), strict=True)) if self.pairing == "bytes" else {}),
             **({"spans": flat} if self.spans else {}),
             "unmatched_segments": found.unmatched_segments,
         }
@@ -154,6 +160,8 @@ def align(
     White space alone pairs only where both have the same of it; an answer that was cut short, only with the start of
     the other, or, if it is long, with the one place where the other has it.
     pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
+    pairing "bytes": as "exact", but each token of the student pairs with the one of the teacher in which it begins, at
+    its start or inside it, see `placed.matched`.
     pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
     pairing "all": every token of two segments of one text (in the sense of "exact").
@@ -179,39 +187,40 @@ def align(
     theirs = [Segment(teacher_ids, run, teacher, teacher_end) for run in runs_of(teacher_response)]
     student_N: list[int] = []
     teacher_N: list[int] = []
+    rows: list[Placed] = []
     spans: list[Span] = []
     unmatched = len(ours)
     for one, other in partners_of(ours, theirs):
         same = identity and one.ids == other.ids
-        common = match_texts(one, other) if not same and (with_spans or pairing in ("exact", "starts", "all")) else None
-        found: list[tuple[int, int]] = []
+        by_text = with_spans or pairing not in ("position", "warped")
+        common = match_texts(one, other) if by_text and not same else None
+        first, start = one.run.start, other.run.start
+        found: list[Placed] = []
         if pairing == "position":
-            found = list(zip(one.run, other.run, strict=False))
+            found = list(map(Placed, one.run, other.run))
         elif pairing == "warped":
             found = _warped(one, other)
         elif same:
-            found = list(zip(one.run, other.run, strict=True))
+            found = list(map(Placed, one.run, other.run))
         elif common is None:
             continue
-        elif pairing in ("exact", "starts"):
-            match = match_spans if pairing == "exact" else match_starts
-            matched = match(*common.offsets)
-            mine, yours = _before_words(one, common, 0), _before_words(other, common, 1)
-            first, start = one.run.start, other.run.start
-            found = [(first + i, start + j) for i, j in matched if mine[i] == yours[j]]
+        elif pairing != "all":
+            sides = _before_words(one, common, 0), _before_words(other, common, 1)
+            here = matched(one, other, common, sides, pairing)
+            found = [row._replace(student=first + row.student, teacher=start + row.teacher) for row in here]
             found += _ends(one, other, common.ends)
         unmatched -= 1
         if pairing == "all":
             student_N.extend(one.run)
             teacher_N.extend(other.run)
-        elif found:
-            students, teachers = zip(*found, strict=True)
-            student_N.extend(students)
-            teacher_N.extend(teachers)
+        else:
+            rows += found
         if with_spans and common is not None:
-            first, start = one.run.start, other.run.start
             spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _spans(one, other, common))
-    return Alignment(student_N, teacher_N, sum(map(bool, student_response)), len(ours), unmatched, spans)
+    student_N += [row.student for row in rows]
+    teacher_N += [row.teacher for row in rows]
+    reach = [row.offset for row in rows], [row.more for row in rows]
+    return Alignment(student_N, teacher_N, sum(map(bool, student_response)), len(ours), unmatched, spans, *reach)
 
 
 def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
@@ -272,13 +281,14 @@ def _excerpt(text: bytes, at: int) -> str:
     return f"{'…' if start else ''}{shown!r}{'…' if stop < len(text) else ''}"
 
 
-def _ends(one: Segment, other: Segment, ends: Ends) -> list[tuple[int, int]]:
-    return [] if ends[0] is None or ends[1] is None else [(one.run[ends[0]], other.run[ends[1]])]
+def _ends(one: Segment, other: Segment, ends: Ends) -> list[Placed]:
+    return [] if ends[0] is None or ends[1] is None else [Placed(one.run[ends[0]], other.run[ends[1]])]
 
 
-def _warped(one: Segment, other: Segment) -> list[tuple[int, int]]:
+def _warped(one: Segment, other: Segment) -> list[Placed]:
     texts = [[side.literal(k) for k in range(len(side.ids[: side.end]))] for side in (one, other)]
-    return [(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))] + _ends(one, other, (one.end, other.end))
+    found = [Placed(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))]
+    return found + _ends(one, other, (one.end, other.end))
 
 
 def _before_words(segment: Segment, spans: Spans, side: int) -> bytes:

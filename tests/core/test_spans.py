@@ -1,5 +1,6 @@
 """Byte spans of two tokenizations, against all pairs of all tokens."""
 
+import itertools
 import time
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.core.spans import match_spans, match_starts
+from dskd_plugin.core.spans import match_covers, match_spans, match_starts
 
 
 def spans(lengths):
@@ -94,3 +95,24 @@ def test_starts_equal_brute_force(data):
     starts = [[start for start, _ in side] for side in sides]
     ends = [[end for _, end in side] for side in sides]
     assert match_starts(starts[0], ends[0], starts[1], ends[1]) == wanted
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths, lengths, st.sets(st.integers(0, 29)), st.sets(st.integers(0, 29)))
+def test_covers_equal_brute_force(student, teacher, unknown, other_unknown):
+    """Every byte of a span lies in spans of the teacher that follow one another."""
+    sides = [spans(student), spans(teacher)]
+    for (starts, ends), lost in zip(sides, (unknown, other_unknown), strict=True):
+        for k in lost & set(range(len(starts))):
+            starts[k] = ends[k] = 0
+    ours, theirs = (list(zip(*side, strict=True)) for side in sides)
+    wanted = []
+    for i, (start, end) in enumerate(ours):
+        for j, more in itertools.product(range(len(theirs)), range(len(theirs))):
+            run = theirs[j : j + more + 1]
+            if end <= start or len(run) <= more or any(f <= s for s, f in run):
+                continue
+            holds_first, holds_last = run[0][0] <= start < run[0][1], run[-1][0] < end <= run[-1][1]
+            if holds_first and holds_last and all(f == s for (_, f), (s, _) in pairwise(run)):
+                wanted.append((i, j, more))
+    assert match_covers(*sides[0], *sides[1]) == wanted

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -110,12 +111,46 @@ def test_first_token_of_a_packed_neighbour_is_not_predicted():
     assert out.teacher_text.rows_M.tolist() == [1, 4]
 
 
+@pytest.mark.parametrize("kind", COLLATORS)
+def test_rows_reach_into_the_tokens_of_their_own_sample(tokenizer, kind):
+    """A pair whose further teacher tokens were cut off is none; where it begins goes with it."""
+    rng, ids = random.Random(kind), itertools.count(1000)
+    cls, per_bin = COLLATORS[kind]
+    seen = 0
+    for _ in range(8):
+        samples = [rich_sample(rng, ids, cut=cut, paired=True, spans=False, on_policy=None) for cut in (None, 9, None)]
+        expected = []
+        for one in samples:
+            length, theirs = len(one["input_ids"]), one["teacher_input_ids"]
+            one["aligned_offset"] = [rng.randint(-1, 4) for _ in one["aligned_student"]]
+            one["aligned_more"] = [rng.choice([0, 0, 1, 3]) for _ in one["aligned_student"]]
+            if per_bin is None:
+                one.pop("position_ids")
+            columns = ("aligned_student", "aligned_teacher", "aligned_offset", "aligned_more")
+            for s, t, offset, more in zip(*(one[name] for name in columns), strict=True):
+                if 0 < s < length and t > 0 and t + more < len(theirs):
+                    along = [(theirs[k - 1], theirs[k]) for k in range(t + 1, t + more + 1)]
+                    expected.append((one["input_ids"][s], offset, theirs[t], along))
+        own = cls(tokenizer, pad_to_multiple_of=8)(bins_of(samples, per_bin))[KEY]
+        reach, flat = own.reach, own.teacher_text.ids_T
+        along = [[] for _ in own.teacher_text.rows_M]
+        for pair, row, target in zip(reach.of_Q, reach.teacher_rows_Q, reach.teacher_targets_Q, strict=True):
+            along[pair].append((int(flat[row]), int(target)))
+        found = zip(
+            own.targets_R[: len(along)].tolist(), reach.offset_N.tolist(), reach.targets_N.tolist(), along, strict=True
+        )
+        assert list(found) == expected
+        assert reach.targets_N.tolist() == flat[own.teacher_text.rows_M + 1].tolist()
+        seen += len(reach.of_Q)
+    assert seen
+
+
 def test_no_pair_at_all():
     labels = torch.full((1, 4), -100)
     rows = {"input_ids": [0] * 4, "teacher_input_ids": [0], "aligned_student": [], "aligned_teacher": []}
     out = pair_rows(labels.clamp(min=0), labels, [[(0, rows)]], cross_attention=False)
     assert [len(rows) for rows in (out.rows_R, out.targets_R, out.ce_R, out.teacher_text.rows_M)] == [0, 0, 0, 0]
-    assert out.spans is None and out.attention is None
+    assert out.spans is None and out.attention is None and out.reach is None
 
 
 @pytest.mark.parametrize(
@@ -309,7 +344,8 @@ def test_only_gold_rows_beside_answers_take_no_kd(tokenizer):
 
 
 def test_columns_are_all_that_a_prepared_row_may_add():
-    assert set(COLUMNS) == {"teacher_input_ids", "aligned_student", "aligned_teacher", "spans", "teacher_prompt"}
+    pairs = {"aligned_student", "aligned_teacher", "aligned_offset", "aligned_more"}
+    assert set(COLUMNS) == {"teacher_input_ids", *pairs, "spans", "teacher_prompt"}
 
 
 # -- on the way to the trainer --------------------------------------------------------------------------------------
