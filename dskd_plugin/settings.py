@@ -140,6 +140,15 @@ class ProjectorSettings(_Block):
     )
 
 
+class BytePrefixSettings(_Block):
+    mask_whitespace: bool = Field(
+        True,
+        description="`bpm` with `shared: ids`: tokens of white space alone have no KD term, as published; to the two "
+        "sides they do not mean the same",
+        json_schema_extra={"see": "[bytes](method.md#bytes)"},
+    )
+
+
 class OnPolicySettings(_Block):
     fraction: float = Field(
         gt=0,
@@ -203,7 +212,8 @@ class Settings(_Block):
     )
     shared: Literal["events", "ids"] = Field(
         "events",
-        description="what both vocabularies can say, for `target: exact` and `overlap_kd`. ids: equal tokens alone",
+        description="what both vocabularies can say, for `target: exact`, `overlap_kd` and `bpm`. ids: equal tokens "
+        "alone; with `bpm` every token of the student",
     )
     support: int | None = Field(
         None,
@@ -224,6 +234,7 @@ class Settings(_Block):
         description="weight, inside the KD part, of the likelihood of spans in which no token has a partner of its own",
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
+    bpm: BytePrefixSettings = Field(default_factory=BytePrefixSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -345,6 +356,7 @@ _KINDS = {
 _BLOCKS: dict[str, type[BaseModel]] = {
     "teacher": TeacherSettings,
     "projector": ProjectorSettings,
+    "bpm": BytePrefixSettings,
     "on_policy": OnPolicySettings,
 }
 

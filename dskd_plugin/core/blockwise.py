@@ -195,12 +195,13 @@ def baseline_loss(
     divisors_T: Tensor,
     block_elements: int,
 ) -> tuple[Tensor, Sums]:
-    """Methods sft, kd, overlap_kd, uld and mined, in blocks like dskd_loss and with its divisors and result.
+    """Methods sft, kd, overlap_kd, bpm, uld and mined, in blocks like dskd_loss and with its divisors and result.
 
         loss = (1 - r) ce / div_ce + r (kd / div_kd + c span_kl / div_span);   sft: ce / div_ce
         kd   = compare(z, sg(z_t)) at the first N rows, over the real ids of both heads
 
-    compare: from baselines.py, an EventCompare or a SupportCompare. It and teacher_head may be None for sft.
+    compare: from baselines.py, an EventCompare, a SupportCompare or, for rows with places, a PrefixCompare. It and
+    teacher_head may be None for sft.
     Gradients reach student_RD and the student's head, nothing of the teacher.
     """
     # A few rows of the teacher's head are read: neither its size nor a copy in the dtype of products matters.

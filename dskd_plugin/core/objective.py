@@ -1,7 +1,7 @@
 """The objective on the rows of one micro-batch: named terms, each a (sum, count) pair.
 
     L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd + c span_kl)      method dskd
-    L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, uld, mined
+    L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, bpm, uld, mined
     L = ce                                                             sft
 
 With unpaired_ce each of the first two gains r ce_unpaired. With a kd_scale the terms that move the student, all of the
@@ -23,6 +23,7 @@ from torch import Tensor
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
 from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likeliest_event, masses, target_of_masses
 from dskd_plugin.core.heads import Head, head_logits, logits_at
+from dskd_plugin.core.prefixes import Places, PrefixCompare
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 from dskd_plugin.core.support import SupportCompare
 
@@ -188,8 +189,11 @@ class Rows:
         objective has no agreement mask.
     s2t_N: bool, rows of s2t_kd; None for all N.
     s2t_M: bool, the teacher rows of s2t_kd with cross-model attention, where it takes the place of s2t_N.
+    kd_N: bool, rows of kd; None for all N.
+    places: where the pairs stand in the teacher's text, for a comparison by bytes; None for all others.
     The baselines read teacher_NE alone of the tensors over N, and cross-entropy alone none of them.
-    A teacher row may hold NaN where label_N is -1 and s2t_N is False, a student row where no term takes it.
+    A teacher row may hold NaN where label_N is -1 and s2t_N is False, and where kd_N is False; a student row where no
+    term takes it.
     """
 
     student_RD: Tensor
@@ -201,6 +205,8 @@ class Rows:
     agree_N: Tensor | None = None
     s2t_N: Tensor | None = None
     s2t_M: Tensor | None = None
+    kd_N: Tensor | None = None
+    places: Places | None = None
 
     def __len__(self) -> int:
         return self.student_RD.shape[0]
@@ -213,8 +219,8 @@ class Rows:
 
     def block(self, rows: slice) -> Rows:
         """These response rows with whatever partners they have; without spans, which may cross the bounds."""
-        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N")
-        changes: dict[str, Any] = {"spans": None}
+        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N", "kd_N")
+        changes: dict[str, Any] = {"spans": None, "places": self.places and self.places.block(rows)}
         for name in parts:
             given = getattr(self, name)
             changes[name] = None if given is None else given[rows]
@@ -248,7 +254,7 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         given = rows.s2t_N if rows.s2t_M is None else rows.s2t_M
         masks["s2t_kd"] = all_of(rows.pairs) if given is None else given
     if "kd" in objective.terms:
-        masks["kd"] = all_of(rows.pairs)
+        masks["kd"] = all_of(rows.pairs) if rows.kd_N is None else rows.kd_N
     if "span_kl" in objective.terms:
         masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
     if "ce_unpaired" in objective.terms:
@@ -377,13 +383,19 @@ class TeacherRows:
 
     logits_NU: of its real ids. events: of the two vocabularies, where events are read.
     states: in place of the logits, the hidden states and the head, where a few ids of each row are read.
+    target_NC: in place of the logits, what they say in the student's classes.
     """
 
     def __init__(
-        self, logits_NU: Tensor | None, events: Events | None = None, states: tuple[Tensor, Head] | None = None
+        self,
+        logits_NU: Tensor | None,
+        events: Events | None = None,
+        states: tuple[Tensor, Head] | None = None,
+        target_NC: Tensor | None = None,
     ) -> None:
         self._logits_NU = None if logits_NU is None else logits_NU.detach()
         self._states = states
+        self._target_NC = target_NC
         self._events = events
         self._of_events: dict[float, Tensor] = {}
         self._likeliest_N: Tensor | None = None
@@ -392,6 +404,11 @@ class TeacherRows:
     def logits_NU(self) -> Tensor:
         assert self._logits_NU is not None
         return self._logits_NU
+
+    @property
+    def target_NC(self) -> Tensor:
+        assert self._target_NC is not None
+        return self._target_NC
 
     def logits_at(self, ids_NK: Tensor, *, elements: int) -> Tensor:
         """Logits of some ids of each row, see `heads.logits_at`."""
@@ -444,6 +461,11 @@ def teacher_rows(
     kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
     if isinstance(compare, SupportCompare):
         return TeacherRows(None, states=(kept_NE, teacher_head.detach()))
+    if isinstance(compare, PrefixCompare):
+        assert rows.places is not None
+        real = teacher_head.detach().real()
+        target_NC = compare.target(kept_NE, rows.places, lambda states: head_logits(states, real), rows=len(rows))
+        return TeacherRows(None, target_NC=target_NC)
     events_alone = isinstance(compare, EventCompare) or (exact is not None and not objective.in_teacher_space)
     logits_NU = head_logits(kept_NE, teacher_head.detach().real(), by_id=events_alone)
     teacher = TeacherRows(logits_NU, None if exact is None else exact.events)
@@ -524,6 +546,8 @@ def student_space_sums(
 
 def _compared(compare: Compare, student_NV: Tensor, teacher: TeacherRows) -> Tensor:
     """The distance of a pair's two distributions, [N], from no more of the teacher than it reads."""
+    if isinstance(compare, PrefixCompare):
+        return compare.of_target(student_NV=student_NV, target_NC=teacher.target_NC)
     if not isinstance(compare, SupportCompare):
         return compare(student_NV=student_NV, teacher_NV=teacher.logits_NU)
     student_ids_NK, teacher_ids_NK = compare.ids(student_NV)

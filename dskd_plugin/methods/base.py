@@ -23,7 +23,8 @@ class Method:
     """A distillation method; subclasses are registered by `register`.
 
     name: the value of ``dskd.method``. alignment: the value of ``dskd.alignment`` that chooses this one among methods
-    of the same name; None for all others. ignores: settings that mean nothing to it. compares: what its KD terms
+    of the same name; None for all others. ignores: settings that mean nothing to it. own: those that mean something
+    to it alone. compares: what its KD terms
     compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
     needs_teacher: whether the teacher's states are compared. needs_embedding: whether its input embeddings are read
     too. needs_one_tokenizer: whether it works with one alone.
@@ -32,6 +33,7 @@ class Method:
     name: ClassVar[str]
     alignment: ClassVar[str | None] = None
     ignores: ClassVar[tuple[str, ...]] = ()
+    own: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[Literal["nothing", "distributions", "spaces"]] = "distributions"
     pairs_by: ClassVar[Pairing] = "exact"
     needs_teacher: ClassVar[bool] = True
@@ -58,7 +60,8 @@ class Method:
 
     def ignored(self, settings: Settings) -> list[str]:
         """Settings in the recipe that mean nothing to the method."""
-        return [key for key in self.ignores if key in settings.model_fields_set]
+        of_others = {key for other in METHODS.values() for key in other.own if key not in self.own}
+        return [key for key in (*self.ignores, *sorted(of_others)) if key in settings.model_fields_set]
 
     def chosen_by(self) -> str:
         """The setting that chooses it."""

@@ -439,3 +439,55 @@ def compare_support(z_s, z_t, tau, kind, pairs, size):
     q, p = softmax(z_s, tau), softmax(z_t, tau)
     whole_q, whole_p = math.fsum(q[i] for i, _ in chosen), math.fsum(p[j] for _, j in chosen)
     return DISTANCES[kind]([p[j] / whole_p for _, j in chosen], [q[i] / whole_q for i, _ in chosen])
+
+
+# --- the teacher by bytes --------------------------------------------------------------------------------
+
+
+def opened(text, tokens):
+    """The longest of some tokens that a text begins with, None for none."""
+    best = None
+    for token_id, token in enumerate(tokens):
+        longer = best is None or len(token or b"") > len(tokens[best])
+        if token and text.startswith(token) and longer:
+            best = token_id
+    return best
+
+
+def prefix_target(rows, teacher, student, same, *, begun=b"", lead=b"", said=()):
+    """Mass of each student token, and at last what none of them takes, by going through all teacher tokens.
+
+    rows: the teacher's probabilities at its row and at those that follow along the text; said: the teacher tokens that
+    the text goes on with at all of them but the last. begun: bytes of the first that were said before the student's
+    token; lead: bytes of that one before the first. same: student token of a special one.
+    """
+    masses = [0.0] * (len(student) + 1)
+    text, weight = lead, 1.0
+    for k, row in enumerate(rows):
+        cut = begun if k == 0 else b""
+        possible = [v for v in range(len(row)) if not cut or (teacher[v] or b"").startswith(cut)]
+        whole = math.fsum(row[v] for v in possible)
+        onward = None
+        for v in possible:
+            share = weight * row[v] / whole
+            if k < len(rows) - 1 and v == said[k]:
+                onward = share
+                continue
+            if teacher[v] is None and text == b"" and k == 0:
+                to = same.get(v)
+            else:
+                to = opened(text + (teacher[v] or b"")[len(cut) :], student)
+            masses[len(student) if to is None else to] += share
+        if onward is not None:
+            text, weight = text + teacher[said[k]][len(cut) :], onward
+    return masses
+
+
+def compare_masses(q, masses, kind):
+    """The student's probabilities against masses of its tokens; what the teacher cannot say is one class."""
+    pooled = [a if m > 0 else 0.0 for a, m in zip(q, masses, strict=False)]
+    pooled.append(math.fsum(a for a, m in zip(q, masses, strict=False) if m == 0))
+    wanted = list(masses)
+    if pooled[-1] == 0:
+        wanted = [m + masses[-1] * a for m, a in zip(masses[:-1], q, strict=True)] + [0.0]
+    return _distance(kind, wanted, pooled, pooled)

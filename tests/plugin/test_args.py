@@ -89,6 +89,18 @@ BAD = [
         {**TEACHER, "method": "overlap_kd", "shared": "ids", "support": 1},
         ["dskd.support: expected greater than or equal to 2, got 1"],
     ),
+    ({**TEACHER, "method": "bpm", "support": 16}, ["support", "method: bpm ignores"]),
+    (
+        {**TEACHER, "method": "bpm", "bpm": {"mask_whitespace": False}},
+        ["dskd.bpm.mask_whitespace: expected it unset beside shared: events"],
+    ),
+    ({**TEACHER, "bpm": {"mask_whitespace": True}}, ["bpm", "method: dskd ignores"]),
+    ({**TEACHER, "alignment": "cma", "bpm": {}}, ["bpm", "alignment: cma ignores"]),
+    ({**TEACHER, "method": "bpm", "bpm": {"mask": True}}, ["dskd.bpm.mask: expected one of mask_whitespace"]),
+    (
+        {**TEACHER, "method": "bpm", "divergence": {"kind": "reverse_kl"}},
+        ["dskd.divergence.kind", "got 'reverse_kl'", "skewed_reverse_kl"],
+    ),
     ({**TEACHER, "shared": "ids", "support": 16}, ["dskd.support", "method: dskd", "use method: overlap_kd"]),
     ({**TEACHER, "alignment": "cma", "support": 16}, ["support", "alignment: cma ignores"]),
     ({**TEACHER, "method": "kd", "support": 16}, ["support", "method: kd ignores"]),
@@ -144,6 +156,7 @@ def test_defaults():
             "top_vocab": None,
             "warmup_steps": 0,
         },
+        "bpm": {"mask_whitespace": True},
         "on_policy": None,
     }
 

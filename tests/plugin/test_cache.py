@@ -183,10 +183,43 @@ def test_positions_are_those_that_the_collator_asks_for(run):
     assert asked_for_spans
 
 
+def test_positions_of_a_method_that_reads_on_are_those_that_the_collator_asks_for(prepare, order, tmp_path):
+    """And a cache of rows that another method pairs lacks them, which is told before a step."""
+    from dskd_plugin.host.collator import pair_rows
+
+    said = ["returned lamps", "lamps\n- items 🙂🙂 naïvecafé\n- code"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"red {k}"}, {"role": "assistant", "content": text}]}
+        for k in range(8)
+        for text in said
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"path": str(file), "ds_type": "json", "type": "chat_template"}
+    by_bytes, further = prepare(method="bpm", recipe={"datasets": [entry]}), 0
+    for dataset in by_bytes.datasets.values():
+        for one in needed(dataset):
+            row = dataset[one.place]
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            batch = pair_rows(ids, labels, [[(0, row)]], cross_attention=False)
+            asked = torch.cat([batch.teacher_text.rows_M, batch.reach.teacher_rows_Q]).unique()
+            further += len(batch.reach.teacher_rows_Q)
+            assert asked.tolist() == one.positions.tolist()
+    assert further
+    starts = prepare(method="overlap_kd", recipe={"datasets": [entry]})
+    build(order(starts), ALONE)
+    with pytest.raises(SettingError, match="which tokens the method pairs is 'bytes' and was 'starts'"):
+        opened(order(starts), by_bytes.sides, by_bytes.datasets)
+    build(order(by_bytes), ALONE)
+    opened(order(by_bytes), by_bytes.sides, by_bytes.datasets)
+
+
 def test_positions_beyond_the_row_and_of_cut_spans_are_left_out():
     targets, spans = np.array([0, 1, 4, 9, 4]), np.array([1, 2, 5, 7, 1, 2, 8, 10, 3, 4, 0, 2])
     assert positions_of(9, targets, spans).tolist() == [0, 3, 4, 5]
     assert positions_of(9, np.zeros(0, int), np.zeros(0, int)).tolist() == []
+    more = np.array([3, 2, 0, 0, 5])
+    assert positions_of(9, targets, np.zeros(0, int), more).tolist() == [0, 1, 2, 3]
 
 
 def test_one_sample_in_several_datasets_is_computed_once_with_all_that_any_of_them_needs():

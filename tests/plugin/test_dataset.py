@@ -526,6 +526,7 @@ def span_texts(row, student, teacher):
 METHODS = {
     "sft": {"method": "sft"},
     "overlap_kd": {"method": "overlap_kd", "span_weight": 0.5},
+    "bpm": {"method": "bpm", "span_weight": 0.5},
     "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
     "dskd": {"span_weight": 1},
@@ -555,6 +556,15 @@ def test_rows_of_every_method(prepare, name):
         for i, j in pairs:
             ours, theirs = student.decode([row["input_ids"][i]]), teacher.decode([row["teacher_input_ids"][j]])
             assert (ours == "<|im_end|>") == (theirs == "</s>")
+    elif name == "bpm":
+        assert row["aligned_student"] == said and any(row["aligned_offset"])
+        for (i, j), offset, more in zip(pairs, row["aligned_offset"], row["aligned_more"], strict=True):
+            ours = student.decode([row["input_ids"][i]])
+            theirs = teacher.decode(row["teacher_input_ids"][j : j + more + 1])
+            assert (ours == "<|im_end|>") == (theirs == "</s>")
+            if "\ufffd" not in ours + theirs and ours != "<|im_end|>":
+                # The template's space before an answer is a byte of the teacher's token that the student has not.
+                assert theirs.encode()[offset:].startswith(ours.encode())
     else:
         check_pairs(row, student, teacher)
     assert ("spans" in row) == ("span_weight" in METHODS[name]) and "teacher_prompt" not in row
@@ -596,6 +606,22 @@ def test_rows_without_a_span_may_come_first(prepare):
 
 
 ON_POLICY = {"on_policy": {"fraction": 0.5}}
+
+
+def test_rows_that_reach_beyond_the_cut_of_the_teachers_row_are_left_out(prepare, tiny):
+    rows = [conversation("red", "lamps\n- items 🙂🙂 naïvecafé\n- code " * 4), conversation("red", "blue")]
+    columns = ("aligned_student", "aligned_teacher", "aligned_offset", "aligned_more")
+    whole = max(prepare(rows, {"method": "bpm"})[0], key=lambda row: len(row["input_ids"]))
+    pairs = list(zip(*(whole[column] for column in columns), strict=True))
+    j, more = next((j, more) for _, j, _, more in reversed(pairs) if more)
+    limit = j + more  # the last token that it reaches into is cut off
+    cut_block = {"method": "bpm", "teacher": {"model": tiny["teacher"], "dtype": "float32", "sequence_len": limit}}
+    found, *_ = prepare(rows, cut_block, excess_length_strategy="truncate")
+    cut = max(found, key=lambda row: len(row["input_ids"]))
+    assert cut["teacher_input_ids"] == whole["teacher_input_ids"][:limit]
+    expected = [pair for pair in pairs if pair[1] + pair[3] < limit]
+    assert list(zip(*(cut[column] for column in columns), strict=True)) == expected
+    assert any(pair[1] < limit <= pair[1] + pair[3] for pair in pairs)
 
 
 def test_prompt_of_the_last_answer(prepare):

@@ -23,8 +23,10 @@ from tokenizers import Tokenizer
 from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.divergences import forward_kl, log_probs
 from dskd_plugin.core.events import EventCompare, exact_target
+from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
+from dskd_plugin.text.prefixes import maps_by_events, maps_by_ids
 from dskd_plugin.text.tokens import overlap as shared_vocabulary
 from dskd_plugin.text.vocabularies import token_table
 
@@ -130,17 +132,56 @@ def rows(student, teacher, pairing, clear):
     return torch.stack(mine), torch.stack(yours), torch.tensor(weights, dtype=torch.float64)
 
 
+def by_bytes(student, teacher, events, clear):
+    """Student logits, weight and distance of every row of each text, also those that begin inside a teacher token.
+
+    And of each its bytes of the teacher token before it, with the number of further teacher tokens that it reads.
+    events: those of the two vocabularies; None: the student's tokens are told apart by their ids.
+    """
+    if events is None:
+        to_student = shared_vocabulary(student.table, teacher.table).teacher_to_student_V.tolist()
+        maps = maps_by_ids(student.table, teacher.table, to_student, student.table.vocab_size, torch.device("cpu"))
+    else:
+        maps = maps_by_events(student.table, teacher.table, events, torch.device("cpu"))
+    mine, yours, further, weights, placed = [], [], [], [], []
+    for text, weight in TEXTS.items():
+        a, b = student.ids[text], teacher.ids[text]
+        found = align(a, [True] * len(a), b, [True] * len(b), student.table, teacher.table, pairing="bytes")
+        assert found.student_N == list(range(len(a)))
+        for i, j, offset, more in zip(found.student_N, found.teacher_N, found.offsets_N, found.more_N, strict=True):
+            if clear and not (is_clear(student, a, i) and is_clear(teacher, b, j)):
+                continue
+            mine.append(student.next[a[:i]])
+            yours.append(teacher.next[b[:j]])
+            further += [teacher.next[b[:k]] for k in range(j + 1, j + 1 + more)]
+            placed.append((a[i], offset, b[j], b[j + 1 : j + 1 + more]))
+            weights.append(weight)
+    assert any(offset > 0 for _, offset, *_ in placed) and any(more for *_, more in placed)
+    mine, yours, further = (floored(torch.stack(side)) for side in (mine, yours, further))
+    compare = PrefixCompare(forward_kl, 1.0, maps.together, maps.residual + 1, events and events.student_V)
+    places = maps.places(*zip(*placed, strict=True)).of_states(further)
+    target = compare.target(yours, places, lambda states: states, rows=1000)
+    loss = compare.of_target(student_NV=mine.requires_grad_(), target_NC=target)
+    reach = [(offset, len(more)) for _, offset, _, more in placed]
+    return mine, torch.tensor(weights, dtype=torch.float64), loss, reach
+
+
+def floored(logits):
+    """A floor stands for what a model never calls impossible."""
+    return log_probs(logits, temperature=1.0).exp().add(1e-9).log()
+
+
 def distance(student, teacher, method, clear):
     """Mean loss and the norm of its gradient by the logits, for a student and a teacher that both are the source."""
-    mine, yours, weights = rows(student, teacher, "exact" if "ids" in method else "starts", clear)
     sizes = student.table.vocab_size, teacher.table.vocab_size
     shared = shared_vocabulary(student.table, teacher.table)
     by_ids = shared_id_events(shared, sizes)
     by_events = vocabulary_events((student.tokenizer, student.table), (teacher.tokenizer, teacher.table), [], ids=sizes)
-    # A floor stands for what a model never calls impossible.
-    mine = log_probs(mine, temperature=1.0).exp().add(1e-9).log().requires_grad_()
-    yours = log_probs(yours, temperature=1.0).exp().add(1e-9).log()
-    if method == "overlap_kd, ids":
+    mine, yours, weights = rows(student, teacher, "exact" if "ids" in method else "starts", clear)
+    mine, yours = floored(mine).requires_grad_(), floored(yours)
+    if method.startswith("bpm"):
+        mine, weights, loss_N, _ = by_bytes(student, teacher, by_events if "events" in method else None, clear)
+    elif method == "overlap_kd, ids":
         compare = overlap(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
         loss_N = compare(student_NV=mine, teacher_NV=yours)
     elif method == "overlap_kd, events":
@@ -160,6 +201,8 @@ def distance(student, teacher, method, clear):
 # method: at most this loss in nats and this gradient at clear rows; None where it is far from 0, so that the test
 # would see a source that cannot tell the methods apart. docs/method.md has the table.
 LIMITS = {
+    "bpm, ids": None,
+    "bpm, events": (1e-6, 1e-4),
     "overlap_kd, ids": None,
     "dskd exact, ids": None,
     "overlap_kd, events": (1e-6, 1e-4),
@@ -179,6 +222,14 @@ def test_a_student_that_is_the_source_is_left_alone(sides, method):
         most, steepest = LIMITS[method]
         assert loss <= most
         assert gradient <= steepest
+
+
+def test_by_ids_bytes_leave_alone_what_begins_inside_a_teacher_token_or_reads_on(sides):
+    """And no other row: a token of the teacher that longer student tokens begin with says nothing of these."""
+    _, _, loss, reach = by_bytes(*sides, None, clear=True)
+    together = torch.tensor([place == (0, 0) for place in reach])
+    assert loss[~together].abs().max() < 1e-6
+    assert loss[together].mean() > 0.1
 
 
 def test_the_bare_newline_is_what_ids_teach(sides):

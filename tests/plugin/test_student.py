@@ -168,6 +168,8 @@ MODES = {
     "overlap_kd": {"method": "overlap_kd"},
     "overlap_kd ids": {"method": "overlap_kd", "shared": "ids"},
     "overlap_kd support": {"method": "overlap_kd", "shared": "ids", "support": 16},
+    "bpm": {"method": "bpm"},
+    "bpm ids": {"method": "bpm", "shared": "ids", "divergence": {"kind": "js"}, "unpaired": "ce"},
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
@@ -203,6 +205,7 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
         ("sibling", {}),
         ("teacher", {"alignment": "cma", "spaces": "both", "span_weight": 0.5}),
         ("teacher", {"method": "uld"}),
+        ("teacher", {"method": "bpm", "span_weight": 0.5}),
     ],
 )
 def test_packed_equals_padded(tiny, rows, pair, mode):
@@ -410,12 +413,14 @@ def test_student_equal_to_teacher_has_no_divergence(tiny, rows):
         assert sums[name][0] / sums[name][1] == pytest.approx(0, abs=1e-5)
 
 
-def test_no_aligned_row_keeps_the_graph(tiny, rows):
-    setup = Setup(tiny["student"], tiny["teacher"])
-    samples = [{**sample, "aligned_student": [], "aligned_teacher": []} for sample in setup.samples(rows)]
+@pytest.mark.parametrize("method", ["dskd", "bpm"])
+def test_no_aligned_row_keeps_the_graph(tiny, rows, method):
+    setup = Setup(tiny["student"], tiny["teacher"], method=method)
+    samples = setup.samples(rows)
+    samples = [{**sample, **{name: [] for name in sample if name.startswith("aligned_")}} for sample in samples]
     loss, sums, gradients = setup.run([padded(setup, samples)])
     assert loss == pytest.approx(0.5 * sums["ce"][0] / sums["ce"][1])
-    assert gradients["dskd.t2s.linear.weight"].abs().sum() == 0
+    assert method == "bpm" or gradients["dskd.t2s.linear.weight"].abs().sum() == 0
     silent = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in samples]
     loss, _, gradients = setup.run([padded(setup, silent)])
     assert loss == 0 and all(gradient.abs().sum() == 0 for gradient in gradients.values())
@@ -515,6 +520,111 @@ def test_a_fitted_projector_is_better_on_rows_that_it_did_not_see(tiny, rows, se
     assert torch.equal(*weights)  # on all ranks alike
     with pytest.raises(ValueError, match=r"dskd\.projector\.init: expected at least 512 aligned tokens .* got \d+\."):
         fit_projector(setups[0].loss, setups[0].teacher, samples[:2], seed=3, quiet=True)
+
+
+# -- the teacher by bytes --------------------------------------------------------------------------------------------
+
+
+# Tokens of either side begin inside one of the other, and reach beyond its end.
+UNEVEN = [
+    {"role": "user", "content": "red lamp"},
+    {"role": "assistant", "content": "returned lamps\n- items 🙂🙂 naïvecafé\n- code"},
+]
+BY_BYTES = {
+    "ids": {"method": "bpm", "shared": "ids", "bpm": {"mask_whitespace": False}, "divergence": {"kind": "js"}},
+    "events": {"method": "bpm", "divergence": {"kind": "js"}},
+}
+
+
+@pytest.mark.parametrize("name", BY_BYTES)
+def test_loss_by_bytes_is_the_formula_of_the_method(oracle, tiny, name):
+    """Loops over the models' own logits and all their tokens' bytes."""
+    setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3, **BY_BYTES[name])
+    sample = setup.sample(UNEVEN)
+    loss, sums, _ = setup.run([padded(setup, [sample])])
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    ours, theirs = setup.pair.student, setup.pair.teacher
+    with torch.no_grad():
+        own = student(torch.tensor([sample["input_ids"]])).logits[0].tolist()
+        other = teacher(torch.tensor([sample["teacher_input_ids"]])).logits[0].tolist()
+    roles = {
+        t: s for t, s in enumerate(setup.overlap.teacher_to_student_V.tolist()) if s >= 0 and theirs.bytes[t] is None
+    }
+    assert roles
+    found, kinds = [], set()
+    columns = ("aligned_student", "aligned_teacher", "aligned_offset", "aligned_more")
+    for i, j, offset, more in zip(*(sample[column] for column in columns), strict=True):
+        kinds.add((offset > 0, more > 0))
+        ids = sample["teacher_input_ids"][j : j + more + 1]
+        along = [oracle.softmax(other[k - 1][: theirs.vocab_size], 1.7) for k in range(j, j + more + 1)]
+        begun = (theirs.literal[ids[0]] or b"")[: max(0, offset)]
+        q = oracle.softmax(own[i - 1][: ours.vocab_size], 1.7)
+        if name == "ids":
+            masses = oracle.prefix_target(along, theirs.bytes, ours.bytes, roles, begun=begun, said=ids)
+            found.append(oracle.compare_masses(q, masses, "js"))
+        else:
+            found.append(by_event(oracle, setup.events, along, theirs, ours, begun, ids, q))
+    assert len(kinds) == 4
+    assert sums["kd"] == (pytest.approx(sum(found), rel=1e-4, abs=1e-5), len(found))
+    assert loss == pytest.approx(0.7 * sums["ce"][0] / sums["ce"][1] + 0.3 * sum(found) / len(found), rel=1e-4)
+
+
+def by_event(oracle, events, along, teacher, student, begun, said, q):
+    """The distance of the masses of events: tokens of both sides are told apart by them."""
+    event, tokens = events.student_V.tolist(), [*student.bytes, *teacher.bytes]
+    of_tokens = [*event, *events.teacher_U.tolist()]
+    roles = {t: len(student.bytes) + t for t, text in enumerate(teacher.bytes) if text is None}
+    by_token = oracle.prefix_target(along, teacher.bytes, tokens, roles, begun=begun, said=said)
+    if not begun and len(along) == 1:  # the token itself, as both would cut it
+        by_token = [0.0] * len(student.bytes) + along[0] + [0.0]
+    masses, own = [0.0] * events.count, [0.0] * events.count
+    for mass, one in zip(by_token, of_tokens, strict=False):
+        masses[one] += mass
+    for mass, one in zip(q, event, strict=True):
+        own[one] += mass
+    return oracle.compare_masses(own, [*masses, by_token[-1]], "js")
+
+
+def test_events_are_those_of_overlap_kd_where_both_begin_together(tiny, rows):
+    by_bytes, plain = (Setup(tiny["student"], tiny["teacher"], method=method) for method in ("bpm", "overlap_kd"))
+    samples, others = by_bytes.samples(rows), plain.samples(rows)
+    for sample, other in zip(samples, others, strict=True):
+        columns = ("aligned_student", "aligned_teacher", "aligned_offset", "aligned_more")
+        rows = [row for row in zip(*(sample[name] for name in columns), strict=True) if row[2:] == (0, 0)]
+        sample |= dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+        other |= {name: sample[name] for name in columns[:2]}
+    close(by_bytes.run([padded(by_bytes, samples)]), plain.run([padded(plain, others)]))
+
+
+def test_white_space_is_masked_as_published(tiny, rows):
+    setups = {
+        masked: Setup(
+            tiny["student"],
+            tiny["teacher"],
+            method="bpm",
+            shared="ids",
+            **({} if masked else {"bpm": {"mask_whitespace": False}}),
+        )
+        for masked in (True, False)
+    }
+    counts = {}
+    for masked, setup in setups.items():
+        samples = setup.samples(rows)
+        _, sums, _ = setup.run([padded(setup, samples)])
+        gold = [sample["input_ids"][i] for sample in samples for i in sample["aligned_student"] if i]
+        white = [token for token in gold if (setup.pair.student.bytes[token] or b"x").isspace()]
+        counts[masked] = sums["kd"][1]
+        assert white and sums["kd"][1] == len(gold) - (len(white) if masked else 0)
+        assert sums["ce"][1] >= len(gold)
+    assert counts[True] < counts[False]
+
+
+@pytest.mark.parametrize("shared", ["ids", "events"])
+def test_a_student_that_is_its_teacher_is_left_alone(tiny, rows, shared):
+    setup = Setup(tiny["sibling"], tiny["sibling"], method="bpm", shared=shared)
+    assert setup.pair.identity
+    _, sums, _ = setup.run([padded(setup, setup.samples(rows))])
+    assert sums["kd"][1] > 0 and abs(sums["kd"][0]) / sums["kd"][1] < 1e-5
 
 
 # -- a new method ---------------------------------------------------------------------------------------------------
