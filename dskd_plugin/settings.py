@@ -109,10 +109,8 @@ class TotalVariation(_Block):
     kind: Literal["tvd"]
 
 
-Divergence = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation,
-    Field(discriminator="kind"),
-]
+_AnyDivergence = ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation
+Divergence = Annotated[_AnyDivergence, Field(discriminator="kind")]
 
 
 class ProjectorSettings(_Block):
@@ -327,18 +325,8 @@ def parse_settings(block: Any) -> Settings:
         raise Mistakes([_explain(item) for item in error.errors()]) from None
 
 
-_KINDS = {
-    kind: model
-    for model in (
-        ForwardKL,
-        ReverseKL,
-        JensenShannon,
-        SkewedForwardKL,
-        SkewedReverseKL,
-        AdaptiveKL,
-        TotalVariation,
-    )
-    for kind in get_args(model.model_fields["kind"].annotation)
+_KINDS: dict[str, type[BaseModel]] = {
+    kind: model for model in get_args(_AnyDivergence) for kind in get_args(model.model_fields["kind"].annotation)
 }
 
 
