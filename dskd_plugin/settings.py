@@ -56,7 +56,7 @@ class TeacherSettings(_Block):
             "a jinja file"
         },
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: dict[str, object] | None = Field(
         None,
         description="such as `{enable_thinking: false}`, for the teacher alone; null: the recipe's own "
         "`chat_template_kwargs`",
@@ -241,7 +241,7 @@ class Settings(_Block):
 
     @model_validator(mode="before")
     @classmethod
-    def old_names(cls, block: Any) -> Any:
+    def old_names(cls, block: object) -> object:
         """Take up settings under the names that they had one release ago, with a notice."""
         for old, new in _RENAMED.items():
             if isinstance(block, dict) and old in block:
@@ -310,7 +310,7 @@ class DSKDArgs(BaseModel):
     dskd: Settings | None = Field(default=None, description="dual-space knowledge distillation")
 
 
-def parse_settings(block: Any) -> Settings:
+def parse_settings(block: object) -> Settings:
     """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
     if not isinstance(block, dict):
         raise SettingError(
