@@ -7,7 +7,6 @@ this process's CPU seconds, on a GPU the clock's.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.options import dtype_of, parser_of
 from benchmarks.results import Row
 from benchmarks.shapes import RandomTeacher, random_model
 from benchmarks.timing import Spread, ratios, taking_turns
@@ -235,15 +235,10 @@ def measure(bench: Bench, repeats: int) -> list[Row]:
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    parser = parser_of("cache", __doc__, sizes=SIZES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(words)
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    device, dtype = options.device, dtype_of(options)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(SIZES[options.size], device, dtype, Path(folder))
         rows = measure(bench, options.repeats)

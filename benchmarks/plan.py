@@ -7,7 +7,6 @@ itself, Python with torch and Axolotl, is measured with models of no size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 from benchmarks import results, tiny
+from benchmarks.options import parser_of
 from benchmarks.results import Row
 
 MIB = 2**20
@@ -131,12 +131,11 @@ def planned(recipe: dict[str, Any], tokens: int) -> int:
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=(__doc__ or "").split("\n\n")[0])
+    parser = parser_of("plan", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(words)
     found = []
     with tempfile.TemporaryDirectory() as name:

@@ -8,9 +8,7 @@ clock's. Also reported: rows that went through products with either head, per pa
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.counting import VocabularyWork
 from benchmarks.dense import dense_loss
+from benchmarks.options import dtype_of, parser_of
 from benchmarks.results import Row
 from benchmarks.shapes import METHODS, SIZES, Bench
 from benchmarks.timing import Spread, ratios, taking_turns
@@ -115,17 +114,12 @@ def measure(bench: Bench, methods: list[str], repeats: int, dense: list[str]) ->
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    parser = parser_of("step", __doc__, sizes=SIZES)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--dense", nargs="*", choices=list(METHODS), default=["dskd"], help="also as dense reference")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(words)
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    device, dtype = options.device, dtype_of(options)
     bench = Bench(SIZES[options.size], device, dtype)
     dense = [method for method in options.dense if method in options.methods]
     rows = measure(bench, options.methods, options.repeats, dense)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,18 @@ def save_model(folder: Path, tokenizer: Any, family: str = "llama", **sizes: Any
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def wordpiece_copy(model: str, folder: Path) -> str:
+    """The folder: a copy of a model with a WordPiece tokenizer, which does not tell what its tokens spell."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(model, folder)
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     return str(folder)
 
 

@@ -21,7 +21,7 @@ def _wrap_load_plugin(module: "Any") -> None:
     last_words.follow()
     original = module.load_plugin
 
-    def load_plugin(plugin_name: str, *args: "Any", **kwargs: "Any") -> "Any":
+    def load_plugin(plugin_name: str, *args: object, **kwargs: object) -> object:
         return original(TARGET if plugin_name == NAME else plugin_name, *args, **kwargs)
 
     module.load_plugin = load_plugin

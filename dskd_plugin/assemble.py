@@ -39,7 +39,7 @@ class Parts:
     events: Events | None = None
     projector_dtype: torch.dtype = torch.float32
     seed: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
     @property
     def divergence(self) -> Divergence:

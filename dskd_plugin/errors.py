@@ -15,7 +15,7 @@ class _ForUser(Exception):
     sentences with their full stops.
     """
 
-    def __init__(self, where: "Any", expected: "Any", got: "Any", do: "Any") -> None:
+    def __init__(self, where: object, expected: object, got: object, do: object) -> None:
         super().__init__(f"{where}: expected {expected}, got {got}. {do}")
         self.parts = (str(where), str(expected), str(got), str(do))
 

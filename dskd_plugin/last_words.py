@@ -78,7 +78,7 @@ def _is_command() -> bool:
     return _owner() in ("", str(os.getpid()))
 
 
-def _hand_down(number: int, frame: Any) -> None:
+def _hand_down(number: int, frame: object) -> None:
     """The training decides how to stop; a launcher that died first would leave it alone, or talk over it."""
     import psutil
 
@@ -96,7 +96,7 @@ def _words() -> list[tuple[str, str]]:
     return sorted(unique, key=lambda word: (ERROR, STOP, ADVICE).index(word[0]))
 
 
-def _hook(previous: Callable[..., Any]) -> Callable[..., Any]:
+def _hook(previous: Callable[..., object]) -> Callable[..., object]:
     def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
         text = own_message(error)
         if text is not None:

@@ -208,7 +208,7 @@ def _file(words: list[str]) -> str | None:
     return next((word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()), None)
 
 
-def _recipe(words: list[str]) -> dict[str, Any] | None:
+def _recipe(words: list[str]) -> dict[str, object] | None:
     """The recipe, if it lies here and has to do with this plugin."""
     file = _file(words)
     if file is None or "--help" in words or any(word.startswith(("--cloud", "--sweep")) for word in words):
@@ -225,9 +225,9 @@ def _recipe(words: list[str]) -> dict[str, Any] | None:
     return recipe if "dskd" in recipe or plugins & set(NAMES) else None
 
 
-def _overridden(words: list[str]) -> dict[str, Any]:
+def _overridden(words: list[str]) -> dict[str, object]:
     """Settings of the recipe that the command line replaces."""
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         key, equals, value = word.partition("=")
         if key.startswith("--"):

@@ -57,7 +57,7 @@ class Run:
         return bool(self.recipe.get("trust_remote_code"))
 
     @property
-    def entries(self) -> list[Any]:
+    def entries(self) -> list[object]:
         """The recipe's entries of datasets, of training and of evaluation."""
         return [*(self.recipe.get("datasets") or ()), *(self.recipe.get("test_datasets") or ())]
 
@@ -68,7 +68,7 @@ class Run:
         return length
 
     @property
-    def student_template_options(self) -> dict[str, Any]:
+    def student_template_options(self) -> dict[str, object]:
         return dict(self.recipe.get("chat_template_kwargs") or {})
 
     def student_template(self, entry: Any, tokenizer: Any) -> str:

@@ -56,7 +56,7 @@ class TeacherSettings(_Block):
             "a jinja file"
         },
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: dict[str, object] | None = Field(
         None,
         description="such as `{enable_thinking: false}`, for the teacher alone; null: the recipe's own "
         "`chat_template_kwargs`",
@@ -109,10 +109,8 @@ class TotalVariation(_Block):
     kind: Literal["tvd"]
 
 
-Divergence = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation,
-    Field(discriminator="kind"),
-]
+_AnyDivergence = ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation
+Divergence = Annotated[_AnyDivergence, Field(discriminator="kind")]
 
 
 class ProjectorSettings(_Block):
@@ -254,7 +252,7 @@ class Settings(_Block):
 
     @model_validator(mode="before")
     @classmethod
-    def old_names(cls, block: Any) -> Any:
+    def old_names(cls, block: object) -> object:
         """Take up settings under the names that they had one release ago, with a notice."""
         for old, new in _RENAMED.items():
             if isinstance(block, dict) and old in block:
@@ -323,7 +321,7 @@ class DSKDArgs(BaseModel):
     dskd: Settings | None = Field(default=None, description="dual-space knowledge distillation")
 
 
-def parse_settings(block: Any) -> Settings:
+def parse_settings(block: object) -> Settings:
     """The validated ``dskd:`` block; ``ValueError`` with one line per mistake."""
     if not isinstance(block, dict):
         raise SettingError(
@@ -338,18 +336,8 @@ def parse_settings(block: Any) -> Settings:
         raise Mistakes([_explain(item) for item in error.errors()]) from None
 
 
-_KINDS = {
-    kind: model
-    for model in (
-        ForwardKL,
-        ReverseKL,
-        JensenShannon,
-        SkewedForwardKL,
-        SkewedReverseKL,
-        AdaptiveKL,
-        TotalVariation,
-    )
-    for kind in get_args(model.model_fields["kind"].annotation)
+_KINDS: dict[str, type[BaseModel]] = {
+    kind: model for model in get_args(_AnyDivergence) for kind in get_args(model.model_fields["kind"].annotation)
 }
 
 

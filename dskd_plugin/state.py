@@ -50,7 +50,7 @@ def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
     return state | loss.memory()
 
 
-def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[str, Any]) -> None:
+def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[str, object]) -> None:
     """Write the projectors, if there are any, and their state; each file appears whole or not at all."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
     os.replace(temporary, target / STATE)
 
 
-def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, Any]:
+def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, object]:
     """What projectors belong to: a run may go on from a checkpoint only where all of it is the same.
 
     widths: of the student's and the teacher's hidden states.
@@ -126,9 +126,9 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
         )
 
 
-def _flat(block: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _flat(block: dict[str, object], above: str = "") -> dict[str, object]:
     """The block with its inner keys as `outer.inner`."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in block.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return flat
@@ -147,7 +147,7 @@ def _expect(source: Path, file: str) -> None:
         )
 
 
-def _recipe_lines(kept: dict[str, Any]) -> str:
+def _recipe_lines(kept: dict[str, object]) -> str:
     """The part of a `dskd:` block that restores what a checkpoint was trained with."""
     block: dict[str, Any] = {}
     for key, value in kept.items():

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quickstart import forked
-from quickstart.forked import Forked
+from quickstart.forked import Called, Child
 
 # The trainer's bar has no words before it, that of `dskd generate` has this one; the others are short.
 _STEP = re.compile(r"(?:Generating: *)?\d+%\|[^|]*\| *(\d+)/(\d+) \[")
@@ -95,10 +95,10 @@ class Commands:
         name = Path(command[0]).name
         called = forked.script(name)
         with _bar(title, place) as bar:
-            run: Forked | _Started = (
+            run: Child | _Started = (
                 _Started(command, folder=self.out, log=log, environment=environment)
                 if called is None
-                else Forked(called, command[1:], folder=self.out, log=log, environment=environment)
+                else Child(Called(called, command[1:]), folder=self.out, log=log, environment=environment)
             )
             code = self._follow(run, log, bar)
         if code != 0:
@@ -107,7 +107,7 @@ class Commands:
             raise RuntimeError(f"{shown}: expected exit code 0, got {code}. Read {log}; it ends with:\n{last}")
         return run.cpu_seconds
 
-    def _follow(self, run: "Forked | _Started", log: Path, bar: "tqdm[Any]") -> int:
+    def _follow(self, run: "Child | _Started", log: Path, bar: "tqdm[Any]") -> int:
         """The exit code of a command, once it has ended; a command that is left before is ended."""
         code = None
         try:

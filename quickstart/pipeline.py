@@ -56,7 +56,8 @@ class Pipeline:
         # Axolotl names its prepared rows after their path, not their content.
         shutil.rmtree(self.out / "prepared", ignore_errors=True)
         recipes.copy(RECIPES, self.out, teacher=self.teacher)
-        forked.prepare(self.commands.environment)
+        if forked.script("axolotl") is not None:
+            forked.prepare(self.commands.environment)
         self._first()
         half = max(1, cores() // 2)
         self.commands.side_by_side(lambda: self._teacher_side(half), lambda: self._student_side(half))

@@ -7,8 +7,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.real_pair import data, easy, records, report, runs
 from benchmarks.real_pair.measures import MEASURES
 from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, Run, planned
@@ -95,8 +93,6 @@ def in_turn(made: list[launch.Job], options: argparse.Namespace, title: str) -> 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A child of a process that has used several threads could wait for them for ever.
-    torch.set_num_threads(1)
     place = runs.Place(
         options.out, options.data.resolve(), options.humaneval, tuple(options.measures), options.keep_models
     )

@@ -1,6 +1,7 @@
 """Trains recipes with the checkout that PYTHONPATH names, each in a fork of one process that has imported everything.
 
-Started by the command; it reads lines of JSON from stdin: recipe (a file) and log. It answers with exit codes.
+It imports nothing from here, because benchmarks/ and quickstart/ would be those of the other checkout. Started by the
+command; it reads lines of JSON from stdin: recipe (a file) and log. It answers with exit codes.
 """
 
 import json

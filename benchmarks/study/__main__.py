@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from benchmarks.study import launch, plan, prepare, records, report
 from benchmarks.study.table import METHODS, SIZES, Size
 
@@ -57,8 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     size: Size = SIZES[options.size]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A child of a process that has used several threads could wait for them for ever.
-    torch.set_num_threads(1)
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     out, wanted = options.out, plan.Wanted(tuple(options.tasks or size.tasks), options.pairs, options.methods)
     if set(STAGES[:5]) & set(options.stages):

@@ -87,15 +87,15 @@ def search_runs(size: Size, wanted: Wanted) -> list[Run]:
     ]
 
 
+def search(run: Run, size: Size, out: Path) -> None:
+    runs.train(run, size, out)
+    runs.measure(run, "validation", out, answers=False)
+
+
 def search_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
     """Every rate with the first seed, scored by the bits per byte of the validation rows."""
-
-    def work(run: Run) -> None:
-        runs.train(run, size, out)
-        runs.measure(run, "validation", out, answers=False)
-
     return [
-        job(out, run, partial(work, run))
+        job(out, run, partial(search, run, size, out))
         for run in slowest_first(runs.drop_stale(search_runs(size, wanted), size, out))
         if not (run.folder(out) / "validation-likelihood.json").is_file()
     ]
@@ -126,20 +126,20 @@ def seed_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
     ]
 
 
+def compare(run: Run, size: Size, out: Path) -> None:
+    runs.train(run, size, out)
+    for split in splits_of(run):
+        runs.measure(run, split, out, answers=True)
+
+
 def seed_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
     """Every seed at the chosen rate, scored on the held-out rows; models that lost the search are deleted."""
     keep = {run.name for run in seed_runs(size, out, wanted)}
     for run in search_runs(size, wanted):
         if run.name not in keep:
             runs.forget_model(run, out)
-
-    def work(run: Run) -> None:
-        runs.train(run, size, out)
-        for split in splits_of(run):
-            runs.measure(run, split, out, answers=True)
-
     return [
-        job(out, run, partial(work, run))
+        job(out, run, partial(compare, run, size, out))
         for run in slowest_first(runs.drop_stale(seed_runs(size, out, wanted), size, out))
         if not all((run.folder(out) / f"{split}.json").is_file() for split in splits_of(run))
     ]
@@ -162,16 +162,17 @@ def ablation_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
     ]
 
 
+def ablate(run: Run, size: Size, out: Path) -> None:
+    runs.train(run, size, out)
+    runs.measure(run, "validation", out, answers=True)
+    runs.forget_model(run, out)
+
+
 def ablation_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
     """One change to DSKD at a time, at its chosen rate, scored on the validation rows."""
-
-    def work(run: Run) -> None:
-        runs.train(run, size, out)
-        runs.measure(run, "validation", out, answers=True)
-        runs.forget_model(run, out)
-
     found = runs.drop_stale(ablation_runs(size, out, wanted), size, out)
-    return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "validation.json").is_file()]
+    left = [run for run in found if not (run.folder(out) / "validation.json").is_file()]
+    return [job(out, run, partial(ablate, run, size, out)) for run in left]
 
 
 def gradient_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
@@ -181,15 +182,16 @@ def gradient_runs(size: Size, out: Path, wanted: Wanted) -> list[Run]:
     return [Run(*line, rate, size.seeds[-1] + 1) for line, rate in rates.items() if rate is not None]
 
 
+def probe(run: Run, size: Size, out: Path) -> None:
+    runs.train(run, size, out, probes=PROBES)
+    runs.forget_model(run, out)
+
+
 def gradient_jobs(size: Size, out: Path, wanted: Wanted) -> list[Job]:
     """The gradient of every term while DSKD trains."""
-
-    def work(run: Run) -> None:
-        runs.train(run, size, out, probes=PROBES)
-        runs.forget_model(run, out)
-
     found = runs.drop_stale(gradient_runs(size, out, wanted), size, out)
-    return [job(out, run, partial(work, run)) for run in found if not (run.folder(out) / "train.json").is_file()]
+    left = [run for run in found if not (run.folder(out) / "train.json").is_file()]
+    return [job(out, run, partial(probe, run, size, out)) for run in left]
 
 
 def failure(out: Path, name: str) -> Path:

@@ -3,6 +3,10 @@
 Kept per sample and in the teacher's own precision, for benchmarks. A sample that was not seen before, such as an
 answer of the student, is computed as always. Packed rows are never kept: their states are those of the packed forward
 pass.
+
+Not `dskd.teacher.cache`: `auto` keeps bfloat16 and refuses a second run that builds beside it, a folder in float32
+needs a build for every set of rows and settings before its runs, and either would be a part of the recipe, by which
+the studies know the runs that they have.
 """
 
 import hashlib

@@ -47,8 +47,8 @@ class Order:
     """
 
     folder: Path
-    teacher: Callable[[], dict[str, Any]]
-    made_for: dict[str, Any]
+    teacher: Callable[[], dict[str, object]]
+    made_for: dict[str, object]
     width: int
     embedding: bool
     wanted: dict[bytes, Want]

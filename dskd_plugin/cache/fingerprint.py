@@ -10,7 +10,7 @@ _BLOCK, _BLOCKS = 1 << 16, 64
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def fingerprint(parts: Parts) -> dict[str, Any]:
+def fingerprint(parts: Parts) -> dict[str, object]:
     """Digests of config.json, of each weight file, and of the adapter; those of files that are here.
 
     Of a weight file the size, the start, which in safetensors has the names and shapes of all tensors, and 64 blocks of

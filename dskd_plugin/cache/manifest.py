@@ -36,9 +36,9 @@ class Manifest:
     head: the fields of the teacher's head beside its tensors, and the file with these.
     """
 
-    teacher: dict[str, Any]
+    teacher: dict[str, object]
     states: str
-    made_for: list[dict[str, Any]]
+    made_for: list[dict[str, object]]
     width: int = 0
     head: dict[str, Any] = field(default_factory=dict)
     head_file: File | None = None
@@ -60,7 +60,7 @@ class Manifest:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
-    def also_for(self, made_for: dict[str, Any]) -> "Manifest":
+    def also_for(self, made_for: dict[str, object]) -> "Manifest":
         return self if made_for in self.made_for else replace(self, made_for=[*self.made_for, made_for])
 
     def write(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ def teacher_of(sides: Sides) -> dict[str, Any]:
     }
 
 
-def made_for(sides: Sides) -> dict[str, Any]:
+def made_for(sides: Sides) -> dict[str, object]:
     """What decides which samples and rows a recipe needs, beside its data."""
     run, teacher = sides.run, sides.run.teacher
     return {
@@ -138,7 +138,7 @@ def check_teacher(folder: Path, kept: dict[str, Any], now: dict[str, Any], advic
             )
 
 
-def differences(kept: list[dict[str, Any]], now: dict[str, Any]) -> str:
+def differences(kept: list[dict[str, object]], now: dict[str, object]) -> str:
     """In what a recipe differs from all builds of a cache, in words; empty where one was for the like of it."""
     if now in kept or not kept:
         return ""
@@ -147,5 +147,5 @@ def differences(kept: list[dict[str, Any]], now: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

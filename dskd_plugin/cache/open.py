@@ -29,7 +29,7 @@ def check_whole(folder: Path, files: Manifest, advice: str, *, afresh: bool = Fa
 def open_cache(
     folder: Path,
     sides: Sides,
-    datasets: dict[str, Any],
+    datasets: dict[str, object],
     *,
     ranks: Ranks,
     device: torch.device,

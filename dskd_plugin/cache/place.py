@@ -37,7 +37,7 @@ def check_there(cache: str | None, recipe: Any = None) -> None:
     )
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: object) -> None:
     """Write a JSON file that appears whole or not at all."""
     partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
     with partial.open("w", encoding="utf-8") as stream:

@@ -29,11 +29,11 @@ class Ranks:
         """What each rank has to say. All ranks must call it."""
         if self.world == 1:
             return [mine]
-        said: list[Any] = [None] * self.world
+        said: list[object] = [None] * self.world
         dist.all_gather_object(said, mine)
         return said
 
-    def agree(self, result: Any = None, error: Exception | None = None) -> Any:
+    def agree(self, result: object = None, error: Exception | None = None) -> object:
         """The first rank's result on all; where any of them has failed, its error on all. All ranks must call it."""
         said = self.everyones((result if self.first else None, error))
         for _, failed in said:

@@ -137,8 +137,8 @@ def damaged(folder: Path, files: Iterable[File], *, afresh: bool = False) -> dic
     known = {} if afresh else read_json(folder / VERIFIED)
     wrong: dict[str, tuple[str, str]] = {}
     listed = {info.file for info in files}
-    seen: dict[str, Any] = {file: mark for file, mark in known.items() if file not in listed}
-    to_read: list[tuple[File, list[Any]]] = []
+    seen: dict[str, object] = {file: mark for file, mark in known.items() if file not in listed}
+    to_read: list[tuple[File, list[object]]] = []
     for info in files:
         path = folder / info.file
         if not path.is_file():
@@ -154,7 +154,7 @@ def damaged(folder: Path, files: Iterable[File], *, afresh: bool = False) -> dic
         else:
             to_read.append((info, mark))
     total = sum(info.bytes for info, _ in to_read)
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": SILENT_SECONDS, "leave": False}
+    options: dict[str, object] = {"unit": "B", "unit_scale": True, "delay": SILENT_SECONDS, "leave": False}
     with tqdm(total=total, desc="Checking the teacher cache", **options) as bar:
         for info, mark in to_read:
             found = sha256(folder / info.file, bar)

@@ -1,7 +1,6 @@
 """The command line: ``dskd generate``, ``cache`` and ``plan``. Exit codes: 0 done, 1 failure, 2 wrong usage."""
 
 import sys
-from typing import Any
 
 import click
 
@@ -11,7 +10,7 @@ from dskd_plugin.errors import DSKDSetupError
 class _Commands(click.Group):
     """A group that prints the user's mistakes without a traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except (ValueError, DSKDSetupError) as error:

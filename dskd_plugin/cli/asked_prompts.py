@@ -103,9 +103,9 @@ class _Rendering:
 
     tokenizer: Any
     template: str
-    options: dict[str, Any]
+    options: dict[str, object]
 
-    def __call__(self, row: dict[str, Any]) -> str:
+    def __call__(self, row: dict[str, object]) -> str:
         text: str = self.tokenizer.apply_chat_template(
             row["messages"],
             tools=row.get("tools"),

@@ -213,7 +213,7 @@ def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Par
 
 
 def _report(
-    counts: dict[str, Any],
+    counts: dict[str, object],
     speed: float | None,
     out: Path,
     max_new_tokens: int,

@@ -79,7 +79,7 @@ def _rows_digest(rows: Any) -> str:
 
 def write_dataset(
     out: Path, made_with: dict[str, Any], answers: list[Written], tokens: int, rows: Any, recipe: Path
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Dataset and manifest from the complete answers; returns the counts."""
     from dskd_plugin.generation.answers import write_whole
 
@@ -147,9 +147,9 @@ def _plain(key: str, value: Any) -> Any:
     ]
 
 
-def dataset_entry(out: Path, counts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+def dataset_entry(out: Path, counts: dict[str, object], recipe: dict[str, object]) -> dict[str, object]:
     """The entry of the generated rows; the student reads them as it reads the recipe's own conversations."""
-    entry: dict[str, Any] = {"path": str(out), "type": "chat_template"}
+    entry: dict[str, object] = {"path": str(out), "type": "chat_template"}
     chats = chat_entries(recipe)
     if chats:
         entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
@@ -172,12 +172,12 @@ def chat_entries(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in recipe["datasets"] if entry.get("type") == "chat_template"]
 
 
-def thinking_field(recipe: dict[str, Any]) -> str:
+def thinking_field(recipe: dict[str, object]) -> str:
     """The field of a message under which the student's template knows its reasoning."""
     return str((chat_entries(recipe) or [{}])[0].get("template_thinking_key") or FIELD)
 
 
-def template_setting(recipe: dict[str, Any], source: "Source") -> dict[str, Any]:
+def template_setting(recipe: dict[str, object], source: "Source") -> dict[str, object]:
     """A template for a student that has none and needed none until now."""
     needed = not chat_entries(recipe) and not recipe.get("chat_template") and not _student_has_template(source)
     return {"chat_template": "alpaca"} if needed else {}

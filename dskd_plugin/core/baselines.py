@@ -79,7 +79,7 @@ def mapped(temperature: float, to_student_V: Tensor, student_vocab: int) -> Comp
         sum over ids of p log(p / q),   p(id) = sum of the teacher's probabilities of all tokens with this image
 
     Moved to the nearest ids it is minimum-edit-distance distillation, moved to equal tokens it gives the soft labels
-    of dskd's projector (objective.term_sums).
+    of dskd's projector (blockwise.dskd_loss).
 
     to_student_V: image of each teacher id, -1 for none: its mass is left out and the rest renormalised. Student ids
     that are no image have teacher probability 0. student_vocab: number of the student's real ids.

@@ -94,17 +94,31 @@ def dskd_loss(
         loss = (1 - r) ce / div_ce + r (t2s_kd / div + t2s_ce / div + s2t_kd / div + c span_kl / div)
                and, with unpaired_ce, + r ce_unpaired / div_ce
 
-    Terms, gradients and shapes: objective.term_sums and objective.span_term, whose gradient reaches student_RD and
-    the student's head. divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed
-    over micro-batches and ranks); a term with divisor 0 is 0. soft_labels, exact: see objective.term_sums.
+        ce      = CE(z, gold)                    all V rows of the head, temperature 1
+        t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
+                  or soft_labels(z_t2s, sg(z_t)) where that is given
+        t2s_kd  = dist(z, sg(z_t2s))             the student's vocab_size real ids, objective.temperature
+                  or dist(z, events.exact_target) where exact is given; t2s_ce then labels events:
+                  -log mass of the event of argmax z_t, or soft_labels
+        s2t_kd  = dist(z_s2t, sg(z_t))           the teacher's real ids;  z_s2t = head_t(h W_s2t)
+        span_kl = objective.span_term
+
+    Gradients: ce, t2s_kd and span_kl reach student_RD and the student's head, t2s_ce reaches t2s_Dd alone, s2t_kd
+    reaches student_RD alone. Teacher rows, teacher head and s2t_dD never get one.
+    t2s_Dd, s2t_dD: [D, d] and [d, D]; None where the objective does not use that space.
+    divisors_T: rows per term over the whole optimizer step in the order of TERMS (counts summed over micro-batches and
+    ranks); a term with divisor 0 is 0.
     block_elements: rows x vocabulary entries at a time, up to 10 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
-    term is left out (gradient 0); sums name -> (sum, count) for TERMS and RATES, detached, 0 and 0 for a term
-    left out. With gradients disabled only values are computed.
+    term is left out (gradient 0); sums name -> (sum in nats, count) for TERMS, detached, 0 and 0 for a term left out,
+    and for RATES: (rows where the argmaxes agree, rows), and for t2s_inside, with exact alone, how much likelier, in
+    nats, the projected teacher finds the gold id inside its event than the student does, over rows whose event has
+    several ids. With gradients disabled only values are computed.
     Under projectors_alone only ce reaches student_RD and the student's head; t2s_ce still reaches t2s_Dd.
     Values and gradients are both computed in the forward, one block after another, which needs the divisors
     beforehand; the backward only scales them, once per input. No second derivatives.
     Products are taken in the dtype of the weights, or in autocast's where it is on; sums in fp32 or wider.
+    Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
     walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
 

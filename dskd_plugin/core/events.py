@@ -207,29 +207,17 @@ class Exact:
     shares_inside: bool
 
 
-def exact_target(*, student_NV: Tensor, share_NV: Tensor, teacher_NU: Tensor, events: Events) -> Tensor:
+def exact_target(
+    *, share_NV: Tensor, share_NK: Tensor, student_NK: Tensor, teacher_NK: Tensor, events: Events
+) -> Tensor:
     """Log-probabilities over the student's ids: the teacher decides between events, another distribution inside them.
 
         target(v) = M_t(e) share(v) / M_share(e),   e the event of v, M the mass of an event
 
-    student_NV, share_NV, teacher_NU: log-probabilities. share_NV: the projected teacher's, or the student's own, which
-    pulls between events alone. Returns [N, V], each row summing to 1 after exp, without gradient.
+    share_NV: log-probabilities or logits of the projected teacher, or of the student itself, which pulls between events
+    alone; share_NK: their masses. student_NK, teacher_NK: log-masses of the two sides. None of them with a gradient.
+    Returns [N, V], each row summing to 1 after exp.
     """
-    student_NK = masses(student_NV.detach(), events.student_V, events.count)
-    is_own = share_NV is student_NV
-    return target_of_masses(
-        share_NV=share_NV.detach(),
-        student_NK=student_NK,
-        share_NK=student_NK if is_own else masses(share_NV.detach(), events.student_V, events.count),
-        teacher_NK=masses(teacher_NU.detach(), events.teacher_U, events.count),
-        events=events,
-    )
-
-
-def target_of_masses(
-    *, share_NV: Tensor, student_NK: Tensor, share_NK: Tensor, teacher_NK: Tensor, events: Events
-) -> Tensor:
-    """The exact target from log-masses that are known; share_NK: those of share_NV."""
     wanted_NK = teacher_masses(student_NK, teacher_NK, events)
     # The rest may be empty on the student's side: -inf - -inf is never read there.
     change_NK = torch.where(share_NK.isneginf(), 0, wanted_NK - share_NK)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import Divergence, binary_kl, log_probs
-from dskd_plugin.core.events import EventCompare, Events, Exact, inside, likeliest_event, masses, target_of_masses
+from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, inside, likeliest_event, masses
 from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.prefixes import Places, PrefixCompare
 from dskd_plugin.core.reduce import keep_rows, masked_sum
@@ -330,54 +330,6 @@ def projected_student(rows: Rows, s2t_dD: Tensor, mask_N: Tensor) -> Tensor:
     return project(keep_rows(rows.student_RD[: rows.pairs], mask_N), s2t_dD.detach())
 
 
-def term_sums(
-    rows: Rows,
-    *,
-    student_head: Head,
-    teacher_head: Head,
-    t2s_Dd: Tensor | None,
-    s2t_dD: Tensor | None,
-    objective: Objective,
-    soft_labels: Compare | None = None,
-    exact: Exact | None = None,
-) -> Sums:
-    """The terms of two spaces on paired rows, without division or spans; holds [rows, V] tensors.
-
-        ce      = CE(z, gold)                    all V rows of the head, temperature 1
-        t2s_ce  = CE(z_t2s, label)               the same;  z_t2s = head_s(H W_t2s)
-                  or soft_labels(z_t2s, sg(z_t)) where that is given
-        t2s_kd  = dist(z, sg(z_t2s))             the student's vocab_size real ids, objective.temperature
-                  or dist(z, events.exact_target) where exact is given; t2s_ce then labels events:
-                  -log mass of the event of argmax z_t, or soft_labels
-        s2t_kd  = dist(z_s2t, sg(z_t))           the teacher's real ids;  z_s2t = head_t(h W_s2t)
-
-    Gradients: ce and t2s_kd reach student_RD and the student's head, t2s_ce reaches t2s_Dd alone, s2t_kd
-    reaches student_RD alone. Teacher rows, teacher head and s2t_dD never get one.
-    t2s_Dd, s2t_dD: [D, d] and [d, D]; None where the objective does not use that space.
-    Returns name -> (sum in nats, count) for TERMS; without gradient for RATES: (rows where the argmaxes agree, rows),
-    and for t2s_inside (how much likelier, in nats, the projected teacher finds the gold id inside its event than the
-    student does, rows whose event has several ids), with exact alone. A term that the objective leaves out is absent.
-    Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
-    """
-    t2s_Nd = projected_teacher(rows, t2s_Dd) if objective.in_student_space and t2s_Dd is not None else None
-    teacher = teacher_rows(rows, teacher_head, objective, soft_labels=soft_labels, exact=exact)
-    sums = student_space_sums(
-        rows,
-        student_head=student_head,
-        objective=objective,
-        t2s_Nd=t2s_Nd,
-        teacher=teacher,
-        soft_labels=soft_labels,
-        exact=exact,
-    )
-    if objective.in_teacher_space and teacher is not None:
-        assert s2t_dD is not None
-        mask_N = row_masks(rows, objective)["s2t_kd"]
-        s2t_ND = projected_student(rows, s2t_dD, mask_N)
-        sums |= teacher_space_sums(s2t_ND, teacher=teacher, mask_K=mask_N, head=teacher_head, objective=objective)
-    return sums
-
-
 class TeacherRows:
     """The teacher's distributions at some rows, all from one product with its head; no gradient.
 
@@ -492,10 +444,11 @@ def student_space_sums(
 
     t2s_Nd: projected teacher rows, [N, d]; where spaces are compared, in the student's space. compare: for kd.
     soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
-    the projected teacher, see term_sums. teacher: for these three, of the same rows.
+    the projected teacher, see blockwise.dskd_loss. teacher: for these three, of the same rows.
     pull_R: derivative of the span term by each row's log p(gold), 0 outside of spans.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
-    Returns sums as term_sums does; "span_kl" has the gradient of the span term but value and count 0.
+    Returns name -> (sum in nats, count), the terms of this space that the objective does not leave out, and its rates,
+    which have no gradient; "span_kl" has the gradient of the span term but value and count 0.
     """
     masks = row_masks(rows, objective)
     pairs = rows.pairs
@@ -596,7 +549,7 @@ def _t2s_sums(
         lead_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)
         # Of rows whose event has one id there is nothing to say.
         sums["t2s_inside"] = masked_sum(lead_N, several_N)
-        target_NV = target_of_masses(
+        target_NV = exact_target(
             share_NV=t2s_NV if exact.shares_inside else own_NV,
             share_NK=share_NK if exact.shares_inside else own_NK,
             student_NK=own_NK,

@@ -124,7 +124,7 @@ class _Leaving(StoppingCriteria):
         self.ends = torch.tensor(ends, device=device)
         self.enough, self.told = enough, told
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         before = int(self.ended_B.sum())
         self.ended_B |= torch.isin(input_ids[:, -1], self.ends)
         ended = int(self.ended_B.sum())
@@ -188,7 +188,7 @@ class Writer:
 
     def _write(
         self, rows: Sequence[int], ids_BS: Tensor, mask_BS: Tensor, length: int, cache: Any, watch: _Leaving
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, object]:
         """Go on with a batch until the watch stops it or the limit is reached: all ids, and what the model keeps."""
         config = GenerationConfig(
             do_sample=False,
@@ -225,7 +225,7 @@ class Writer:
 class Partial:
     """Answers of an unfinished run: a line with what makes them, then one line each, in the order of the batches."""
 
-    def __init__(self, path: Path, made_with: dict[str, Any], plan: list[list[int]], *, overwrite: bool) -> None:
+    def __init__(self, path: Path, made_with: dict[str, object], plan: list[list[int]], *, overwrite: bool) -> None:
         self.path, self.plan = path, plan
         self.answers: list[Answer] = []
         self.stream: BinaryIO = path.open("a+b")
@@ -251,7 +251,7 @@ class Partial:
                 "Wait for it, or write elsewhere with --out.",
             ) from None
 
-    def _resume(self, made_with: dict[str, Any], overwrite: bool) -> int:
+    def _resume(self, made_with: dict[str, object], overwrite: bool) -> int:
         """Take over the whole batches of an earlier run; returns the bytes to keep."""
         self.stream.seek(0)
         lines = self.stream.read().splitlines(keepends=True)
@@ -305,7 +305,7 @@ class Partial:
         self._append([asdict(answer) for answer in answers])
         self.answers.extend(answers)
 
-    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+    def _append(self, records: Sequence[dict[str, object]]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self.stream.write(lines.encode())
         self.stream.flush()
@@ -318,7 +318,7 @@ class Partial:
         self.path.unlink()
 
 
-def _difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def _difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
     """The first setting that differs: (dotted name, old value, new value)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new | old:

@@ -25,7 +25,7 @@ def _load(
 ) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options: dict[str, object] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = getattr(torch, settings.dtype)
     if settings.quantization == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 
 @contextlib.contextmanager
@@ -12,7 +11,7 @@ def outside_engines() -> Iterator[None]:
     import transformers.integrations.deepspeed as integration
     import transformers.modeling_utils as modeling
 
-    hidden: list[tuple[Any, str, Any]] = [(integration, "_hf_deepspeed_config_weak_ref", None)]
+    hidden: list[tuple[object, str, object]] = [(integration, "_hf_deepspeed_config_weak_ref", None)]
     hidden += [
         (module, "is_deepspeed_zero3_enabled", lambda: False)
         for module in (integration, modeling)

@@ -229,7 +229,7 @@ def _pieces(value: str, path: tuple[str, ...], role: str, texts: list[_Text]) ->
             yield piece
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     """The object or list that a text spells, as the arguments of a call often come; else None."""
     if not text.lstrip().startswith(("{", "[")):
         return None

@@ -15,12 +15,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dskd_eval.errors import UserError
 from dskd_eval.schema import DataRecord
 
-Row = dict[str, Any]
+Row = dict[str, object]  # a cell holds what JSON or the hub's data set has there
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class LoadedData:
         return facts.model_copy(update={"note": self.note}) if self.note else facts
 
 
-def canonical(value: Any) -> Any:
+def canonical(value: object) -> object:
     """The value without None entries of mappings, so that hub and file rows agree."""
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items() if item is not None}
@@ -81,7 +80,7 @@ def canonical(value: Any) -> Any:
     return value
 
 
-def content_hash(value: Any) -> str:
+def content_hash(value: object) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON of a value."""
     text = json.dumps(canonical(value), sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -101,7 +100,7 @@ def joined_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
-def half_character(value: Any, place: str = "") -> str | None:
+def half_character(value: object, place: str = "") -> str | None:
     """Where a text holds half a character (a lone surrogate), which no tokenizer and no file takes; None: nowhere."""
     if isinstance(value, str):
         try:
@@ -110,7 +109,7 @@ def half_character(value: Any, place: str = "") -> str | None:
             near = value[max(0, error.start - 20) : error.start + 20]
             return f"half a character, {value[error.start]!r}, in {place or 'the text'}: {near!r}"
         return None
-    items: Iterable[tuple[Any, Any]] = ()
+    items: Iterable[tuple[object, object]] = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -136,12 +135,12 @@ def read_rows(path: Path) -> list[Row]:
 def _parse(text: str, path: Path) -> Iterator[Row]:
     if path.name.removesuffix(".gz").endswith(".json"):
         try:
-            items = json.loads(text)
+            items: object = json.loads(text)
         except ValueError as error:  # JSONDecodeError, or a number of too many digits
             raise _bad_row(path, getattr(error, "lineno", 1), str(error)) from error
         if not isinstance(items, list):
             raise _bad_row(path, 1, "a JSON value that is no list")
-        numbered: Iterable[tuple[int, Any]] = enumerate(items, 1)
+        numbered: Iterable[tuple[int, object]] = enumerate(items, 1)
     else:
         numbered = _json_lines(text, path)
     for number, row in numbered:
@@ -150,7 +149,7 @@ def _parse(text: str, path: Path) -> Iterator[Row]:
         yield row
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -254,7 +253,7 @@ def _load_one(source: DataSource, directory: Path | None) -> LoadedData:
                 got=problem,
                 fix="Correct the row: the other half (JSON's \\udc00 to \\udfff) was cut off.",
             )
-    rows = [_unix_lines(row) for row in _selected(rows, source)]
+    rows = [{key: _unix_lines(value) for key, value in row.items()} for row in _selected(rows, source)]
     if not rows:
         raise UserError(f"data {where}", expected="at least one row", got="no rows", fix="Add rows to the file.")
     return LoadedData(rows, where, digest, content_hash(rows), source.note)
@@ -262,19 +261,23 @@ def _load_one(source: DataSource, directory: Path | None) -> LoadedData:
 
 def _selected(rows: list[Row], source: DataSource) -> list[Row]:
     for column, (lowest, highest) in source.select.items():
+        kept = []
         for number, row in enumerate(rows, 1):
-            if not isinstance(row.get(column), (int, float)):
+            value = row.get(column)
+            if not isinstance(value, (int, float)):
                 raise UserError(
                     f"{source.file}, row {number}",
                     expected=f"a number in {column!r}, because `select` names it",
-                    got=repr(row.get(column)),
+                    got=repr(value),
                     fix="Correct `select` or the row.",
                 )
-        rows = [row for row in rows if lowest <= row[column] <= highest]
+            if lowest <= value <= highest:
+                kept.append(row)
+        rows = kept
     return rows[: source.first] if source.first else rows
 
 
-def _unix_lines(value: Any) -> Any:
+def _unix_lines(value: object) -> object:
     if isinstance(value, str):
         return value.replace("\r\n", "\n")
     if isinstance(value, list):

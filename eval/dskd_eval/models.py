@@ -8,7 +8,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dskd_eval.data import file_sha256
 from dskd_eval.errors import UserError
@@ -49,7 +48,7 @@ class ModelRef:
     revision: str | None = None
     adapter: str | None = None
     chat_template: str = "tokenizer_default"
-    template_options: tuple[tuple[str, Any], ...] = ()
+    template_options: tuple[tuple[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ModelFolder:
     weights: Path
     tokenizer: Path
     adapter: Path | None
-    config: dict[str, Any]
+    config: dict[str, object]
     fingerprint: str
 
     @property
@@ -77,13 +76,14 @@ class ModelFolder:
         return self.adapter if own and self.adapter is not None else self.weights
 
     def record(self) -> ModelSource:
+        listed = self.config.get("architectures")
         return ModelSource(
             name=self.name,
             role=self.ref.role,
             source=self.ref.source,
             revision=self.ref.revision,
             adapter=self.ref.adapter if self.ref.adapter else (str(self.adapter) if self.adapter else None),
-            architecture=(self.config.get("architectures") or [self.config.get("model_type")])[0],
+            architecture=str(listed[0] if isinstance(listed, list) and listed else self.config.get("model_type")),
             fingerprint=self.fingerprint,
         )
 
@@ -231,7 +231,8 @@ def _base_of(adapter: Path) -> Path:
     if beside.is_dir():
         return beside.resolve()
     try:
-        return _folder(str(base), settings.get("revision"))
+        revision = settings.get("revision")
+        return _folder(str(base), None if revision is None else str(revision))
     except UserError as error:
         raise UserError(
             f"adapter {adapter}",
@@ -241,7 +242,7 @@ def _base_of(adapter: Path) -> Path:
         ) from error
 
 
-def _json(path: Path, where: str) -> dict[str, Any]:
+def _json(path: Path, where: str) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -251,7 +252,7 @@ def _json(path: Path, where: str) -> dict[str, Any]:
     return value
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, object]:
     where = f"model {folder}"
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir())[:6]
@@ -271,7 +272,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _check_weights(folder: Path) -> None:
     for index in folder.glob("*.index.json"):
-        shards = set(_json(index, f"model {folder}").get("weight_map", {}).values())
+        mapped = _json(index, f"model {folder}").get("weight_map")
+        shards = {str(name) for name in mapped.values()} if isinstance(mapped, dict) else set()
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -24,7 +23,8 @@ def models_of(path: Path) -> list[ModelRef]:
     if not isinstance(base, str):
         raise UserError(where, expected="base_model", got="none", fix="Give an Axolotl recipe.")
     refs = []
-    teacher = (recipe.get("dskd") or {}).get("teacher") if isinstance(recipe.get("dskd"), dict) else None
+    block = recipe.get("dskd")
+    teacher = block.get("teacher") if isinstance(block, dict) else None
     if isinstance(teacher, str):
         teacher = {"model": teacher}
     if teacher:
@@ -52,7 +52,8 @@ def models_of(path: Path) -> list[ModelRef]:
     source = _place(base, path)
     options = _pairs(recipe.get("chat_template_kwargs"), where)
     revision = recipe.get("revision_of_model")
-    refs.append(ModelRef(f"base {default_name(source)}", source, "base", revision, template_options=options))
+    kept = None if revision is None else str(revision)
+    refs.append(ModelRef(f"base {default_name(source)}", source, "base", kept, template_options=options))
     if (sft := _sft_output(path)) is not None and sft != _output(recipe, path):
         its = _pairs(_read(path.parent / "sft.yaml").get("chat_template_kwargs"), "recipe sft.yaml")
         refs.append(ModelRef(f"sft {default_name(str(sft))}", str(sft), "sft", template_options=its))
@@ -69,27 +70,29 @@ def models_of(path: Path) -> list[ModelRef]:
     return refs
 
 
-def _template(choice: Any, path: Path) -> str:
+def _template(choice: object, path: Path) -> str:
     """A chat template as the recipe names it; a file is looked up in the working directory, then beside the recipe."""
     files = [file for file in (Path(str(choice)), path.parent / str(choice)) if file.is_file()]
     return str(files[0].resolve()) if choice and files else str(choice or "tokenizer_default")
 
 
-def _pairs(options: Any, where: str) -> tuple[tuple[str, Any], ...]:
+def _pairs(options: object, where: str) -> tuple[tuple[str, object], ...]:
     """The variables of a chat template."""
-    if not isinstance(options or {}, dict):
+    if not options:
+        return ()
+    if not isinstance(options, dict):
         raise UserError(
             f"{where}, chat_template_kwargs",
             expected="a mapping of the template's variables",
             got=repr(options),
             fix="Write it as {enable_thinking: false}.",
         )
-    return tuple((options or {}).items())
+    return tuple(options.items())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"--recipe {path}", expected="a readable YAML recipe", got=problem, fix="Check it.") from error
@@ -111,7 +114,7 @@ def _place(source: str, path: Path) -> str:
     return source
 
 
-def _output(recipe: dict[str, Any], path: Path) -> Path | None:
+def _output(recipe: dict[str, object], path: Path) -> Path | None:
     output = recipe.get("output_dir")
     return Path(_place(str(output), path)) if output else None
 

@@ -1,4 +1,4 @@
-"""Numbers as text, the same on the terminal, in report.md and (by the same rules in JavaScript) in report.html."""
+"""Numbers as text, the same on the terminal, in report.md and in report.html."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Value = float | Sequence[float]  # a number, or the numerator and denominator of a ratio
 RESAMPLES = 10_000
 # With fewer pairs no two-sided sign-flip p can fall below 0.05, so a bootstrap would claim more than the test.
 FEWEST_PAIRS = 6
@@ -45,18 +45,20 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else max(0.0, low)), (1.0 if successes == n else min(1.0, high))
 
 
-def as_pairs(values: Sequence[Any]) -> Floats:
+def as_pairs(values: Sequence[Value]) -> Floats:
     """Values as an [n, 2] array of numerators and denominators; a plain number has denominator 1."""
     return np.array([value if isinstance(value, (tuple, list)) else (value, 1.0) for value in values], dtype=float)
 
 
-def mean(values: Sequence[Any]) -> float:
+def mean(values: Sequence[Value]) -> float:
     """Mean of numbers, or ratio of sums of pairs."""
     pairs = as_pairs(values)
     return float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
 
-def interval(values: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES, proportion: bool = True) -> Interval:
+def interval(
+    values: Sequence[Value], *, seed: int = 0, resamples: int = RESAMPLES, proportion: bool = True
+) -> Interval:
     """Score and 95 % interval: Wilson for a proportion whose values are all 0 or 1, else a bootstrap over
     documents.
 
@@ -100,7 +102,7 @@ def _resampled(n: int, seed: int, resamples: int, statistic: Callable[[NDArray[n
 
 
 def macro_interval(
-    tasks: Sequence[Sequence[Any]],
+    tasks: Sequence[Sequence[Value]],
     *,
     proportions: Sequence[bool] | None = None,
     seed: int = 0,
@@ -191,8 +193,8 @@ def _score_statistic(wins: int, losses: int, n: int, difference: float) -> float
 
 
 def compare(
-    first: Sequence[Any],
-    second: Sequence[Any],
+    first: Sequence[Value],
+    second: Sequence[Value],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -278,9 +280,9 @@ class GapClosed:
 
 
 def gap_closed(
-    base: Sequence[Any],
-    student: Sequence[Any],
-    teacher: Sequence[Any],
+    base: Sequence[Value],
+    student: Sequence[Value],
+    teacher: Sequence[Value],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,

@@ -21,6 +21,7 @@ from dskd_eval.schema import (
 from dskd_eval.scorers import registry
 from dskd_eval.tasks import selection
 from dskd_eval.tasks.planning import Plan
+from dskd_eval.tasks.yaml_file import listed
 
 
 def task_score(
@@ -51,9 +52,11 @@ def _scored_metrics(samples: list[Sample], plan: Plan) -> list[str]:
 
 
 def _higher_is_better(plan: Plan, name: str) -> bool:
-    listed = (plan.config.get("metric_list") or []) if plan.spec.native else []
+    entries = listed(plan.config.get("metric_list")) if plan.spec.native else []
     said = [
-        entry["higher_is_better"] for entry in listed if entry.get("metric") == name and "higher_is_better" in entry
+        entry["higher_is_better"]
+        for entry in entries
+        if isinstance(entry, dict) and entry.get("metric") == name and "higher_is_better" in entry
     ]
     return bool(said[0]) if said else registry.metric_info(name).higher_is_better
 

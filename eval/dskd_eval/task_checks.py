@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
@@ -67,7 +67,16 @@ def _in_row(plan: Plan, number: int, kind: str = "row") -> Iterator[None]:
         raise UserError(where, expected=error.expected, got=error.got, fix=error.fix) from error
 
 
-def _check_native(task: Any, plan: Plan) -> list[str]:
+class _NativeTask(Protocol):
+    """A task of lm-eval, as far as it is read here."""
+
+    @property
+    def eval_docs(self) -> Iterable[Row]: ...
+
+    def doc_to_text(self, doc: Row) -> object: ...
+
+
+def _check_native(task: _NativeTask, plan: Plan) -> list[str]:
     """What can be seen of a task that lm-eval scores: fields without braces, and prompts that are all equal."""
     notes = Looks(plan)
     for number, row in enumerate(task.eval_docs, 1):
@@ -88,7 +97,7 @@ def _check_native(task: Any, plan: Plan) -> list[str]:
     return notes.texts()
 
 
-def _native_prompt(task: Any, plan: Plan, row: Row, number: int) -> str:
+def _native_prompt(task: _NativeTask, plan: Plan, row: Row, number: int) -> str:
     """lm-eval's prompt of a row. Raises UserError when it cannot be made."""
     try:
         return str(task.doc_to_text(row))

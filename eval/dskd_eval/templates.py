@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dskd_eval.errors import UserError, nearest
 
@@ -75,7 +74,7 @@ def in_folder(folder: Path) -> Found:
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
     single = folder / "chat_template.jinja"
-    written = single.read_text(encoding="utf-8") if single.is_file() else None
+    written: object = single.read_text(encoding="utf-8") if single.is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json"):
         written = written or _settings(folder / name).get("chat_template")
     if isinstance(written, list):
@@ -87,7 +86,7 @@ def in_folder(folder: Path) -> Found:
     return found.get(_DEFAULT) if set(found) <= {_DEFAULT} else found
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

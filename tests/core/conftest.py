@@ -98,7 +98,7 @@ class Case:
         return Head(self.teacher_weight, self.teacher_ids, self.teacher_bias, self.scale, self.softcap)
 
     def parts(self, **changes):
-        """Keyword arguments that term_sums and dskd_loss share."""
+        """Keyword arguments of dskd_loss."""
         return {
             "student_head": self.student_head(),
             "teacher_head": self.teacher_head(),

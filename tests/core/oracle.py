@@ -93,11 +93,28 @@ def logits(hidden, head):
     return out
 
 
+def moving_head(case, live):
+    """The student's head with the weights that are differentiated."""
+    return {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+
+
 def argmax(values):
     return max(range(len(values)), key=lambda i: (values[i], -i))
 
 
 # --- objective -----------------------------------------------------------------------------------------
+
+
+class Sums(dict):
+    """Sum and count of each term and rate of two spaces."""
+
+    def __init__(self):
+        names = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement")
+        super().__init__({name: [0.0, 0] for name in names})
+
+    def add(self, name, value):
+        self[name][0] += value
+        self[name][1] += 1
 
 
 def agrees(case, n):
@@ -112,40 +129,35 @@ def terms(case, live):
     case: everything as given. live: the values that are differentiated: student, weight, bias, t2s. Each term
     takes from `live` only what its gradient may reach and everything else from `case`.
     """
-    live_head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    live_head = moving_head(case, live)
     distance, tau = case["distance"], case["temperature"]
-    out = {name: [0.0, 0] for name in ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement")}
-
-    def add(name, value):
-        out[name][0] += value
-        out[name][1] += 1
-
+    out = Sums()
     for r, gold in enumerate(case["gold"]):
-        add("ce", cross_entropy(logits(live["student"][r], live_head), gold))
+        out.add("ce", cross_entropy(logits(live["student"][r], live_head), gold))
     for n in range(len(case["teacher"])):
         if case["label"][n] >= 0:
             moving = logits(row_times_matrix(case["teacher"][n], live["t2s"]), case["head"])
             if case["image"]:
                 known = logits(case["teacher"][n], case["teacher_head"])[: case["teacher_ids"]]
-                add("t2s_ce", compare_mapped(moving[: case["ids"]], known, 1.0, case["image"]))
+                out.add("t2s_ce", compare_mapped(moving[: case["ids"]], known, 1.0, case["image"]))
             else:
-                add("t2s_ce", cross_entropy(moving, case["label"][n]))
+                out.add("t2s_ce", cross_entropy(moving, case["label"][n]))
             agree = agrees(case, n)
-            add("t2s_agreement", float(agree))
+            out.add("t2s_agreement", float(agree))
             if agree or not case["agreement_mask"]:
                 fixed = logits(row_times_matrix(case["teacher"][n], case["t2s"]), case["head"])
                 p = softmax(fixed[: case["ids"]], tau)
                 q = softmax(logits(live["student"][n], live_head)[: case["ids"]], tau)
                 frozen = softmax(logits(case["student"][n], case["head"])[: case["ids"]], tau)
-                add("t2s_kd", _distance(distance, p, q, frozen))
+                out.add("t2s_kd", _distance(distance, p, q, frozen))
         if case["s2t_rows"][n]:
             real = case["teacher_ids"]
             p = softmax(logits(case["teacher"][n], case["teacher_head"])[:real], tau)
             seen = logits(row_times_matrix(live["student"][n], case["s2t"]), case["teacher_head"])[:real]
             start = logits(row_times_matrix(case["student"][n], case["s2t"]), case["teacher_head"])[:real]
-            add("s2t_kd", _distance(distance, p, softmax(seen, tau), softmax(start, tau)))
+            out.add("s2t_kd", _distance(distance, p, softmax(seen, tau), softmax(start, tau)))
             full = logits(case["teacher"][n], case["teacher_head"])[:real]
-            add("s2t_agreement", float(argmax(seen) == argmax(full)))
+            out.add("s2t_agreement", float(argmax(seen) == argmax(full)))
     return out
 
 
@@ -201,7 +213,7 @@ def compare_mapped(z_s, z_t, tau, image):
 
 def baseline_loss(case, live, compare, share_of_ce, share_of_kd):
     """ce over the rows of case["ce_rows"] and compare(student logits, teacher logits) over the pairs."""
-    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    head = moving_head(case, live)
     total = 0.0
     for r, gold in enumerate(case["gold"]):
         if case["ce_rows"][r]:
@@ -227,7 +239,7 @@ def binary_kl(student, teacher, tau):
 
 def spans_loss(case, live, spans, tau):
     """spans: list of (response rows, log-likelihood under the teacher)."""
-    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    head = moving_head(case, live)
     total = 0.0
     for rows, teacher in spans:
         student = -math.fsum(cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r in rows)
@@ -284,36 +296,31 @@ def attended(case, query, t2s, s2t, student):
 
 def attention_terms(case, live):
     """Sum and count of each term. A term takes from `live` what its gradient may reach and the rest from `case`."""
-    live_head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    live_head = moving_head(case, live)
     ids, tau, distance = case["ids"], case["temperature"], DISTANCES[case["distance"]]
-    out = {name: [0.0, 0] for name in ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement")}
-
-    def add(name, value):
-        out[name][0] += value
-        out[name][1] += 1
-
+    out = Sums()
     for r, gold in enumerate(case["gold"]):
-        add("ce", cross_entropy(logits(live["student"][r], live_head), gold))
+        out.add("ce", cross_entropy(logits(live["student"][r], live_head), gold))
     moving_t2s, moving_s2t = attended(case, live["query"], live["t2s"], live["s2t"], live["student"])
     fixed_t2s, _ = attended(case, case["query"], case["t2s"], case["s2t"], case["student"])
     for n, sample in enumerate(case["sample"]):
         if sample < 0 or sample not in case["teacher_sample"]:
             continue
-        add("t2s_ce", cross_entropy(logits(moving_t2s[n], case["head"]), case["gold"][n]))
+        out.add("t2s_ce", cross_entropy(logits(moving_t2s[n], case["head"]), case["gold"][n]))
         fixed = logits(fixed_t2s[n], case["head"])[:ids]
         right = argmax(fixed) == case["gold"][n]
-        add("t2s_agreement", float(right))
+        out.add("t2s_agreement", float(right))
         if right or not case["agreement_mask"]:
             q = softmax(logits(live["student"][n], live_head)[:ids], tau)
-            add("t2s_kd", distance(softmax(fixed, tau), q))
+            out.add("t2s_kd", distance(softmax(fixed, tau), q))
     for m, sample in enumerate(case["teacher_sample"]):
         if sample < 0 or sample not in case["sample"]:
             continue
         real = case["teacher_ids"]
         truth = logits(case["teacher"][m], case["teacher_head"])[:real]
         seen = logits(moving_s2t[m], case["teacher_head"])[:real]
-        add("s2t_kd", distance(softmax(truth, tau), softmax(seen, tau)))
-        add("s2t_agreement", float(argmax(seen) == argmax(truth)))
+        out.add("s2t_kd", distance(softmax(truth, tau), softmax(seen, tau)))
+        out.add("s2t_agreement", float(argmax(seen) == argmax(truth)))
     return out
 
 
@@ -378,7 +385,7 @@ def exact_loss(case, live, exact):
     """
     ids, tau, r = case["ids"], case["temperature"], case["kd_ratio"]
     events = exact["student_event"], exact["teacher_event"], exact["count"]
-    live_head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    live_head = moving_head(case, live)
     ce = [cross_entropy(logits(row, live_head), gold) for row, gold in zip(live["student"], case["gold"], strict=True)]
     kd, labels = [], []
     for n, teacher in enumerate(case["teacher"]):
@@ -405,7 +412,7 @@ def exact_loss(case, live, exact):
 
 def weighted_cross_entropy(case, live, weights):
     """Sum over the response rows of weight x cross-entropy."""
-    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    head = moving_head(case, live)
     return math.fsum(
         weight * cross_entropy(logits(live["student"][r], head), case["gold"][r]) for r, weight in enumerate(weights)
     )

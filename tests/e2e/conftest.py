@@ -1,10 +1,11 @@
 """The real ``axolotl`` command, on one process or on two with real training engines."""
 
 import contextlib
+import functools
 import json
 import os
-import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from quickstart import forked
 
 LAUNCH = Path(__file__).parent / "cpu_engines.py"
 
@@ -78,40 +81,48 @@ class Process:
 
 
 class Fork:
-    """A training in children of the fork server; `poll` and `wait` give the first exit code that is not 0."""
+    """A command in children that have imported everything; as under torchrun, a rank that fails ends the others.
 
-    def __init__(self, server: subprocess.Popen, order: dict[str, Any]) -> None:
-        Path(order["log"]).write_text("")
-        self._server, self._code = server, None
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        self.pids: list[int] = json.loads(server.stdout.readline())
+    `poll` and `wait` give the first exit code that is not 0.
+    """
+
+    def __init__(self, arguments: list[str], ranks: int, folder: Path, log: Path, environment: dict[str, str]) -> None:
+        from tests.e2e.forked_rank import Rank
+
+        imports_once()
+        log.write_text("")
+        port = free_port()
+        place = {"folder": folder, "log": log, "environment": environment}
+        self._children = [forked.Child(Rank(arguments, rank, ranks, port), **place) for rank in range(ranks)]
+        self.pids = [child.pid for child in self._children]
+        self._code = 0
 
     def poll(self) -> int | None:
-        if self._code is None and select.select([self._server.stdout], [], [], 0)[0]:
-            self.wait()
-        return self._code
+        codes = [child.poll() for child in self._children]
+        failed = [code for code in codes if code]
+        if failed and self._code == 0:
+            self._code = failed[0]
+            for child, code in zip(self._children, codes, strict=True):
+                if code is None:
+                    kill_tree(child.pid)
+        return None if None in codes else self._code
 
     def wait(self) -> int:
-        if self._code is None:
-            codes = json.loads(self._server.stdout.readline())
-            self._code = next((code for code in codes if code != 0), 0)
-        return self._code
+        while (code := self.poll()) is None:
+            time.sleep(0.01)
+        return code
 
 
-_server: subprocess.Popen | None = None
+@functools.cache
+def imports_once() -> None:
+    """Start the process that imports, once in each process of the tests; it ends with that one."""
+    forked.prepare(environment() | {"DS_ACCELERATOR": "cpu"}, quiet=True)
 
 
-def fork_server() -> subprocess.Popen:
-    """The server of this test process, started when it is first asked for; it ends with this process."""
-    global _server
-    if _server is None:
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, str(Path(__file__).parent / "fork_server.py")]
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        _server = subprocess.Popen(command, env={**environment(), "PYTHONPATH": path}, **options)
-    return _server
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def written(file: Path) -> bool:
@@ -149,7 +160,7 @@ def axolotl(
     """Run the real command on the recipe. ranks 2: two processes with the CPU engines of cpu_engines.py.
 
     fresh: in interpreters of its own, as a user starts it, with two ranks under torchrun; otherwise the same command
-    runs in a fork that has imported everything (see fork_server.py), except where a launcher starts interpreters.
+    runs in a fork that has imported everything (quickstart/forked.py), except where a launcher starts interpreters.
     kill_after: kill -9 the whole process group as soon as this file is written.
     interrupt: a signal, sent as soon as the path exists: SIGINT to all processes, as a terminal does, others to the
     command alone.
@@ -164,8 +175,7 @@ def axolotl(
     if fresh or help_only or launcher != "python":
         run = Process(arguments, out.parent, log, variables)
     else:
-        order = {"arguments": arguments, "folder": str(out.parent), "log": str(log), "ranks": ranks}
-        run = Fork(fork_server(), {**order, "environment": variables})
+        run = Fork(arguments, ranks, out.parent, log, variables)
     deadline = time.monotonic() + timeout
     try:
         while run.poll() is None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny import wordpiece_copy
+
 pytestmark = pytest.mark.e2e
 
 LAUNCHERS = ("accelerate", "torchrun", "python")
@@ -93,15 +95,8 @@ def test_a_mistake_is_told_at_once_and_alone(run_axolotl, recipe, seconds_of_hel
 @pytest.fixture
 def wordpiece(recipe, tmp_path):
     """A mistake that only the libraries see: the teacher's tokenizer does not tell what its tokens spell."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path / "wordpiece-teacher"
-    shutil.copytree(recipe["dskd"]["teacher"]["model"], folder)
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    return {**recipe, "dskd": {"teacher": {"model": str(folder)}}}
+    folder = wordpiece_copy(recipe["dskd"]["teacher"]["model"], tmp_path / "wordpiece-teacher")
+    return {**recipe, "dskd": {"teacher": {"model": folder}}}
 
 
 def assert_ours_is_last(run):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dskd_eval import report, shown
+from dskd_eval.entries import Roles
 from dskd_eval.run_folder import SavedRun
 from test_compare import PLAN, values, write_run
 
@@ -142,6 +144,79 @@ def test_roles_bring_the_closed_gap_into_the_report(tmp_path: Path, invoke: Call
     assert alone.exit_code == 0 and page_data(one / "report.html")["comparisons"]["baseline"] == "b"
     wrong = invoke("report", one, "--teacher", "x", "--base", "b")
     assert wrong.exit_code == 1 and "expected  one of t, b" in wrong.output
+
+
+class TablesOfPage(HTMLParser):
+    """The cells of every table, row by row, as a reader without JavaScript has them; `text` is all that is shown."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.text, self._cell, self._skipped = "", False, False
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        self._cell = tag in ("th", "td") or (self._cell and tag in ("small", "wbr"))
+        self._skipped = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("th", "td")
+        self._skipped = self._skipped and tag not in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipped:
+            self.text += data
+        if self._cell:
+            self.tables[-1][-1][-1] += data
+
+
+def tables_of_markdown(text: str) -> list[list[list[str]]]:
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("| ").split(" | ")])
+        elif found[-1]:
+            found.append([])
+    return [[row for row in rows if "---" not in row[0]] for rows in found if rows]
+
+
+def test_the_page_has_scores_and_comparisons_of_the_markdown_without_its_script(tmp_path: Path) -> None:
+    models = {"t": values(0, 0.9), "b": values(1, 0.3), "<i>s</i>": values(2, 0.6)}
+    run = write_run(tmp_path / "x", models, roles={"t": "teacher", "b": "base"})
+    change(run, notes=["a <note>"])
+    report.write([SavedRun(run)], run, Roles(baseline="b", teacher="t", base="b"))
+    page = TablesOfPage(run / "report.html")
+    written = tables_of_markdown((run / "report.md").read_text(encoding="utf-8").replace("&lt;", "<"))
+    compared = [rows for rows in written if rows[0][1] in ("difference", "base")]
+    assert len(compared) == 3
+    for rows in compared:
+        assert rows in page.tables
+    for cell in written[0][1][3:]:
+        value, ends = cell.rstrip(")").split(" (")
+        assert value + ends.replace(" to ", " – ") in page.text, cell
+    assert "a <note>" in page.text and "Task quiz" in page.text and "Model <i>s</i>" in page.text
+
+
+def test_scores_stand_suite_by_suite_above_their_mean(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "r", {"a": values(0, 0.5)})
+    results = json.loads((run / "results.json").read_text())
+    order = [("sums", "maths"), ("quiz", "own"), ("algebra", "maths"), ("essay", "own")]
+    scores = [results["scores"][0] | {"task": PLAN | {"task": task, "suite": suite}} for task, suite in order]
+    mean = {"model": "a", "suite": "maths", "tasks": ["sums", "algebra"], "value": 41.25, "low": 40, "high": 43, "n": 9}
+    change(run, scores=scores, suites=[mean])
+    report.write([SavedRun(run)], run)
+    rows = tables_of_markdown((run / "report.md").read_text(encoding="utf-8"))[0]
+    assert [row[0] for row in rows] == ["task", "sums", "algebra", "**maths**", "quiz", "essay"]
+    assert rows[3][1:] == ["mean of the suite", "", "41.3 (40.0 to 43.0)"]
+    shown_page = TablesOfPage(run / "report.html").text
+    places = [shown_page.index(text) for text in ("maths", "41.3", "sums", "algebra", "quiz", "essay")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("output", ["found.json", "found.md", "folder"])

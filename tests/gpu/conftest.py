@@ -9,9 +9,10 @@ DEVICE = os.environ.get("DSKD_GPU_DEVICE", "cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.path.parts:
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(pytest.mark.gpu)
+            if DEVICE.startswith("cuda") and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 

@@ -1,5 +1,6 @@
 """The tokenizer zoo for every plugin test: `zoo(name)` gives a tokenizer and its table, built once."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -48,6 +49,31 @@ def caplog(caplog):
     LOG.removeHandler(caplog.handler)
     LOG.propagate = before
     LOG.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def plugins_forgotten():
+    """A context before and after which Axolotl knows no plugin and no dataset of an earlier recipe."""
+    from axolotl.integrations.base import PluginManager
+
+    from dskd_plugin.host import dataset
+
+    @contextlib.contextmanager
+    def context():
+        PluginManager._instance = None
+        try:
+            yield
+        finally:
+            PluginManager._instance = None
+            dataset.install(None)
+
+    return context
+
+
+@pytest.fixture
+def fresh_plugin_manager(plugins_forgotten):
+    with plugins_forgotten():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,13 @@
 The oracle knows the two texts before they were tokenized, spells tokens without a table and counts bytes one by one.
 """
 
-import functools
 import os
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import TAGGED, ZOO, Entry, apart, closed, load, load_tagged, spell
-from tokenizers import AddedToken
+from tokenizer_zoo import TAGGED, apart, closed, load, load_tagged, spell, swallowing
 
 from dskd_plugin.text.align import Aligner, align
 from dskd_plugin.text.vocabularies import encode
@@ -212,14 +210,6 @@ def test_the_dummy_space_is_decided_for_each_added_token(student, teacher):
     assert {b"<think>", b"</think>", b"."} <= set(spelled) and all(a == b for a, b in pairs[:-1])
     if teacher in ("mistral-first", "qwen-fast") and student != "unigram-slow" and "mistral" in student:
         assert b" The" in spelled and b" answer" in spelled
-
-
-@functools.cache
-def swallowing(name):
-    """A tokenizer whose marks take the white space around them."""
-    tokenizer = ZOO[name][0]()
-    tokenizer.add_tokens([AddedToken(mark, normalized=False, lstrip=True, rstrip=True) for mark in TAGS])
-    return Entry(f"{name}, swallowing", tokenizer)
 
 
 @fuzz

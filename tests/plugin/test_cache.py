@@ -1,6 +1,5 @@
 """The teacher cache: what is kept is what the teacher says, whatever stops a build or damages a file."""
 
-import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -40,12 +39,10 @@ DO = "Run `dskd cache build RECIPE`."
 
 
 @pytest.fixture(scope="module")
-def prepare(tiny, tmp_path_factory):
+def prepare(tiny, tmp_path_factory, plugins_forgotten):
     """``prepare(**changes)``: a small recipe, its sides and its rows."""
-    from axolotl.integrations.base import PluginManager
-
     from benchmarks.tiny import small_recipe
-    from dskd_plugin.host import dataset, prepared
+    from dskd_plugin.host import prepared
 
     place = tmp_path_factory.mktemp("prepared")
     kept = os.environ.get("AXOLOTL_LOG_LEVEL")
@@ -56,12 +53,8 @@ def prepare(tiny, tmp_path_factory):
         recipe["dskd"] = {"teacher": {**recipe["dskd"]["teacher"], **(teacher or {})}, **changes}
         file = place / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        PluginManager._instance = None
-        try:
+        with plugins_forgotten():
             return prepared.prepare(file)
-        finally:
-            PluginManager._instance = None
-            dataset.install(None)
 
     yield run
     os.environ.pop("AXOLOTL_LOG_LEVEL", None)
@@ -608,19 +601,14 @@ def test_fine_tuning_has_no_use_for_a_cache():
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path):
-    from axolotl.integrations.base import PluginManager
-
+def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path, plugins_forgotten):
     from dskd_plugin.cli import main
-    from dskd_plugin.host import dataset
 
     file, folder = tmp_path / "r.yaml", tmp_path / "states"
     written = yaml.safe_load(Path(run.sides.run.recipe["axolotl_config_path"]).read_text())
     named = {"teacher": {**written["dskd"]["teacher"], "cache": str(folder)}}  # which is not there yet
     file.write_text(yaml.safe_dump({**written, "dskd": {**written["dskd"], **named}}))
-    PluginManager._instance = None
-    with contextlib.ExitStack() as after:
-        after.callback(dataset.install, None)
+    with plugins_forgotten():
         result = CliRunner().invoke(main, ["cache", "build", str(file), "--device", "cpu"])
         assert result.exit_code == 0, result.output
     assert "rows of 48 x bfloat16" in result.output and "Done: 48 samples, " in result.output

@@ -7,14 +7,9 @@ import yaml
 
 
 @pytest.fixture
-def prepare(recipe, tmp_path):
+def prepare(recipe, tmp_path, fresh_plugin_manager):
     """Rows of the first dataset after Axolotl's pipeline, the student's tokenizer and the teacher's."""
-    from axolotl.integrations.base import PluginManager
-
-    from dskd_plugin.host import dataset
     from dskd_plugin.host.plugin import registered
-
-    PluginManager._instance = None
 
     def prepare(rows=None, block=None, **changes):
         from axolotl.cli.args import TrainerCliArgs
@@ -36,9 +31,7 @@ def prepare(recipe, tmp_path):
         data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).train_dataset
         return sorted(data, key=lambda row: row["input_ids"]), load_tokenizer(cfg), registered().run.teacher.tokenizer
 
-    yield prepare
-    PluginManager._instance = None
-    dataset.install(None)
+    return prepare
 
 
 def conversation(*texts):

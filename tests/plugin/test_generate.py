@@ -23,18 +23,10 @@ NEW = 24
 
 
 @pytest.fixture(autouse=True)
-def fresh_plugin_manager(monkeypatch):
-    from axolotl.integrations.base import PluginManager
-
-    from dskd_plugin.host import dataset
-
+def surroundings(monkeypatch, fresh_plugin_manager):
     # datasets, with several processes, puts a copy in its place: what is set here would outlive the test.
     monkeypatch.setattr(os, "environ", os.environ)
     monkeypatch.setenv("AXOLOTL_LOG_LEVEL", "WARNING")
-    PluginManager._instance = None
-    yield
-    PluginManager._instance = None
-    dataset.install(None)
 
 
 def spelled(tokenizer, ids):

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.tiny import wordpiece_copy
 
-@pytest.fixture(autouse=True)
-def fresh_plugin_manager():
-    from axolotl.integrations.base import PluginManager
-
-    from dskd_plugin.host import dataset
-
-    PluginManager._instance = None
-    yield
-    PluginManager._instance = None
-    dataset.install(None)
+pytestmark = pytest.mark.usefixtures("fresh_plugin_manager")
 
 
 @pytest.fixture
@@ -91,15 +83,7 @@ def adapter_cut_short(tiny, tmp_path):
 
 
 def wordpiece(tiny, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path / "wordpiece"
-    shutil.copytree(tiny["teacher"], folder)
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    return {"block": {"teacher": {"model": str(folder)}}}
+    return {"block": {"teacher": {"model": wordpiece_copy(tiny["teacher"], tmp_path / "wordpiece")}}}
 
 
 def own(**kwargs):

@@ -158,12 +158,9 @@ def prompt_of(tokenizer, dialect):
 
 
 @pytest.fixture
-def generated(recipe, teacher, tmp_path, monkeypatch):
+def generated(recipe, teacher, tmp_path, monkeypatch, plugins_forgotten):
     """generated(dialect, *options) -> the last message of the only row, and the output."""
-    from axolotl.integrations.base import PluginManager
-
     from dskd_plugin.cli import main
-    from dskd_plugin.host import dataset
 
     monkeypatch.chdir(tmp_path)
 
@@ -175,18 +172,16 @@ def generated(recipe, teacher, tmp_path, monkeypatch):
         block["chat_template_kwargs"] = json.loads(dialect.kwargs)
         datasets = [{"path": "rows.jsonl", "ds_type": "json", "type": "chat_template"}]
         Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "datasets": datasets, "dskd": {"teacher": block}}))
-        PluginManager._instance = None
         options = ["--out", "made.jsonl", "--overwrite", "--max-new-tokens", 60, *options]
-        done = CliRunner().invoke(main, ["generate", "recipe.yaml", *map(str, options)])
+        with plugins_forgotten():
+            done = CliRunner().invoke(main, ["generate", "recipe.yaml", *map(str, options)])
         assert done.exit_code == code, (done.output, done.exception)
         if code:
             return done.output
         (line,) = Path("made.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads(line)["messages"][-1], done.output
 
-    yield run
-    PluginManager._instance = None
-    dataset.install(None)
+    return run
 
 
 @pytest.mark.parametrize("mode", ["keep", "drop", "field"])

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.divergences import forward_kl, log_probs
-from dskd_plugin.core.events import EventCompare, exact_target
+from dskd_plugin.core.events import EventCompare, exact_target, masses
 from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
@@ -171,6 +171,15 @@ def floored(logits):
     return log_probs(logits, temperature=1.0).exp().add(1e-9).log()
 
 
+def wanted_of(own, theirs, events):
+    """The exact target of a student that shares masses out itself, from log-probabilities of both sides."""
+    own_NK, their_NK = (
+        masses(log_probs_N, event, events.count)
+        for log_probs_N, event in ((own, events.student_V), (theirs, events.teacher_U))
+    )
+    return exact_target(share_NV=own, share_NK=own_NK, student_NK=own_NK, teacher_NK=their_NK, events=events)
+
+
 def distance(student, teacher, method, clear):
     """Mean loss and the norm of its gradient by the logits, for a student and a teacher that both are the source."""
     sizes = student.table.vocab_size, teacher.table.vocab_size
@@ -189,7 +198,7 @@ def distance(student, teacher, method, clear):
     else:
         own = log_probs(mine, temperature=1.0)
         table = by_ids if "ids" in method else by_events
-        target = exact_target(student_NV=own, share_NV=own, teacher_NU=log_probs(yours, temperature=1.0), events=table)
+        target = wanted_of(own.detach(), log_probs(yours, temperature=1.0), table)
         loss_N = forward_kl(student_NV=own, teacher_NV=target)
     loss = (loss_N * weights).sum() / weights.sum()
     (gradient,) = torch.autograd.grad(loss, mine)
@@ -246,10 +255,7 @@ def test_the_bare_newline_is_what_ids_teach(sides):
             (student.tokenizer, student.table), (teacher.tokenizer, teacher.table), [], ids=sizes
         ),
     }
-    wanted = {
-        name: exact_target(student_NV=own, share_NV=own, teacher_NU=theirs, events=table)[0, newline].exp().item()
-        for name, table in tables.items()
-    }
+    wanted = {name: wanted_of(own, theirs, table)[0, newline].exp().item() for name, table in tables.items()}
     before = own[0, newline].exp().item()
     assert wanted["ids"] > 5 * before
     assert wanted["events"] == pytest.approx(before, rel=1e-5)

@@ -226,24 +226,13 @@ def test_a_spelled_answer_is_its_text(zoo, zoo_name, text):
 MARKED = ["<think>", "</think>", " ", "  ", "\n", "four", "The", " lamp", "日", "é", "x=1"]
 
 
-def swallowing(name):
-    """A tokenizer of the zoo with marks that take the white space around them."""
-    from tokenizer_zoo import ZOO, Entry
-    from tokenizers import AddedToken
-
-    tokenizer = ZOO[name][0]()
-    for mark, sides in (("<think>", {"rstrip": True}), ("</think>", {"lstrip": True, "rstrip": True})):
-        tokenizer.add_tokens([AddedToken(mark, normalized=False, **sides)])
-    return Entry(f"{name}, swallowing", tokenizer)
-
-
 @pytest.fixture(scope="module")
 def marked_zoo():
-    from tokenizer_zoo import TAGGED, load_tagged
+    from tokenizer_zoo import TAGGED, load_tagged, swallowing
 
     return [
         *(load_tagged(name) for name in TAGGED),
-        *(swallowing(name) for name in ("byte-level", "mistral", "mistral-always", "unigram-slow")),
+        *(swallowing(name, before=False) for name in ("byte-level", "mistral", "mistral-always", "unigram-slow")),
     ]
 
 

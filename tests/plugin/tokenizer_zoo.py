@@ -434,6 +434,17 @@ def load_tagged(name: str) -> "Entry":
     return Entry(name, TAGGED[name]())
 
 
+@functools.cache
+def swallowing(name: str, *, before: bool = True) -> "Entry":
+    """A tokenizer of the zoo whose marks take the white space around them; before: also the one that opens."""
+    from tokenizers import AddedToken
+
+    tokenizer = ZOO[name][0]()
+    for mark, takes_before in (("<think>", before), ("</think>", True)):
+        tokenizer.add_tokens([AddedToken(mark, normalized=False, lstrip=takes_before, rstrip=True)])
+    return Entry(f"{name}, swallowing", tokenizer)
+
+
 # What tests spell by: texts that are hard to tokenize, and the bytes of tokens read without a table.
 PIECES = [
     "Hello", " world", "\n", "\n\n", "  ", " ", "    ", "\t", "\r\n", "é", "e\u0301", "\u0301",

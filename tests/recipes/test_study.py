@@ -9,11 +9,12 @@ import signal
 import statistics as standard
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from dskd_eval.stats import holm
@@ -502,16 +503,13 @@ def test_records_of_another_folder_stay_beside_the_new_ones():
 
 
 def test_a_failed_job_stops_no_other_and_leaves_its_log(tmp_path):
-    def work(number: int):
-        def do() -> None:
-            print(f"job {number}")
-            if number == 1:
-                raise RuntimeError("broken on purpose")
-            (tmp_path / f"{number}.done").touch()
-
-        return do
-
-    jobs = [launch.Job(str(n), tmp_path / f"{n}.log", work(n)) for n in range(4)]
+    program = (
+        "from pathlib import Path\nprint(f'job {number}')\n"
+        "if number == 1: raise RuntimeError('broken on purpose')\n"
+        "Path(folder, f'{number}.done').touch()"
+    )
+    works = [partial(exec, program, {"number": n, "folder": str(tmp_path)}) for n in range(4)]
+    jobs = [launch.Job(str(n), tmp_path / f"{n}.log", work) for n, work in enumerate(works)]
     outcomes = {outcome.job.name: outcome.ok for outcome in launch.run(jobs, at_once=2)}
     assert outcomes == {"0": True, "1": False, "2": True, "3": True}
     assert {file.stem for file in tmp_path.glob("*.done")} == {"0", "2", "3"}
@@ -519,47 +517,51 @@ def test_a_failed_job_stops_no_other_and_leaves_its_log(tmp_path):
 
 
 @pytest.mark.parametrize("visible", [None, "3,5"])
-def test_the_gpu_is_hidden_from_the_parent_and_shown_to_the_children(tmp_path, visible):
+def test_the_gpu_is_hidden_while_libraries_are_imported_and_shown_to_the_children(tmp_path, visible):
+    (tmp_path / "sees_while_imported.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'imports').write_text(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n"
+    )
     program = f"""
-import os
+from functools import partial
 from pathlib import Path
 from benchmarks.study import launch
+from quickstart import forked
 
-def seen():
-    return repr(os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-launch.MODULES = ("transformers",)
+forked.MODULES = ("sees_while_imported",)
 launch.preload()
 launch.preload()
-folder = Path({str(tmp_path)!r})
-(folder / "parent").write_text(seen())
-job = launch.Job("child", folder / "child", lambda: print(seen()))
+work = partial(exec, "import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))", {{}})
+job = launch.Job("child", Path({str(tmp_path)!r}) / "child", work)
 assert [outcome.ok for outcome in launch.run([job], at_once=1)] == [True]
 """
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "eval"), str(tmp_path)])
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT, timeout=300)
-    assert (tmp_path / "parent").read_text() == repr("")
+    assert (tmp_path / "imports").read_text() == repr("")
     assert (tmp_path / "child").read_text().strip() == repr(visible)
 
 
 def test_stopping_ends_the_jobs_that_run(tmp_path):
-    def work() -> None:
-        (tmp_path / "pid").write_text(str(os.getpid()))
-        time.sleep(60)
-
+    program = "import os, time\nfrom pathlib import Path\nPath(file).write_text(str(os.getpid()))\ntime.sleep(600)"
+    file = tmp_path / "pid"
+    work = partial(exec, program, {"file": str(file)})
     outcomes = launch.run([launch.Job("long", tmp_path / "long.log", work)], at_once=1)
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
+
+    def stop(*_):
+        if file.is_file() and file.read_text():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
     try:
         with pytest.raises(KeyboardInterrupt):
             next(outcomes)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    pid = int((tmp_path / "pid").read_text())
-    found, status = os.waitpid(pid, 0)
-    assert found == pid and os.WTERMSIG(status) == signal.SIGTERM
+    assert not psutil.pid_exists(int(file.read_text()))
 
 
 # -- the teacher's states --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from dskd_eval import reasoning
 from dskd_eval.data import Row
@@ -72,6 +72,13 @@ def cut_at_stop(text: str, settings: GenerationSettings, opened: reasoning.Pair 
     return text[: min(found)] if found else None
 
 
+class LikelihoodModel(Protocol):
+    """A model as lm-eval has it, for tasks that rank choices; requests are lm-eval's."""
+
+    def loglikelihood(self, requests: list[object], disable_tqdm: bool = False) -> list[tuple[float, bool]]: ...
+    def loglikelihood_rolling(self, requests: list[object], disable_tqdm: bool = False) -> list[float]: ...
+
+
 class Backend(Protocol):
     """What EvalLM needs of a model.
 
@@ -82,7 +89,7 @@ class Backend(Protocol):
     pads: bool
     told: Told
     name: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     max_length: int
     default_batch_size: int
 
@@ -90,4 +97,4 @@ class Backend(Protocol):
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
     def template(self) -> str | None: ...
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]: ...
-    def likelihood_model(self, batch_size: int) -> Any: ...
+    def likelihood_model(self, batch_size: int) -> LikelihoodModel: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,13 +17,13 @@ NAME = "dskd_cpu_decode"
 
 
 def decode_attention(
-    module: Any,
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **options: Any,
+    **options: Any,  # what transformers hands to any attention: it differs by model
 ) -> tuple[torch.Tensor, None]:
     """softmax(scaling q K^T + mask) V for queries [B, H, 1, D] and keys, values [B, K, L, D], H a multiple of K.
 
@@ -34,7 +34,7 @@ def decode_attention(
     shared = key.shape[1]
     plain = all(options.get(name) is None for name in ("s_aux", "softcap", "position_bias"))
     if queries != 1 or not plain or heads % shared or (attention_mask is not None and attention_mask.shape[1] != 1):
-        general: Any = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        general = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         output: torch.Tensor = general[0]
         return output, None
     scale = width**-0.5 if scaling is None else scaling
@@ -47,7 +47,7 @@ def decode_attention(
     return output.reshape(rows, 1, heads, value.shape[-1]), None
 
 
-def use_for(model: Any) -> None:
+def use_for(model: PreTrainedModel) -> None:
     """Switch a model on a CPU from the general kernel to this one; others stay as they are."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return

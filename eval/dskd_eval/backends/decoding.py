@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dskd_eval.reasoning import Pair
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()) -> str:
+def decode(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], markers: Sequence[Pair] = (), before: Sequence[int] = ()
+) -> str:
     """The text of an answer without special tokens, but for those that are or make up reasoning markers.
 
     before: the token that the text follows.
@@ -31,13 +34,14 @@ def decode(tokenizer: Any, tokens: Sequence[int], markers: Sequence[Pair] = (), 
     return "".join(texts)
 
 
-def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+def _text_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of tokens behind others: SentencePiece takes the first space from what it decodes."""
     if hasattr(tokenizer, "sp_model"):
         return _spelled(tokenizer, before, tokens)
 
     def text_of(ids: Sequence[int], skip: bool) -> str:
-        text: str = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one text, not of several
         return text
 
     start = text_of(before, False) if before else ""
@@ -45,7 +49,7 @@ def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) ->
     return whole[len(start) :] if before and whole.startswith(start) else text_of(tokens, True)
 
 
-def _spelled(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+def _spelled(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of tokens of a SentencePiece model that transformers has not converted.
 
     Its own decoding strips white space and writes a byte as `<0x0A>`.

@@ -6,13 +6,21 @@ import copy
 import inspect
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 import transformers
 
 from dskd_eval.backends import cpu_attention
-from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
+from dskd_eval.backends.base import (
+    Generation,
+    GenerationSettings,
+    LikelihoodModel,
+    Prompt,
+    Told,
+    cut_at_stop,
+    tell_nobody,
+)
 from dskd_eval.backends.decoding import decode
 from dskd_eval.backends.tokenizers import (
     RendersChats,
@@ -24,6 +32,8 @@ from dskd_eval.backends.tokenizers import (
 from dskd_eval.backends.weights import load_weights
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
+
+Kept = object  # what a model keeps of the tokens it has read: transformers' cache, or one of the model's own kind
 
 
 def choose_device(name: str) -> torch.device:
@@ -52,7 +62,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device, config: Mapping[str, Any]) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, config: Mapping[str, object]) -> torch.dtype:
     """'auto': the checkpoint's dtype on a GPU; on a CPU bfloat16 where it has fast instructions, else
     float32.
     """
@@ -97,7 +107,7 @@ class HFBackend(RendersChats):
         self.max_length = context_length(self.model.config, self.tokenizer)
         self.default_batch_size = 8 if self.device.type == "cpu" else 32
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.identity: Mapping[str, Any] = {
+        self.identity: Mapping[str, object] = {
             "fingerprint": folder.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -105,7 +115,7 @@ class HFBackend(RendersChats):
         }
         pad = self.tokenizer.pad_token_id
         self._pad = pad if pad is not None else (self.end_tokens[0] if self.end_tokens else 0)
-        self._likelihood: Any = None
+        self._likelihood: LikelihoodModel | None = None
         # Families that keep no such cache (Mamba), and prompts learned by PEFT, answer the whole batch in one go.
         self._narrows = "past_key_values" in inspect.signature(self.model.forward).parameters
 
@@ -147,9 +157,8 @@ class HFBackend(RendersChats):
                     found[row] = self._finished(tokens, settings, prompts[row])
             self.told(0, sum(gone) - sum(watch.done))
             waiting = [row for row, leaves in zip(waiting, gone, strict=True) if not leaves]
-            stay: Any = torch.tensor(
-                [place for place, leaves in enumerate(gone) if not leaves], device=ids.device
-            ).long()
+            staying = [place for place, leaves in enumerate(gone) if not leaves]
+            stay = cast(torch.LongTensor, torch.tensor(staying, device=ids.device).long())
             if waiting and isinstance(cache, transformers.Cache):
                 cache.reorder_cache(stay)
             else:  # a cache of the model's own kind: read all once more, then without a stop
@@ -169,8 +178,14 @@ class HFBackend(RendersChats):
         return ids.to(self.device), mask.to(self.device)
 
     def _write(
-        self, ids: torch.Tensor, mask: torch.Tensor, limit: int, cache: Any, watch: _Leaving, draw: Any
-    ) -> tuple[torch.Tensor, Any]:
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        limit: int,
+        cache: Kept,
+        watch: _Leaving,
+        draw: transformers.LogitsProcessorList,
+    ) -> tuple[torch.Tensor, Kept]:
         """Go on with a batch until the watch stops it or it has `limit` tokens: all ids, and what the model keeps."""
         config = _settings(
             do_sample=False,  # `draw` samples
@@ -204,7 +219,7 @@ class HFBackend(RendersChats):
             finish = "stop"
         return Generation(text, len(tokens), finish)
 
-    def likelihood_model(self, batch_size: int) -> Any:
+    def likelihood_model(self, batch_size: int) -> LikelihoodModel:
         """lm-eval's own model around the same weights, for tasks that rank choices."""
         if self._likelihood is None:
             from dskd_eval.lmeval.likelihood import likelihood_model
@@ -228,7 +243,7 @@ class _Leaving(transformers.StoppingCriteria):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         settings: GenerationSettings,
         prompts: Sequence[Prompt],
         ends: Sequence[int],
@@ -242,7 +257,7 @@ class _Leaving(transformers.StoppingCriteria):
         self.ends = set(ends)
         self.done = [False] * len(prompts)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         waiting = [row for row, done in enumerate(self.done) if not done]
         for row, last in zip(waiting, input_ids[waiting, -1].tolist(), strict=True):
             self.done[row] = last in self.ends
@@ -287,7 +302,7 @@ class _Draw(transformers.LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
-def processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> Any:
+def processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: int) -> transformers.LogitsProcessorList:
     found = transformers.LogitsProcessorList()
     if settings.temperature > 0:
         if settings.temperature != 1:
@@ -300,6 +315,5 @@ def processors(settings: GenerationSettings, prompts: Sequence[Prompt], width: i
     return found
 
 
-def _settings(**options: Any) -> Any:
-    make: Any = transformers.GenerationConfig
-    return make(**options)
+def _settings(**options: object) -> transformers.GenerationConfig:
+    return transformers.GenerationConfig(**options)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NoReturn
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.data import Row
@@ -39,7 +39,7 @@ class OracleBackend:
         self.answer = answer or functools.partial(reference_answer, plan)
         self.plan, self.constant, self.max_length = plan, constant, max_length
         self.name = "oracle" if constant is None else "constant"
-        self.identity: Mapping[str, Any] = {"fingerprint": self.name, "constant": constant}
+        self.identity: Mapping[str, object] = {"fingerprint": self.name, "constant": constant}
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         return [ord(letter) for letter in text]
@@ -54,5 +54,5 @@ class OracleBackend:
         texts = [self.answer(prompt.row) if self.constant is None else self.constant for prompt in prompts]
         return [Generation(text, len(text), "stop") for text in texts]
 
-    def likelihood_model(self, batch_size: int) -> Any:
+    def likelihood_model(self, batch_size: int) -> NoReturn:
         raise NotImplementedError("an oracle has no likelihoods")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NoReturn
+
+from transformers import PreTrainedTokenizerBase
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, tell_nobody
 from dskd_eval.backends.tokenizers import RendersChats, encode
@@ -18,9 +20,9 @@ class TokenizerOnly(RendersChats):
     default_batch_size = 1
     max_length = 1 << 30
 
-    def __init__(self, name: str, tokenizer: Any, template_options: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, object]) -> None:
         self.name, self.tokenizer, self.template_options = name, tokenizer, template_options
-        self.identity: Mapping[str, Any] = {"fingerprint": ""}
+        self.identity: Mapping[str, object] = {"fingerprint": ""}
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         return encode(self.tokenizer, text, special_tokens=special_tokens)
@@ -28,5 +30,5 @@ class TokenizerOnly(RendersChats):
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         raise NotImplementedError("a dry run generates nothing")
 
-    def likelihood_model(self, batch_size: int) -> Any:
+    def likelihood_model(self, batch_size: int) -> NoReturn:
         raise NotImplementedError("a dry run generates nothing")

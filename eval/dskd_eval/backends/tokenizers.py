@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dskd_eval import templates
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
+
+Variables = Mapping[str, Any]  # of a chat template: as keywords they need a type that fits any of them
 
 # Ends of turn of models that show none: with a template, such a token may stand inside an answer.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
-def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any:
+def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `chat_template` (text) replaces the template that the model or its recipe names.
 
     The template is one text. It stays a table of several only where none of them is the default.
@@ -36,14 +39,19 @@ def load_tokenizer(folder: ModelFolder, chat_template: str | None = None) -> Any
     return tokenizer
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if type(tokenizer).__name__ == "MistralCommonBackend":
             # It hides its vocabulary and takes no template; the same file reads as an ordinary tokenizer.
-            names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-            ordinary: Any = transformers.PreTrainedTokenizerFast
-            tokenizer = ordinary.from_pretrained(folder, local_files_only=True, **names)
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+                folder,
+                local_files_only=True,
+                bos_token="<s>",
+                eos_token="</s>",
+                unk_token="<unk>",
+                add_bos_token=True,
+            )
         return tokenizer
     except Exception as error:
         raise UserError(
@@ -54,7 +62,7 @@ def _tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def context_length(config: Any, tokenizer: Any) -> int:
+def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that prompt and answer may have together: the smallest limit that config and tokenizer name."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
@@ -64,7 +72,7 @@ def context_length(config: Any, tokenizer: Any) -> int:
     return min(known) if known else 2048
 
 
-def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool) -> list[int]:
     """Ids of a prompt: with the start token that a tokenizer adds, without the end token that some add."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if special_tokens:
@@ -76,7 +84,7 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool) -> list[int]:
     return ids
 
 
-def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
+def end_tokens(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the tokenizer's, those of generation_config.json, the end of turn of the chat template.
 
     A token that ends a document counts wherever the tokenizer has it; a known end of turn where no template shows one.
@@ -85,11 +93,12 @@ def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
         listed = transformers.GenerationConfig.from_pretrained(folder.ends, local_files_only=True).eos_token_id
     except OSError:
         listed = None
-    settings = folder.config.get("text_config") or folder.config
+    inner = folder.config.get("text_config")
+    settings = inner if isinstance(inner, dict) and inner else folder.config
     listed = settings.get("eos_token_id") if listed is None else listed
     ids: set[int] = set()
     for value in (tokenizer.eos_token_id, listed, _turn_end(tokenizer, dict(folder.ref.template_options))):
-        ids |= {value} if isinstance(value, int) else set(value or ())
+        ids |= {value} if isinstance(value, int) else set(value) if isinstance(value, list) else set()
     added = tokenizer.get_added_vocab()
     known: tuple[str, ...] = _DOCUMENT_ENDS if has_chat_template(tokenizer) else _DOCUMENT_ENDS + _TURN_ENDS
     # Where a turn has channels, <|end|> ends the reasoning alone.
@@ -97,14 +106,14 @@ def end_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
     return sorted(ids | {added[token] for token in known if token in added})
 
 
-def _turn_end(tokenizer: Any, options: dict[str, Any]) -> int | None:
+def _turn_end(tokenizer: PreTrainedTokenizerBase, options: Variables) -> int | None:
     """The first special, else added, token that the chat template writes after an answer."""
     if not isinstance(tokenizer.chat_template, str):
         return None
     answer = "Quebec"
     turns = [{"role": "user", "content": "Zulu?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception:  # whatever a template raises: told where a prompt is rendered
         return None
     _, found, after = text.rpartition(answer)
@@ -117,12 +126,15 @@ def _turn_end(tokenizer: Any, options: dict[str, Any]) -> int | None:
     return int(following[0]) if following else None
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render_chat(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool, options: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool,
+    options: Variables,
 ) -> str:
     """A conversation as text. Templates without a system role get the system text in the first user turn.
 
@@ -131,13 +143,14 @@ def render_chat(
     import jinja2
 
     def apply(turns: list[dict[str, str]]) -> str:
-        text: str = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             **options,
         )
+        assert isinstance(text, str)  # not tokens
         return text
 
     try:
@@ -162,8 +175,8 @@ def first_line(error: BaseException) -> str:
 class RendersChats:
     """A backend whose tokenizer is one of transformers: conversations as text, in its template."""
 
-    tokenizer: Any
-    template_options: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    template_options: Variables
 
     def template(self) -> str | None:
         found: str | None = self.tokenizer.chat_template if has_chat_template(self.tokenizer) else None

@@ -6,7 +6,8 @@ Written against `vllm.LLM` itself: the vLLM class of lm-eval 0.4.11 does not loa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 from dskd_eval.backends.base import Generation, GenerationSettings, Prompt, Told, cut_at_stop, tell_nobody
 from dskd_eval.backends.decoding import decode
@@ -14,8 +15,11 @@ from dskd_eval.backends.tokenizers import RendersChats, context_length, encode, 
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
 
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
-def require() -> Any:
+
+def require() -> ModuleType:
     """The vllm package. Raises UserError when it is not installed."""
     try:
         import vllm
@@ -26,7 +30,8 @@ def require() -> Any:
             got=str(error),
             fix="Install vllm in an environment of its own, or use --backend hf.",
         ) from error
-    return vllm
+    package: ModuleType = vllm
+    return package
 
 
 class VLLMBackend(RendersChats):
@@ -49,7 +54,7 @@ class VLLMBackend(RendersChats):
         self.end_tokens = end_tokens(folder, self.tokenizer)
         self.template_options = dict(folder.ref.template_options)
         self.max_length = context_length(config, self.tokenizer)
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if folder.adapter is not None:
             options |= {"enable_lora": True, "max_lora_rank": 256}
         try:
@@ -79,7 +84,7 @@ class VLLMBackend(RendersChats):
         self.parameters: int | None = None
         self.device = "cuda"
         self.dtype = dtype
-        self.identity: Mapping[str, Any] = {
+        self.identity: Mapping[str, object] = {
             "fingerprint": folder.fingerprint,
             "dtype": dtype,
             "device": "vllm " + vllm.__version__,
@@ -109,7 +114,7 @@ class VLLMBackend(RendersChats):
         finished = [output.outputs[0] for output in outputs]
         return [self._finished(item, settings, prompt) for item, prompt in zip(finished, prompts, strict=True)]
 
-    def _finished(self, item: Any, settings: GenerationSettings, prompt: Prompt) -> Generation:
+    def _finished(self, item: CompletionOutput, settings: GenerationSettings, prompt: Prompt) -> Generation:
         finish = "length" if item.finish_reason == "length" else "stop"
         text = item.text
         if settings.reasoning:
@@ -119,7 +124,7 @@ class VLLMBackend(RendersChats):
             text, finish = before, "stop"
         return Generation(text, len(item.token_ids), finish)
 
-    def likelihood_model(self, batch_size: int) -> Any:
+    def likelihood_model(self, batch_size: int) -> NoReturn:
         raise UserError(
             "--backend vllm",
             expected="tasks that generate text",

@@ -13,10 +13,12 @@ from dskd_eval.backends.tokenizers import first_line
 from dskd_eval.errors import UserError
 from dskd_eval.models import ModelFolder
 
+LoadedModel = Any  # one of transformers or PEFT's around it: they have no type in common that generates
 
-def load_weights(folder: ModelFolder, dtype: torch.dtype) -> Any:
+
+def load_weights(folder: ModelFolder, dtype: torch.dtype) -> LoadedModel:
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: LoadedModel = transformers.AutoModelForCausalLM.from_pretrained(
             folder.weights, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         model, info = loaded
@@ -42,7 +44,7 @@ def load_weights(folder: ModelFolder, dtype: torch.dtype) -> Any:
         import peft
 
         _prepare(model, _shapes(folder.adapter))
-        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder.adapter))
+        adapted: LoadedModel = peft.PeftModel.from_pretrained(model, str(folder.adapter))
         return adapted if adapted.active_peft_config.is_prompt_learning else adapted.merge_and_unload()
     except Exception as error:
         raise UserError(
@@ -53,7 +55,7 @@ def load_weights(folder: ModelFolder, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _prepare(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+def _prepare(model: LoadedModel, shapes: Mapping[str, Sequence[int]]) -> None:
     """Give the embeddings of a base as many rows as an adapter was trained with, and let it change them apart."""
     rows = _vocabulary_rows(model, shapes)
     if rows not in (None, model.get_input_embeddings().weight.shape[0]):
@@ -67,7 +69,7 @@ def _prepare(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _vocabulary_rows(model: Any, shapes: Mapping[str, Sequence[int]]) -> int | None:
+def _vocabulary_rows(model: LoadedModel, shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Rows of the embeddings that an adapter was trained with, because its training added tokens; else None."""
     inputs, outputs = _name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())
     for name, shape in shapes.items():
@@ -79,7 +81,7 @@ def _vocabulary_rows(model: Any, shapes: Mapping[str, Sequence[int]]) -> int | N
     return None
 
 
-def _name(model: Any, wanted: Any) -> str | None:
+def _name(model: LoadedModel, wanted: object) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
 
 

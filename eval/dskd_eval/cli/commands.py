@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from pydantic import JsonValue
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dskd_eval.run_folder import SavedRun
 
 _SUITES = ", ".join(SUITES)
+Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
 
 @click.command("list")
@@ -90,7 +92,7 @@ def doctor(
     OUT.print("\n[green]Ready.[/]")
 
 
-def _roles(command: Any) -> Any:
+def _roles(command: Decorated) -> Decorated:
     """The options that name models for a comparison."""
     options = [
         click.option(

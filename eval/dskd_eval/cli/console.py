@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 from rich.console import Console
@@ -23,20 +23,23 @@ ERR = Console(stderr=True, highlight=False)
 class Commands(click.Group):
     """A group whose own options run an evaluation, and which prints user errors without a traceback."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0] if args else ""
         if name and self.get_command(ctx, name) is None:
             hint = nearest(name, self.list_commands(ctx))
             ctx.fail(f"No command {name!r}. {hint} A model is given with --model.")
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         for stream in (sys.stdout, sys.stderr):
             # A terminal without UTF-8, and names of files that are none, must not end a run.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            done: object = super().invoke(ctx)
+            return done
         except UserError as error:
             fail(error)
         except BrokenPipeError:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict, Unpack
 
 import click
 from rich.markup import escape
@@ -24,6 +24,35 @@ from dskd_eval.tasks import selection
 from dskd_eval.tasks.spec import SUITES
 
 _SUITES = ", ".join(SUITES)
+
+
+class Options(TypedDict):
+    """The options below. Those with a name of `Settings` shape the scores."""
+
+    model: tuple[str, ...]
+    recipe: Path | None
+    suite: tuple[str, ...]
+    tasks: tuple[str, ...]
+    task_file: tuple[Path, ...]
+    data_dir: str | None
+    output: Path | None
+    resume: bool
+    limit: int | None
+    seed: int
+    num_fewshot: int | None
+    protocol: str
+    samples: int
+    temperature: float | None
+    chat_template: str
+    reasoning: str
+    max_new_tokens: int | None
+    backend: str
+    batch_size: int | None
+    dtype: str
+    device: str
+    cache: Path | None
+    unsafe_code: bool
+    dry_run: bool
 
 
 @click.group(
@@ -105,7 +134,7 @@ _SUITES = ", ".join(SUITES)
 @click.option("--dry-run", is_flag=True, help="Check everything and show a prompt of every task; generate nothing.")
 @click.version_option(package_name="dskd", prog_name="dskd-eval")
 @click.pass_context
-def main(ctx: click.Context, /, **options: Any) -> None:
+def main(ctx: click.Context, /, **options: Unpack[Options]) -> None:
     """Instruction-following, maths and code benchmarks for language models, through lm-evaluation-harness.
 
     \b
@@ -113,16 +142,17 @@ def main(ctx: click.Context, /, **options: Any) -> None:
       dskd-eval --recipe recipe.yaml --suite math --limit 100
       dskd-eval compare eval-results/run-1 eval-results/run-2
     """
+    asked = (options["model"], options["recipe"], options["suite"], options["tasks"], options["task_file"])
     if ctx.invoked_subcommand is None:
-        if not any(options[key] for key in ("model", "recipe", "suite", "tasks", "task_file")):
+        if not any(asked):
             click.echo(ctx.get_help())
             return
         _evaluate(options)
-    elif any(options[key] for key in ("model", "recipe", "suite", "tasks", "task_file")):
+    elif any(asked):
         ctx.fail(f"`{ctx.invoked_subcommand}` has options of its own; give them after its name.")
 
 
-def _evaluate(options: dict[str, Any]) -> None:
+def _evaluate(options: Options) -> None:
     """Prepare, then run or show."""
     quiet_libraries()
     specs = selection.select(split(options["suite"]), split(options["tasks"]), options["task_file"])
@@ -135,14 +165,8 @@ def _evaluate(options: dict[str, Any]) -> None:
     if options["recipe"]:
         refs = [*recipe.models_of(options["recipe"]), *refs]
     directory = data.data_directory(options["data_dir"])
-    settings = Settings(
-        chat_template=template,
-        **{
-            key: options[key]
-            for key in ("limit", "seed", "batch_size", "dtype", "device", "backend", "protocol",
-                        "num_fewshot", "samples", "temperature", "unsafe_code", "reasoning", "max_new_tokens")
-        },
-    )  # fmt: skip
+    shaping = {key: value for key, value in options.items() if key in Settings.model_fields}
+    settings = Settings.model_validate({**shaping, "chat_template": template})
     output = options["output"] or _default_output(refs)
     if options["resume"] and not options["output"]:
         raise UserError("--resume", expected="--output FOLDER of the run", got="no --output", fix="Name the folder.")

@@ -198,13 +198,13 @@ class EvalLM(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         model = self.backend.likelihood_model(self.chunk)
         self.on_progress(0, len(requests))
-        answers: list[tuple[float, bool]] = model.loglikelihood(requests, disable_tqdm=True)
+        answers = model.loglikelihood(requests, disable_tqdm=True)
         self.on_progress(len(requests), len(requests))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         model = self.backend.likelihood_model(self.chunk)
-        answers: list[float] = model.loglikelihood_rolling(requests, disable_tqdm=True)
+        answers = model.loglikelihood_rolling(requests, disable_tqdm=True)
         self.on_progress(len(requests), len(requests))
         return answers
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
-
-from dskd_eval.data import Row
 
 
 @functools.cache
@@ -18,8 +17,8 @@ def _checks() -> Any:
     return utils
 
 
-def followed(row: Row, text: str) -> tuple[list[bool], list[bool]]:
-    """Whether each instruction of the row was followed, strictly and loosely."""
+def followed(row: Mapping[str, Any], text: str) -> list[tuple[str, bool, bool]]:
+    """Each instruction of the row by name, and whether it was followed, strictly and loosely."""
     utils = _checks()
     # Rows of the hub name every argument of any instruction; only those with a value belong to this one.
     kwargs = [{key: value for key, value in item.items() if value is not None} for item in row["kwargs"]]
@@ -28,4 +27,5 @@ def followed(row: Row, text: str) -> tuple[list[bool], list[bool]]:
     )
     strict = utils.test_instruction_following_strict(example, text)
     loose = utils.test_instruction_following_loose(example, text)
-    return list(strict.follow_instruction_list), list(loose.follow_instruction_list)
+    found = (row["instruction_id_list"], strict.follow_instruction_list, loose.follow_instruction_list)
+    return list(zip(*found, strict=True))

@@ -1,7 +1,8 @@
-"""Tables of a comparison, made once: `markdown` and `terminal` only set them."""
+"""The tables of scores and comparisons, made once: terminal, Markdown and HTML only set them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dskd_eval import comparison, shown
@@ -10,10 +11,11 @@ from dskd_eval.schema import GapOfModel, GapRow, MetricScore, PairedModels, Pair
 
 @dataclass(frozen=True)
 class Column:
-    """short: the name on a terminal, whose columns are narrow."""
+    """short: the name on a terminal, whose columns are narrow. text: set to the left; numbers are set to the right."""
 
     name: str
     short: str = ""
+    text: bool = False
 
     @property
     def narrow(self) -> str:
@@ -22,19 +24,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """aside: what a terminal adds, where its head is too narrow to say it. tone: good, bad or none."""
+    """aside: what a terminal adds, where its head is too narrow to say it. tone: good, bad or none. hint: for a page,
+    what the cell does not say.
+    """
 
     text: str
     aside: str = ""
     tone: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The first column is text, the others are numbers."""
-
-    columns: tuple[Column, ...]
-    rows: list[list[Cell]]
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,58 @@ class Estimate:
     ends: tuple[str, str] | None
 
 
+@dataclass(frozen=True)
+class Row:
+    """total: a mean over the rows above."""
+
+    cells: Sequence[Cell | Estimate]
+    total: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+
+def text_columns(*names: str) -> tuple[Column, ...]:
+    return tuple(Column(name, text=True) for name in names)
+
+
 def estimate(item: MetricScore | SuiteScore) -> Estimate:
     if item.low is None or item.high is None:
         return Estimate(shown.fixed(item.value), None)
     return Estimate(shown.fixed(item.value), (shown.fixed(item.low), shown.fixed(item.high)))
 
 
-def score_or_status(score: ScoreRow) -> Estimate | str:
+def score_table(labels: Sequence[str], scores: Sequence[ScoreRow], suites: Sequence[SuiteScore]) -> Table:
+    """A line for each task and primary metric, suite by suite, each suite with its mean where it has one."""
+    columns = [*text_columns("task", "metric"), *(Column(name) for name in ("n", *labels))]
+    by_place = {(score.task.task, score.task.primary_metric, score.model): score for score in scores}
+    lines = dict.fromkeys((score.task.suite, score.task.task, score.task.primary_metric) for score in scores)
+    rows = []
+    for suite in dict.fromkeys(line[0] for line in lines):
+        for _, task, metric in (line for line in lines if line[0] == suite):
+            found = [by_place.get((task, metric, label)) for label in labels]
+            counts = sorted({score.n for score in found if score and score.finished})
+            head = [Cell(task), Cell(metric), Cell("/".join(map(str, counts)))]
+            rows.append(Row([*head, *(_score_or_status(score) for score in found)]))
+        means = {item.model: item for item in suites if item.suite == suite}
+        if means:
+            cells = [estimate(means[label]) if label in means else Cell("") for label in labels]
+            rows.append(Row([Cell(suite), Cell("mean of the suite"), Cell(""), *cells], total=True))
+    return Table(columns, rows)
+
+
+def _score_or_status(score: ScoreRow | None) -> Cell | Estimate:
     """The primary score of a finished task, else why there is none."""
-    return estimate(score.primary) if score.finished else score.status
+    if score is None:
+        return Cell("")
+    return estimate(score.primary) if score.finished else Cell(score.status, tone="bad")
 
 
 GAP_COLUMNS = (
-    Column("task"),
+    Column("task", text=True),
     Column("base"),
     Column("student"),
     Column("teacher"),
@@ -66,7 +102,7 @@ GAP_COLUMNS = (
     Column("n"),
 )
 PAIR_COLUMNS = (
-    Column("task"),
+    Column("task", text=True),
     Column("difference", "diff."),
     Column("95 % interval", "95 %"),
     Column("p"),
@@ -78,7 +114,7 @@ _TONES = {"second": "good", "first": "bad", None: ""}
 
 
 def gap_table(gap: GapOfModel) -> Table:
-    return Table(GAP_COLUMNS, [_gap_cells(row) for row in gap.rows])
+    return Table(GAP_COLUMNS, [Row(_gap_cells(row)) for row in gap.rows])
 
 
 def _gap_cells(row: GapRow) -> list[Cell]:
@@ -88,7 +124,7 @@ def _gap_cells(row: GapRow) -> list[Cell]:
 
 
 def pair_table(pair: PairedModels) -> Table:
-    return Table(PAIR_COLUMNS, [_pair_cells(row) for row in pair.rows])
+    return Table(PAIR_COLUMNS, [Row(_pair_cells(row)) for row in pair.rows])
 
 
 def _pair_cells(row: PairRow) -> list[Cell]:
@@ -96,8 +132,8 @@ def _pair_cells(row: PairRow) -> list[Cell]:
         Cell(row.task),
         Cell(shown.signed(row.difference), tone=_TONES[row.better]),
         Cell(shown.signed_span(row.low, row.high)),
-        Cell(shown.p_value(row.p)),
+        Cell(shown.p_value(row.p), hint=row.test),
         Cell(shown.p_value(row.p_holm)),
         Cell(f"{row.wins}/{row.ties}/{row.losses}"),
-        Cell(str(row.n), aside="" if row.n == row.of else f"of {row.of}"),
+        Cell(str(row.n) if row.n == row.of else f"{row.n} of {row.of}"),
     ]

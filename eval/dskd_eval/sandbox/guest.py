@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 import types
-from typing import Any
+from typing import TypedDict
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
@@ -57,7 +57,17 @@ class _CapabilityHeader(ctypes.Structure):
     _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
 
 
-def _libc() -> Any:
+class Job(TypedDict):
+    """What comes in. mode: which confinement; readable: paths, for landlock; program and tests: their texts."""
+
+    mode: str
+    limits: dict[str, int]
+    readable: list[str]
+    program: str
+    tests: str
+
+
+def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,7 +78,7 @@ def _checked(result: int, what: str) -> int:
     return result
 
 
-def enter_namespaces(libc: Any) -> None:
+def enter_namespaces(libc: ctypes.CDLL) -> None:
     """New user, network, process, IPC and host-name namespaces; only this process may have one thread."""
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
@@ -78,16 +88,16 @@ def enter_namespaces(libc: Any) -> None:
             file.write(text)
 
 
-def drop_capabilities(libc: Any) -> None:
+def drop_capabilities(libc: ctypes.CDLL) -> None:
     header = _CapabilityHeader(0x20080522, 0)
     _checked(libc.capset(ctypes.byref(header), (ctypes.c_uint32 * 6)()), "capset")
 
 
-def landlock_abi(libc: Any) -> int:
+def landlock_abi(libc: ctypes.CDLL) -> int:
     return int(libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
-def restrict_files(libc: Any, readable: list[str]) -> None:
+def restrict_files(libc: ctypes.CDLL, readable: list[str]) -> None:
     """Landlock: nothing may be read but `readable`, nothing written, no TCP, no signal or socket to the
     outside.
     """
@@ -115,7 +125,7 @@ def restrict_files(libc: Any, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def filter_system_calls(libc: Any) -> None:
+def filter_system_calls(libc: ctypes.CDLL) -> None:
     """seccomp: no new processes (threads are allowed), no program starts, no sockets but pairs."""
     machine = platform.machine()
     if machine not in AUDIT_ARCH or struct.calcsize("P") != 8:
@@ -147,8 +157,8 @@ def filter_system_calls(libc: Any) -> None:
     _checked(libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
-def set_limits(limits: dict[str, Any]) -> None:
-    def limit(kind: int, soft: int, hard: Any = None) -> None:
+def set_limits(limits: dict[str, int]) -> None:
+    def limit(kind: int, soft: int, hard: int | None = None) -> None:
         current = resource.getrlimit(kind)[1]
         hard = soft if hard is None else hard
         if current != resource.RLIM_INFINITY:
@@ -164,10 +174,10 @@ def set_limits(limits: dict[str, Any]) -> None:
         limit(resource.RLIMIT_NPROC, limits["processes"])
 
 
-def confine(job: dict[str, Any]) -> None:
+def confine(job: Job) -> None:
     mode = job["mode"]
-    libc: Any = _libc() if sys.platform == "linux" else None
-    if mode == "landlock":
+    libc = _libc() if sys.platform == "linux" else None
+    if mode == "landlock" and libc is not None:
         enter_namespaces(libc)
         _stay_as_parent()
         _checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
@@ -206,7 +216,7 @@ def _line_of_tests(error: BaseException, tests: str) -> str:
 
 
 def main(nonce_handle: int, verdict_handle: int) -> None:
-    job = json.loads(sys.stdin.buffer.read())
+    job: Job = json.loads(sys.stdin.buffer.read())
     read, write, leave = os.read, os.write, os._exit
 
     def say(kind: str, error: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
+from dskd_eval.schema import Free
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.metrics import Judgement, Metric
 
@@ -53,11 +54,10 @@ class IFEval(AnswerScorer):
     def score_one(self, answer: Answer) -> Judgement:
         from dskd_eval.lmeval import ifeval
 
-        row = answer.row
-        names = row["instruction_id_list"]
-        strict, loose = ifeval.followed(row, answer.text)
-        count = float(len(names))
-        failed = [name for name, followed in zip(names, strict, strict=True) if not followed]
+        found = ifeval.followed(answer.row, answer.text)
+        strict, loose = [strictly for _, strictly, _ in found], [loosely for _, _, loosely in found]
+        count = float(len(found))
+        failed: list[Free] = [name for name, followed, _ in found if not followed]
         return Judgement(
             {
                 "prompt_strict": float(all(strict)),

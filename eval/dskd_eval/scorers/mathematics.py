@@ -13,7 +13,6 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 from dskd_eval.scorers.base import Answer, AnswerScorer
 from dskd_eval.scorers.digits import plain_groups
@@ -63,7 +62,7 @@ def same(text: str, reference: str) -> bool:
 # --- the final answer -----------------------------------------------------------------------------
 
 
-def _final(text: str) -> tuple[str, Any]:
+def _final(text: str) -> tuple[str, list[object]]:
     """The final answer as it is written, and as math-verify reads it: the last box, or what math-verify finds."""
     boxes = _last_boxes(text)
     if boxes:
@@ -159,13 +158,14 @@ def _limit() -> int | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> list[object]:
     from math_verify import parse
 
-    return parse(text, parsing_timeout=_limit())
+    found: list[object] = parse(text, parsing_timeout=_limit())
+    return found
 
 
-def _verified(parsed: Any, expected: str) -> bool:
+def _verified(parsed: list[object], expected: str) -> bool:
     from math_verify import verify
     from sympy import Interval, Union
 

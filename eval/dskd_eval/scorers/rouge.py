@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from typing import Any
+from typing import TYPE_CHECKING
 
 import regex
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 # Scripts that put no space between words: every character counts as a word.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
@@ -74,14 +77,14 @@ class _AnyScript:
 
 
 @functools.cache
-def _ascii_scorer() -> Any:
+def _ascii_scorer() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 @functools.cache
-def _unicode_scorer() -> Any:
+def _unicode_scorer() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_AnyScript())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from dskd_eval.data import DataSource, HubSource
 from dskd_eval.errors import UserError, nearest
@@ -17,11 +17,14 @@ from dskd_eval.tasks.spec import (
     OWN_TEMPLATES,
     STYLES,
     TASK_FOLDER,
+    Block,
     DataKeys,
     GenerationKeys,
+    GenerationKwargs,
     StyleKeys,
     TaskFile,
     TaskSpec,
+    block_of,
     check_kinds,
 )
 from dskd_eval.tasks.yaml_file import listed, read_task
@@ -45,7 +48,7 @@ def load_task(path: Path) -> TaskSpec:
     check_kinds(TaskFile, raw, where)
     config = {key: value for key, value in raw.items() if key in LM_EVAL_KEYS}
     config |= {ALIASES[key]: value for key, value in raw.items() if key in ALIASES}
-    generation = dict(config.get("generation_kwargs") or {})
+    generation = dict(block_of(config, "generation_kwargs"))
     if "stop" in raw:
         generation["until"] = raw["stop"] or []
     if "max_new_tokens" in raw:
@@ -56,15 +59,16 @@ def load_task(path: Path) -> TaskSpec:
         if key in raw:
             config[key] = raw[key]
 
-    scorer: str | None = raw.get("scorer")
+    scorer = raw.get("scorer")
     native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
-    if not native and (not isinstance(scorer, str) or scorer not in SCORERS):
+    if not (native or (isinstance(scorer, str) and scorer in SCORERS)):
         raise UserError(
             f"{where}, `scorer`",
             expected="one of " + ", ".join(SCORERS) + ", or lm-eval's metric_list",
             got=repr(scorer),
             fix=nearest(str(scorer), SCORERS) if scorer else "Add `scorer: exact_match` or another.",
         )
+    scorer = None if scorer is None else str(scorer)
     for key in ("metric_list", "process_results", "filter_list", "doc_to_choice", "repeats"):
         if scorer is not None and key in config:
             raise UserError(
@@ -85,22 +89,22 @@ def load_task(path: Path) -> TaskSpec:
     if not data and not config.get("dataset_path") and not config.get("custom_dataset"):
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
     for key in ("doc_to_text", "doc_to_target"):
-        styles = raw.get("styles") or {}
+        styles = block_of(raw, "styles")
         needed = key == "doc_to_text" or facts is None or facts.needs_reference
-        if needed and key not in config and not all(key in (styles.get(style) or {}) for style in STYLES):
+        if needed and key not in config and not all(key in block_of(styles, style) for style in STYLES):
             alias = {value: alias for alias, value in ALIASES.items()}[key]
             raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
     for part in facts.required_code if facts else ():
-        if part not in (raw.get("code") or {}):
+        if part not in block_of(raw, "code"):
             fix = f"Give a template of the {part} of a row."
             raise UserError(where, expected=f"`code: {{{part}: ...}}`", got="none", fix=fix)
-    needs = listed(raw.get("needs"))
+    needs = [str(need) for need in listed(raw.get("needs"))]
     for need in needs:
         if need not in REQUIREMENTS:
             raise UserError(
-                f"{where}, `needs`", expected="known needs", got=repr(need), fix=nearest(str(need), REQUIREMENTS)
+                f"{where}, `needs`", expected="known needs", got=repr(need), fix=nearest(need, REQUIREMENTS)
             )
-    metrics = tuple(listed(raw.get("metrics"))) or _default_metrics(scorer, config)
+    metrics = tuple(str(metric) for metric in listed(raw.get("metrics"))) or _default_metrics(scorer, config)
     known = tuple(facts.metrics) if facts else metrics
     for metric in metrics:
         if metric not in known:
@@ -112,7 +116,7 @@ def load_task(path: Path) -> TaskSpec:
             )
     return TaskSpec(
         name=name,
-        version=float(raw.get("version") or (config.get("metadata") or {}).get("version") or 1),
+        version=float(str(raw.get("version") or block_of(config, "metadata").get("version") or 1)),
         suite=str(raw.get("suite") or "own"),
         summary=str(raw.get("summary") or ""),
         path=path,
@@ -122,13 +126,13 @@ def load_task(path: Path) -> TaskSpec:
         config=_with_absolute_files(config, path.parent),
         styles=_overrides(raw, "styles", where),
         protocols=_overrides(raw, "protocols", where),
-        code=raw.get("code") or {},
+        code=block_of(raw, "code"),
         needs=tuple(dict.fromkeys([*needs, *(facts.needs if facts else ())])),
-        floor=raw.get("floor") or {},
+        floor=block_of(raw, "floor"),
     )
 
 
-def _generation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _generation(raw: Mapping[str, object], where: str) -> GenerationKwargs:
     """generation_kwargs under lm-eval's canonical names; a temperature alone asks for sampling, as there."""
     where = f"{where}, `generation_kwargs`"
     found = {"max_gen_toks" if key in LENGTH_ALIASES else key: value for key, value in raw.items()}
@@ -141,15 +145,16 @@ def _generation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if value is not None}
     if "until" in found:
         found["until"] = listed(found["until"])
-    if "temperature" in found and "do_sample" not in found:
-        found["do_sample"] = found["temperature"] > 0
-    return found
+    checked = cast(GenerationKwargs, found)
+    if "temperature" in checked and "do_sample" not in checked:
+        checked["do_sample"] = checked["temperature"] > 0
+    return checked
 
 
-def _overrides(raw: Mapping[str, Any], group: str, where: str) -> dict[str, dict[str, Any]]:
+def _overrides(raw: Mapping[str, object], group: str, where: str) -> dict[str, Block]:
     """The blocks of `styles` or `protocols`, checked."""
-    blocks = {}
-    for name, block in (raw.get(group) or {}).items():
+    blocks: dict[str, Block] = {}
+    for name, block in block_of(raw, group).items():
         place = f"{where}, `{group}.{name}`"
         if group == "styles" and name not in STYLES:
             raise UserError(
@@ -166,19 +171,20 @@ def _overrides(raw: Mapping[str, Any], group: str, where: str) -> dict[str, dict
                     fix=nearest(str(key), StyleKeys.model_fields),
                 )
         check_kinds(StyleKeys, block, place)
-        generation = block.get("generation_kwargs")
-        blocks[name] = block | ({"generation_kwargs": _generation(generation, place)} if generation else {})
+        blocks[name] = block
+        if generation := block_of(block, "generation_kwargs"):
+            blocks[name] = {**block, "generation_kwargs": _generation(generation, place)}
     return blocks
 
 
-def _default_metrics(scorer: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _default_metrics(scorer: str | None, config: Mapping[str, object]) -> tuple[str, ...]:
     if scorer is not None:
         return tuple(SCORERS[scorer].metrics)
-    listed = [entry["metric"] for entry in config.get("metric_list") or [] if "metric" in entry]
-    return tuple(str(getattr(metric, "__name__", metric)) for metric in listed) or ("acc",)
+    entries = [entry for entry in listed(config.get("metric_list")) if isinstance(entry, dict) and "metric" in entry]
+    return tuple(str(getattr(entry["metric"], "__name__", entry["metric"])) for entry in entries) or ("acc",)
 
 
-def _data(raw: Any, path: Path, where: str) -> dict[str, tuple[DataSource, ...]]:
+def _data(raw: object, path: Path, where: str) -> dict[str, tuple[DataSource, ...]]:
     if raw is None:
         return {}
     splits = raw if isinstance(raw, dict) and "file" not in raw else {"test": raw}
@@ -198,8 +204,8 @@ def _data(raw: Any, path: Path, where: str) -> dict[str, tuple[DataSource, ...]]
     return data
 
 
-def _source(item: Any, path: Path, where: str) -> DataSource:
-    entry: Any = {"file": item} if isinstance(item, str) else item
+def _source(item: object, path: Path, where: str) -> DataSource:
+    entry: object = {"file": item} if isinstance(item, str) else item
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise UserError(
             f"{where}, `data`",
@@ -207,7 +213,6 @@ def _source(item: Any, path: Path, where: str) -> DataSource:
             got=repr(item),
             fix="Write `data: my.jsonl`.",
         )
-    entry = dict[str, Any](entry)
     check_kinds(DataKeys, entry, f"{where}, `data`")
     unknown = set(entry) - DataKeys.model_fields.keys()
     if unknown:
@@ -218,22 +223,22 @@ def _source(item: Any, path: Path, where: str) -> DataSource:
             got=repr(name),
             fix=nearest(name, DataKeys.model_fields),
         )
-    if path.parent != TASK_FOLDER and "hub" not in entry:
+    file, hub = str(entry["file"]), entry.get("hub")
+    if path.parent != TASK_FOLDER and hub is None:
         # A file beside the task wins over one in the working directory, where lm-eval would look.
-        beside, here = path.parent / Path(entry["file"]).expanduser(), Path(entry["file"])
-        entry["file"] = str((here if here.is_file() and not beside.is_file() else beside).resolve())
-    if "hub" in entry:
-        entry["hub"] = HubSource(**entry["hub"])
-    return DataSource(**entry)
+        beside, here = path.parent / Path(file).expanduser(), Path(file)
+        file = str((here if here.is_file() and not beside.is_file() else beside).resolve())
+    facts = {key: value for key, value in entry.items() if key not in ("file", "hub")}
+    return DataSource(file=file, hub=None if hub is None else HubSource(**hub), **facts)
 
 
-def _with_absolute_files(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_absolute_files(config: Block, folder: Path) -> Block:
     """Paths of lm-eval's `dataset_kwargs` are relative to the task file, not to the working directory."""
     kwargs = config.get("dataset_kwargs")
     if not isinstance(kwargs, dict):
         return config
 
-    def absolute(value: Any) -> Any:
+    def absolute(value: object) -> object:
         if isinstance(value, dict):
             return {key: absolute(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
+
+from pydantic import JsonValue
 
 from dskd_eval.data import content_hash
 from dskd_eval.schema import TaskRecord
-from dskd_eval.tasks.spec import TaskSpec
+from dskd_eval.tasks.spec import Block, GenerationKwargs, TaskSpec, block_of
 
 PASS_AT_K = (1, 5, 10, 25, 50, 100)
 
@@ -21,9 +23,9 @@ class Plan:
     spec: TaskSpec
     style: str
     protocol: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     shots: int
-    generation: Mapping[str, Any]
+    generation: GenerationKwargs
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]
 
@@ -46,12 +48,14 @@ class Plan:
             prompt=_text_of(self.config.get("doc_to_text")),
             generation=dict(self.generation),
             seeds=list(self.seeds),
-            floor=dict(self.spec.floor),
+            floor=cast(dict[str, JsonValue], self.spec.floor),  # as YAML has it
         )
 
 
-def _text_of(template: Any) -> Any:
-    return template if isinstance(template, (str, int, type(None))) else getattr(template, "__name__", "function")
+def _text_of(template: object) -> str | int | None:
+    if isinstance(template, (str, int, type(None))):
+        return template
+    return str(getattr(template, "__name__", "function"))
 
 
 def plan(
@@ -73,28 +77,29 @@ def plan(
     """
     published = spec.protocols.get(protocol) if protocol != "default" else None
     style = "chat" if chat else "base"
-    overrides: dict[str, Any] = {}
+    overrides: Block = {}
     if published is not None:
         style = str(published.get("style", style))
         overrides = {key: value for key, value in published.items() if key not in ("style", "seeds")}
     config = {**spec.config, **spec.styles.get(style, {}), **overrides}
-    merged = dict(spec.config.get("generation_kwargs") or {})
-    merged |= dict(spec.styles.get(style, {}).get("generation_kwargs") or {})
-    generation = {"until": [], "max_gen_toks": 256, "do_sample": False} | merged
-    generation |= dict(overrides.get("generation_kwargs") or {})
+    generation: GenerationKwargs = {"until": [], "max_gen_toks": 256, "do_sample": False}
+    for block in (spec.config, spec.styles.get(style, {}), overrides):
+        generation.update(cast(GenerationKwargs, block_of(block, "generation_kwargs")))  # checked by `load`
     if max_new_tokens is not None:
         generation["max_gen_toks"] = max_new_tokens
     seeds: tuple[int, ...] = (seed,)
     if published is not None:
-        seeds = tuple(published.get("seeds") or seeds)
+        own_seeds = published.get("seeds")
+        seeds = tuple(own_seeds) if isinstance(own_seeds, list) and own_seeds else seeds
     metrics = spec.metrics
     if spec.executes_code and samples > 1:
         seeds = tuple(seed + index for index in range(samples))
         sampled = 0.8 if temperature is None else temperature
-        generation |= {"do_sample": True, "temperature": sampled, "top_p": 0.95, "top_k": 0}
+        generation.update({"do_sample": True, "temperature": sampled, "top_p": 0.95, "top_k": 0})
         extra = [f"pass@{k}" for k in sorted({*PASS_AT_K, samples}) if 1 < k <= samples]
         metrics = (metrics[0], *extra, *metrics[1:])
-    shots = int(config.get("num_fewshot") or 0)
+    fewshot = config.get("num_fewshot")
+    shots = fewshot if isinstance(fewshot, int) else 0
     if num_fewshot is not None and spec.takes_shots:
         shots = num_fewshot
     return Plan(
@@ -111,12 +116,12 @@ def plan(
 
 def digest(plan_: Plan) -> str:
     """Hash of everything in a plan that shapes prompts, answers and scores."""
-    facts = plan_.record().plain() | {"config": {key: repr(value) for key, value in plan_.config.items()}}
-    facts |= {"code": dict(plan_.spec.code)}
+    facts: Block = {**plan_.record().plain()}
+    facts |= {"config": {key: repr(value) for key, value in plan_.config.items()}, "code": dict(plan_.spec.code)}
     return content_hash(_without_addresses(facts))
 
 
-def _without_addresses(value: Any) -> Any:
+def _without_addresses(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_addresses(item) for key, item in value.items()}
     return re.sub(r" at 0x[0-9a-f]+", "", value) if isinstance(value, str) else value

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError, nearest
 from dskd_eval.tasks.spec import CODE_PARTS, TaskSpec
 
+if TYPE_CHECKING:
+    import jinja2
 
-def render(template: Any, row: Row) -> str:
+
+def render(template: object, row: Row) -> str:
     """A template filled with a row: a field name, a Jinja template or a function of the row."""
     if not isinstance(template, str):
         return str(_called(template, row))
@@ -22,7 +25,7 @@ def render(template: Any, row: Row) -> str:
     return _template(template, row)
 
 
-def render_text(template: Any, row: Row) -> str:
+def render_text(template: object, row: Row) -> str:
     """As `render`, for a text that answers are compared with. Raises UserError when Python would have to print a
     list, a mapping or None for it.
     """
@@ -31,7 +34,7 @@ def render_text(template: Any, row: Row) -> str:
     return render(template, row)
 
 
-def _called(template: Any, row: Row) -> Any:
+def _called(template: object, row: Row) -> object:
     """The value of a function of the task file, or a constant."""
     if not callable(template):
         return template
@@ -105,7 +108,7 @@ def single_braces(template: str, row: Row) -> str | None:
     return None
 
 
-def references(template: Any, row: Row) -> list[str]:
+def references(template: object, row: Row) -> list[str]:
     """Accepted answers of a row; a field or function may hold a list. Raises UserError when there is none.
 
     A task without a template (programs that only have to pass tests) has no reference answers.
@@ -129,15 +132,15 @@ def references(template: Any, row: Row) -> list[str]:
     return [str(item) for item in values]
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _has_parts(value: Any) -> bool:
+def _has_parts(value: object) -> bool:
     return isinstance(value, (list, tuple, dict, set))
 
 
-def _printed(template: Any, value: Any) -> UserError:
+def _printed(template: object, value: object) -> UserError:
     shown = f"template {template[:80]!r}" if isinstance(template, str) else "function"
     return UserError(
         shown,
@@ -151,11 +154,11 @@ def _printed(template: Any, value: Any) -> UserError:
 class _PrintedValue(Exception):
     """A template came to a value that is neither a text nor a number."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
 
-def printed_value(template: Any, row: Row) -> Any:
+def printed_value(template: object, row: Row) -> object:
     """What Python would have to print for a template: a list, a mapping, or 'None' for a missing value; else None."""
     if isinstance(template, str) and template not in row:
         try:
@@ -167,7 +170,7 @@ def printed_value(template: Any, row: Row) -> Any:
     return str(value) if _is_missing(value) else value if _has_parts(value) else None
 
 
-def _no_object(value: Any) -> Any:
+def _no_object(value: object) -> object:
     """Raises UserError for a value that prints as `<built-in method ...>` or alike: `{{ q.items }}` of a mapping."""
     import jinja2
 
@@ -181,7 +184,7 @@ def _no_object(value: Any) -> Any:
     return value
 
 
-def _finalized(value: Any) -> Any:
+def _finalized(value: object) -> object:
     _no_object(value)
     if _is_missing(value) or _has_parts(value):
         raise _PrintedValue(str(value) if _is_missing(value) else value)
@@ -189,7 +192,7 @@ def _finalized(value: Any) -> Any:
 
 
 @functools.cache
-def _environment(texts: bool) -> Any:
+def _environment(texts: bool) -> jinja2.Environment:
     import jinja2
 
     return jinja2.Environment(
@@ -201,7 +204,7 @@ def _environment(texts: bool) -> Any:
 
 
 @functools.cache
-def _compiled(template: str, texts: bool) -> Any:
+def _compiled(template: str, texts: bool) -> jinja2.Template:
     return _environment(texts).from_string(template)
 
 

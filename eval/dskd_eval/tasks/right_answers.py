@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from dskd_eval.data import Row
 from dskd_eval.errors import UserError
@@ -29,7 +28,7 @@ def _answer_template(plan: Plan) -> Callable[[Row], str]:
     return lambda row: render.references(plan.config["doc_to_target"], row)[0]
 
 
-def shot_target(plan: Plan) -> Any:
+def shot_target(plan: Plan) -> object:
     """What stands as the answer of a shot."""
     if "shot_target" in plan.config:
         return plan.config["shot_target"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
@@ -21,10 +21,10 @@ ALIASES = {"prompt": "doc_to_text", "reference": "doc_to_target", "shots": "num_
 LENGTH_ALIASES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def _kind(expected: str, fits: Callable[[Any], bool]) -> BeforeValidator:
+def _kind(expected: str, fits: Callable[[object], bool]) -> BeforeValidator:
     """A check of a value as it stands in the file; `expected` is what the message says."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if value is not None and not fits(value):
             raise PydanticCustomError("kind", "{expected}", {"expected": expected})
         return value
@@ -32,38 +32,39 @@ def _kind(expected: str, fits: Callable[[Any], bool]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _is_whole(value: Any, least: int) -> bool:
+def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: Any, least: float, most: float = float("inf")) -> bool:
+def _is_number(value: object, least: float, most: float = float("inf")) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
 
 
-def _is_version(value: Any) -> bool:
+def _is_version(value: object) -> bool:
     return _is_number(value, 0) or (isinstance(value, str) and value.replace(".", "", 1).isdigit())
 
 
-def _are_mappings(value: Any) -> bool:
+def _are_mappings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _are_ranges(value: Any) -> bool:
+def _are_ranges(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(ends, list) and len(ends) == 2 for ends in value.values())
 
 
-# `Any` here: YAML holds what a user wrote, and functions of `!function`; the kinds say what fits.
-Value = Any
-Count = Annotated[Any, _kind("a whole number, 1 or more", lambda value: _is_whole(value, 1))]
-Natural = Annotated[Any, _kind("a whole number, 0 or more", lambda value: _is_whole(value, 0))]
-Block = Annotated[Any, _kind("a mapping", lambda value: isinstance(value, dict))]
-Blocks = Annotated[Any, _kind("a list of mappings", _are_mappings)]
-Texts = Annotated[Any, _kind("a text or a list of texts, none empty", _are_texts)]
-Stops = Annotated[Any, _kind("a text or a list of texts, none empty", lambda value: value == [] or _are_texts(value))]
+# YAML holds what a user wrote, and functions of `!function`; the kinds say what fits.
+Value = object
+Block = dict[str, object]
+Count = Annotated[Value, _kind("a whole number, 1 or more", lambda value: _is_whole(value, 1))]
+Natural = Annotated[Value, _kind("a whole number, 0 or more", lambda value: _is_whole(value, 0))]
+Mappable = Annotated[Value, _kind("a mapping", lambda value: isinstance(value, dict))]
+Blocks = Annotated[Value, _kind("a list of mappings", _are_mappings)]
+Texts = Annotated[Value, _kind("a text or a list of texts, none empty", _are_texts)]
+Stops = Annotated[Value, _kind("a text or a list of texts, none empty", lambda value: value == [] or _are_texts(value))]
 
 
 class Keys(BaseModel):
@@ -80,7 +81,7 @@ class PromptKeys(Keys):
     reference_answer: Value = None
     shot_target: Value = None
     num_fewshot: Natural = None
-    generation_kwargs: Block = None
+    generation_kwargs: Mappable = None
     target_delimiter: Value = None
     fewshot_delimiter: Value = None
     description: Value = None
@@ -102,7 +103,7 @@ class LmEvalKeys(PromptKeys):
     custom_dataset: Value = None
     dataset_path: Value = None
     dataset_name: Value = None
-    dataset_kwargs: Block = None
+    dataset_kwargs: Mappable = None
     training_split: Value = None
     validation_split: Value = None
     test_split: Value = None
@@ -119,7 +120,7 @@ class LmEvalKeys(PromptKeys):
     filter_list: Blocks = None
     should_decontaminate: Value = None
     doc_to_decontamination_query: Value = None
-    metadata: Block = None
+    metadata: Mappable = None
 
 
 class TaskFile(LmEvalKeys):
@@ -127,17 +128,17 @@ class TaskFile(LmEvalKeys):
 
     task: Value = None
     extends: Value = None
-    version: Annotated[Any, _kind("a number", _is_version)] = None
-    suite: Annotated[Any, _kind("a name", lambda value: isinstance(value, str))] = None
+    version: Annotated[Value, _kind("a number", _is_version)] = None
+    suite: Annotated[Value, _kind("a name", lambda value: isinstance(value, str))] = None
     summary: Value = None
     scorer: Value = None
     metrics: Texts = None
-    floor: Block = None
+    floor: Mappable = None
     data: Value = None
     needs: Texts = None
-    styles: Block = None
-    protocols: Block = None
-    code: Block = None
+    styles: Mappable = None
+    protocols: Mappable = None
+    code: Mappable = None
     stop: Stops = None
     max_new_tokens: Count = None
     prompt: Value = None
@@ -154,9 +155,9 @@ class GenerationKeys(Keys):
 
     until: Stops = None
     max_gen_toks: Count = None
-    do_sample: Annotated[Any, _kind("true or false", lambda value: isinstance(value, bool))] = None
-    temperature: Annotated[Any, _kind("a number, 0 or more", lambda value: _is_number(value, 0))] = None
-    top_p: Annotated[Any, _kind("a number from 0 to 1", lambda value: _is_number(value, 0, 1))] = None
+    do_sample: Annotated[Value, _kind("true or false", lambda value: isinstance(value, bool))] = None
+    temperature: Annotated[Value, _kind("a number, 0 or more", lambda value: _is_number(value, 0))] = None
+    top_p: Annotated[Value, _kind("a number from 0 to 1", lambda value: _is_number(value, 0, 1))] = None
     top_k: Natural = None
     keep_first_tokens: Count = None
 
@@ -167,15 +168,15 @@ class DataKeys(Keys):
     file: Value = None
     sha256: Value = None
     rows: Count = None
-    hub: Value = None
+    hub: Mappable = None
     select: Annotated[
-        Any, _kind("columns with the lowest and highest value to keep, {column: [1, 5]}", _are_ranges)
+        Value, _kind("columns with the lowest and highest value to keep, {column: [1, 5]}", _are_ranges)
     ] = None
     first: Count = None
     note: Value = None
 
 
-def check_kinds(keys: type[Keys], block: Mapping[str, Any], where: str) -> None:
+def check_kinds(keys: type[Keys], block: Mapping[str, object], where: str) -> None:
     """Raises UserError for the first key of the block whose value is of another kind."""
     try:
         keys.model_validate(block)
@@ -185,6 +186,24 @@ def check_kinds(keys: type[Keys], block: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where}, `{key}`", expected=wrong[key], got=repr(block[key]), fix="Correct the value."
         ) from error
+
+
+def block_of(keys: Mapping[str, object], name: str) -> Block:
+    """A block within a block, empty where there is none."""
+    found = keys.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+class GenerationKwargs(TypedDict, total=False):
+    """How answers are made: `generation_kwargs`, checked."""
+
+    until: list[str]
+    max_gen_toks: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    keep_first_tokens: int
 
 
 class TaskSpec(BaseModel):
@@ -203,12 +222,12 @@ class TaskSpec(BaseModel):
     scorer: str | None
     metrics: tuple[str, ...]
     data: dict[str, tuple[DataSource, ...]]
-    config: dict[str, Any]
-    styles: dict[str, dict[str, Any]]
-    protocols: dict[str, dict[str, Any]]
-    code: dict[str, Any]
+    config: Block
+    styles: dict[str, Block]
+    protocols: dict[str, Block]
+    code: Block
     needs: tuple[str, ...] = ()
-    floor: dict[str, Any] = {}
+    floor: Block = {}
 
     @property
     def native(self) -> bool:

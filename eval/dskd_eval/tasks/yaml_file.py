@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from dskd_eval.data import half_character, joined_surrogates
 from dskd_eval.errors import UserError, nearest
-from dskd_eval.tasks.spec import ALIASES, TASK_FOLDER, StyleKeys
+from dskd_eval.tasks.spec import ALIASES, TASK_FOLDER, Block, StyleKeys, block_of
 
 
-def read_task(path: Path) -> dict[str, Any]:
+def read_task(path: Path) -> Block:
     """The keys of a task file, those of the task that it extends among them."""
     return _extended(read_mapping(path), path, ())
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> Block:
     where = f"task file {path}"
     try:
         raw = _parsed(path)
@@ -34,27 +33,29 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parsed(path: Path) -> Any:
+def _parsed(path: Path) -> object:
     """A YAML file with lm-eval's `include: FILE` (the file's own keys win) and `!function module.name`."""
 
     class Loader(yaml.SafeLoader):
         """Finds modules beside this file."""
 
-        def construct_scalar(self, node: Any) -> Any:
-            value: Any = super().construct_scalar(node)
-            return joined_surrogates(value) if isinstance(value, str) else value
+        def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+            return joined_surrogates(super().construct_scalar(node))
 
     Loader.add_constructor("!function", lambda loader, node: _function(path.parent, str(node.value)))
-    raw = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    raw: object = yaml.load(path.read_text(encoding="utf-8"), Loader)
     if not isinstance(raw, dict) or "include" not in raw:
         return raw
-    included: dict[str, Any] = {}
+    included: Block = {}
     for name in reversed(listed(raw.pop("include"))):
-        included |= _parsed(path.parent / name)
+        part = _parsed(path.parent / str(name))
+        if not isinstance(part, dict):
+            raise TypeError(f"{name}: a {type(part).__name__}, not a mapping")
+        included |= part
     return included | raw
 
 
-def _function(folder: Path, name: str) -> Any:
+def _function(folder: Path, name: str) -> object:
     module_name, _, attribute = name.rpartition(".")
     file = folder.joinpath(*module_name.split(".")).with_suffix(".py")
     spec = importlib.util.spec_from_file_location(module_name, file)
@@ -62,10 +63,11 @@ def _function(folder: Path, name: str) -> Any:
         raise ImportError(f"no module {file}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, attribute)
+    found: object = getattr(module, attribute)
+    return found
 
 
-def _extended(raw: dict[str, Any], path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
+def _extended(raw: Block, path: Path, through: tuple[Path, ...]) -> Block:
     """The mapping with what it takes over from the task that `extends` names; through: the files that extend it."""
     name = raw.pop("extends", None)
     if not name:
@@ -97,7 +99,7 @@ def _extendable(name: str, path: Path) -> Path:
     return known[name]
 
 
-def _taken_over(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+def _taken_over(base: Block, raw: Block) -> Block:
     """The keys of a base with those of the file that extends it in their place."""
     # What was measured of the base, and where it belongs, does not hold for another task.
     base.pop("floor", None)
@@ -108,7 +110,7 @@ def _taken_over(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
         raw = {**raw, "data": data}
     elif shots is not None and not isinstance(own, dict):
         raw = {**raw, "data": {"test": own, "shots": shots}}
-    elif shots is not None and "shots" not in own and "file" not in own:
+    elif shots is not None and isinstance(own, dict) and "shots" not in own and "file" not in own:
         raw = {**raw, "data": {**own, "shots": shots}}
     # A short name stands for the long one, so either takes the place of both.
     long_names = {ALIASES.get(key, key) for key in raw}
@@ -117,11 +119,13 @@ def _taken_over(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     styled = long_names & StyleKeys.model_fields.keys()
     if "stop" in raw or "max_new_tokens" in raw:
         styled.add("generation_kwargs")
-    for style in (base.get("styles") or {}).values():
-        for key in styled:
-            style.pop(key, None)
+    for style in block_of(base, "styles").values():
+        if isinstance(style, dict):
+            for key in styled:
+                style.pop(key, None)
     return {**base, **raw}
 
 
-def listed(value: Any) -> list[Any]:
-    return list(value or ()) if not isinstance(value, str) else [value]
+def listed(value: object) -> list[object]:
+    """A list as it is, nothing as an empty one, all else as a list of one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
