@@ -56,6 +56,13 @@ class Parts:
         return self.teacher.head
 
     @property
+    def shared_ids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of student and teacher that mean the same, where the loss is computed."""
+        assert self.overlap is not None
+        device = self.teacher_head.weight_VD.device
+        return self.overlap.student_ids_O.to(device), self.overlap.teacher_ids_O.to(device)
+
+    @property
     def projectors(self) -> dict[str, Any]:
         """What the losses with projectors take beside the options."""
         return {

@@ -237,6 +237,11 @@ class Settings(_Block):
         return method_of(self).exact(self)
 
     @property
+    def in_spans(self) -> bool:
+        """Whether spans of text are compared, beside pairs or as a term of their own."""
+        return self.span_weight > 0 or method_of(self).in_spans
+
+    @property
     def by_events(self) -> bool:
         """Whether events of several tokens are compared."""
         return method_of(self).by_events(self)

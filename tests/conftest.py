@@ -1,8 +1,9 @@
 """What every tier shares: tiny real models, tokenizers and conversations, and a guard against empty tiers."""
 
+import importlib.util
 import os
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if passed < wanted and session.exitstatus == 0:
             reporter.write_line(f"expected at least {wanted} passed tests, got {passed}", red=True)
             session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    """tests/core/oracle.py, loaded by path because test folders are not packages."""
+    path = Path(__file__).parent / "core" / "oracle.py"
+    spec = importlib.util.spec_from_file_location("core_oracle", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dskd_plugin" / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
 LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events", "fitting"}
-LEAVES |= {"balance", "support"}
+LEAVES |= {"balance", "support", "segments"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors"},
     "events": {"divergences"},
     "support": {"divergences"},
+    "extended": {"divergences", "segments"},
     "objective": LEAVES,
     "blockwise": LEAVES | {"objective"},
     "baselines": LEAVES | {"objective"},

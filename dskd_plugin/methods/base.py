@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
+    from dskd_plugin.core.segments import SegmentCompare
     from dskd_plugin.losses.base import DistillationLoss
     from dskd_plugin.settings import Settings
     from dskd_plugin.text.align import Pairing
@@ -26,7 +27,7 @@ class Method:
     of the same name; None for all others. ignores: settings that mean nothing to it. compares: what its KD terms
     compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
     needs_teacher: whether the teacher's states are compared. needs_embedding: whether its input embeddings are read
-    too. needs_one_tokenizer: whether it works with one alone.
+    too. needs_one_tokenizer: whether it works with one alone. in_spans: whether it compares spans beside pairs.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Method:
     needs_teacher: ClassVar[bool] = True
     needs_embedding: ClassVar[bool] = False
     needs_one_tokenizer: ClassVar[bool] = False
+    in_spans: ClassVar[bool] = False
 
     def pairing(self, settings: Settings) -> Pairing:
         """Which tokens of two answers belong together, see `align`."""
@@ -79,6 +81,22 @@ class Method:
 
     def compare(self, parts: Parts) -> Compare | None:
         """The distance of the two distributions at a pair, for a method without projectors."""
+        raise NotImplementedError
+
+
+class SegmentMethod(Method):
+    """A method that compares segments, pairs of tokens and spans alike: its formula is a `SegmentCompare`."""
+
+    ignores = ("span_weight", "shared", "support", *PROJECTING)
+    in_spans = True
+
+    def build(self, parts: Parts) -> DistillationLoss:
+        from dskd_plugin.losses.segments import BySegments
+
+        return BySegments(parts.student, parts.objective, self.segment_compare(parts), **parts.options)
+
+    def segment_compare(self, parts: Parts) -> SegmentCompare:
+        """The distance of the two models at a segment."""
         raise NotImplementedError
 
 

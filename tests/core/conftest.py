@@ -1,6 +1,4 @@
-import importlib.util
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +11,6 @@ from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="session")
-def oracle():
-    """tests/core/oracle.py, loaded by path because test folders are not packages."""
-    path = Path(__file__).with_name("oracle.py")
-    spec = importlib.util.spec_from_file_location("core_oracle", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Largest(TorchDispatchMode):

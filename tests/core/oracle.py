@@ -439,3 +439,36 @@ def compare_support(z_s, z_t, tau, kind, pairs, size):
     q, p = softmax(z_s, tau), softmax(z_t, tau)
     whole_q, whole_p = math.fsum(q[i] for i, _ in chosen), math.fsum(p[j] for _, j in chosen)
     return DISTANCES[kind]([p[j] / whole_p for _, j in chosen], [q[i] / whole_q for i, _ in chosen])
+
+
+# --- segments -------------------------------------------------------------------------------------------
+
+
+def side_of(states, head, real, rows, golds):
+    """One side of a segment: the logits of each of its tokens, and the token."""
+    return [logits(states[r], head)[:real] for r in rows], [golds[r] for r in rows]
+
+
+def segments_loss(case, live, segments, teacher_golds, distance):
+    """Sum over segments of distance(student side, teacher side, paired).
+
+    segments: (student rows, teacher rows, paired) each. teacher_golds: the token after each teacher row.
+    """
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    total = 0.0
+    for rows, teacher_rows, paired in segments:
+        student = side_of(live["student"], head, case["ids"], rows, case["gold"])
+        teacher = side_of(case["teacher"], case["teacher_head"], case["teacher_ids"], teacher_rows, teacher_golds)
+        total += distance(student, teacher, paired)
+    return total
+
+
+def extended(student, teacher, paired, tau, kind, pairs):
+    """Shared ids at the first token, and beside them the mean logit of the span's own tokens."""
+    both = []
+    for side, (all_logits, golds) in enumerate((student, teacher)):
+        row = [all_logits[0][pair[side]] for pair in pairs]
+        if not paired:
+            row.append(math.fsum(z[y] for z, y in zip(all_logits, golds, strict=True)) / len(golds))
+        both.append(softmax(row, tau))
+    return DISTANCES[kind](both[1], both[0])

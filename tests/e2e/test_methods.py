@@ -19,6 +19,7 @@ TWO = {
     "support": ({"method": "overlap_kd", "shared": "ids", "support": 16}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
+    "span_kd": ({"method": "span_kd", "divergence": {"kind": "reverse_kl"}}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "span_weight": ({"span_weight": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}),
     "balanced": ({"kd_weight": "balanced"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
@@ -39,6 +40,7 @@ TWO = {
         },
         {"ce", "kd"},
     ),
+    "on-policy span_kd": ({"method": "span_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}}, {"ce", "kd"}),
     "on-policy overlap_kd": (
         {"method": "overlap_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
         {"ce", "kd"},
@@ -176,6 +178,23 @@ def test_cross_model_attention_on_two_ranks(train, tmp_path, engine, options, si
         "attention.t2s.weight": (32, 48),
         "attention.s2t.weight": (48, 32),
     }
+
+
+@pytest.mark.parametrize("engine", ["fsdp2"])
+def test_segments_on_two_ranks_from_a_cache(run_axolotl, recipe, tmp_path, engine, options):
+    """The curve of one process with padded rows and the live teacher; evaluated as well."""
+    changes = {"val_set_size": 0.25, "eval_steps": 2, "sequence_len": 128, "gradient_accumulation_steps": 1}
+    whole = {**recipe, **changes, "micro_batch_size": 4, "dskd": block(recipe, {"method": "span_kd"})}
+    alone = run_axolotl(whole)
+    cached = {**whole["dskd"], "teacher": {**whole["dskd"]["teacher"], "cache": "auto"}}
+    split = {**whole, "micro_batch_size": 2, "dskd": cached, "output_dir": recipe["output_dir"] + "-split"}
+    run = run_axolotl({**split, **options(engine, tmp_path)}, ranks=2)
+    for one in (alone, run):
+        assert one.code == 0, one.output[-3000:]
+    names = ("loss", "grad_norm", "dskd/ce", "dskd/kd")
+    # The cache of a tiny model has bfloat16 states.
+    assert run.curve(*names) == [pytest.approx(step, rel=5e-3) for step in alone.curve(*names)]
+    assert any("eval_dskd/kd" in entry for entry in run.log)
 
 
 @pytest.fixture(scope="module")

@@ -285,12 +285,14 @@ SETTINGS = {
     "overlap_kd-ids": ({"method": "overlap_kd", "shared": "ids"}, "exact"),
     "uld": ({"method": "uld"}, "position"),
     "mined": ({"method": "mined"}, "warped"),
+    "span_kd": ({"method": "span_kd"}, "exact"),
     "dskd": ({}, "starts"),
     "dskd-eta": ({"alignment": "eta"}, "starts"),
     "dskd-ids": ({"shared": "ids"}, "exact"),
     "dskd-projected": ({"target": "projected"}, "exact"),
     "dskd-cma": ({"alignment": "cma"}, "all"),
 }
+IN_SPANS = {"span_kd"}
 
 
 def turns(entry, answers):
@@ -318,7 +320,7 @@ def same_starts(one, other, ids, other_ids, text):
 
 @pytest.mark.parametrize(
     ("name", "span_weight"),
-    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name == "sft" and ratio)],
+    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name in ("sft", *IN_SPANS) and ratio)],
 )
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
@@ -331,7 +333,8 @@ def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
     ids, response, runs = turns(one, answers)
     other_ids, other_response, other_runs = turns(other, answers)
     row = made.columns(ids, response, other_ids, other_response)
-    assert ("spans" in row) == bool(span_weight) and row["unmatched_segments"] == 0
+    with_spans = span_weight or name in IN_SPANS
+    assert ("spans" in row) == bool(with_spans) and row["unmatched_segments"] == 0
     pairs = list(zip(row["aligned_student"], row["aligned_teacher"], strict=pairing != "all"))
     if pairing == "position":
         assert pairs == [(i, j) for a, b in zip(runs, other_runs, strict=True) for i, j in zip(a, b, strict=False)]
@@ -351,7 +354,7 @@ def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
                 found = list(zip(only.student_N, only.teacher_N, strict=True))[:-1]
             expected += [(run[i], other_run[j]) for i, j in found] + [(run[-1], other_run[-1])]
         assert pairs == expected
-    if span_weight:
+    if with_spans:
         exact = Aligner(one.table, other.table, spans=True).columns(ids, response, other_ids, other_response)
         assert row["spans"] == exact["spans"] != []
 

@@ -528,9 +528,11 @@ METHODS = {
     "overlap_kd": {"method": "overlap_kd", "span_weight": 0.5},
     "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
+    "span_kd": {"method": "span_kd"},
     "dskd": {"span_weight": 1},
     "cma": {"alignment": "cma", "span_weight": 1},
 }
+IN_SPANS = {"span_kd"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -557,11 +559,11 @@ def test_rows_of_every_method(prepare, name):
             assert (ours == "<|im_end|>") == (theirs == "</s>")
     else:
         check_pairs(row, student, teacher)
-    assert ("spans" in row) == ("span_weight" in METHODS[name]) and "teacher_prompt" not in row
+    assert ("spans" in row) == ("span_weight" in METHODS[name] or name in IN_SPANS) and "teacher_prompt" not in row
     if "spans" in row:
         texts = list(span_texts(row, student, teacher))
         assert texts and all(a.strip() == b.strip() for a, b in texts)
-        if name == "dskd":  # nothing of an ordinary text is left over
+        if name == "dskd" or name in IN_SPANS:  # nothing of an ordinary text is left over
             spans = zip(row["spans"][::4], row["spans"][1::4], strict=True)
             covered = {position for begin, stop in spans for position in range(begin, stop)}
             # The first token of a span may have a partner that begins with it.

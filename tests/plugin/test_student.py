@@ -171,6 +171,8 @@ MODES = {
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
+    "span_kd": {"method": "span_kd"},
+    "span_kd unpaired": {"method": "span_kd", "unpaired": "ce", "divergence": {"kind": "reverse_kl"}},
     "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
     "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
@@ -203,6 +205,8 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
         ("sibling", {}),
         ("teacher", {"alignment": "cma", "spaces": "both", "span_weight": 0.5}),
         ("teacher", {"method": "uld"}),
+        ("teacher", {"method": "span_kd"}),
+        ("sibling", {"method": "span_kd"}),
     ],
 )
 def test_packed_equals_padded(tiny, rows, pair, mode):
@@ -288,6 +292,58 @@ def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
 
 
+def shared_pairs(setup):
+    return list(zip(setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist(), strict=True))
+
+
+# name -> (settings, the distance of a segment in plain loops)
+BY_SEGMENTS = {
+    "span_kd": (
+        {"divergence": {"kind": "reverse_kl"}},
+        lambda oracle, setup, *of: oracle.extended(*of, 1.7, "reverse_kl", shared_pairs(setup)),
+    ),
+}
+
+
+@pytest.mark.parametrize("sides", [("student", "teacher"), ("teacher", "student")])
+@pytest.mark.parametrize("name", BY_SEGMENTS)
+def test_segments_are_those_of_the_text(oracle, tiny, rows, name, sides):
+    """Float loops over the models' own logits at the pairs and spans of each sample; one of the two cuts finer."""
+    changes, distance = BY_SEGMENTS[name]
+    setup = Setup(*(tiny[side] for side in sides), method=name, temperature=1.7, kd_ratio=0.3, **changes)
+    samples = setup.samples(rows[:2])
+    loss, sums, _ = setup.run([padded(setup, samples)])
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    real = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
+    found, sizes = [], set()
+    for sample in samples:
+        ids = sample["input_ids"], sample["teacher_input_ids"]
+        with torch.no_grad():
+            hidden = [
+                model.model(torch.tensor([side])).last_hidden_state[0]
+                for model, side in zip((student, teacher), ids, strict=True)
+            ]
+            logits = [
+                (states @ model.lm_head.weight.T)[:, :size].tolist()
+                for states, model, size in zip(hidden, (student, teacher), real, strict=True)
+            ]
+        pairs = zip(sample["aligned_student"], sample["aligned_teacher"], strict=True)
+        segments = [((s, s + 1), (t, t + 1), True) for s, t in pairs]
+        spans = [sample["spans"][k : k + 4] for k in range(0, len(sample["spans"]), 4)]
+        segments += [((a, b), (c, d), False) for a, b, c, d in spans]
+        for own, theirs, paired in segments:
+            said = [
+                ([logits[side][p - 1] for p in range(*of)], [ids[side][p] for p in range(*of)])
+                for side, of in enumerate((own, theirs))
+            ]
+            sizes.add((min(2, len(said[0][1])), min(2, len(said[1][1]))))
+            found.append(distance(oracle, setup, *said, paired))
+    assert sizes == {(1, 1), (2, 1) if sides[0] == "student" else (1, 2)}
+    assert sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
+    ce, number = sums["ce"]
+    assert loss == pytest.approx(0.7 * ce / number + 0.3 * sum(found) / len(found), rel=1e-4)
+
+
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
 def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
     """Each of them counts 1 and each of the others 1 - kd_ratio, over all response rows."""
@@ -311,7 +367,8 @@ def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
 
 
 @pytest.mark.parametrize(
-    "mode", [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}]
+    "mode",
+    [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}, {"method": "span_kd"}],
 )
 def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode):
     setup = Setup(tiny["student"], tiny["teacher"], kd_weight="balanced", kd_ratio=0.3, **mode)
