@@ -32,6 +32,15 @@ class Side:
     others_B: Tensor
     sizes_B: Tensor
 
+    def at(self, segments: Tensor) -> Side:
+        """Some of the segments. segments: their numbers in the block."""
+        return Side(
+            logits_BV=self.logits_BV[segments],
+            ids_B=self.ids_B[segments],
+            others_B=self.others_B[segments],
+            sizes_B=self.sizes_B[segments],
+        )
+
 
 class SegmentCompare:
     """A distance of two models at the segments of a text; a method is a subclass with its formula.

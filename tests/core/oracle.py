@@ -472,3 +472,32 @@ def extended(student, teacher, paired, tau, kind, pairs):
             row.append(math.fsum(z[y] for z, y in zip(all_logits, golds, strict=True)) / len(golds))
         both.append(softmax(row, tau))
     return DISTANCES[kind](both[1], both[0])
+
+
+def completions(texts, golds):
+    """(student id, teacher id) of the last tokens that complete one text; golds: the tokens of each side.
+
+    texts: bytes by id of each side.
+    """
+    observed = (golds[0][-1], golds[1][-1])
+    if len(golds[0]) == 1 and len(golds[1]) > 1:
+        before = b"".join(texts[1][y] or b"?" for y in golds[1][:-1])
+        alike = [(i, j) for i, a in enumerate(texts[0]) for j, b in enumerate(texts[1]) if a and b and a == before + b]
+    elif len(golds[1]) == 1 and len(golds[0]) > 1:
+        before = b"".join(texts[0][y] or b"?" for y in golds[0][:-1])
+        alike = [(i, j) for i, a in enumerate(texts[0]) for j, b in enumerate(texts[1]) if a and b and before + a == b]
+    else:
+        alike = []
+    return alike if observed in alike else [observed]
+
+
+def common_support(student, teacher, paired, tau, kind, pairs, texts):
+    """Probabilities of what both can say with the tokens so far held fixed, and 1 minus their sum."""
+    events = pairs if paired else completions(texts, (student[1], teacher[1]))
+    both = []
+    for side, (all_logits, golds) in enumerate((student, teacher)):
+        before = math.prod(softmax(z, tau)[y] for z, y in zip(all_logits[:-1], golds[:-1], strict=True))
+        last = softmax(all_logits[-1], tau)
+        said = [before * last[event[side]] for event in events]
+        both.append([*said, 1 - math.fsum(said)])
+    return DISTANCES[kind](both[1], both[0])

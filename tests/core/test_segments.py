@@ -10,15 +10,19 @@ import torch
 from benchmarks.counting import VocabularyWork
 from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.blockwise import baseline_loss, segment_loss, segment_values
+from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
+from dskd_plugin.core.events import events_of_pairs
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, counts
-from dskd_plugin.core.segments import SegmentCompare, Segments, added_up, cut, put_first
+from dskd_plugin.core.segments import SegmentCompare, Segments, Side, added_up, cut, put_first
 
 WHOLE = 10**9
 TAU = 1.7
-TEACHER_GOLDS = [3, 9, 0, 5, 10, 2, 8, 1, 7]
+# The tokens that stand at the response rows and at the teacher's rows: "ab" = "a" + "b", "b" + "c" = "bc".
+GOLDS = [0, 4, 3, 1, 2, 2, 5, 8, 6, 7, 3, 0]
+TEACHER_GOLDS = [3, 9, 3, 9, 2, 2, 8, 1, 7]
 
 # (student rows, teacher rows, whether they are a pair); of 12 response rows and 9 teacher rows
 PAIR, OTHER_PAIR = ([0], [0], True), ([4], [1], True)
@@ -36,17 +40,27 @@ KINDS = sorted(DIVERGENCES)
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """What two vocabularies have in common. pairs: (student id, teacher id)."""
+    """Bytes by id, and the pairs (student id, teacher id) of the shared tokens."""
 
-    pairs: list[tuple[int, int]]
+    student: list[bytes | None]
+    teacher: list[bytes | None]
+
+    @property
+    def pairs(self):
+        return [(i, self.teacher.index(text)) for i, text in enumerate(self.student) if text and text in self.teacher]
 
     @property
     def ids(self):
         return torch.tensor([i for i, _ in self.pairs]), torch.tensor([j for _, j in self.pairs])
 
 
-SMALL = Vocabularies([(0, 3), (1, 9), (2, 1), (4, 0), (5, 10), (7, 4)])
-LARGE = Vocabularies([(k, 299 - k) for k in range(300)])
+SMALL = Vocabularies(
+    [b"a", b"b", b"c", b"ab", b"d", b"e", b"abc", b"f", None],
+    [b"d", b"c", b"bc", b"a", b"f", b"abd", b"cd", None, b"bd", b"b", b"e"],
+)
+LARGE = Vocabularies(
+    [b"%d" % k if k < 300 else None for k in range(400)], [b"%d" % (299 - k) if k < 300 else None for k in range(420)]
+)
 IDS = SMALL.ids
 
 
@@ -57,8 +71,16 @@ def extended(kind, tau, words=SMALL):
     return ExtendedCompare(divergence(kind), tau, *words.ids), plain
 
 
+def common_support(kind, tau, words=SMALL):
+    def plain(oracle, student, teacher, paired):
+        return oracle.common_support(student, teacher, paired, tau, kind, words.pairs, (words.student, words.teacher))
+
+    events = events_of_pairs(words.pairs, len(words.student), len(words.teacher))
+    return CommonSupport(divergence(kind), tau, events, Completions(words.student, words.teacher)), plain
+
+
 # name -> (kind of divergence, temperature, vocabularies) -> (the comparison, the same in plain loops)
-METHODS = {"span_kd": extended}
+METHODS = {"span_kd": extended, "csd": common_support}
 
 
 def rows_of(case, segments, compare, *, ce=True, rows=None):
@@ -131,6 +153,7 @@ def make(make_case):
         case = make_case(rows=12, pairs=9, **settings)
         with torch.no_grad():
             case.teacher.nan_to_num_(0.4)
+        case.gold = GOLDS
         return case
 
     return build
@@ -367,7 +390,10 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest, name):
 
 # What is multiplied with the head of each side: every response row of the student, and with log-probabilities its other
 # tokens before that; of the teacher the open token, and with log-probabilities all tokens.
-PRODUCTS = {"span_kd": (ROWS, PAIRED + SPANS)}
+PRODUCTS = {
+    "span_kd": (ROWS, PAIRED + SPANS),
+    "csd": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -460,3 +486,55 @@ def test_a_pair_is_a_pair_of_shared_ids(make):
 def test_no_shared_ids_are_refused(ids):
     with pytest.raises(ValueError, match="shared ids: expected as many"):
         ExtendedCompare(divergence("js"), 1.0, *ids)
+
+
+# --- csd ----------------------------------------------------------------------------------------------------
+
+WORDS = (
+    [b"a", b"b", b"ab", b"abc", b"abd", b"b c", None, b"ab", b"d"],
+    [b"b", b"bc", b"a", b"bd", b"ab", None, b"c", b"d"],
+)
+
+
+@pytest.mark.parametrize(
+    ("ids", "sizes", "expected"),
+    [
+        ((2, 0), (1, 2), [(2, 0), (3, 1), (4, 3)]),  # "ab", "abc" and "abd" after "a": "b", "bc" and "bd"
+        ((3, 6), (1, 3), [(3, 6), (4, 7)]),  # after "ab": "c" and "d"
+        ((1, 4), (2, 1), [(1, 4)]),  # the teacher's "ab" after "a"; it has no "abc"
+        ((7, 0), (1, 2), [(7, 0)]),  # an id whose bytes another one stands for
+        ((3, 0), (1, 2), [(3, 0)]),  # bytes that do not fit
+        ((6, 0), (1, 2), [(6, 0)]),  # no bytes
+        ((2, 4), (1, 1), [(2, 4)]),
+        ((3, 1), (2, 2), [(3, 1)]),
+    ],
+)
+def test_completions_of_a_text(ids, sizes, expected):
+    own, theirs = Completions(*WORDS).of_span(*ids, sizes)
+    assert list(zip(own.tolist(), theirs.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("before", [0.0, -1e-9, -1e-5, -3.0, -80.0, -2000.0])
+def test_a_prefix_of_any_likelihood_has_finite_values_and_gradients(before):
+    """From certain to impossible; the events still sum to 1."""
+    compare, _ = common_support("forward_kl", 1.0)
+    draw = torch.Generator().manual_seed(0)
+    others = torch.tensor([before], dtype=torch.float32, requires_grad=True)
+    student = Side(
+        logits_BV=torch.randn(1, 9, generator=draw).requires_grad_(),
+        ids_B=torch.tensor([2]),
+        others_B=others,
+        sizes_B=torch.tensor([2]),
+    )
+    teacher = Side(
+        logits_BV=torch.randn(1, 11, generator=draw),
+        ids_B=torch.tensor([2]),
+        others_B=torch.zeros(1),
+        sizes_B=torch.tensor([1]),
+    )
+    ids, _, there = compare._ids(student, teacher)
+    said = compare._events(student, ids, there)
+    assert said.exp().sum().item() == pytest.approx(1, abs=2e-6)
+    found = compare(student=student, teacher=teacher, paired_B=torch.tensor([False]))
+    found.sum().backward()
+    assert found.isfinite().all() and others.grad.isfinite().all() and student.logits_BV.grad.isfinite().all()

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from dskd_plugin.methods.base import METHODS
+
 pytestmark = pytest.mark.e2e
 
 # name -> (block, terms that it logs); all across two tokenizers
@@ -19,7 +21,6 @@ TWO = {
     "support": ({"method": "overlap_kd", "shared": "ids", "support": 16}, {"ce", "kd"}),
     "uld": ({"method": "uld"}, {"ce", "kd"}),
     "mined": ({"method": "mined"}, {"ce", "kd"}),
-    "span_kd": ({"method": "span_kd", "divergence": {"kind": "reverse_kl"}}, {"ce", "kd"}),
     "cma": ({"alignment": "cma"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
     "span_weight": ({"span_weight": 1.0}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl"}),
     "balanced": ({"kd_weight": "balanced"}, {"ce", "t2s_kd", "t2s_ce", "s2t_kd"}),
@@ -40,12 +41,17 @@ TWO = {
         },
         {"ce", "kd"},
     ),
-    "on-policy span_kd": ({"method": "span_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}}, {"ce", "kd"}),
     "on-policy overlap_kd": (
         {"method": "overlap_kd", "on_policy": {"fraction": 1, "max_new_tokens": 12}},
         {"ce", "kd"},
     ),
 }
+ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
+ALWAYS_ON_POLICY = {"on_policy": {"fraction": 1, "max_new_tokens": 12}}
+for (name, _), method in METHODS.items():
+    if method.in_spans:
+        TWO[name] = {"method": name}, {"ce", "kd"}
+        TWO[f"on-policy {name}"] = {"method": name, "kd_weight": "balanced", **ALWAYS_ON_POLICY}, {"ce", "kd"}
 ONE = {
     "kd": ({"method": "kd"}, {"ce", "kd"}),
     "overlap_kd": ({"method": "overlap_kd"}, {"ce", "kd"}),
@@ -120,7 +126,6 @@ def test_sft_is_plain_axolotl(run_axolotl, recipe):
     assert run.curve("loss", "grad_norm") == expected
 
 
-ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
 ROLLOUT = ("dskd/rollout_answers", "dskd/rollout_tokens", "dskd/rollout_empty", "dskd/rollout_cut")
 
 

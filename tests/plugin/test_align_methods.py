@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
+from dskd_plugin.methods.base import METHODS
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.text.align import Aligner, align, warp
@@ -285,14 +286,14 @@ SETTINGS = {
     "overlap_kd-ids": ({"method": "overlap_kd", "shared": "ids"}, "exact"),
     "uld": ({"method": "uld"}, "position"),
     "mined": ({"method": "mined"}, "warped"),
-    "span_kd": ({"method": "span_kd"}, "exact"),
     "dskd": ({}, "starts"),
     "dskd-eta": ({"alignment": "eta"}, "starts"),
     "dskd-ids": ({"shared": "ids"}, "exact"),
     "dskd-projected": ({"target": "projected"}, "exact"),
     "dskd-cma": ({"alignment": "cma"}, "all"),
 }
-IN_SPANS = {"span_kd"}
+IN_SPANS = {name for (name, _), method in METHODS.items() if method.in_spans}
+SETTINGS |= {name: ({"method": name}, "exact") for name in sorted(IN_SPANS)}
 
 
 def turns(entry, answers):

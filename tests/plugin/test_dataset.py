@@ -5,6 +5,8 @@ import json
 import pytest
 import yaml
 
+from dskd_plugin.methods.base import METHODS as REGISTERED
+
 
 @pytest.fixture
 def prepare(recipe, tmp_path):
@@ -528,11 +530,11 @@ METHODS = {
     "overlap_kd": {"method": "overlap_kd", "span_weight": 0.5},
     "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
-    "span_kd": {"method": "span_kd"},
     "dskd": {"span_weight": 1},
     "cma": {"alignment": "cma", "span_weight": 1},
 }
-IN_SPANS = {"span_kd"}
+IN_SPANS = {name for (name, _), method in REGISTERED.items() if method.in_spans}
+METHODS |= {name: {"method": name} for name in sorted(IN_SPANS)}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -19,6 +19,7 @@ PAIRS_BY = {
     "uld": "position",
     "mined": "warped",
     "span_kd": "exact",
+    "csd": "exact",
     "dskd": "starts",
     "cma": "all",
 }

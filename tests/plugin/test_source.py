@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from dskd_plugin.core import segments
 from dskd_plugin.core.baselines import overlap
+from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import forward_kl, log_probs
 from dskd_plugin.core.events import EventCompare, exact_target
 from dskd_plugin.core.extended import ExtendedCompare
@@ -164,8 +165,14 @@ def extended(student, teacher):
     return ExtendedCompare(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
 
 
+def common_support(student, teacher):
+    sizes = student.table.vocab_size, teacher.table.vocab_size
+    events = shared_id_events(shared_vocabulary(student.table, teacher.table), sizes)
+    return CommonSupport(forward_kl, 1.0, events, Completions(student.table.bytes, teacher.table.bytes))
+
+
 # Methods that compare segments: what builds the comparison.
-BY_SEGMENTS = {"span_kd": extended}
+BY_SEGMENTS = {"span_kd": extended, "csd": common_support}
 
 
 def segments_of(student, teacher, clear):
@@ -225,6 +232,7 @@ LIMITS = {
     "overlap_kd, events": (1e-6, 1e-4),
     "dskd exact, events": (1e-6, 1e-4),
     "span_kd": None,
+    "csd": None,
 }
 
 

@@ -171,13 +171,13 @@ MODES = {
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
-    "span_kd": {"method": "span_kd"},
     "span_kd unpaired": {"method": "span_kd", "unpaired": "ce", "divergence": {"kind": "reverse_kl"}},
     "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
     "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
     "cma random": {"alignment": "cma", "projector": {"init": "random"}, "span_weight": 0.5},
 }
+MODES |= {name: {"method": name} for (name, _), method in METHODS.items() if method.in_spans}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -301,6 +301,12 @@ BY_SEGMENTS = {
     "span_kd": (
         {"divergence": {"kind": "reverse_kl"}},
         lambda oracle, setup, *of: oracle.extended(*of, 1.7, "reverse_kl", shared_pairs(setup)),
+    ),
+    "csd": (
+        {"divergence": {"kind": "js"}},
+        lambda oracle, setup, *of: oracle.common_support(
+            *of, 1.7, "js", shared_pairs(setup), (setup.pair.student.bytes, setup.pair.teacher.bytes)
+        ),
     ),
 }
 
