@@ -140,6 +140,16 @@ class ProjectorSettings(_Block):
     )
 
 
+class LikelihoodSettings(_Block):
+    bias_threshold: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="`alm`: leave out a pair or span after which the teacher gives white space and special tokens "
+        "together less than this probability: to it the text there is the start of something longer; 0: none",
+    )
+
+
 class OnPolicySettings(_Block):
     fraction: float = Field(
         gt=0,
@@ -224,6 +234,7 @@ class Settings(_Block):
         description="weight, inside the KD part, of the likelihood of spans in which no token has a partner of its own",
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
+    alm: LikelihoodSettings = Field(default_factory=LikelihoodSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -350,6 +361,7 @@ _KINDS = {
 _BLOCKS: dict[str, type[BaseModel]] = {
     "teacher": TeacherSettings,
     "projector": ProjectorSettings,
+    "alm": LikelihoodSettings,
     "on_policy": OnPolicySettings,
 }
 

@@ -19,6 +19,7 @@ ABOVE = {
     "events": {"divergences"},
     "support": {"divergences"},
     "extended": {"divergences", "segments"},
+    "likelihood": {"divergences", "segments"},
     "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
     "blockwise": LEAVES | {"objective"},

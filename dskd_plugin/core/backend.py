@@ -31,8 +31,10 @@ class Backend(Protocol):
         """Log-probability of one id at each row, [N]."""
         ...
 
-    def segment_values(self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare) -> Tensor:
-        """What a method that compares segments reads of one token at each row, [N]."""
+    def segment_values(
+        self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, of_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a method that compares segments reads of one token at each row, and the mass of some ids, [N] each."""
         ...
 
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
@@ -72,8 +74,10 @@ class TorchBlocks:
     def token_log_probs(self, hidden_ND: Tensor, head: Head, ids_N: Tensor) -> Tensor:
         return blockwise.token_log_probs(hidden_ND, head, ids_N, block_elements=self.block_elements)
 
-    def segment_values(self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare) -> Tensor:
-        return blockwise.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements)
+    def segment_values(
+        self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, of_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return blockwise.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements, of_V=of_V)
 
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
         return blockwise.dskd_loss(rows, block_elements=self.block_elements, **options)

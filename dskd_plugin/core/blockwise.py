@@ -77,21 +77,33 @@ def token_log_probs(hidden_ND: Tensor, head: Head, ids_N: Tensor, *, block_eleme
 
 @torch.no_grad()
 def segment_values(
-    hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, *, block_elements: int
-) -> Tensor:
+    hidden_ND: Tensor,
+    head: Head,
+    ids_N: Tensor,
+    compare: SegmentCompare,
+    *,
+    block_elements: int,
+    of_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """What a method reads of one token at each row, see segments.token_values: over the real ids of the head.
 
-    Logits need no product with the whole head. Returns [N], fp32 or wider, without gradient.
+    Logits need no product with the whole head. of_V: bool, ids whose joint probability is wanted as well, where
+    log-probabilities are read; at temperature 1. Returns [N] and that probability, [N] or [0], fp32 or wider, without
+    gradient.
     """
     head = _for_compute(head).real()
     found_N = torch.empty(len(hidden_ND), dtype=_wide(head.weight_VD), device=hidden_ND.device)
+    mass_N = torch.empty_like(found_N if of_V is not None else found_N[:0])
     with _no_autocast(hidden_ND.device):
         if compare.reads == "logits":
-            return logits_at(hidden_ND, head, ids_N[:, None], elements=block_elements)[:, 0] / compare.temperature
+            found_N = logits_at(hidden_ND, head, ids_N[:, None], elements=block_elements)[:, 0] / compare.temperature
+            return found_N, mass_N
         for block in _blocks(len(hidden_ND), _block_rows(block_elements, head)):
             logits_BV = head_logits(hidden_ND[block], head)
             found_N[block] = token_values(logits_BV, ids_N[block], reads=compare.reads, temperature=compare.temperature)
-    return found_N
+            if of_V is not None:
+                mass_N[block] = torch.softmax(logits_BV, dim=1)[:, of_V].sum(1)
+    return found_N, mass_N
 
 
 def dskd_loss(
@@ -260,7 +272,7 @@ def segment_loss(
     assert rows.segments is not None
     segments, opens = rows.segments, rows.pairs
     walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
-    values_P = segment_values(
+    values_P, _ = segment_values(
         walk.rows.student_RD[segments.others_P],
         walk.student_head,
         rows.labels_R[segments.others_P],

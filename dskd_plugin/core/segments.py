@@ -48,6 +48,8 @@ class SegmentCompare:
     opens: which token of a segment is the open one. reads: what is read of each other token, see `token_values`.
     whole_teacher: whether the teacher's distribution at the open token is compared; else its likelihood alone, and
     `Side.others_B` of the teacher has all tokens in it.
+    ends_U, least_end: bool over the teacher's ids. A segment counts only where the teacher gives these ids together at
+    least this probability right after it; also where it is not known what it says there. None: every segment counts.
     temperature: of the token values; > 0.
     """
 
@@ -55,6 +57,8 @@ class SegmentCompare:
     reads: ClassVar[Reading] = "log_probs"
     whole_teacher: ClassVar[bool] = True
     temperature: float
+    ends_U: Tensor | None = None
+    least_end: float = 0.0
 
     def __call__(self, *, student: Side, teacher: Side, paired_B: Tensor) -> Tensor:
         """The distance of each segment, [B]. paired_B: bool, one token of each side with one meaning.
@@ -136,6 +140,17 @@ def cut(rows_P: Tensor, of_P: Tensor, segments: int, opens: Literal["first", "la
 def added_up(values_P: Tensor, of_P: Tensor, segments: int) -> Tensor:
     """Sum of each segment, 0 without a value; in fp64, because many small numbers add up. Returns [G]."""
     return values_P.new_zeros(segments, dtype=torch.float64).index_add(0, of_P, values_P.double())
+
+
+def followed_by(positions_Q: Tensor, of_Q: Tensor, segments: int) -> Tensor:
+    """The number of the token that stands right after each segment, -1 where it is none of those given. Returns [G].
+
+    positions_Q: where each token of the segments stands in one text, all different; of_Q: its segment, rising.
+    """
+    last_G = positions_Q[torch.bincount(of_Q, minlength=segments).cumsum(0) - 1]
+    number_at = positions_Q.new_full((int(positions_Q.max()) + 2 if len(positions_Q) else 1,), -1)
+    number_at[positions_Q] = torch.arange(len(positions_Q), device=positions_Q.device)
+    return number_at[last_G + 1]
 
 
 def put_first(rows_G: Tensor, rows: int) -> tuple[Tensor, Tensor]:

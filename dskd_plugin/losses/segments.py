@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dskd_plugin.batch import SpanRows, StepBatch
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective, Rows, Sums
-from dskd_plugin.core.segments import SegmentCompare, Segments, added_up, cut, put_first
+from dskd_plugin.core.segments import SegmentCompare, Segments, added_up, cut, followed_by, put_first
 from dskd_plugin.losses.base import DistillationLoss
 
 
@@ -43,16 +43,24 @@ class BySegments(DistillationLoss):
         read_Q, of_read_Q = theirs.others_P, theirs.of_P
         if not compare.whole_teacher:
             read_Q, of_read_Q = torch.arange(len(of_Q), device=of_Q.device), of_Q
-        values_Q = self.backend.segment_values(states_QE[read_Q], self.teacher_head, ids_Q[read_Q], compare)
+        values_Q, ends_Q = self.backend.segment_values(
+            states_QE[read_Q], self.teacher_head, ids_Q[read_Q], compare, compare.ends_U
+        )
+        kept_G = None
+        if compare.ends_U is not None:
+            next_G = followed_by(torch.cat([text.rows_M, spans.teacher_rows_Q]), of_Q, number)
+            # Nothing is known of what follows a segment whose next token is in none.
+            kept_G = (next_G < 0) | (ends_Q[next_G.clamp(min=0)] >= compare.least_end)
         order_R, place_R = put_first(own.open_G, len(batch.rows_R))
         others_P = place_R[own.others_P]
         taken_R = torch.zeros_like(batch.rows_R, dtype=torch.bool)
-        taken_R[others_P] = True
+        taken_R[others_P] = True if kept_G is None else kept_G[own.of_P]
         return Rows(
             student_RD=torch.empty(len(order_R), 0),
             labels_R=batch.targets_R[order_R],
             ce_R=None if batch.ce_R is None else batch.ce_R[order_R],
             teacher_NE=states_QE[theirs.open_G],
+            kd_N=kept_G,
             taken_R=taken_R,
             segments=Segments(
                 order_R=order_R,

@@ -24,15 +24,17 @@ class Method:
     """A distillation method; subclasses are registered by `register`.
 
     name: the value of ``dskd.method``. alignment: the value of ``dskd.alignment`` that chooses this one among methods
-    of the same name; None for all others. ignores: settings that mean nothing to it. compares: what its KD terms
-    compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
-    needs_teacher: whether the teacher's states are compared. needs_embedding: whether its input embeddings are read
-    too. needs_one_tokenizer: whether it works with one alone. in_spans: whether it compares spans beside pairs.
+    of the same name; None for all others. ignores: settings that mean nothing to it. own: those that mean something
+    to it alone. compares: what its KD terms compare, see `core.objective.Objective`. pairs_by: which tokens of two
+    answers belong together, see `align`. needs_teacher: whether the teacher's states are compared. needs_embedding:
+    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone. in_spans: whether
+    it compares spans beside pairs.
     """
 
     name: ClassVar[str]
     alignment: ClassVar[str | None] = None
     ignores: ClassVar[tuple[str, ...]] = ()
+    own: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[Literal["nothing", "distributions", "spaces"]] = "distributions"
     pairs_by: ClassVar[Pairing] = "exact"
     needs_teacher: ClassVar[bool] = True
@@ -60,7 +62,8 @@ class Method:
 
     def ignored(self, settings: Settings) -> list[str]:
         """Settings in the recipe that mean nothing to the method."""
-        return [key for key in self.ignores if key in settings.model_fields_set]
+        of_others = {key for other in METHODS.values() for key in other.own if key not in self.own}
+        return [key for key in (*self.ignores, *sorted(of_others)) if key in settings.model_fields_set]
 
     def chosen_by(self) -> str:
         """The setting that chooses it."""
@@ -87,7 +90,7 @@ class Method:
 class SegmentMethod(Method):
     """A method that compares segments, pairs of tokens and spans alike: its formula is a `SegmentCompare`."""
 
-    ignores = ("span_weight", "shared", "support", *PROJECTING)
+    ignores: ClassVar[tuple[str, ...]] = ("span_weight", "shared", "support", *PROJECTING)
     in_spans = True
 
     def build(self, parts: Parts) -> DistillationLoss:

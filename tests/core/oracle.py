@@ -491,6 +491,15 @@ def completions(texts, golds):
     return alike if observed in alike else [observed]
 
 
+def likelihood(student, teacher, tau):
+    """How far the likelihoods of the segment's own tokens are apart."""
+    own, theirs = (
+        math.fsum(-cross_entropy(z, y) for z, y in zip(all_logits, golds, strict=True))
+        for all_logits, golds in (student, teacher)
+    )
+    return binary_kl(own, theirs, tau)
+
+
 def common_support(student, teacher, paired, tau, kind, pairs, texts):
     """Probabilities of what both can say with the tokens so far held fixed, and 1 minus their sum."""
     events = pairs if paired else completions(texts, (student[1], teacher[1]))

@@ -15,8 +15,9 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.events import events_of_pairs
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.heads import Head
+from dskd_plugin.core.likelihood import LikelihoodCompare
 from dskd_plugin.core.objective import Objective, Rows, counts
-from dskd_plugin.core.segments import SegmentCompare, Segments, Side, added_up, cut, put_first
+from dskd_plugin.core.segments import SegmentCompare, Segments, Side, added_up, cut, followed_by, put_first
 
 WHOLE = 10**9
 TAU = 1.7
@@ -79,8 +80,12 @@ def common_support(kind, tau, words=SMALL):
     return CommonSupport(divergence(kind), tau, events, Completions(words.student, words.teacher)), plain
 
 
+def likelihood(kind, tau, words=SMALL):
+    return LikelihoodCompare(3.0), lambda oracle, student, teacher, paired: oracle.likelihood(student, teacher, 3.0)
+
+
 # name -> (kind of divergence, temperature, vocabularies) -> (the comparison, the same in plain loops)
-METHODS = {"span_kd": extended, "csd": common_support}
+METHODS = {"span_kd": extended, "csd": common_support, "alm": likelihood}
 
 
 def rows_of(case, segments, compare, *, ce=True, rows=None):
@@ -98,7 +103,7 @@ def rows_of(case, segments, compare, *, ce=True, rows=None):
     if compare.whole_teacher:
         read = [(t, g) for t, g in read if t != segments[g][1][at]]
     states = [t for t, _ in read]
-    values = segment_values(case.teacher[states], case.teacher_head(), golds[states], compare, block_elements=WHOLE)
+    values, _ = segment_values(case.teacher[states], case.teacher_head(), golds[states], compare, block_elements=WHOLE)
     teacher_others = [0.0] * len(segments)
     for (_, g), value in zip(read, values.tolist(), strict=True):
         teacher_others[g] += value
@@ -346,7 +351,7 @@ class Large:
         own, teacher_head = cut(tokens, of_P, number, compare.opens), Head(self.teacher_weight, 420)
         order, place = put_first(own.open_G, ROWS)
         read = own.others_P if compare.whole_teacher else tokens
-        values = segment_values(
+        values, _ = segment_values(
             self.states[read], teacher_head, self.teacher_ids[read], compare, block_elements=BLOCK * 420
         )
         batch = Rows(
@@ -393,6 +398,7 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest, name):
 PRODUCTS = {
     "span_kd": (ROWS, PAIRED + SPANS),
     "csd": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
+    "alm": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
 }
 
 
@@ -439,6 +445,29 @@ def test_some_rows_are_put_first():
     assert [x.tolist() for x in put_first(torch.tensor([], dtype=torch.long), 3)] == [[0, 1, 2]] * 2
 
 
+def test_what_stands_right_after_a_segment():
+    positions = torch.tensor([3, 9, 4, 5, 6])  # two pairs, then a span of the three tokens from 4
+    assert followed_by(positions, torch.tensor([0, 1, 2, 2, 2]), 3).tolist() == [2, -1, -1]
+    assert followed_by(positions[[0, 2]], torch.tensor([0, 1]), 2).tolist() == [1, -1]
+    none = torch.zeros(0, dtype=torch.long)
+    assert followed_by(none, none, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_segments_that_are_left_out_count_nothing(make, name):
+    case = make(seed=11)
+    compare, _ = METHODS[name]("forward_kl", TAU)
+    kept = torch.tensor([True, False, True, False, False, True])
+    rows = dataclasses.replace(rows_of(case, CASES["all"], compare), kd_N=kept)
+    some = [segment for segment, there in zip(CASES["all"], kept.tolist(), strict=True) if there]
+    loss, sums = run(case, CASES["all"], compare, rows=rows)
+    expected, _ = run(case, some, compare)
+    assert sums["kd"][1] == 3
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for got, wanted in zip(gradients(case, loss), gradients(case, expected), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_values_are_added_up_in_wide_precision():
     values = torch.tensor([-1e8, -1.0, 1e8, -2.0])
     found = added_up(values, torch.tensor([1, 1, 1, 3]), 4)
@@ -452,14 +481,19 @@ def test_values_of_tokens_equal_the_floats(oracle, make, reads, block_elements):
     compare = SegmentCompare()
     compare.reads, compare.temperature = reads, TAU
     golds = torch.tensor(case.gold)
-    found = segment_values(case.student, case.student_head(), golds, compare, block_elements=block_elements)
-    floats, expected = case.floats(), []
+    head, of_V = case.student_head(), torch.arange(case.ids) % 2 == 0
+    found, none = segment_values(case.student, head, golds, compare, block_elements=block_elements)
+    floats, expected, masses = case.floats(), [], []
     for hidden, gold in zip(floats["student"], case.gold, strict=True):
         z = oracle.logits(hidden, floats["head"])[: case.ids]
+        masses.append(math.fsum(oracle.softmax(z)[::2]))
         expected.append(z[gold] / TAU if reads == "logits" else math.log(oracle.softmax(z, TAU)[gold]))
-    assert found.tolist() == pytest.approx(expected, rel=1e-12) and not found.requires_grad
+    assert found.tolist() == pytest.approx(expected, rel=1e-12) and not found.requires_grad and not len(none)
+    if reads == "log_probs":
+        again, mass = segment_values(case.student, head, golds, compare, block_elements=block_elements, of_V=of_V)
+        assert again.equal(found) and mass.tolist() == pytest.approx(masses, rel=1e-12)
     none = torch.zeros(0, dtype=torch.long)
-    assert segment_values(case.student[:0], case.student_head(), none, compare, block_elements=9).shape == (0,)
+    assert segment_values(case.student[:0], head, none, compare, block_elements=9)[0].shape == (0,)
 
 
 # --- span_kd ------------------------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ BAD = [
     ({**TEACHER, "method": "span_kd", "span_weight": 1}, ["span_weight", "method: span_kd ignores"]),
     ({**TEACHER, "method": "span_kd", "shared": "ids"}, ["shared", "method: span_kd ignores"]),
     ({**TEACHER, "method": "span_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
+    ({**TEACHER, "method": "csd", "alm": {"bias_threshold": 0}}, ["alm", "method: csd ignores"]),
+    ({**TEACHER, "alm": {"bias_threshold": 0}}, ["alm", "method: dskd ignores"]),
+    ({**TEACHER, "method": "alm", "alm": {"bias_threshold": 1}}, ["dskd.alm.bias_threshold: expected less than 1"]),
+    ({**TEACHER, "method": "alm", "alm": {"threshold": 0}}, ["dskd.alm.threshold", "Did you mean 'bias_threshold'?"]),
+    ({**TEACHER, "method": "alm", "temperature": 2}, ["temperature", "method: alm ignores"]),
     ({**TEACHER, "method": "mined", "alignment": "eta"}, ["alignment", "method: mined ignores"]),
     ({**TEACHER, "method": "overlap_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
     ({**TEACHER, "alignment": "cma", "unmapped_argmax": "drop"}, ["unmapped_argmax", "alignment: cma ignores"]),
@@ -147,6 +152,7 @@ def test_defaults():
             "top_vocab": None,
             "warmup_steps": 0,
         },
+        "alm": {"bias_threshold": 0.1},
         "on_policy": None,
     }
 

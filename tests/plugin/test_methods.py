@@ -20,6 +20,7 @@ PAIRS_BY = {
     "mined": "warped",
     "span_kd": "exact",
     "csd": "exact",
+    "alm": "exact",
     "dskd": "starts",
     "cma": "all",
 }

@@ -296,16 +296,31 @@ def shared_pairs(setup):
     return list(zip(setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist(), strict=True))
 
 
-# name -> (settings, the distance of a segment in plain loops)
+def ends_there(setup, logits):
+    """Whether the teacher finds it likely that something new begins: white space or a special token."""
+    table, chances = setup.pair.teacher, softmax(logits)
+    texts = enumerate(table.bytes[: len(chances)])
+    begins = [k in table.special or (text is not None and text[:1].isspace()) for k, text in texts]
+    return sum(chance for chance, there in zip(chances, begins, strict=True) if there) >= 0.4
+
+
+# name -> (settings, the distance of a segment in plain loops; None for one that is left out). A distance takes the
+# student's side, the teacher's side, whether they pair, and the teacher's logits right after, None where not read.
 BY_SEGMENTS = {
     "span_kd": (
-        {"divergence": {"kind": "reverse_kl"}},
-        lambda oracle, setup, *of: oracle.extended(*of, 1.7, "reverse_kl", shared_pairs(setup)),
+        {"temperature": 1.7, "divergence": {"kind": "reverse_kl"}},
+        lambda oracle, setup, *of, after: oracle.extended(*of, 1.7, "reverse_kl", shared_pairs(setup)),
     ),
     "csd": (
-        {"divergence": {"kind": "js"}},
-        lambda oracle, setup, *of: oracle.common_support(
+        {"temperature": 1.7, "divergence": {"kind": "js"}},
+        lambda oracle, setup, *of, after: oracle.common_support(
             *of, 1.7, "js", shared_pairs(setup), (setup.pair.student.bytes, setup.pair.teacher.bytes)
+        ),
+    ),
+    "alm": (
+        {"alm": {"bias_threshold": 0.4}, "unpaired": "ce"},
+        lambda oracle, setup, student, teacher, paired, *, after: (
+            oracle.likelihood(student, teacher, 100.0) if after is None or ends_there(setup, after) else None
         ),
     ),
 }
@@ -316,12 +331,12 @@ BY_SEGMENTS = {
 def test_segments_are_those_of_the_text(oracle, tiny, rows, name, sides):
     """Float loops over the models' own logits at the pairs and spans of each sample; one of the two cuts finer."""
     changes, distance = BY_SEGMENTS[name]
-    setup = Setup(*(tiny[side] for side in sides), method=name, temperature=1.7, kd_ratio=0.3, **changes)
+    setup = Setup(*(tiny[side] for side in sides), method=name, kd_ratio=0.3, **changes)
     samples = setup.samples(rows[:2])
     loss, sums, _ = setup.run([padded(setup, samples)])
     student, teacher = setup.student.double(), setup.teacher.model.double()
     real = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
-    found, sizes = [], set()
+    found, sizes, left_out, unpaired = [], set(), 0, 0
     for sample in samples:
         ids = sample["input_ids"], sample["teacher_input_ids"]
         with torch.no_grad():
@@ -337,17 +352,30 @@ def test_segments_are_those_of_the_text(oracle, tiny, rows, name, sides):
         segments = [((s, s + 1), (t, t + 1), True) for s, t in pairs]
         spans = [sample["spans"][k : k + 4] for k in range(0, len(sample["spans"]), 4)]
         segments += [((a, b), (c, d), False) for a, b, c, d in spans]
+        read = {t for _, theirs, _ in segments for t in range(*theirs)}
+        unpaired += sum(label != -100 for label in sample["labels"][1:])
         for own, theirs, paired in segments:
             said = [
                 ([logits[side][p - 1] for p in range(*of)], [ids[side][p] for p in range(*of)])
                 for side, of in enumerate((own, theirs))
             ]
             sizes.add((min(2, len(said[0][1])), min(2, len(said[1][1]))))
-            found.append(distance(oracle, setup, *said, paired))
+            after = logits[1][theirs[1] - 1] if theirs[1] in read else None
+            value = distance(oracle, setup, *said, paired, after=after)
+            if value is None:
+                left_out += 1
+            else:
+                found.append(value)
+                unpaired -= own[1] - own[0]
+    assert (left_out > 0) == (name == "alm")
     assert sizes == {(1, 1), (2, 1) if sides[0] == "student" else (1, 2)}
     assert sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
     ce, number = sums["ce"]
-    assert loss == pytest.approx(0.7 * ce / number + 0.3 * sum(found) / len(found), rel=1e-4)
+    kept, _ = sums.get("ce_unpaired", (0.0, 0))
+    assert loss == pytest.approx(0.7 * ce / number + 0.3 * (sum(found) / len(found) + kept / number), rel=1e-4)
+    if "unpaired" in changes:
+        # A random model gives every token about the same.
+        assert kept == pytest.approx(unpaired * ce / number, rel=0.05) and 0 < unpaired < number
 
 
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
