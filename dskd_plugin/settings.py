@@ -150,6 +150,21 @@ class LikelihoodSettings(_Block):
     )
 
 
+class GoldSettings(_Block):
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="`gold`: weight of the teacher in the mixture of its Jensen-Shannon divergence"
+    )
+    matched_weight: float | None = Field(
+        None,
+        ge=0,
+        description="`gold`: weight of the tokens that both vocabularies have; null, with the next: their share of the "
+        "teacher's ids",
+    )
+    unmatched_weight: float | None = Field(
+        None, ge=0, description="`gold`: weight of all others, compared by rank; null: 1 minus that share"
+    )
+
+
 class OnPolicySettings(_Block):
     fraction: float = Field(
         gt=0,
@@ -235,6 +250,7 @@ class Settings(_Block):
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     alm: LikelihoodSettings = Field(default_factory=LikelihoodSettings)
+    gold: GoldSettings = Field(default_factory=GoldSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -362,6 +378,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "teacher": TeacherSettings,
     "projector": ProjectorSettings,
     "alm": LikelihoodSettings,
+    "gold": GoldSettings,
     "on_policy": OnPolicySettings,
 }
 

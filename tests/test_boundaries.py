@@ -20,6 +20,7 @@ ABOVE = {
     "support": {"divergences"},
     "extended": {"divergences", "segments"},
     "likelihood": {"divergences", "segments"},
+    "hybrid": {"divergences", "segments"},
     "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
     "blockwise": LEAVES | {"objective"},

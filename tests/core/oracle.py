@@ -491,6 +491,22 @@ def completions(texts, golds):
     return alike if observed in alike else [observed]
 
 
+def hybrid(student, teacher, tau, beta, weights, pairs):
+    """Probabilities of whole segments: JS on the matched ids, L1 of the sorted others."""
+    both = []
+    for all_logits, golds in (student, teacher):
+        behind = math.prod(softmax(z, tau)[y] for z, y in zip(all_logits[1:], golds[1:], strict=True))
+        both.append([behind * p for p in softmax(all_logits[0], tau)])
+    own, theirs = both
+    matched = DISTANCES["js"]([theirs[j] for _, j in pairs], [own[i] for i, _ in pairs], beta)
+    own_rest = sorted(p for i, p in enumerate(own) if i not in {i for i, _ in pairs})
+    their_rest = sorted(p for j, p in enumerate(theirs) if j not in {j for _, j in pairs})
+    ranks = 0.0
+    while own_rest or their_rest:
+        ranks += abs((own_rest.pop() if own_rest else 0.0) - (their_rest.pop() if their_rest else 0.0))
+    return weights[0] * matched + weights[1] * ranks
+
+
 def likelihood(student, teacher, tau):
     """How far the likelihoods of the segment's own tokens are apart."""
     own, theirs = (

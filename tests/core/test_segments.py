@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.counting import VocabularyWork
-from dskd_plugin.core.baselines import overlap
+from dskd_plugin.core.baselines import overlap, uld
 from dskd_plugin.core.blockwise import baseline_loss, segment_loss, segment_values
 from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.events import events_of_pairs
 from dskd_plugin.core.extended import ExtendedCompare
-from dskd_plugin.core.heads import Head
+from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
 from dskd_plugin.core.objective import Objective, Rows, counts
 from dskd_plugin.core.segments import SegmentCompare, Segments, Side, added_up, cut, followed_by, put_first
@@ -84,8 +85,16 @@ def likelihood(kind, tau, words=SMALL):
     return LikelihoodCompare(3.0), lambda oracle, student, teacher, paired: oracle.likelihood(student, teacher, 3.0)
 
 
+def hybrid(kind, tau, words=SMALL):
+    def plain(oracle, student, teacher, paired):
+        return oracle.hybrid(student, teacher, tau, 0.3, (0.7, 1.3), words.pairs)
+
+    sizes = {"student_ids": len(words.student), "teacher_ids": len(words.teacher)}
+    return HybridCompare(0.3, tau, (0.7, 1.3), *words.ids, **sizes), plain
+
+
 # name -> (kind of divergence, temperature, vocabularies) -> (the comparison, the same in plain loops)
-METHODS = {"span_kd": extended, "csd": common_support, "alm": likelihood}
+METHODS = {"span_kd": extended, "csd": common_support, "alm": likelihood, "gold": hybrid}
 
 
 def rows_of(case, segments, compare, *, ce=True, rows=None):
@@ -399,6 +408,7 @@ PRODUCTS = {
     "span_kd": (ROWS, PAIRED + SPANS),
     "csd": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
     "alm": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
+    "gold": (ROWS + SPAN_TOKENS - SPANS, PAIRED + SPAN_TOKENS),
 }
 
 
@@ -522,53 +532,47 @@ def test_no_shared_ids_are_refused(ids):
         ExtendedCompare(divergence("js"), 1.0, *ids)
 
 
-# --- csd ----------------------------------------------------------------------------------------------------
-
-WORDS = (
-    [b"a", b"b", b"ab", b"abc", b"abd", b"b c", None, b"ab", b"d"],
-    [b"b", b"bc", b"a", b"bd", b"ab", None, b"c", b"d"],
-)
+# --- gold ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("ids", "sizes", "expected"),
-    [
-        ((2, 0), (1, 2), [(2, 0), (3, 1), (4, 3)]),  # "ab", "abc" and "abd" after "a": "b", "bc" and "bd"
-        ((3, 6), (1, 3), [(3, 6), (4, 7)]),  # after "ab": "c" and "d"
-        ((1, 4), (2, 1), [(1, 4)]),  # the teacher's "ab" after "a"; it has no "abc"
-        ((7, 0), (1, 2), [(7, 0)]),  # an id whose bytes another one stands for
-        ((3, 0), (1, 2), [(3, 0)]),  # bytes that do not fit
-        ((6, 0), (1, 2), [(6, 0)]),  # no bytes
-        ((2, 4), (1, 1), [(2, 4)]),
-        ((3, 1), (2, 2), [(3, 1)]),
-    ],
-)
-def test_completions_of_a_text(ids, sizes, expected):
-    own, theirs = Completions(*WORDS).of_span(*ids, sizes)
-    assert list(zip(own.tolist(), theirs.tolist(), strict=True)) == expected
+def hybrid_of(case, weights, ids=IDS, beta=0.5):
+    return HybridCompare(beta, TAU, weights, *ids, student_ids=case.ids, teacher_ids=case.teacher_ids)
 
 
-@pytest.mark.parametrize("before", [0.0, -1e-9, -1e-5, -3.0, -80.0, -2000.0])
-def test_a_prefix_of_any_likelihood_has_finite_values_and_gradients(before):
-    """From certain to impossible; the events still sum to 1."""
-    compare, _ = common_support("forward_kl", 1.0)
+def test_both_weights_and_the_share_move_the_loss(make):
+    case = make(seed=12)
+    first, second, both = (
+        run(case, CASES["all"], hybrid_of(case, weights))[1]["kd"][0].item() for weights in ((1, 0), (0, 1), (2, 3))
+    )
+    assert 2 * first + 3 * second == pytest.approx(both, rel=1e-12) and first > 0 < second
+    other = run(case, CASES["all"], hybrid_of(case, (1, 0), beta=0.1))[1]["kd"][0].item()
+    assert other != pytest.approx(first, rel=0.01)
+
+
+def test_without_a_matched_id_all_are_compared_by_rank(make):
+    case = make(seed=13)
+    none = IDS[0][:0], IDS[1][:0]
+    _, sums = run(case, CASES["pairs"], hybrid_of(case, (1, 1), ids=none))
+    rows = rows_of(case, CASES["pairs"], hybrid_of(case, (1, 1)))
+    teacher = head_logits(rows.teacher_NE, case.teacher_head().real())
+    expected = uld(TAU)(
+        student_NV=head_logits(rows.student_RD[:2], case.student_head())[:, : case.ids], teacher_NV=teacher
+    )
+    torch.testing.assert_close(sums["kd"][0], expected.sum().detach(), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="matched ids: expected as many"):
+        hybrid_of(case, (1, 1), ids=(IDS[0], IDS[1][:2]))
+
+
+def test_equal_sides_are_left_alone():
+    """Nothing is renormalised, and still neither part moves a student that agrees."""
     draw = torch.Generator().manual_seed(0)
-    others = torch.tensor([before], dtype=torch.float32, requires_grad=True)
-    student = Side(
-        logits_BV=torch.randn(1, 9, generator=draw).requires_grad_(),
-        ids_B=torch.tensor([2]),
-        others_B=others,
-        sizes_B=torch.tensor([2]),
-    )
-    teacher = Side(
-        logits_BV=torch.randn(1, 11, generator=draw),
-        ids_B=torch.tensor([2]),
-        others_B=torch.zeros(1),
-        sizes_B=torch.tensor([1]),
-    )
-    ids, _, there = compare._ids(student, teacher)
-    said = compare._events(student, ids, there)
-    assert said.exp().sum().item() == pytest.approx(1, abs=2e-6)
-    found = compare(student=student, teacher=teacher, paired_B=torch.tensor([False]))
+    logits = torch.randn(4, 9, generator=draw, dtype=torch.float64)
+    shared, others = torch.tensor([0, 1, 2, 5, 7]), torch.tensor([0.0, -1.0, -0.3, 0.0]).double()
+    sizes, ids = torch.tensor([1, 2, 3, 1]), torch.zeros(4, dtype=torch.long)
+    own = Side(logits_BV=logits.clone().requires_grad_(), ids_B=ids, others_B=others.requires_grad_(), sizes_B=sizes)
+    theirs = Side(logits_BV=logits, ids_B=ids, others_B=others.detach(), sizes_B=sizes)
+    compare = HybridCompare(0.3, 1.0, (1.0, 1.0), shared, shared, student_ids=9, teacher_ids=9)
+    found = compare(student=own, teacher=theirs, paired_B=sizes == 1)
+    assert found.abs().max() < 1e-15
     found.sum().backward()
-    assert found.isfinite().all() and others.grad.isfinite().all() and student.logits_BV.grad.isfinite().all()
+    assert own.logits_BV.grad.abs().max() < 1e-15 and others.grad.abs().max() < 1e-15

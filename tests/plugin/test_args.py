@@ -71,6 +71,16 @@ BAD = [
     ({**TEACHER, "method": "alm", "alm": {"bias_threshold": 1}}, ["dskd.alm.bias_threshold: expected less than 1"]),
     ({**TEACHER, "method": "alm", "alm": {"threshold": 0}}, ["dskd.alm.threshold", "Did you mean 'bias_threshold'?"]),
     ({**TEACHER, "method": "alm", "temperature": 2}, ["temperature", "method: alm ignores"]),
+    ({**TEACHER, "method": "gold", "divergence": {"kind": "js"}}, ["divergence", "method: gold ignores"]),
+    ({**TEACHER, "method": "gold", "gold": {"beta": 1}}, ["dskd.gold.beta: expected less than 1, got 1"]),
+    (
+        {**TEACHER, "method": "gold", "gold": {"matched_weight": 1}},
+        ["dskd.gold: expected matched_weight and unmatched_weight together", "got 1.0 and None", "Set both"],
+    ),
+    (
+        {**TEACHER, "method": "gold", "gold": {"matched_weight": 0, "unmatched_weight": 0}},
+        ["dskd.gold: expected", "got 0.0 and 0.0"],
+    ),
     ({**TEACHER, "method": "mined", "alignment": "eta"}, ["alignment", "method: mined ignores"]),
     ({**TEACHER, "method": "overlap_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
     ({**TEACHER, "alignment": "cma", "unmapped_argmax": "drop"}, ["unmapped_argmax", "alignment: cma ignores"]),
@@ -153,6 +163,7 @@ def test_defaults():
             "warmup_steps": 0,
         },
         "alm": {"bias_threshold": 0.1},
+        "gold": {"beta": 0.5, "matched_weight": None, "unmatched_weight": None},
         "on_policy": None,
     }
 

@@ -21,6 +21,7 @@ PAIRS_BY = {
     "span_kd": "exact",
     "csd": "exact",
     "alm": "exact",
+    "gold": "exact",
     "dskd": "starts",
     "cma": "all",
 }

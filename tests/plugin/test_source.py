@@ -26,6 +26,7 @@ from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import forward_kl, log_probs
 from dskd_plugin.core.events import EventCompare, exact_target
 from dskd_plugin.core.extended import ExtendedCompare
+from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
 from dskd_plugin.methods.alm import SOFTENING
 from dskd_plugin.text.align import align
@@ -173,10 +174,18 @@ def common_support(student, teacher):
     return CommonSupport(forward_kl, 1.0, events, Completions(student.table.bytes, teacher.table.bytes))
 
 
+def hybrid(student, teacher):
+    shared = shared_vocabulary(student.table, teacher.table)
+    sizes = {"student_ids": student.table.vocab_size, "teacher_ids": teacher.table.vocab_size}
+    share = len(shared.teacher_ids_O) / teacher.table.vocab_size
+    return HybridCompare(0.5, 1.0, (share, 1 - share), shared.student_ids_O, shared.teacher_ids_O, **sizes)
+
+
 # Methods that compare segments: what builds the comparison.
 BY_SEGMENTS = {
     "span_kd": extended,
     "csd": common_support,
+    "gold": hybrid,
     "alm": lambda student, teacher: LikelihoodCompare(SOFTENING),
 }
 
@@ -240,11 +249,12 @@ LIMITS = {
     "span_kd": None,
     "csd": None,
     "alm": None,
+    "gold": None,
 }
 
 
 # A likelihood softened by tau = 100 is hardly moved by anything.
-SMALLER = {"alm": 1e-4}
+SMALLER = {"alm": 1e-4, "gold": 0.01}
 
 
 @pytest.mark.parametrize("method", LIMITS)

@@ -296,6 +296,11 @@ def shared_pairs(setup):
     return list(zip(setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist(), strict=True))
 
 
+def adaptive(setup):
+    share = len(shared_pairs(setup)) / setup.teacher.head.vocab_size
+    return share, 1 - share
+
+
 def ends_there(setup, logits):
     """Whether the teacher finds it likely that something new begins: white space or a special token."""
     table, chances = setup.pair.teacher, softmax(logits)
@@ -316,6 +321,10 @@ BY_SEGMENTS = {
         lambda oracle, setup, *of, after: oracle.common_support(
             *of, 1.7, "js", shared_pairs(setup), (setup.pair.student.bytes, setup.pair.teacher.bytes)
         ),
+    ),
+    "gold": (
+        {"temperature": 1.7, "gold": {"beta": 0.3}},
+        lambda oracle, setup, *of, after: oracle.hybrid(*of[:2], 1.7, 0.3, adaptive(setup), shared_pairs(setup)),
     ),
     "alm": (
         {"alm": {"bias_threshold": 0.4}, "unpaired": "ce"},
