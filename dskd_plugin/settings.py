@@ -165,6 +165,19 @@ class GoldSettings(_Block):
     )
 
 
+class XTokenSettings(_Block):
+    loss: Literal["projected", "hybrid"] = Field(
+        "projected",
+        description="`xtoken`: compare in the teacher's vocabulary, to which a matrix takes the student's distribution "
+        "(P-KL); or as `gold`, each token matched with the largest entry of the matrix (H-KL)",
+    )
+    top_k: int = Field(
+        8192,
+        ge=1,
+        description="`xtoken.loss: projected`: compare the teacher's k likeliest tokens at a row, renormalised",
+    )
+
+
 class OnPolicySettings(_Block):
     fraction: float = Field(
         gt=0,
@@ -251,6 +264,7 @@ class Settings(_Block):
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     alm: LikelihoodSettings = Field(default_factory=LikelihoodSettings)
     gold: GoldSettings = Field(default_factory=GoldSettings)
+    xtoken: XTokenSettings = Field(default_factory=XTokenSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -264,9 +278,9 @@ class Settings(_Block):
         return method_of(self).exact(self)
 
     @property
-    def in_spans(self) -> bool:
+    def with_spans(self) -> bool:
         """Whether spans of text are compared, beside pairs or as a term of their own."""
-        return self.span_weight > 0 or method_of(self).in_spans
+        return self.span_weight > 0 or method_of(self).with_spans(self)
 
     @property
     def by_events(self) -> bool:
@@ -379,6 +393,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "projector": ProjectorSettings,
     "alm": LikelihoodSettings,
     "gold": GoldSettings,
+    "xtoken": XTokenSettings,
     "on_policy": OnPolicySettings,
 }
 

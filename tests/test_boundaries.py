@@ -21,6 +21,7 @@ ABOVE = {
     "extended": {"divergences", "segments"},
     "likelihood": {"divergences", "segments"},
     "hybrid": {"divergences", "segments"},
+    "projection": {"divergences", "events"},
     "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
     "blockwise": LEAVES | {"objective"},

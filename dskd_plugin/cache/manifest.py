@@ -113,7 +113,7 @@ def made_for(sides: Sides) -> dict[str, Any]:
         "student_tokenizer": sides.pair.student.digest,
         "pairing": run.method.pairing(run.settings),
         "identity": sides.pair.identity,
-        "spans": run.settings.in_spans,
+        "spans": run.settings.with_spans,
     }
 
 

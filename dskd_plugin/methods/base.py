@@ -27,8 +27,7 @@ class Method:
     of the same name; None for all others. ignores: settings that mean nothing to it. own: those that mean something
     to it alone. compares: what its KD terms compare, see `core.objective.Objective`. pairs_by: which tokens of two
     answers belong together, see `align`. needs_teacher: whether the teacher's states are compared. needs_embedding:
-    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone. in_spans: whether
-    it compares spans beside pairs.
+    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone.
     """
 
     name: ClassVar[str]
@@ -40,7 +39,6 @@ class Method:
     needs_teacher: ClassVar[bool] = True
     needs_embedding: ClassVar[bool] = False
     needs_one_tokenizer: ClassVar[bool] = False
-    in_spans: ClassVar[bool] = False
 
     def pairing(self, settings: Settings) -> Pairing:
         """Which tokens of two answers belong together, see `align`."""
@@ -58,6 +56,10 @@ class Method:
 
     def by_events(self, settings: Settings) -> bool:
         """Whether events of several tokens are compared."""
+        return False
+
+    def with_spans(self, settings: Settings) -> bool:
+        """Whether it compares spans of text beside pairs of tokens."""
         return False
 
     def ignored(self, settings: Settings) -> list[str]:
@@ -91,7 +93,9 @@ class SegmentMethod(Method):
     """A method that compares segments, pairs of tokens and spans alike: its formula is a `SegmentCompare`."""
 
     ignores: ClassVar[tuple[str, ...]] = ("span_weight", "shared", "support", *PROJECTING)
-    in_spans = True
+
+    def with_spans(self, settings: Settings) -> bool:
+        return True
 
     def build(self, parts: Parts) -> DistillationLoss:
         from dskd_plugin.losses.segments import BySegments

@@ -526,3 +526,12 @@ def common_support(student, teacher, paired, tau, kind, pairs, texts):
         said = [before * last[event[side]] for event in events]
         both.append([*said, 1 - math.fsum(said)])
     return DISTANCES[kind](both[1], both[0])
+
+
+def projected(z_s, z_t, tau, kind, entries, size):
+    """The student's probabilities moved by (student id, teacher id, weight) entries, on the teacher's likeliest ids."""
+    q, p = softmax(z_s, tau), softmax(z_t, tau)
+    reached = sorted({j for _, j, _ in entries}, key=lambda j: -z_t[j])[:size]
+    moved = [math.fsum(w * q[i] for i, u, w in entries if u == j) for j in reached]
+    kept = [p[j] for j in reached]
+    return DISTANCES[kind]([a / math.fsum(kept) for a in kept], [b / math.fsum(moved) for b in moved])

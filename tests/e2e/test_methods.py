@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dskd_plugin.methods.base import METHODS
+from dskd_plugin.methods.base import METHODS, SegmentMethod
 
 pytestmark = pytest.mark.e2e
 
@@ -49,9 +49,12 @@ TWO = {
 ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
 ALWAYS_ON_POLICY = {"on_policy": {"fraction": 1, "max_new_tokens": 12}}
 for (name, _), method in METHODS.items():
-    if method.in_spans:
+    if isinstance(method, SegmentMethod):
         TWO[name] = {"method": name}, {"ce", "kd"}
         TWO[f"on-policy {name}"] = {"method": name, "kd_weight": "balanced", **ALWAYS_ON_POLICY}, {"ce", "kd"}
+for loss in ("projected", "hybrid"):
+    TWO[f"xtoken {loss}"] = {"method": "xtoken", "xtoken": {"loss": loss}}, {"ce", "kd"}
+    TWO[f"on-policy xtoken {loss}"] = {**TWO[f"xtoken {loss}"][0], **ALWAYS_ON_POLICY}, {"ce", "kd"}
 ONE = {
     "kd": ({"method": "kd"}, {"ce", "kd"}),
     "overlap_kd": ({"method": "overlap_kd"}, {"ce", "kd"}),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
-from dskd_plugin.methods.base import METHODS
+from dskd_plugin.methods.base import METHODS, SegmentMethod
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.text.align import Aligner, align, warp
@@ -292,8 +292,11 @@ SETTINGS = {
     "dskd-projected": ({"target": "projected"}, "exact"),
     "dskd-cma": ({"alignment": "cma"}, "all"),
 }
-IN_SPANS = {name for (name, _), method in METHODS.items() if method.in_spans}
+SETTINGS["xtoken"] = ({"method": "xtoken"}, "starts")
+IN_SPANS = {name for (name, _), method in METHODS.items() if isinstance(method, SegmentMethod)}
 SETTINGS |= {name: ({"method": name}, "exact") for name in sorted(IN_SPANS)}
+SETTINGS["xtoken-hybrid"] = ({"method": "xtoken", "xtoken": {"loss": "hybrid"}}, "exact")
+IN_SPANS.add("xtoken-hybrid")
 
 
 def turns(entry, answers):
@@ -321,7 +324,7 @@ def same_starts(one, other, ids, other_ids, text):
 
 @pytest.mark.parametrize(
     ("name", "span_weight"),
-    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name in ("sft", *IN_SPANS) and ratio)],
+    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name in ("sft", "xtoken", *IN_SPANS) and ratio)],
 )
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_columns_of_every_method(zoo, student, teacher, name, span_weight):

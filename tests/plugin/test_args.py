@@ -81,6 +81,19 @@ BAD = [
         {**TEACHER, "method": "gold", "gold": {"matched_weight": 0, "unmatched_weight": 0}},
         ["dskd.gold: expected", "got 0.0 and 0.0"],
     ),
+    (
+        {**TEACHER, "method": "xtoken", "divergence": {"kind": "js"}, "xtoken": {"loss": "hybrid", "top_k": 9}},
+        ["divergence, xtoken.top_k which xtoken.loss: hybrid ignores"],
+    ),
+    (
+        {**TEACHER, "method": "xtoken", "xtoken": {"loss": "p_kl"}},
+        ["dskd.xtoken.loss: expected 'projected' or 'hybrid'"],
+    ),
+    (
+        {**TEACHER, "method": "xtoken", "xtoken": {"top_k": 0}},
+        ["dskd.xtoken.top_k: expected greater than or equal to 1"],
+    ),
+    ({**TEACHER, "method": "xtoken", "span_weight": 1}, ["span_weight", "method: xtoken ignores"]),
     ({**TEACHER, "method": "mined", "alignment": "eta"}, ["alignment", "method: mined ignores"]),
     ({**TEACHER, "method": "overlap_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
     ({**TEACHER, "alignment": "cma", "unmapped_argmax": "drop"}, ["unmapped_argmax", "alignment: cma ignores"]),
@@ -163,6 +176,7 @@ def test_defaults():
             "warmup_steps": 0,
         },
         "alm": {"bias_threshold": 0.1},
+        "xtoken": {"loss": "projected", "top_k": 8192},
         "gold": {"beta": 0.5, "matched_weight": None, "unmatched_weight": None},
         "on_policy": None,
     }

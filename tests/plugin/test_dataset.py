@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from dskd_plugin.methods.base import METHODS as REGISTERED
+from dskd_plugin.methods.base import SegmentMethod
 
 
 @pytest.fixture
@@ -530,10 +531,11 @@ METHODS = {
     "overlap_kd": {"method": "overlap_kd", "span_weight": 0.5},
     "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
+    "xtoken": {"method": "xtoken"},
     "dskd": {"span_weight": 1},
     "cma": {"alignment": "cma", "span_weight": 1},
 }
-IN_SPANS = {name for (name, _), method in REGISTERED.items() if method.in_spans}
+IN_SPANS = {name for (name, _), method in REGISTERED.items() if isinstance(method, SegmentMethod)}
 METHODS |= {name: {"method": name} for name in sorted(IN_SPANS)}
 
 

@@ -28,9 +28,12 @@ from dskd_plugin.core.events import EventCompare, exact_target
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
+from dskd_plugin.core.projection import ProjectedCompare
 from dskd_plugin.methods.alm import SOFTENING
+from dskd_plugin.methods.xtoken import LEAST_MATCH
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
+from dskd_plugin.text.projections import vocabulary_projection
 from dskd_plugin.text.tokens import overlap as shared_vocabulary
 from dskd_plugin.text.vocabularies import token_table
 
@@ -149,6 +152,9 @@ def distance(student, teacher, method, clear):
     if method == "overlap_kd, ids":
         compare = overlap(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
         loss_N = compare(student_NV=mine, teacher_NV=yours)
+    elif method == "xtoken":
+        matrix = vocabulary_projection(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
+        loss_N = ProjectedCompare(forward_kl, 1.0, matrix, 8192)(student_NV=mine, teacher_NV=yours)
     elif method == "overlap_kd, events":
         loss_N = EventCompare(forward_kl, 1.0, by_events)(student_NV=mine, teacher_NV=yours)
     else:
@@ -181,11 +187,20 @@ def hybrid(student, teacher):
     return HybridCompare(0.5, 1.0, (share, 1 - share), shared.student_ids_O, shared.teacher_ids_O, **sizes)
 
 
+def loosely_matched(student, teacher):
+    sizes = student.table.vocab_size, teacher.table.vocab_size
+    shared = shared_vocabulary(student.table, teacher.table)
+    matrix = vocabulary_projection(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
+    pairs = matrix.best_pairs(LEAST_MATCH)
+    return HybridCompare(0.5, 1.0, (1.0, 1.0), *pairs, student_ids=sizes[0], teacher_ids=sizes[1])
+
+
 # Methods that compare segments: what builds the comparison.
 BY_SEGMENTS = {
     "span_kd": extended,
     "csd": common_support,
     "gold": hybrid,
+    "xtoken hybrid": loosely_matched,
     "alm": lambda student, teacher: LikelihoodCompare(SOFTENING),
 }
 
@@ -250,6 +265,8 @@ LIMITS = {
     "csd": None,
     "alm": None,
     "gold": None,
+    "xtoken": None,
+    "xtoken hybrid": None,
 }
 
 

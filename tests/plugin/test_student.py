@@ -11,12 +11,13 @@ from dskd_plugin.batch import KEY, ask
 from dskd_plugin.core.backend import TorchBlocks
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
-from dskd_plugin.methods.base import METHODS, Method, register
+from dskd_plugin.methods.base import METHODS, Method, SegmentMethod, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.text.projections import vocabulary_projection
 from dskd_plugin.text.turn_ends import end_of_turn
 from dskd_plugin.text.vocabularies import token_table
 
@@ -65,6 +66,7 @@ class Setup:
             self.pair,
             teacher and self.overlap,
             self.events,
+            tokenizers=tokenizers,
             seed=0,
             backend=backend or TorchBlocks(3000),
         )
@@ -172,12 +174,15 @@ MODES = {
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
     "span_kd unpaired": {"method": "span_kd", "unpaired": "ce", "divergence": {"kind": "reverse_kl"}},
+    "xtoken": {"method": "xtoken"},
+    "xtoken few": {"method": "xtoken", "xtoken": {"top_k": 20}, "divergence": {"kind": "js"}},
+    "xtoken hybrid": {"method": "xtoken", "xtoken": {"loss": "hybrid"}},
     "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
     "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
     "cma random": {"alignment": "cma", "projector": {"init": "random"}, "span_weight": 0.5},
 }
-MODES |= {name: {"method": name} for (name, _), method in METHODS.items() if method.in_spans}
+MODES |= {name: {"method": name} for (name, _), method in METHODS.items() if isinstance(method, SegmentMethod)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -296,6 +301,18 @@ def shared_pairs(setup):
     return list(zip(setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist(), strict=True))
 
 
+def matrix_of(setup):
+    ids = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
+    sides = setup.pair.student, (setup.teacher_tokenizer, setup.pair.teacher)
+    return vocabulary_projection(*sides, setup.overlap, ids)
+
+
+def loosely_matched(setup):
+    pairs = list(zip(*(ids.tolist() for ids in matrix_of(setup).best_pairs(0.6)), strict=True))
+    assert len(pairs) >= len(setup.overlap.student_ids_O)
+    return pairs
+
+
 def adaptive(setup):
     share = len(shared_pairs(setup)) / setup.teacher.head.vocab_size
     return share, 1 - share
@@ -325,6 +342,10 @@ BY_SEGMENTS = {
     "gold": (
         {"temperature": 1.7, "gold": {"beta": 0.3}},
         lambda oracle, setup, *of, after: oracle.hybrid(*of[:2], 1.7, 0.3, adaptive(setup), shared_pairs(setup)),
+    ),
+    "xtoken": (
+        {"temperature": 1.7, "xtoken": {"loss": "hybrid"}},
+        lambda oracle, setup, *of, after: oracle.hybrid(*of[:2], 1.7, 0.5, (1, 1), loosely_matched(setup)),
     ),
     "alm": (
         {"alm": {"bias_threshold": 0.4}, "unpaired": "ce"},
@@ -385,6 +406,22 @@ def test_segments_are_those_of_the_text(oracle, tiny, rows, name, sides):
     if "unpaired" in changes:
         # A random model gives every token about the same.
         assert kept == pytest.approx(unpaired * ce / number, rel=0.05) and 0 < unpaired < number
+
+
+def test_a_projected_student_is_compared_where_both_begin_a_token(oracle, tiny, rows):
+    setup = Setup(tiny["student"], tiny["teacher"], method="xtoken", temperature=1.7, xtoken={"top_k": 30})
+    (sample,) = setup.samples(rows[:1])
+    _, sums, _ = setup.run([padded(setup, [sample])])
+    matrix, found = matrix_of(setup), []
+    entries = list(zip(*(x.tolist() for x in (matrix.student_E, matrix.teacher_E, matrix.weights_E)), strict=True))
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    ids = torch.tensor([sample["input_ids"]]), torch.tensor([sample["teacher_input_ids"]])
+    with torch.no_grad():
+        own, theirs = student(ids[0]).logits[0], teacher(ids[1]).logits[0, :, : setup.teacher.head.vocab_size]
+    for s, t in zip(sample["aligned_student"], sample["aligned_teacher"], strict=True):
+        z_s, z_t = own[s - 1].tolist(), theirs[t - 1].tolist()
+        found.append(oracle.projected(z_s, z_t, 1.7, "forward_kl", entries, 30))
+    assert len(found) > 10 and sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
 
 
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
