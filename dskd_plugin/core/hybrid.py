@@ -60,13 +60,18 @@ class HybridCompare(SegmentCompare):
             teacher_share=self._teacher_share,
         )
         own_BW, their_BW = (
-            log_BV.index_select(1, ids_W).sort(dim=1, descending=True).values.exp()
-            for log_BV, ids_W in zip((own_BV, their_BV), self._others, strict=True)
+            log_BV.index_select(1, ids_W).exp() for log_BV, ids_W in zip((own_BV, their_BV), self._others, strict=True)
         )
-        both = min(own_BW.shape[1], their_BW.shape[1])
-        of_ranks_B = (own_BW[:, :both] - their_BW[:, :both]).abs().sum(1)
-        of_ranks_B = of_ranks_B + own_BW[:, both:].sum(1) + their_BW[:, both:].sum(1)
-        return matched * of_matched_B + others * of_ranks_B
+        return matched * of_matched_B + others * _apart_by_rank(own_BW, their_BW)
+
+
+def _apart_by_rank(own_BW: Tensor, their_BW: Tensor) -> Tensor:
+    """L1 distance of two rows of numbers, each sorted from the largest, the shorter padded with 0. Returns [B]."""
+    both = min(own_BW.shape[1], their_BW.shape[1])
+    own_BK, their_BK = (x_BW.topk(both, dim=1).values for x_BW in (own_BW, their_BW))
+    # What the longer side has beyond the other meets zeros, so that its sum is enough and it need not be sorted.
+    beyond_B = own_BW.sum(1) - own_BK.sum(1) + their_BW.sum(1) - their_BK.sum(1)
+    return (own_BK - their_BK).abs().sum(1) + beyond_B
 
 
 def _beyond(ids_O: Tensor, number: int) -> Tensor:
