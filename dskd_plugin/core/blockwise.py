@@ -27,6 +27,7 @@ from dskd_plugin.core.objective import (
     projected_student,
     projected_teacher,
     row_masks,
+    span_sums,
     span_term,
     student_space_sums,
     teacher_rows,
@@ -34,7 +35,7 @@ from dskd_plugin.core.objective import (
     term_weights,
 )
 from dskd_plugin.core.reduce import keep_rows
-from dskd_plugin.core.segments import Others, SegmentCompare, added_up, token_values
+from dskd_plugin.core.segments import Others, SegmentCompare, token_values
 from dskd_plugin.core.support import SupportCompare
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
@@ -279,7 +280,7 @@ def segment_loss(
         compare,
         block_elements=block_elements,
     )
-    others_G = added_up(values_P, segments.of_P, opens)
+    others_G = span_sums(values_P, segments.of_P, opens)
     # One more than there are segments: for rows that are no other token.
     pull_G = torch.zeros(opens + 1, dtype=walk.dtype, device=values_P.device)
     segment_R = torch.full_like(rows.labels_R, opens)

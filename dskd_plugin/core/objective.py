@@ -670,7 +670,7 @@ def teacher_space_sums(
 
 
 def span_sums(log_probs_P: Tensor, of_P: Tensor, spans: int) -> Tensor:
-    """Log-likelihood of each span: the sum over its tokens, in fp64 because many small numbers add up.
+    """Log-likelihood of each span or segment: the sum over its tokens, in fp64 because many small numbers add up.
 
     log_probs_P: nats per token. of_P: number of the span of each, 0 to spans - 1. Returns [spans] fp64.
     """

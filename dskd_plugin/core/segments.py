@@ -137,11 +137,6 @@ def cut(rows_P: Tensor, of_P: Tensor, segments: int, opens: Literal["first", "la
     return Cut(open_G=rows_P[open_G], others_P=rows_P[is_other_P], of_P=of_P[is_other_P], sizes_G=sizes_G)
 
 
-def added_up(values_P: Tensor, of_P: Tensor, segments: int) -> Tensor:
-    """Sum of each segment, 0 without a value; in fp64, because many small numbers add up. Returns [G]."""
-    return values_P.new_zeros(segments, dtype=torch.float64).index_add(0, of_P, values_P.double())
-
-
 def followed_by(positions_Q: Tensor, of_Q: Tensor, segments: int) -> Tensor:
     """The number of the token that stands right after each segment, -1 where it is none of those given. Returns [G].
 

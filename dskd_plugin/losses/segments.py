@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import SpanRows, StepBatch
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows, Sums
-from dskd_plugin.core.segments import SegmentCompare, Segments, added_up, cut, followed_by, put_first
+from dskd_plugin.core.objective import Objective, Rows, Sums, span_sums
+from dskd_plugin.core.segments import SegmentCompare, Segments, cut, followed_by, put_first
 from dskd_plugin.losses.base import DistillationLoss
 
 
@@ -69,7 +69,7 @@ class BySegments(DistillationLoss):
                 of_P=own.of_P,
                 sizes_G=own.sizes_G,
                 teacher_ids_G=ids_Q[theirs.open_G],
-                teacher_others_G=added_up(values_Q, of_read_Q, number),
+                teacher_others_G=span_sums(values_Q, of_read_Q, number),
                 teacher_sizes_G=theirs.sizes_G,
             ),
         )

@@ -17,8 +17,8 @@ from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
-from dskd_plugin.core.objective import Objective, Rows, counts
-from dskd_plugin.core.segments import SegmentCompare, Segments, Side, added_up, cut, followed_by, put_first
+from dskd_plugin.core.objective import Objective, Rows, counts, span_sums
+from dskd_plugin.core.segments import SegmentCompare, Segments, Side, cut, followed_by, put_first
 
 WHOLE = 10**9
 TAU = 1.7
@@ -374,7 +374,7 @@ class Large:
                 of_P=own.of_P,
                 sizes_G=own.sizes_G,
                 teacher_ids_G=self.teacher_ids[own.open_G],
-                teacher_others_G=added_up(values, of_P[read], number),
+                teacher_others_G=span_sums(values, of_P[read], number),
                 teacher_sizes_G=own.sizes_G,
             ),
         )
@@ -470,12 +470,6 @@ def test_segments_that_are_left_out_count_nothing(make, name):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for got, wanted in zip(gradients(case, loss), gradients(case, expected), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
-
-
-def test_values_are_added_up_in_wide_precision():
-    values = torch.tensor([-1e8, -1.0, 1e8, -2.0])
-    found = added_up(values, torch.tensor([1, 1, 1, 3]), 4)
-    assert found.dtype == torch.float64 and found.tolist() == [0.0, -1.0, 0.0, -2.0]
 
 
 @pytest.mark.parametrize("block_elements", [1, 30, WHOLE])

@@ -28,6 +28,7 @@ from dskd_plugin.core.events import EventCompare, exact_target
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
+from dskd_plugin.core.objective import span_sums
 from dskd_plugin.core.projection import ProjectedCompare
 from dskd_plugin.methods.alm import SOFTENING
 from dskd_plugin.methods.xtoken import LEAST_MATCH
@@ -240,7 +241,7 @@ def distance_by_segments(student, teacher, method, clear):
             segments.Side(
                 logits_BV=logits_MV[parts.open_G],
                 ids_B=ids_M[parts.open_G],
-                others_B=segments.added_up(values, of_M[read_M], len(found)),
+                others_B=span_sums(values, of_M[read_M], len(found)),
                 sizes_B=parts.sizes_G,
             )
         )
