@@ -27,7 +27,8 @@ class Parts:
     """What the loss of a method is made of.
 
     teacher, overlap: None for a method that needs neither. events: for the settings that compare them
-    (`Settings.exact`, `Settings.by_events`). options: what every loss takes.
+    (`Settings.exact`, `Settings.by_events`). tokenizers: (student, teacher), for methods that cut texts.
+    options: what every loss takes.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class Parts:
     teacher: TeacherParts | None = None
     overlap: Overlap | None = None
     events: Events | None = None
+    tokenizers: tuple[Any, Any] | None = None
     projector_dtype: torch.dtype = torch.float32
     seed: int
     options: dict[str, object] = field(default_factory=dict)
@@ -54,6 +56,13 @@ class Parts:
     def teacher_head(self) -> Head:
         assert self.teacher is not None
         return self.teacher.head
+
+    @property
+    def shared_ids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of student and teacher that mean the same, where the loss is computed."""
+        assert self.overlap is not None
+        device = self.teacher_head.weight_VD.device
+        return self.overlap.student_ids_O.to(device), self.overlap.teacher_ids_O.to(device)
 
     @property
     def projectors(self) -> dict[str, Any]:
@@ -75,6 +84,7 @@ def distillation_loss(
     overlap: Overlap | None,
     events: Events | None = None,
     *,
+    tokenizers: tuple[Any, Any] | None = None,
     projector_dtype: torch.dtype = torch.float32,
     seed: int,
     backend: Backend | None = None,
@@ -100,6 +110,7 @@ def distillation_loss(
         teacher=teacher,
         overlap=overlap,
         events=events,
+        tokenizers=tokenizers,
         projector_dtype=projector_dtype,
         seed=seed,
         options={

@@ -70,7 +70,7 @@ def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
         pair.teacher,
         pairing=method_of(settings).pairing(settings),
         identity=pair.identity,
-        spans=settings.span_weight > 0,
+        spans=settings.with_spans,
         student_end=ends[0],
         teacher_end=ends[1],
     )

@@ -147,6 +147,44 @@ class BytePrefixSettings(_Block):
     )
 
 
+class LikelihoodSettings(_Block):
+    bias_threshold: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="`alm`: leave out a pair or span after which the teacher gives white space and special tokens "
+        "together less than this probability: to it the text there is the start of something longer; 0: none",
+    )
+
+
+class GoldSettings(_Block):
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="`gold`: weight of the teacher in the mixture of its Jensen-Shannon divergence"
+    )
+    matched_weight: float | None = Field(
+        None,
+        ge=0,
+        description="`gold`: weight of the tokens that both vocabularies have; null, with the next: their share of the "
+        "teacher's ids",
+    )
+    unmatched_weight: float | None = Field(
+        None, ge=0, description="`gold`: weight of all others, compared by rank; null: 1 minus that share"
+    )
+
+
+class XTokenSettings(_Block):
+    loss: Literal["projected", "hybrid"] = Field(
+        "projected",
+        description="`xtoken`: compare in the teacher's vocabulary, to which a matrix takes the student's distribution "
+        "(P-KL); or as `gold`, each token matched with the largest entry of the matrix (H-KL)",
+    )
+    top_k: int = Field(
+        8192,
+        ge=1,
+        description="`xtoken.loss: projected`: compare the teacher's k likeliest tokens at a row, renormalised",
+    )
+
+
 class OnPolicySettings(_Block):
     fraction: float = Field(
         gt=0,
@@ -233,6 +271,9 @@ class Settings(_Block):
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     bpm: BytePrefixSettings = Field(default_factory=BytePrefixSettings)
+    alm: LikelihoodSettings = Field(default_factory=LikelihoodSettings)
+    gold: GoldSettings = Field(default_factory=GoldSettings)
+    xtoken: XTokenSettings = Field(default_factory=XTokenSettings)
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -244,6 +285,11 @@ class Settings(_Block):
     def exact(self) -> bool:
         """Whether the student-space target is the teacher's own between events."""
         return method_of(self).exact(self)
+
+    @property
+    def with_spans(self) -> bool:
+        """Whether spans of text are compared, beside pairs or as a term of their own."""
+        return self.span_weight > 0 or method_of(self).with_spans(self)
 
     @property
     def by_events(self) -> bool:
@@ -345,6 +391,9 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "teacher": TeacherSettings,
     "projector": ProjectorSettings,
     "bpm": BytePrefixSettings,
+    "alm": LikelihoodSettings,
+    "gold": GoldSettings,
+    "xtoken": XTokenSettings,
     "on_policy": OnPolicySettings,
 }
 

@@ -12,13 +12,18 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dskd_plugin" / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
 LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events", "fitting"}
-LEAVES |= {"balance", "support", "prefixes"}
+LEAVES |= {"balance", "support", "prefixes", "segments"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors"},
     "events": {"divergences"},
     "support": {"divergences"},
     "prefixes": {"divergences", "events"},
+    "extended": {"divergences", "segments"},
+    "likelihood": {"divergences", "segments"},
+    "hybrid": {"divergences", "segments"},
+    "projection": {"divergences", "events"},
+    "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
     "blockwise": LEAVES | {"objective"},
     "baselines": LEAVES | {"objective"},

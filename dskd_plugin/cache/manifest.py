@@ -25,7 +25,7 @@ MADE_FOR = {
     "student_tokenizer": "the student's tokenizer",
     "pairing": "which tokens the method pairs",
     "identity": "whether the tokenizers count as one",
-    "spans": "whether dskd.span_weight is above 0",
+    "spans": "whether spans are compared (dskd.span_weight, or the method)",
 }
 
 
@@ -113,7 +113,7 @@ def made_for(sides: Sides) -> dict[str, object]:
         "student_tokenizer": sides.pair.student.digest,
         "pairing": run.method.pairing(run.settings),
         "identity": sides.pair.identity,
-        "spans": run.settings.span_weight > 0,
+        "spans": run.settings.with_spans,
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dskd_plugin.core import blockwise
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Rows, Sums
+from dskd_plugin.core.segments import SegmentCompare
 
 
 class Backend(Protocol):
@@ -30,6 +31,12 @@ class Backend(Protocol):
         """Log-probability of one id at each row, [N]."""
         ...
 
+    def segment_values(
+        self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, of_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a method that compares segments reads of one token at each row, and the mass of some ids, [N] each."""
+        ...
+
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
         """Spaces compared on paired rows, see `blockwise.dskd_loss`."""
         ...
@@ -40,6 +47,10 @@ class Backend(Protocol):
 
     def direct_loss(self, rows: Rows, *, compare: Compare | None, **options: Any) -> tuple[Tensor, Sums]:
         """Two distributions compared, or cross-entropy alone, see `blockwise.baseline_loss`."""
+        ...
+
+    def segment_loss(self, rows: Rows, *, compare: SegmentCompare, **options: Any) -> tuple[Tensor, Sums]:
+        """Segments compared, see `blockwise.segment_loss`."""
         ...
 
 
@@ -63,6 +74,11 @@ class TorchBlocks:
     def token_log_probs(self, hidden_ND: Tensor, head: Head, ids_N: Tensor) -> Tensor:
         return blockwise.token_log_probs(hidden_ND, head, ids_N, block_elements=self.block_elements)
 
+    def segment_values(
+        self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, of_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return blockwise.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements, of_V=of_V)
+
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
         return blockwise.dskd_loss(rows, block_elements=self.block_elements, **options)
 
@@ -71,3 +87,6 @@ class TorchBlocks:
 
     def direct_loss(self, rows: Rows, *, compare: Compare | None, **options: Any) -> tuple[Tensor, Sums]:
         return blockwise.baseline_loss(rows, compare=compare, block_elements=self.block_elements, **options)
+
+    def segment_loss(self, rows: Rows, *, compare: SegmentCompare, **options: Any) -> tuple[Tensor, Sums]:
+        return blockwise.segment_loss(rows, compare=compare, block_elements=self.block_elements, **options)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.events import Exact
-from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.objective import (
     RATES,
     TERMS,
@@ -27,6 +27,7 @@ from dskd_plugin.core.objective import (
     projected_student,
     projected_teacher,
     row_masks,
+    span_sums,
     span_term,
     student_space_sums,
     teacher_rows,
@@ -34,6 +35,7 @@ from dskd_plugin.core.objective import (
     term_weights,
 )
 from dskd_plugin.core.reduce import keep_rows
+from dskd_plugin.core.segments import Others, SegmentCompare, token_values
 from dskd_plugin.core.support import SupportCompare
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
@@ -66,14 +68,43 @@ def token_log_probs(hidden_ND: Tensor, head: Head, ids_N: Tensor, *, block_eleme
     Returns [N] nats, <= 0, fp32 or wider, without gradient.
     """
     head = _for_compute(head)
-    found_N = torch.empty(
-        len(hidden_ND), dtype=torch.promote_types(head.weight_VD.dtype, torch.float32), device=hidden_ND.device
-    )
+    found_N = torch.empty(len(hidden_ND), dtype=_wide(head.weight_VD), device=hidden_ND.device)
     with _no_autocast(hidden_ND.device):
         for block in _blocks(len(hidden_ND), _block_rows(block_elements, head)):
             logits_BV = head_logits(hidden_ND[block], head)
             found_N[block] = -torch.nn.functional.cross_entropy(logits_BV, ids_N[block], reduction="none")
     return found_N
+
+
+@torch.no_grad()
+def segment_values(
+    hidden_ND: Tensor,
+    head: Head,
+    ids_N: Tensor,
+    compare: SegmentCompare,
+    *,
+    block_elements: int,
+    of_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a method reads of one token at each row, see segments.token_values: over the real ids of the head.
+
+    Logits need no product with the whole head. of_V: bool, ids whose joint probability is wanted as well, where
+    log-probabilities are read; at temperature 1. Returns [N] and that probability, [N] or [0], fp32 or wider, without
+    gradient.
+    """
+    head = _for_compute(head).real()
+    found_N = torch.empty(len(hidden_ND), dtype=_wide(head.weight_VD), device=hidden_ND.device)
+    mass_N = torch.empty_like(found_N if of_V is not None else found_N[:0])
+    with _no_autocast(hidden_ND.device):
+        if compare.reads == "logits":
+            found_N = logits_at(hidden_ND, head, ids_N[:, None], elements=block_elements)[:, 0] / compare.temperature
+            return found_N, mass_N
+        for block in _blocks(len(hidden_ND), _block_rows(block_elements, head)):
+            logits_BV = head_logits(hidden_ND[block], head)
+            found_N[block] = token_values(logits_BV, ids_N[block], reads=compare.reads, temperature=compare.temperature)
+            if of_V is not None:
+                mass_N[block] = torch.softmax(logits_BV, dim=1)[:, of_V].sum(1)
+    return found_N, mass_N
 
 
 def dskd_loss(
@@ -235,6 +266,64 @@ def baseline_loss(
     return walk.loss()
 
 
+def segment_loss(
+    rows: Rows,
+    *,
+    student_head: Head,
+    teacher_head: Head,
+    compare: SegmentCompare,
+    objective: Objective,
+    divisors_T: Tensor,
+    block_elements: int,
+) -> tuple[Tensor, Sums]:
+    """Methods that compare segments, in blocks like dskd_loss and with its divisors and result.
+
+        loss = (1 - r) ce / div_ce + r kd / div_kd
+        kd   = compare(student, sg(teacher)) of each segment
+
+    rows: those of the open tokens first, see segments.Segments. A first pass without gradient reads the student's other
+    tokens; a second one compares, and finds the derivative by what was read; the rows of a third hand it on to their
+    logits. Gradients reach student_RD at all tokens of a segment and the student's head, nothing of the teacher.
+    """
+    assert rows.segments is not None
+    segments, opens = rows.segments, rows.pairs
+    walk = _Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
+    values_P, _ = segment_values(
+        walk.rows.student_RD[segments.others_P],
+        walk.student_head,
+        rows.labels_R[segments.others_P],
+        compare,
+        block_elements=block_elements,
+    )
+    others_G = span_sums(values_P, segments.of_P, opens)
+    # One more than there are segments: for rows that are no other token.
+    pull_G = torch.zeros(opens + 1, dtype=walk.dtype, device=values_P.device)
+    segment_R = torch.full_like(rows.labels_R, opens)
+    segment_R[segments.others_P] = segments.of_P
+
+    def teacher(block: slice) -> TeacherRows | None:
+        if not compare.whole_teacher:
+            return TeacherRows(walk.rows.student_RD.new_zeros(block.stop - block.start, 0))
+        return teacher_rows(walk.rows.block(block), walk.constant_teacher_head, objective)
+
+    def of_opens(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
+        others_B = others_G[block].to(walk.dtype).requires_grad_(torch.is_grad_enabled())
+        bound = segments.bound(compare, block, rows.labels_R[block], others_B)
+        sums = walk.student_space(block, teacher, compare=bound, **of_student)
+        if "kd" in sums and "kd" in walk.moving and others_B.requires_grad:
+            (found_B,) = torch.autograd.grad(sums["kd"][0], others_B, retain_graph=True, allow_unused=True)
+            pull_G[block] = 0 if found_B is None else found_B
+        return sums
+
+    def of_others(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
+        others = Others(pull_G[segment_R[block]], compare)
+        return walk.student_space(block, teacher, others=others, **of_student)
+
+    walk.sweep(opens, of_opens, teacher=teacher, sliced=("student_RD",), whole=("weight_VD", "bias_V"))
+    walk.sweep(len(rows), of_others, start=opens, sliced=("student_RD",), whole=("weight_VD", "bias_V"))
+    return walk.loss()
+
+
 Stage = Callable[..., Sums]
 """stage(block, teacher, **tensors): sums of a block, as functions of the tensors that the sweep hands over."""
 
@@ -281,7 +370,7 @@ class _Walk:
         self.rows = replace(rows, student_RD=rows.student_RD.detach())
         self.student_head = _for_compute(student_head.detach())
         self.teacher_head = None if teacher_head is None else _for_compute(teacher_head.detach())
-        self.dtype = torch.promote_types(self.student_head.weight_VD.dtype, torch.float32)
+        self.dtype = _wide(self.student_head.weight_VD)
         heads = [head for head in (self.student_head, self.teacher_head) if head is not None]
         self.block_rows = min(_block_rows(block_elements, *heads), max(1, longest))
         shares = objective.shares(s2t_is_learned=s2t_is_learned)
@@ -349,9 +438,10 @@ class _Walk:
         teacher: Callable[[slice], TeacherRows | None] | None = None,
         sliced: tuple[str, ...],
         whole: tuple[str, ...] = (),
+        start: int = 0,
     ) -> None:
-        """Add a pass over rows 0 to rows - 1, see `_Sweep`."""
-        self.sweeps.append(_Sweep(list(_blocks(rows, self.block_rows)), stages, teacher, sliced, whole))
+        """Add a pass over rows start to rows - 1, see `_Sweep`."""
+        self.sweeps.append(_Sweep(list(_blocks(rows, self.block_rows, start)), stages, teacher, sliced, whole))
 
     def loss(self, **more: Tensor | None) -> tuple[Tensor, Sums]:
         """The loss and its sums; more: the inputs by name beside the student's rows and head."""
@@ -456,9 +546,13 @@ def _block_rows(block_elements: int, *heads: Head) -> int:
     return max(1, block_elements // max(head.weight_VD.shape[0] for head in heads))
 
 
-def _blocks(rows: int, block_rows: int) -> Iterator[slice]:
-    for start in range(0, rows, block_rows):
+def _blocks(rows: int, block_rows: int, first: int = 0) -> Iterator[slice]:
+    for start in range(first, rows, block_rows):
         yield slice(start, min(start + block_rows, rows))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _for_compute(head: Head) -> Head:

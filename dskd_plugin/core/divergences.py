@@ -163,7 +163,7 @@ def binary_kl(*, student_C: Tensor, teacher_C: Tensor, temperature: float) -> Te
     """
     p_C, q_C = (x.clamp(-1e30, -1e-6) / temperature for x in (teacher_C, student_C))
     said_C = p_C.exp()
-    return said_C * (p_C - q_C) - torch.expm1(p_C) * (_log1mexp(p_C) - _log1mexp(q_C))
+    return said_C * (p_C - q_C) - torch.expm1(p_C) * (log1mexp(p_C) - log1mexp(q_C))
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -254,7 +254,7 @@ def _log_mixture(ratio_NV: Tensor, own_share: float) -> Tensor:
     return torch.log1p(damped_NV) + ratio_NV.clamp(min=0)
 
 
-def _log1mexp(x: Tensor) -> Tensor:
+def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0; expm1 near 0 and log1p far from it, where the other loses its digits."""
     near = x > -math.log(2)
     return torch.where(

@@ -2,6 +2,7 @@
 
     L = (1 - r) ce + r (t2s_kd + t2s_ce + s2t_kd + c span_kl)      method dskd
     L = (1 - r) ce + r (kd + c span_kl)                            kd, overlap_kd, bpm, uld, mined
+    L = (1 - r) ce + r kd                                          methods that compare segments
     L = ce                                                             sft
 
 With unpaired_ce each of the first two gains r ce_unpaired. With a kd_scale the terms that move the student, all of the
@@ -25,6 +26,7 @@ from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, i
 from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.prefixes import Places, PrefixCompare
 from dskd_plugin.core.reduce import keep_rows, masked_sum
+from dskd_plugin.core.segments import Others, Segments
 from dskd_plugin.core.support import SupportCompare
 
 TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")
@@ -191,6 +193,8 @@ class Rows:
     s2t_M: bool, the teacher rows of s2t_kd with cross-model attention, where it takes the place of s2t_N.
     kd_N: bool, rows of kd; None for all N.
     places: where the pairs stand in the teacher's text, for a comparison by bytes; None for all others.
+    segments: where segments are compared: the first N rows are their open tokens, see segments.Segments.
+    taken_R: bool, rows beside the first N that kd takes; None for none.
     The baselines read teacher_NE alone of the tensors over N, and cross-entropy alone none of them.
     A teacher row may hold NaN where label_N is -1 and s2t_N is False, and where kd_N is False; a student row where no
     term takes it.
@@ -207,6 +211,8 @@ class Rows:
     s2t_M: Tensor | None = None
     kd_N: Tensor | None = None
     places: Places | None = None
+    segments: Segments | None = None
+    taken_R: Tensor | None = None
 
     def __len__(self) -> int:
         return self.student_RD.shape[0]
@@ -218,9 +224,10 @@ class Rows:
         return 0 if given is None else given.shape[0]
 
     def block(self, rows: slice) -> Rows:
-        """These response rows with whatever partners they have; without spans, which may cross the bounds."""
-        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N", "kd_N")
-        changes: dict[str, Any] = {"spans": None, "places": self.places and self.places.block(rows)}
+        """These response rows with whatever partners they have; without spans and segments, which cross the bounds."""
+        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N", "kd_N", "taken_R")
+        places = self.places and self.places.block(rows)
+        changes: dict[str, Any] = {"spans": None, "segments": None, "places": places}
         for name in parts:
             given = getattr(self, name)
             changes[name] = None if given is None else given[rows]
@@ -260,6 +267,8 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
     if "ce_unpaired" in objective.terms:
         masks["ce_unpaired"] = masks["ce"].clone()
         masks["ce_unpaired"][: rows.pairs] &= ~_taken(rows, masks)
+        if rows.taken_R is not None:
+            masks["ce_unpaired"] &= ~rows.taken_R
     return masks
 
 
@@ -439,6 +448,7 @@ def student_space_sums(
     soft_labels: Compare | None = None,
     exact: Exact | None = None,
     pull_R: Tensor | None = None,
+    others: Others | None = None,
 ) -> Sums:
     """Everything that needs the student's logits: ce, t2s_kd, t2s_ce with t2s_agreement, kd, and the pull of spans.
 
@@ -446,6 +456,7 @@ def student_space_sums(
     soft_labels: what t2s_ce is in place of the cross-entropy with label_N. exact: what t2s_kd compares with in place of
     the projected teacher, see blockwise.dskd_loss. teacher: for these three, of the same rows.
     pull_R: derivative of the span term by each row's log p(gold), 0 outside of spans.
+    others: the gradient of kd by rows that have no part in its value here; none of these rows has a partner.
     Gradients: ce, t2s_kd, kd and the pull reach student_RD and the student's head; t2s_ce reaches t2s_Nd alone.
     Returns name -> (sum in nats, count), the terms of this space that the objective does not leave out, and its rates,
     which have no gradient; "span_kl" has the gradient of the span term but value and count 0.
@@ -455,17 +466,19 @@ def student_space_sums(
     with_t2s, with_kd = objective.in_student_space and pairs > 0, "kd" in masks and pairs > 0
     with_gold = objective.with_ce or pull_R is not None
     sums: Sums = {}
-    if not (with_gold or with_t2s or with_kd):
+    if not (with_gold or with_t2s or with_kd or others):
         return sums
     needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
     if objective.with_ce:
         needed_R |= masks["ce"]
     if pull_R is not None:
         needed_R |= pull_R != 0
+    if others is not None:
+        needed_R |= others.pull_R != 0
     if with_t2s or with_kd:
         needed_R[:pairs] |= masks["t2s_kd" if with_t2s else "kd"]
     # Rows are dropped before the product with the head and not only masked in its result.
-    size = len(rows) if with_gold else pairs
+    size = len(rows) if with_gold or others else pairs
     student_RV = head_logits(keep_rows(rows.student_RD[:size], needed_R[:size]), student_head)
     # What ce and t2s_kd both read is made once, where padding and temperature do not tell them apart.
     one_softmax = with_t2s and objective.temperature == 1.0 and student_head.vocab_size == student_RV.shape[1]
@@ -483,6 +496,9 @@ def student_space_sums(
             pulled_R = pull_R.to(nll_R.dtype) * (nll_R.detach() - nll_R)
             sums["span_kl"] = (pulled_R.sum(), torch.zeros_like(nll_R[:0].sum()))
     real = student_head.vocab_size
+    if others is not None:
+        assert not pairs
+        sums["kd"] = others.pulled(student_RV[:, :real], rows.labels_R)
     if with_t2s:
         assert t2s_Nd is not None
         if student_log_RV is None:
@@ -630,7 +646,7 @@ def teacher_space_sums(
 
 
 def span_sums(log_probs_P: Tensor, of_P: Tensor, spans: int) -> Tensor:
-    """Log-likelihood of each span: the sum over its tokens, in fp64 because many small numbers add up.
+    """Log-likelihood of each span or segment: the sum over its tokens, in fp64 because many small numbers add up.
 
     log_probs_P: nats per token. of_P: number of the span of each, 0 to spans - 1. Returns [spans] fp64.
     """

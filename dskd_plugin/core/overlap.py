@@ -56,8 +56,8 @@ def shared_vocabulary(
     """
     if top_vocab is not None and top_vocab < 1:
         raise ValueError(f"top_vocab: expected at least 1, got {top_vocab}. Leave it out to use all shared tokens.")
-    student_of, student_doubles = _preferred(student_bytes, student_byte_tokens)
-    teacher_of, teacher_doubles = _preferred(teacher_bytes, teacher_byte_tokens)
+    student_of, student_doubles = preferred(student_bytes, student_byte_tokens)
+    teacher_of, teacher_doubles = preferred(teacher_bytes, teacher_byte_tokens)
     to_student = [-1 if text is None else student_of.get(text, -1) for text in teacher_bytes]
 
     pairs: dict[int, int] = {}
@@ -93,7 +93,7 @@ def shared_vocabulary(
     )
 
 
-def _preferred(token_bytes: Sequence[bytes | None], byte_tokens: Collection[int]) -> tuple[dict[bytes, int], int]:
+def preferred(token_bytes: Sequence[bytes | None], byte_tokens: Collection[int]) -> tuple[dict[bytes, int], int]:
     """The id that stands for each byte string, and how many ids are not the one that stands for theirs."""
     byte_ids = frozenset(byte_tokens)
     first: dict[bytes, int] = {}

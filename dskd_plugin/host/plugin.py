@@ -111,7 +111,7 @@ def _prepared_path(run: "Run") -> str:
         # Not the method: methods that pair rows alike share them.
         "pairing": run.method.pairing(settings),
         "alignment": settings.alignment,
-        "spans": settings.span_weight > 0,
+        "spans": settings.with_spans,
         "prompts": settings.on_policy is not None,
         "tokenizer": teacher.table.digest,
         "template": [teacher.template, teacher.template_options],

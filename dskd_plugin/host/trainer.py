@@ -112,6 +112,7 @@ class DSKDTrainer(AxolotlTrainer):
             sides.pair,
             overlap,
             events,
+            tokenizers=sides.tokenizers,
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
+    from dskd_plugin.core.segments import SegmentCompare
     from dskd_plugin.losses.base import DistillationLoss
     from dskd_plugin.settings import Settings
     from dskd_plugin.text.align import Pairing
@@ -24,10 +25,9 @@ class Method:
 
     name: the value of ``dskd.method``. alignment: the value of ``dskd.alignment`` that chooses this one among methods
     of the same name; None for all others. ignores: settings that mean nothing to it. own: those that mean something
-    to it alone. compares: what its KD terms
-    compare, see `core.objective.Objective`. pairs_by: which tokens of two answers belong together, see `align`.
-    needs_teacher: whether the teacher's states are compared. needs_embedding: whether its input embeddings are read
-    too. needs_one_tokenizer: whether it works with one alone.
+    to it alone. compares: what its KD terms compare, see `core.objective.Objective`. pairs_by: which tokens of two
+    answers belong together, see `align`. needs_teacher: whether the teacher's states are compared. needs_embedding:
+    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone.
     """
 
     name: ClassVar[str]
@@ -58,6 +58,10 @@ class Method:
         """Whether events of several tokens are compared."""
         return False
 
+    def with_spans(self, settings: Settings) -> bool:
+        """Whether it compares spans of text beside pairs of tokens."""
+        return False
+
     def ignored(self, settings: Settings) -> list[str]:
         """Settings in the recipe that mean nothing to the method."""
         of_others = {key for other in METHODS.values() for key in other.own if key not in self.own}
@@ -82,6 +86,24 @@ class Method:
 
     def compare(self, parts: Parts) -> Compare | None:
         """The distance of the two distributions at a pair, for a method without projectors."""
+        raise NotImplementedError
+
+
+class SegmentMethod(Method):
+    """A method that compares segments, pairs of tokens and spans alike: its formula is a `SegmentCompare`."""
+
+    ignores: ClassVar[tuple[str, ...]] = ("span_weight", "shared", "support", *PROJECTING)
+
+    def with_spans(self, settings: Settings) -> bool:
+        return True
+
+    def build(self, parts: Parts) -> DistillationLoss:
+        from dskd_plugin.losses.segments import BySegments
+
+        return BySegments(parts.student, parts.objective, self.segment_compare(parts), **parts.options)
+
+    def segment_compare(self, parts: Parts) -> SegmentCompare:
+        """The distance of the two models at a segment."""
         raise NotImplementedError
 
 

@@ -25,6 +25,4 @@ class KnowledgeDistillation(Method):
         if shared == parts.student_ids == parts.teacher_head.vocab_size:
             return baselines.vanilla(parts.divergence, parts.settings.temperature)
         # One side was given some more tokens: the others are compared.
-        device = parts.teacher_head.weight_VD.device
-        ids = parts.overlap.student_ids_O.to(device), parts.overlap.teacher_ids_O.to(device)
-        return baselines.overlap(parts.divergence, parts.settings.temperature, *ids)
+        return baselines.overlap(parts.divergence, parts.settings.temperature, *parts.shared_ids)

@@ -39,8 +39,6 @@ class OverlapDistillation(Method):
         if self.by_events(parts.settings):
             assert parts.events is not None
             return EventCompare(parts.divergence, temperature, parts.events.to(device))
-        assert parts.overlap is not None
-        ids = parts.overlap.student_ids_O.to(device), parts.overlap.teacher_ids_O.to(device)
         if parts.settings.support is not None:
-            return SupportCompare(parts.divergence, temperature, parts.settings.support, *ids)
-        return baselines.overlap(parts.divergence, temperature, *ids)
+            return SupportCompare(parts.divergence, temperature, parts.settings.support, *parts.shared_ids)
+        return baselines.overlap(parts.divergence, temperature, *parts.shared_ids)

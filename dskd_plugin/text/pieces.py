@@ -68,7 +68,7 @@ def opening_pieces(texts: Iterable[bytes], cutters: Sequence[FirstPieces]) -> di
     for _ in range(_MOST_ROUNDS):
         before = dict(opening)
         for cut, pieces in zip(cutters, known, strict=True):
-            whole = {piece: _characters(piece) for piece in set(opening.values())}
+            whole = {piece: characters(piece) for piece in set(opening.values())}
             new = sorted({text for text in whole.values() if text and text not in pieces})
             pieces.update(zip(new, cut(new), strict=True))
             shorter = {piece: pieces.get(text) or piece[:1] for piece, text in whole.items()}
@@ -78,7 +78,7 @@ def opening_pieces(texts: Iterable[bytes], cutters: Sequence[FirstPieces]) -> di
     return {text: piece if before[text] == piece else piece[:1] for text, piece in opening.items()}
 
 
-def _characters(piece: bytes) -> str:
+def characters(piece: bytes) -> str:
     """The whole characters that a piece begins with; a token may end, or begin, inside one."""
     try:
         return piece.decode()

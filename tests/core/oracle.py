@@ -498,3 +498,99 @@ def compare_masses(q, masses, kind):
     if pooled[-1] == 0:
         wanted = [m + masses[-1] * a for m, a in zip(masses[:-1], q, strict=True)] + [0.0]
     return _distance(kind, wanted, pooled, pooled)
+
+
+# --- segments -------------------------------------------------------------------------------------------
+
+
+def side_of(states, head, real, rows, golds):
+    """One side of a segment: the logits of each of its tokens, and the token."""
+    return [logits(states[r], head)[:real] for r in rows], [golds[r] for r in rows]
+
+
+def segments_loss(case, live, segments, teacher_golds, distance):
+    """Sum over segments of distance(student side, teacher side, paired).
+
+    segments: (student rows, teacher rows, paired) each. teacher_golds: the token after each teacher row.
+    """
+    head = {**case["head"], "weight": live["weight"], "bias": live["bias"]}
+    total = 0.0
+    for rows, teacher_rows, paired in segments:
+        student = side_of(live["student"], head, case["ids"], rows, case["gold"])
+        teacher = side_of(case["teacher"], case["teacher_head"], case["teacher_ids"], teacher_rows, teacher_golds)
+        total += distance(student, teacher, paired)
+    return total
+
+
+def extended(student, teacher, paired, tau, kind, pairs):
+    """Shared ids at the first token, and beside them the mean logit of the span's own tokens."""
+    both = []
+    for side, (all_logits, golds) in enumerate((student, teacher)):
+        row = [all_logits[0][pair[side]] for pair in pairs]
+        if not paired:
+            row.append(math.fsum(z[y] for z, y in zip(all_logits, golds, strict=True)) / len(golds))
+        both.append(softmax(row, tau))
+    return DISTANCES[kind](both[1], both[0])
+
+
+def completions(texts, golds):
+    """(student id, teacher id) of the last tokens that complete one text; golds: the tokens of each side.
+
+    texts: bytes by id of each side.
+    """
+    observed = (golds[0][-1], golds[1][-1])
+    if len(golds[0]) == 1 and len(golds[1]) > 1:
+        before = b"".join(texts[1][y] or b"?" for y in golds[1][:-1])
+        alike = [(i, j) for i, a in enumerate(texts[0]) for j, b in enumerate(texts[1]) if a and b and a == before + b]
+    elif len(golds[1]) == 1 and len(golds[0]) > 1:
+        before = b"".join(texts[0][y] or b"?" for y in golds[0][:-1])
+        alike = [(i, j) for i, a in enumerate(texts[0]) for j, b in enumerate(texts[1]) if a and b and before + a == b]
+    else:
+        alike = []
+    return alike if observed in alike else [observed]
+
+
+def hybrid(student, teacher, tau, beta, weights, pairs):
+    """Probabilities of whole segments: JS on the matched ids, L1 of the sorted others."""
+    both = []
+    for all_logits, golds in (student, teacher):
+        behind = math.prod(softmax(z, tau)[y] for z, y in zip(all_logits[1:], golds[1:], strict=True))
+        both.append([behind * p for p in softmax(all_logits[0], tau)])
+    own, theirs = both
+    matched = DISTANCES["js"]([theirs[j] for _, j in pairs], [own[i] for i, _ in pairs], beta)
+    own_rest = sorted(p for i, p in enumerate(own) if i not in {i for i, _ in pairs})
+    their_rest = sorted(p for j, p in enumerate(theirs) if j not in {j for _, j in pairs})
+    ranks = 0.0
+    while own_rest or their_rest:
+        ranks += abs((own_rest.pop() if own_rest else 0.0) - (their_rest.pop() if their_rest else 0.0))
+    return weights[0] * matched + weights[1] * ranks
+
+
+def likelihood(student, teacher, tau):
+    """How far the likelihoods of the segment's own tokens are apart."""
+    own, theirs = (
+        math.fsum(-cross_entropy(z, y) for z, y in zip(all_logits, golds, strict=True))
+        for all_logits, golds in (student, teacher)
+    )
+    return binary_kl(own, theirs, tau)
+
+
+def common_support(student, teacher, paired, tau, kind, pairs, texts):
+    """Probabilities of what both can say with the tokens so far held fixed, and 1 minus their sum."""
+    events = pairs if paired else completions(texts, (student[1], teacher[1]))
+    both = []
+    for side, (all_logits, golds) in enumerate((student, teacher)):
+        before = math.prod(softmax(z, tau)[y] for z, y in zip(all_logits[:-1], golds[:-1], strict=True))
+        last = softmax(all_logits[-1], tau)
+        said = [before * last[event[side]] for event in events]
+        both.append([*said, 1 - math.fsum(said)])
+    return DISTANCES[kind](both[1], both[0])
+
+
+def projected(z_s, z_t, tau, kind, entries, size):
+    """The student's probabilities moved by (student id, teacher id, weight) entries, on the teacher's likeliest ids."""
+    q, p = softmax(z_s, tau), softmax(z_t, tau)
+    reached = sorted({j for _, j, _ in entries}, key=lambda j: -z_t[j])[:size]
+    moved = [math.fsum(w * q[i] for i, u, w in entries if u == j) for j in reached]
+    kept = [p[j] for j in reached]
+    return DISTANCES[kind]([a / math.fsum(kept) for a in kept], [b / math.fsum(moved) for b in moved])

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from dskd_plugin.methods.base import METHODS, SegmentMethod
+
 pytestmark = pytest.mark.e2e
 
 # name -> (block, terms that it logs); all across two tokenizers
@@ -50,6 +52,15 @@ TWO = {
         {"ce", "kd"},
     ),
 }
+ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
+ALWAYS_ON_POLICY = {"on_policy": {"fraction": 1, "max_new_tokens": 12}}
+for (name, _), method in METHODS.items():
+    if isinstance(method, SegmentMethod):
+        TWO[name] = {"method": name}, {"ce", "kd"}
+        TWO[f"on-policy {name}"] = {"method": name, "kd_weight": "balanced", **ALWAYS_ON_POLICY}, {"ce", "kd"}
+for loss in ("projected", "hybrid"):
+    TWO[f"xtoken {loss}"] = {"method": "xtoken", "xtoken": {"loss": loss}}, {"ce", "kd"}
+    TWO[f"on-policy xtoken {loss}"] = {**TWO[f"xtoken {loss}"][0], **ALWAYS_ON_POLICY}, {"ce", "kd"}
 ONE = {
     "kd": ({"method": "kd"}, {"ce", "kd"}),
     "overlap_kd": ({"method": "overlap_kd"}, {"ce", "kd"}),
@@ -124,7 +135,6 @@ def test_sft_is_plain_axolotl(run_axolotl, recipe):
     assert run.curve("loss", "grad_norm") == expected
 
 
-ON_POLICY = {"on_policy": {"fraction": 0.5, "max_new_tokens": 12}}
 ROLLOUT = ("dskd/rollout_answers", "dskd/rollout_tokens", "dskd/rollout_empty", "dskd/rollout_cut")
 
 
@@ -218,6 +228,23 @@ def test_tokens_that_begin_inside_the_teachers_in_every_kind_of_run(run_axolotl,
     assert run("two", ranks=2, gradient_accumulation_steps=1) == close(one, 2e-5)
     assert run("cached", teacher={"cache": "auto"}) == close(one, 5e-3)  # states in bfloat16
     run("packed", sample_packing=True, eval_sample_packing=True, sequence_len=128, micro_batch_size=1)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2"])
+def test_segments_on_two_ranks_from_a_cache(run_axolotl, recipe, tmp_path, engine, options):
+    """The curve of one process with padded rows and the live teacher; evaluated as well."""
+    changes = {"val_set_size": 0.25, "eval_steps": 2, "sequence_len": 128, "gradient_accumulation_steps": 1}
+    whole = {**recipe, **changes, "micro_batch_size": 4, "dskd": block(recipe, {"method": "span_kd"})}
+    alone = run_axolotl(whole)
+    cached = {**whole["dskd"], "teacher": {**whole["dskd"]["teacher"], "cache": "auto"}}
+    split = {**whole, "micro_batch_size": 2, "dskd": cached, "output_dir": recipe["output_dir"] + "-split"}
+    run = run_axolotl({**split, **options(engine, tmp_path)}, ranks=2)
+    for one in (alone, run):
+        assert one.code == 0, one.output[-3000:]
+    names = ("loss", "grad_norm", "dskd/ce", "dskd/kd")
+    # The cache of a tiny model has bfloat16 states.
+    assert run.curve(*names) == [pytest.approx(step, rel=5e-3) for step in alone.curve(*names)]
+    assert any("eval_dskd/kd" in entry for entry in run.log)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
+from dskd_plugin.methods.base import METHODS, SegmentMethod
 from dskd_plugin.pair import aligner, make_pair, nearest_ids
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.text.align import Aligner, align, warp
@@ -292,6 +293,11 @@ SETTINGS = {
     "dskd-projected": ({"target": "projected"}, "exact"),
     "dskd-cma": ({"alignment": "cma"}, "all"),
 }
+SETTINGS["xtoken"] = ({"method": "xtoken"}, "starts")
+IN_SPANS = {name for (name, _), method in METHODS.items() if isinstance(method, SegmentMethod)}
+SETTINGS |= {name: ({"method": name}, "exact") for name in sorted(IN_SPANS)}
+SETTINGS["xtoken-hybrid"] = ({"method": "xtoken", "xtoken": {"loss": "hybrid"}}, "exact")
+IN_SPANS.add("xtoken-hybrid")
 
 
 def turns(entry, answers):
@@ -319,7 +325,7 @@ def same_starts(one, other, ids, other_ids, text):
 
 @pytest.mark.parametrize(
     ("name", "span_weight"),
-    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name == "sft" and ratio)],
+    [(name, ratio) for name in SETTINGS for ratio in (0, 0.5) if not (name in ("sft", "xtoken", *IN_SPANS) and ratio)],
 )
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
@@ -332,7 +338,8 @@ def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
     ids, response, runs = turns(one, answers)
     other_ids, other_response, other_runs = turns(other, answers)
     row = made.columns(ids, response, other_ids, other_response)
-    assert ("spans" in row) == bool(span_weight) and row["unmatched_segments"] == 0
+    with_spans = span_weight or name in IN_SPANS
+    assert ("spans" in row) == bool(with_spans) and row["unmatched_segments"] == 0
     pairs = list(zip(row["aligned_student"], row["aligned_teacher"], strict=pairing != "all"))
     if pairing == "position":
         assert pairs == [(i, j) for a, b in zip(runs, other_runs, strict=True) for i, j in zip(a, b, strict=False)]
@@ -359,7 +366,7 @@ def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
             pairs = [pair for pair, offset in zip(pairs, row["aligned_offset"], strict=True) if not offset]
         assert pairs == expected
     assert ("aligned_offset" in row) == (pairing == "bytes")
-    if span_weight:
+    if with_spans:
         exact = Aligner(one.table, other.table, spans=True).columns(ids, response, other_ids, other_response)
         assert row["spans"] == exact["spans"] != []
 

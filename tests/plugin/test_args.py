@@ -63,6 +63,37 @@ BAD = [
     ({**TEACHER, "method": "uld", "spaces": "both"}, ["spaces", "method: uld ignores"]),
     ({**TEACHER, "method": "sft", "temperature": 2}, ["temperature", "method: sft ignores"]),
     ({**TEACHER, "method": "kd", "projector": {"init": "random"}}, ["projector", "method: kd ignores"]),
+    ({**TEACHER, "method": "span_kd", "span_weight": 1}, ["span_weight", "method: span_kd ignores"]),
+    ({**TEACHER, "method": "span_kd", "shared": "ids"}, ["shared", "method: span_kd ignores"]),
+    ({**TEACHER, "method": "span_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
+    ({**TEACHER, "method": "csd", "alm": {"bias_threshold": 0}}, ["alm", "method: csd ignores"]),
+    ({**TEACHER, "alm": {"bias_threshold": 0}}, ["alm", "method: dskd ignores"]),
+    ({**TEACHER, "method": "alm", "alm": {"bias_threshold": 1}}, ["dskd.alm.bias_threshold: expected less than 1"]),
+    ({**TEACHER, "method": "alm", "alm": {"threshold": 0}}, ["dskd.alm.threshold", "Did you mean 'bias_threshold'?"]),
+    ({**TEACHER, "method": "alm", "temperature": 2}, ["temperature", "method: alm ignores"]),
+    ({**TEACHER, "method": "gold", "divergence": {"kind": "js"}}, ["divergence", "method: gold ignores"]),
+    ({**TEACHER, "method": "gold", "gold": {"beta": 1}}, ["dskd.gold.beta: expected less than 1, got 1"]),
+    (
+        {**TEACHER, "method": "gold", "gold": {"matched_weight": 1}},
+        ["dskd.gold: expected matched_weight and unmatched_weight together", "got 1.0 and None", "Set both"],
+    ),
+    (
+        {**TEACHER, "method": "gold", "gold": {"matched_weight": 0, "unmatched_weight": 0}},
+        ["dskd.gold: expected", "got 0.0 and 0.0"],
+    ),
+    (
+        {**TEACHER, "method": "xtoken", "divergence": {"kind": "js"}, "xtoken": {"loss": "hybrid", "top_k": 9}},
+        ["divergence, xtoken.top_k which xtoken.loss: hybrid ignores"],
+    ),
+    (
+        {**TEACHER, "method": "xtoken", "xtoken": {"loss": "p_kl"}},
+        ["dskd.xtoken.loss: expected 'projected' or 'hybrid'"],
+    ),
+    (
+        {**TEACHER, "method": "xtoken", "xtoken": {"top_k": 0}},
+        ["dskd.xtoken.top_k: expected greater than or equal to 1"],
+    ),
+    ({**TEACHER, "method": "xtoken", "span_weight": 1}, ["span_weight", "method: xtoken ignores"]),
     ({**TEACHER, "method": "mined", "alignment": "eta"}, ["alignment", "method: mined ignores"]),
     ({**TEACHER, "method": "overlap_kd", "alignment": "cma"}, ["alignment", "belongs to dskd"]),
     ({**TEACHER, "alignment": "cma", "unmapped_argmax": "drop"}, ["unmapped_argmax", "alignment: cma ignores"]),
@@ -157,6 +188,9 @@ def test_defaults():
             "warmup_steps": 0,
         },
         "bpm": {"mask_whitespace": True},
+        "alm": {"bias_threshold": 0.1},
+        "xtoken": {"loss": "projected", "top_k": 8192},
+        "gold": {"beta": 0.5, "matched_weight": None, "unmatched_weight": None},
         "on_policy": None,
     }
 

@@ -5,6 +5,9 @@ import json
 import pytest
 import yaml
 
+from dskd_plugin.methods.base import METHODS as REGISTERED
+from dskd_plugin.methods.base import SegmentMethod
+
 
 @pytest.fixture
 def prepare(recipe, tmp_path, fresh_plugin_manager):
@@ -522,9 +525,12 @@ METHODS = {
     "bpm": {"method": "bpm", "span_weight": 0.5},
     "uld": {"method": "uld", "span_weight": 0.5},
     "mined": {"method": "mined"},
+    "xtoken": {"method": "xtoken"},
     "dskd": {"span_weight": 1},
     "cma": {"alignment": "cma", "span_weight": 1},
 }
+IN_SPANS = {name for (name, _), method in REGISTERED.items() if isinstance(method, SegmentMethod)}
+METHODS |= {name: {"method": name} for name in sorted(IN_SPANS)}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -560,11 +566,11 @@ def test_rows_of_every_method(prepare, name):
                 assert theirs.encode()[offset:].startswith(ours.encode())
     else:
         check_pairs(row, student, teacher)
-    assert ("spans" in row) == ("span_weight" in METHODS[name]) and "teacher_prompt" not in row
+    assert ("spans" in row) == ("span_weight" in METHODS[name] or name in IN_SPANS) and "teacher_prompt" not in row
     if "spans" in row:
         texts = list(span_texts(row, student, teacher))
         assert texts and all(a.strip() == b.strip() for a, b in texts)
-        if name == "dskd":  # nothing of an ordinary text is left over
+        if name == "dskd" or name in IN_SPANS:  # nothing of an ordinary text is left over
             spans = zip(row["spans"][::4], row["spans"][1::4], strict=True)
             covered = {position for begin, stop in spans for position in range(begin, stop)}
             # The first token of a span may have a partner that begins with it.

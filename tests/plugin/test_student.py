@@ -11,12 +11,13 @@ from dskd_plugin.batch import KEY, ask
 from dskd_plugin.core.backend import TorchBlocks
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
-from dskd_plugin.methods.base import METHODS, Method, register
+from dskd_plugin.methods.base import METHODS, Method, SegmentMethod, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.text.projections import vocabulary_projection
 from dskd_plugin.text.turn_ends import end_of_turn
 from dskd_plugin.text.vocabularies import token_table
 
@@ -65,6 +66,7 @@ class Setup:
             self.pair,
             teacher and self.overlap,
             self.events,
+            tokenizers=tokenizers,
             seed=0,
             backend=backend or TorchBlocks(3000),
         )
@@ -173,11 +175,16 @@ MODES = {
     "overlap_kd spans": {"method": "overlap_kd", "span_weight": 2.0},
     "uld": {"method": "uld"},
     "mined": {"method": "mined"},
+    "span_kd unpaired": {"method": "span_kd", "unpaired": "ce", "divergence": {"kind": "reverse_kl"}},
+    "xtoken": {"method": "xtoken"},
+    "xtoken few": {"method": "xtoken", "xtoken": {"top_k": 20}, "divergence": {"kind": "js"}},
+    "xtoken hybrid": {"method": "xtoken", "xtoken": {"loss": "hybrid"}},
     "cma": {"alignment": "cma", "spaces": "both", "agreement_mask": True},
     "cma student": {"alignment": "cma"},
     "cma teacher": {"alignment": "cma", "spaces": "teacher"},
     "cma random": {"alignment": "cma", "projector": {"init": "random"}, "span_weight": 0.5},
 }
+MODES |= {name: {"method": name} for (name, _), method in METHODS.items() if isinstance(method, SegmentMethod)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -206,6 +213,8 @@ def test_any_split_gives_the_same_loss_and_gradients(tiny, rows, mode):
         ("teacher", {"alignment": "cma", "spaces": "both", "span_weight": 0.5}),
         ("teacher", {"method": "uld"}),
         ("teacher", {"method": "bpm", "span_weight": 0.5}),
+        ("teacher", {"method": "span_kd"}),
+        ("sibling", {"method": "span_kd"}),
     ],
 )
 def test_packed_equals_padded(tiny, rows, pair, mode):
@@ -291,6 +300,133 @@ def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     assert loss == pytest.approx(0.7 * means[0] + 0.3 * sum(means[1:]), rel=1e-4)
 
 
+def shared_pairs(setup):
+    return list(zip(setup.overlap.student_ids_O.tolist(), setup.overlap.teacher_ids_O.tolist(), strict=True))
+
+
+def matrix_of(setup):
+    ids = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
+    sides = setup.pair.student, (setup.teacher_tokenizer, setup.pair.teacher)
+    return vocabulary_projection(*sides, setup.overlap, ids)
+
+
+def loosely_matched(setup):
+    pairs = list(zip(*(ids.tolist() for ids in matrix_of(setup).best_pairs(0.6)), strict=True))
+    assert len(pairs) >= len(setup.overlap.student_ids_O)
+    return pairs
+
+
+def adaptive(setup):
+    share = len(shared_pairs(setup)) / setup.teacher.head.vocab_size
+    return share, 1 - share
+
+
+def ends_there(setup, logits):
+    """Whether the teacher finds it likely that something new begins: white space or a special token."""
+    table, chances = setup.pair.teacher, softmax(logits)
+    texts = enumerate(table.bytes[: len(chances)])
+    begins = [k in table.special or (text is not None and text[:1].isspace()) for k, text in texts]
+    return sum(chance for chance, there in zip(chances, begins, strict=True) if there) >= 0.4
+
+
+# name -> (settings, the distance of a segment in plain loops; None for one that is left out). A distance takes the
+# student's side, the teacher's side, whether they pair, and the teacher's logits right after, None where not read.
+BY_SEGMENTS = {
+    "span_kd": (
+        {"temperature": 1.7, "divergence": {"kind": "reverse_kl"}},
+        lambda oracle, setup, *of, after: oracle.extended(*of, 1.7, "reverse_kl", shared_pairs(setup)),
+    ),
+    "csd": (
+        {"temperature": 1.7, "divergence": {"kind": "js"}},
+        lambda oracle, setup, *of, after: oracle.common_support(
+            *of, 1.7, "js", shared_pairs(setup), (setup.pair.student.bytes, setup.pair.teacher.bytes)
+        ),
+    ),
+    "gold": (
+        {"temperature": 1.7, "gold": {"beta": 0.3}},
+        lambda oracle, setup, *of, after: oracle.hybrid(*of[:2], 1.7, 0.3, adaptive(setup), shared_pairs(setup)),
+    ),
+    "xtoken": (
+        {"temperature": 1.7, "xtoken": {"loss": "hybrid"}},
+        lambda oracle, setup, *of, after: oracle.hybrid(*of[:2], 1.7, 0.5, (1, 1), loosely_matched(setup)),
+    ),
+    "alm": (
+        {"alm": {"bias_threshold": 0.4}, "unpaired": "ce"},
+        lambda oracle, setup, student, teacher, paired, *, after: (
+            oracle.likelihood(student, teacher, 100.0) if after is None or ends_there(setup, after) else None
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("sides", [("student", "teacher"), ("teacher", "student")])
+@pytest.mark.parametrize("name", BY_SEGMENTS)
+def test_segments_are_those_of_the_text(oracle, tiny, rows, name, sides):
+    """Float loops over the models' own logits at the pairs and spans of each sample; one of the two cuts finer."""
+    changes, distance = BY_SEGMENTS[name]
+    setup = Setup(*(tiny[side] for side in sides), method=name, kd_ratio=0.3, **changes)
+    samples = setup.samples(rows[:2])
+    loss, sums, _ = setup.run([padded(setup, samples)])
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    real = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
+    found, sizes, left_out, unpaired = [], set(), 0, 0
+    for sample in samples:
+        ids = sample["input_ids"], sample["teacher_input_ids"]
+        with torch.no_grad():
+            hidden = [
+                model.model(torch.tensor([side])).last_hidden_state[0]
+                for model, side in zip((student, teacher), ids, strict=True)
+            ]
+            logits = [
+                (states @ model.lm_head.weight.T)[:, :size].tolist()
+                for states, model, size in zip(hidden, (student, teacher), real, strict=True)
+            ]
+        pairs = zip(sample["aligned_student"], sample["aligned_teacher"], strict=True)
+        segments = [((s, s + 1), (t, t + 1), True) for s, t in pairs]
+        spans = [sample["spans"][k : k + 4] for k in range(0, len(sample["spans"]), 4)]
+        segments += [((a, b), (c, d), False) for a, b, c, d in spans]
+        read = {t for _, theirs, _ in segments for t in range(*theirs)}
+        unpaired += sum(label != -100 for label in sample["labels"][1:])
+        for own, theirs, paired in segments:
+            said = [
+                ([logits[side][p - 1] for p in range(*of)], [ids[side][p] for p in range(*of)])
+                for side, of in enumerate((own, theirs))
+            ]
+            sizes.add((min(2, len(said[0][1])), min(2, len(said[1][1]))))
+            after = logits[1][theirs[1] - 1] if theirs[1] in read else None
+            value = distance(oracle, setup, *said, paired, after=after)
+            if value is None:
+                left_out += 1
+            else:
+                found.append(value)
+                unpaired -= own[1] - own[0]
+    assert (left_out > 0) == (name == "alm")
+    assert sizes == {(1, 1), (2, 1) if sides[0] == "student" else (1, 2)}
+    assert sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
+    ce, number = sums["ce"]
+    kept, _ = sums.get("ce_unpaired", (0.0, 0))
+    assert loss == pytest.approx(0.7 * ce / number + 0.3 * (sum(found) / len(found) + kept / number), rel=1e-4)
+    if "unpaired" in changes:
+        # A random model gives every token about the same.
+        assert kept == pytest.approx(unpaired * ce / number, rel=0.05) and 0 < unpaired < number
+
+
+def test_a_projected_student_is_compared_where_both_begin_a_token(oracle, tiny, rows):
+    setup = Setup(tiny["student"], tiny["teacher"], method="xtoken", temperature=1.7, xtoken={"top_k": 30})
+    (sample,) = setup.samples(rows[:1])
+    _, sums, _ = setup.run([padded(setup, [sample])])
+    matrix, found = matrix_of(setup), []
+    entries = list(zip(*(x.tolist() for x in (matrix.student_E, matrix.teacher_E, matrix.weights_E)), strict=True))
+    student, teacher = setup.student.double(), setup.teacher.model.double()
+    ids = torch.tensor([sample["input_ids"]]), torch.tensor([sample["teacher_input_ids"]])
+    with torch.no_grad():
+        own, theirs = student(ids[0]).logits[0], teacher(ids[1]).logits[0, :, : setup.teacher.head.vocab_size]
+    for s, t in zip(sample["aligned_student"], sample["aligned_teacher"], strict=True):
+        z_s, z_t = own[s - 1].tolist(), theirs[t - 1].tolist()
+        found.append(oracle.projected(z_s, z_t, 1.7, "forward_kl", entries, 30))
+    assert len(found) > 10 and sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
+
+
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}])
 def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
     """Each of them counts 1 and each of the others 1 - kd_ratio, over all response rows."""
@@ -314,7 +450,8 @@ def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
 
 
 @pytest.mark.parametrize(
-    "mode", [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}]
+    "mode",
+    [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}, {"method": "span_kd"}],
 )
 def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode):
     setup = Setup(tiny["student"], tiny["teacher"], kd_weight="balanced", kd_ratio=0.3, **mode)

@@ -1,0 +1,27 @@
+"""What both models can say of a segment of text, and the rest (Common-Support, arXiv 2610.28895)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_plugin.methods.base import SegmentMethod, register
+
+if TYPE_CHECKING:
+    from dskd_plugin.assemble import Parts
+    from dskd_plugin.core.segments import SegmentCompare
+
+
+@register
+class CommonSupportDistillation(SegmentMethod):
+    name = "csd"
+
+    def segment_compare(self, parts: Parts) -> SegmentCompare:
+        from dskd_plugin.core.common_support import CommonSupport, Completions
+        from dskd_plugin.text.pieces import shared_id_events
+
+        assert parts.overlap is not None
+        head = parts.teacher_head
+        ids = parts.student_ids, head.vocab_size
+        events = shared_id_events(parts.overlap, ids).to(head.weight_VD.device)
+        student, teacher = parts.pair.student.bytes[: ids[0]], parts.pair.teacher.bytes[: ids[1]]
+        return CommonSupport(parts.divergence, parts.settings.temperature, events, Completions(student, teacher))
