@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.objective import Rows, Sums
+from dskd_plugin.core.objective import Sums
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.teachers.base import HiddenStates
 
 # The key of the step batch in the mapping that the host carries from the collator to the trainer.

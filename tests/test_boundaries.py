@@ -25,9 +25,15 @@ ABOVE = {
     "projection": {"divergences", "events"},
     "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
-    "blockwise": LEAVES | {"objective"},
+    "rows": LEAVES | {"objective"},
+    "teacher_rows": LEAVES | {"objective", "rows"},
+    "terms": LEAVES | {"objective", "rows", "teacher_rows"},
+    "blocks": {"heads"},
+    "readings": LEAVES | {"blocks"},
+    "walk": LEAVES | {"objective", "rows", "teacher_rows", "terms", "blocks", "readings"},
+    "blockwise": LEAVES | {"objective", "rows", "teacher_rows", "terms", "blocks", "readings", "walk"},
     "baselines": LEAVES | {"objective"},
-    "backend": LEAVES | {"objective", "blockwise"},
+    "backend": LEAVES | {"objective", "rows", "readings", "blockwise"},
     "__init__": set(),
 }
 

@@ -1,6 +1,7 @@
 """What computes the losses over row blocks, behind one interface: a faster backend is another class with these methods.
 
-Shape letters as in objective.py. Each method means what the function of `blockwise` means that the reference calls.
+Shape letters as in objective.py. Each method means what the function of `blockwise` or `readings` means that the
+reference calls.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dskd_plugin.core import blockwise
+from dskd_plugin.core import blockwise, readings
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Compare, Rows, Sums
+from dskd_plugin.core.objective import Compare, Sums
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.core.segments import SegmentCompare
 
 
@@ -64,20 +66,20 @@ class TorchBlocks:
     block_elements: int
 
     def argmax(self, teacher_NE: Tensor, teacher_head: Head) -> Tensor:
-        return blockwise.teacher_argmax(teacher_NE, teacher_head, block_elements=self.block_elements)
+        return readings.teacher_argmax(teacher_NE, teacher_head, block_elements=self.block_elements)
 
     def agreement(self, projected_Nd: Tensor, student_head: Head, label_N: Tensor, event_V: Tensor | None) -> Tensor:
-        return blockwise.agreement_of(
+        return readings.agreement_of(
             projected_Nd, student_head, label_N, block_elements=self.block_elements, event_V=event_V
         )
 
     def token_log_probs(self, hidden_ND: Tensor, head: Head, ids_N: Tensor) -> Tensor:
-        return blockwise.token_log_probs(hidden_ND, head, ids_N, block_elements=self.block_elements)
+        return readings.token_log_probs(hidden_ND, head, ids_N, block_elements=self.block_elements)
 
     def segment_values(
         self, hidden_ND: Tensor, head: Head, ids_N: Tensor, compare: SegmentCompare, of_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return blockwise.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements, of_V=of_V)
+        return readings.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements, of_V=of_V)
 
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
         return blockwise.dskd_loss(rows, block_elements=self.block_elements, **options)

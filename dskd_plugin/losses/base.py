@@ -14,7 +14,9 @@ from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.backend import Backend, TorchBlocks
 from dskd_plugin.core.balance import Balance
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, Spans, Sums, counts, means_of_step, span_sums
+from dskd_plugin.core.objective import TERMS, Objective, Sums, means_of_step
+from dskd_plugin.core.rows import Rows, Spans, counts
+from dskd_plugin.core.terms import span_sums
 from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
 
 # Logits computed at a time: enough rows for a product with a head to run at full speed. Up to 10 fp32 tensors of this

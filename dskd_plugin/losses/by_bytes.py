@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows
+from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.prefixes import Places, PrefixCompare
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.losses.direct import Direct
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.attend import Attention, cross_model_attention, partnered
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows, Sums
+from dskd_plugin.core.objective import Objective, Sums
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import gram_inverse
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.errors import SettingError
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import causal_lm, gathered

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import StepBatch
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums
+from dskd_plugin.core.objective import Compare, Objective, Sums
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.losses.base import DistillationLoss
 
 

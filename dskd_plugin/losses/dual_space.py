@@ -16,9 +16,12 @@ from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
 from dskd_plugin.core.fitting import Fit, fit_map
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import Compare, Objective, Rows, Sums, TeacherRows, label_distance, project
+from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, t2s_projector
+from dskd_plugin.core.rows import Rows
+from dskd_plugin.core.teacher_rows import TeacherRows
+from dskd_plugin.core.terms import label_distance, project
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import gathered, head_rows
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from dskd_plugin.batch import SpanRows, StepBatch
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows, Sums, span_sums
+from dskd_plugin.core.objective import Objective, Sums
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.core.segments import SegmentCompare, Segments, cut, followed_by, put_first
+from dskd_plugin.core.terms import span_sums
 from dskd_plugin.losses.base import DistillationLoss
 
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dskd_plugin.core.baselines import mapped
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import Objective, Rows
+from dskd_plugin.core.objective import Objective
+from dskd_plugin.core.rows import Rows
 
 NAN = float("nan")
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dskd_plugin.core.attend import cross_model_attention, partnered
-from dskd_plugin.core.blockwise import agreement_of, cma_loss
+from dskd_plugin.core.blockwise import cma_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import RATES, TERMS, Objective, Rows, counts
+from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.core.readings import agreement_of
+from dskd_plugin.core.rows import Rows, counts
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 

@@ -9,7 +9,8 @@ import torch
 from dskd_plugin.core.balance import LARGEST, Balance
 from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import divergence
-from dskd_plugin.core.objective import TERMS, Objective, counts, means_of_step
+from dskd_plugin.core.objective import TERMS, Objective, means_of_step
+from dskd_plugin.core.rows import counts
 
 STEPS = [(3.0, 0.5), (2.5, 0.0), (2.9, 0.7), (0.1, 4.0), (2.0, 1e-3)]
 

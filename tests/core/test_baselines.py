@@ -14,8 +14,11 @@ from dskd_plugin.core.baselines import mapped, overlap, uld, vanilla
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, counts, student_space_sums, teacher_rows
+from dskd_plugin.core.objective import TERMS, Objective
+from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.core.support import SupportCompare
+from dskd_plugin.core.teacher_rows import teacher_rows
+from dskd_plugin.core.terms import student_space_sums
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 

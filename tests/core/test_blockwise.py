@@ -4,22 +4,14 @@ import math
 import pytest
 import torch
 
-from dskd_plugin.core.blockwise import agreement_of, dskd_loss, teacher_argmax
+from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import (
-    TERMS,
-    Objective,
-    Rows,
-    counts,
-    project,
-    projected_student,
-    projected_teacher,
-    row_masks,
-    student_space_sums,
-    teacher_rows,
-    teacher_space_sums,
-)
+from dskd_plugin.core.objective import TERMS, Objective
+from dskd_plugin.core.readings import agreement_of, teacher_argmax
+from dskd_plugin.core.rows import Rows, counts, row_masks
+from dskd_plugin.core.teacher_rows import teacher_rows
+from dskd_plugin.core.terms import project, projected_student, projected_teacher, student_space_sums, teacher_space_sums
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 

@@ -282,7 +282,8 @@ def test_nothing_of_rows_by_vocabulary_is_made(largest):
         return torch.randn(*shape, generator=generator)
 
     from dskd_plugin.core.heads import Head
-    from dskd_plugin.core.objective import Objective, Rows
+    from dskd_plugin.core.objective import Objective
+    from dskd_plugin.core.rows import Rows
 
     table = Events(torch.arange(ids) % 250, torch.arange(teacher_ids) % 250, 250)
     objective = Objective(

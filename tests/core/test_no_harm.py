@@ -11,8 +11,9 @@ from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Exact, events_of_pairs
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows
+from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.projectors import head_map
+from dskd_plugin.core.rows import Rows
 
 CONTEXTS, ANSWERS, V, d, D, STEPS = 60, 30, 40, 16, 24, 25
 

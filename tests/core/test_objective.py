@@ -7,7 +7,8 @@ import torch
 from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import RATES, TERMS, Objective, counts, term_weights
+from dskd_plugin.core.objective import RATES, TERMS, Objective, term_weights
+from dskd_plugin.core.rows import counts
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, counts
+from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.prefixes import PrefixCompare
+from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.text.align import align
 from dskd_plugin.text.prefixes import PrefixMaps, maps_by_ids
 from dskd_plugin.text.tokens import TokenTable

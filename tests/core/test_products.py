@@ -10,7 +10,8 @@ from dskd_plugin.core.blockwise import baseline_loss, dskd_loss
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact, likeliest_event, masses
 from dskd_plugin.core.heads import Head, head_logits
-from dskd_plugin.core.objective import TERMS, Objective, Rows
+from dskd_plugin.core.objective import TERMS, Objective
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.core.support import SupportCompare
 
 R, N, IDS, TEACHER_IDS, BLOCK = 70, 45, 300, 360, 10

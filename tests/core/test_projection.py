@@ -6,8 +6,9 @@ import torch
 from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
-from dskd_plugin.core.objective import Objective, Rows, counts
+from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.projection import ProjectedCompare, Projection, projection
+from dskd_plugin.core.rows import Rows, counts
 
 KINDS = sorted(DIVERGENCES)
 SHARED = {0: 3, 1: 9, 2: 1, 4: 0, 7: 4}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.counting import VocabularyWork
 from dskd_plugin.core.baselines import overlap, uld
-from dskd_plugin.core.blockwise import baseline_loss, segment_loss, segment_values
+from dskd_plugin.core.blockwise import baseline_loss, segment_loss
 from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.events import events_of_pairs
@@ -17,8 +17,11 @@ from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
-from dskd_plugin.core.objective import Objective, Rows, counts, span_sums
+from dskd_plugin.core.objective import Objective
+from dskd_plugin.core.readings import segment_values
+from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.core.segments import SegmentCompare, Segments, Side, cut, followed_by, put_first
+from dskd_plugin.core.terms import span_sums
 
 WHOLE = 10**9
 TAU = 1.7

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dskd_plugin.core.baselines import uld
-from dskd_plugin.core.blockwise import baseline_loss, dskd_loss, token_log_probs
+from dskd_plugin.core.blockwise import baseline_loss, dskd_loss
 from dskd_plugin.core.divergences import binary_kl, divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, Spans, counts, span_sums, span_term
+from dskd_plugin.core.objective import TERMS, Objective
+from dskd_plugin.core.readings import token_log_probs
+from dskd_plugin.core.rows import Rows, Spans, counts
+from dskd_plugin.core.terms import span_sums, span_term
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 

@@ -8,7 +8,8 @@ from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits, logits_at
-from dskd_plugin.core.objective import Objective, Rows, counts
+from dskd_plugin.core.objective import Objective
+from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.core.support import SupportCompare
 
 KINDS = sorted(DIVERGENCES)

@@ -9,7 +9,8 @@ from dskd_plugin.core.baselines import vanilla
 from dskd_plugin.core.blockwise import baseline_loss, cma_loss, dskd_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
-from dskd_plugin.core.objective import TERMS, Objective, Rows, counts
+from dskd_plugin.core.objective import TERMS, Objective
+from dskd_plugin.core.rows import Rows, counts
 
 # Of the 7 rows of a case the last two have no partner. Row 2 has no label and row 3 no s2t, row 4 neither.
 WITHOUT = {"both": [4, 5, 6], "student": [2, 4, 5, 6], "teacher": [3, 4, 5, 6]}

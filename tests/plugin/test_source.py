@@ -28,9 +28,9 @@ from dskd_plugin.core.events import EventCompare, exact_target, masses
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
-from dskd_plugin.core.objective import span_sums
 from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.core.projection import ProjectedCompare
+from dskd_plugin.core.terms import span_sums
 from dskd_plugin.methods.alm import SOFTENING
 from dskd_plugin.methods.xtoken import LEAST_MATCH
 from dskd_plugin.text.align import align
