@@ -83,25 +83,9 @@ def check_recipe(cfg: Any, settings: Any) -> None:
                 "lr_scheduler", "a schedule that keeps the projectors' own learning rate", "'one_cycle'", "Use cosine."
             )
         )
-    if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
-        problems.append(
-            SettingError(
-                "dskd.on_policy",
-                "a student that each process holds whole",
-                "fsdp_config",
-                "Use DDP or DeepSpeed ZeRO-1 or -2.",
-            )
-        )
     deepspeed = cfg.get("deepspeed")
     if deepspeed:
         content = deepspeed if isinstance(deepspeed, dict) else _engine_file(deepspeed)
-        stage = (content.get("zero_optimization") or {}).get("stage", 0)
-        if settings.on_policy is not None and stage == 3:
-            problems.append(
-                SettingError(
-                    "dskd.on_policy", "a student that each process holds whole", "DeepSpeed ZeRO-3", "Use ZeRO-1 or -2."
-                )
-            )
         if "optimizer" in content:
             problems.append(
                 SettingError(

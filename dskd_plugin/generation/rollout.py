@@ -234,7 +234,9 @@ class Rollout:
         )
         inputs = left_padded(prompts, self._pad, generator.device)
         within = WithinVocabulary(self.aligner.student.vocab_size)
-        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([within]))
+        limits = LogitsProcessorList([within])
+        # Each process answers for itself, also where transformers sees that an engine splits the weights.
+        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=limits, synced_gpus=False)
         return ids_BS[:, inputs["input_ids"].shape[1] :].tolist()
 
     # -- rows ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.core.objective import CE_TERMS
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
+from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
 from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
@@ -148,7 +149,8 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
-            batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
+            with whole(self.model, self.deepspeed if self.is_deepspeed_enabled else None):
+                batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()

@@ -105,6 +105,9 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
+    if settings.on_policy is not None:
+        # The whole student, put together before the answers; their key-value cache is not counted.
+        moments["answers"] = student.bytes - weights
     if teacher is not None and "teacher's decoder" in stays:
         moments["teacher's forward"] = teacher.reading
     return Memory(stays, moments, host)
