@@ -28,8 +28,8 @@ from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import StepBatch, TeacherText, ask
 from dskd_plugin.cache.build import BATCH_TOKENS, Order, batches, build
 from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.needs import wanted
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import wanted
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import decoder, output_head

@@ -11,27 +11,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dskd_plugin" / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
-LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "spans", "attend", "events", "fitting"}
-LEAVES |= {"balance", "support", "prefixes", "segments"}
+LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "exact_alignment", "attend", "events", "fitting"}
+LEAVES |= {"balance", "top_shared", "prefixes", "segments"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors"},
     "events": {"divergences"},
-    "support": {"divergences"},
+    "top_shared": {"divergences"},
     "prefixes": {"divergences", "events"},
     "extended": {"divergences", "segments"},
     "likelihood": {"divergences", "segments"},
     "hybrid": {"divergences", "segments"},
-    "projection": {"divergences", "events"},
+    "vocabulary_matrix": {"divergences", "events"},
     "common_support": {"divergences", "events", "overlap", "segments"},
     "objective": LEAVES,
     "rows": LEAVES | {"objective"},
     "teacher_rows": LEAVES | {"objective", "rows"},
     "terms": LEAVES | {"objective", "rows", "teacher_rows"},
-    "blocks": {"heads"},
-    "readings": LEAVES | {"blocks"},
-    "walk": LEAVES | {"objective", "rows", "teacher_rows", "terms", "blocks", "readings"},
-    "blockwise": LEAVES | {"objective", "rows", "teacher_rows", "terms", "blocks", "readings", "walk"},
+    "row_blocks": {"heads"},
+    "readings": LEAVES | {"row_blocks"},
+    "walk": LEAVES | {"objective", "rows", "teacher_rows", "terms", "row_blocks", "readings"},
+    "blockwise": LEAVES | {"objective", "rows", "teacher_rows", "terms", "row_blocks", "readings", "walk"},
     "baselines": LEAVES | {"objective"},
     "backend": LEAVES | {"objective", "rows", "readings", "blockwise"},
     "__init__": set(),

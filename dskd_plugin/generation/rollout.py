@@ -21,7 +21,7 @@ from dskd_plugin.models import causal_lm
 from dskd_plugin.settings import OnPolicySettings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import KNOWN, Markers
-from dskd_plugin.text.segments import answers
+from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import spell
 
 IGNORE = -100
@@ -260,7 +260,7 @@ class Rollout:
             teacher_ids,
             _response_mask(len(prompt.teacher_ids), len(teacher_ids)),
         )
-        columns.pop("unmatched_segments")
+        columns.pop("unmatched_responses")
         per_token = {
             "attention_mask": [1] * len(ids),
             "position_ids": list(range(len(ids))),

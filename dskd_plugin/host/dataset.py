@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from dskd_plugin import advice
+from dskd_plugin import pair_advice
 from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
@@ -87,7 +87,7 @@ class ReadTwice:
         turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
         with self._each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
-        _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
+        _say_once(pair_advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
         return self._checked(name, dataset, sides), prompter
 
     def wrap_dataset_for_tokenized_prompt(
@@ -152,7 +152,7 @@ class ReadTwice:
         LOG.info(
             "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
             "%d response segments without a counterpart",
-            *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
+            *(name, rows, responses, pair_advice.of_dataset(aligned / responses), of_spans),
             *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )
         if not aligned and not in_spans and run.method.needs_teacher:

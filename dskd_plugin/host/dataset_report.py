@@ -13,7 +13,7 @@ from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import SIDES, Unread
 
 # Columns of rows on their way here; they are taken off before the rows are kept.
-UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_segments", "dskd_parted", "dskd_refused", "dskd_one_sided"
+UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_responses", "dskd_parted", "dskd_refused", "dskd_one_sided"
 NOTES = (UNMATCHED, PARTED, REFUSED, ONE_SIDED)
 _SETTING = {"student": "chat_template", "teacher": "dskd.teacher.chat_template"}
 _SHOWN = 200

@@ -15,7 +15,7 @@ from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import OneSided, hand_over
-from dskd_plugin.text.segments import answers
+from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import TokenTable, places, spell
 from dskd_plugin.text.turn_ends import end_of_turn
 

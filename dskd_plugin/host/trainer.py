@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dskd_plugin import advice, state
+from dskd_plugin import pair_advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.core.objective import CE_TERMS
@@ -104,7 +104,7 @@ class DSKDTrainer(AxolotlTrainer):
         overlap = events = None
         if teacher is not None:
             overlap, events = in_common(sides, teacher, rows)
-            told = advice.of_pair(sides.pair, settings, overlap.student_share)
+            told = pair_advice.of_pair(sides.pair, settings, overlap.student_share)
             LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
         return distillation_loss(
             settings,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dskd_plugin.methods import method_of
-from dskd_plugin.plan.advice import Planned, changes
+from dskd_plugin.plan.changes import Planned, changes
 from dskd_plugin.plan.facts import Facts, facts_of
 from dskd_plugin.plan.memory import GIB, Memory, memory_of
 from dskd_plugin.plan.models import Student, Teacher, student_of, teacher_of

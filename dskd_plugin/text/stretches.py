@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dskd_plugin.text.texts import EMPTY_BLOCKS, Common, Region, Text
+from dskd_plugin.text.response_text import EMPTY_BLOCKS, Common, Region, Text
 
 
 def white_alone(a: Text, b: Text) -> Common:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dskd_eval import shown, stats
+from dskd_eval import number_text, stats
 from dskd_eval.entries import (
     Entry,
     check_roles,
@@ -219,8 +219,8 @@ def gap_span(row: GapRow) -> str:
     if row.closed is None:
         return "teacher not above base"
     if row.low is None:
-        return shown.UNKNOWN if row.interval == "none" else "open"
-    return shown.span(row.low, row.high, 0)
+        return number_text.UNKNOWN if row.interval == "none" else "open"
+    return number_text.span(row.low, row.high, 0)
 
 
 def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[GapRow], list[str]]:

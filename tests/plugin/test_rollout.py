@@ -110,7 +110,7 @@ def gold_row(student, teacher, messages, rules, **extra):
     ids, response = student.row(messages)
     teacher_ids, teacher_response = teacher.row(messages)
     columns = rules.columns(ids, response, teacher_ids, teacher_response)
-    columns.pop("unmatched_segments")
+    columns.pop("unmatched_responses")
     return {
         "input_ids": ids,
         "labels": [token if inside else IGNORE for token, inside in zip(ids, response, strict=True)],

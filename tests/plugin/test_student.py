@@ -17,7 +17,7 @@ from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.text.projections import vocabulary_projection
+from dskd_plugin.text.respelled import respelling_matrix
 from dskd_plugin.text.turn_ends import end_of_turn
 from dskd_plugin.text.vocabularies import token_table
 
@@ -88,7 +88,7 @@ class Setup:
             sides.append((ids, response))
         (ids, response), (teacher_ids, teacher_response) = sides
         found = self.aligner.columns(ids, response, teacher_ids, teacher_response)
-        found.pop("unmatched_segments")
+        found.pop("unmatched_responses")
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -307,7 +307,7 @@ def shared_pairs(setup):
 def matrix_of(setup):
     ids = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
     sides = setup.pair.student, (setup.teacher_tokenizer, setup.pair.teacher)
-    return vocabulary_projection(*sides, setup.overlap, ids)
+    return respelling_matrix(*sides, setup.overlap, ids)
 
 
 def loosely_matched(setup):
