@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.cache.place import check_there
+from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.teachers.files import check_pair, check_teacher

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from dskd_plugin.cache import manifest as manifests
 from dskd_plugin.cache import shards
-from dskd_plugin.cache.cached import BIAS, EMBEDDING, WEIGHT
+from dskd_plugin.cache.cached_teacher import BIAS, EMBEDDING, WEIGHT
+from dskd_plugin.cache.layout import HEAD, LOCK, MANIFEST, SHARDS
 from dskd_plugin.cache.manifest import Manifest
 from dskd_plugin.cache.needs import KEY_BYTES, Want
-from dskd_plugin.cache.place import HEAD, LOCK, MANIFEST, SHARDS
 from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.cache.shards import Computed, File
 from dskd_plugin.cache.store import Store

@@ -90,7 +90,8 @@ class Rollout:
         self._controls = control_tokens(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
-        self._batches: bool | None = None
+        # Whether the model answers a padded batch as it answers each prompt alone; measured at the first answers.
+        self.in_batches: bool | None = None
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -212,9 +213,9 @@ class Rollout:
         ]
         found: list[list[int]] = [[] for _ in prompts]
         with generating(model, seed, autocast) as generator:
-            if self._batches is None:
-                self._batches = batches_exactly(generator, self.aligner.student.vocab_size)
-            for part in prompt_parts(prompts, room, self._batches):
+            if self.in_batches is None:
+                self.in_batches = batches_exactly(generator, self.aligner.student.vocab_size)
+            for part in prompt_parts(prompts, room, self.in_batches):
                 new = self._generate(generator, [prompts[k] for k in part], max(room[k] for k in part))
                 for k, ids in zip(part, new, strict=True):
                     found[k] = ids[: room[k]]

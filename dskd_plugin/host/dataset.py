@@ -96,7 +96,7 @@ class ReadTwice:
         """A dataset tokenized with the strategy that is wanted at this time."""
         if self._exchange is not None:
             strategy = self._exchange(strategy)
-        return dataset if strategy is None else _rows_alone(original(strategy, dataset, **kwargs))
+        return dataset if strategy is None else rows_alone(original(strategy, dataset, **kwargs))
 
     def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
         """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
@@ -182,7 +182,7 @@ def install(run: Run | None) -> None:
         setattr(module, name, replaced)
 
 
-def _rows_alone(dataset: Any) -> Any:
+def rows_alone(dataset: Any) -> Any:
     """A tokenized dataset without the strategy that Axolotl leaves in it.
 
     With it, every change of columns copies both tokenizers, and every process that filters or saves rows reads them.

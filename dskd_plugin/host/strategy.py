@@ -23,7 +23,7 @@ IGNORE = -100
 
 
 # Strategies by their bytes; a forked process has those of its parent and need not build their tokenizers again.
-_KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
+KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
 
 
 class PairedStrategy:
@@ -56,7 +56,7 @@ class PairedStrategy:
             self._packed = packed(self.__dict__)
         if self._packed is None:
             return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
-        _KNOWN[self._packed] = self
+        KNOWN[self._packed] = self
         return _restored, (self._packed,)
 
     @property
@@ -190,7 +190,7 @@ class PairedStrategy:
 
 
 def _restored(content: bytes) -> PairedStrategy:
-    found = _KNOWN.get(content)
+    found = KNOWN.get(content)
     if found is None:
         found = PairedStrategy.__new__(PairedStrategy)
         found.__dict__.update(unpacked(content))

@@ -25,7 +25,7 @@ class BySegments(DistillationLoss):
     def __init__(self, student: nn.Module, objective: Objective, compare: SegmentCompare, **options: Any) -> None:
         super().__init__(student, objective, **options)
         self._compare = compare
-        self._read_with(self._student[1])
+        self._read_with(self.student_and_head[1])
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
         """The open tokens of all segments first; what is read of the teacher's other tokens is read here."""

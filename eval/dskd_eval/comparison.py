@@ -1,5 +1,4 @@
-"""Paired comparison of models that answered the same prompts, and how much of the way to a teacher a
-student went.
+"""Models that answered the same prompts, compared in pairs, and how much of the way to a teacher a student went.
 
 Samples are joined on document hash and prompt hash. Runs whose prompts differ are refused: their difference
 would mix model and prompt.

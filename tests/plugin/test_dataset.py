@@ -852,10 +852,10 @@ def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
 def test_a_tokenized_dataset_keeps_its_rows_and_not_its_strategy():
     from datasets import Dataset
 
-    from dskd_plugin.host.dataset import _rows_alone
+    from dskd_plugin.host.dataset import rows_alone
 
     dataset = Dataset.from_dict({"labels": [[1, 2], [3]]})
     dataset.prompt_tokenizer = object()
-    alone = _rows_alone(dataset)
+    alone = rows_alone(dataset)
     assert alone[:] == dataset[:] and not hasattr(alone, "prompt_tokenizer")
-    assert alone.features == dataset.features and _rows_alone(None) is None
+    assert alone.features == dataset.features and rows_alone(None) is None

@@ -211,7 +211,7 @@ def test_padded_batch_says_what_each_prompt_says_alone(name, sides, shared):
     prompts = [[rng.randrange(3, vocab) for _ in range(length)] for length in (4, 17, 9, 1, 9)]
     one = shared(max_new_tokens=14)
     found = one.sample(model, prompts, 0, None)
-    assert one._batches == (name not in ALONE)
+    assert one.in_batches == (name not in ALONE)
     for prompt, ids in zip(prompts, found, strict=True):
         expected = greedy(model, prompt, 14, one.stops, vocab)
         assert ids[: len(expected)] == expected

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dskd_plugin.cache.layout import HEAD
 from dskd_plugin.cache.manifest import Manifest
 from dskd_plugin.cache.needs import key_of
-from dskd_plugin.cache.place import HEAD
 from dskd_plugin.cache.store import Found, Store
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import SettingError
