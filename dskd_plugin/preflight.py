@@ -83,29 +83,36 @@ def check_recipe(cfg: Any, settings: Any) -> None:
                 "lr_scheduler", "a schedule that keeps the projectors' own learning rate", "'one_cycle'", "Use cosine."
             )
         )
-    deepspeed = cfg.get("deepspeed")
-    if deepspeed:
-        content = deepspeed if isinstance(deepspeed, dict) else _engine_file(deepspeed)
-        if "optimizer" in content:
-            problems.append(
-                SettingError(
-                    "deepspeed",
-                    "a file without an optimizer",
-                    f"{content['optimizer'].get('type')!r}: it would give the projectors the student's learning rate",
-                    "Set `optimizer` in the recipe.",
-                )
-            )
-        if "scheduler" in content:
-            problems.append(
-                SettingError(
-                    "deepspeed",
-                    "a file without a scheduler",
-                    f"{content['scheduler'].get('type')!r}: it would give the projectors the student's learning rate",
-                    "Set `lr_scheduler` in the recipe.",
-                )
-            )
+    problems += _deepspeed_problems(cfg.get("deepspeed"))
     if problems:
         raise Mistakes(problems)
+
+
+def _deepspeed_problems(given: Any) -> list[SettingError]:
+    """What a file of DeepSpeed sets that the recipe must. given: its path or its content, or nothing."""
+    if not given:
+        return []
+    content = given if isinstance(given, dict) else _engine_file(given)
+    problems = []
+    if "optimizer" in content:
+        problems.append(
+            SettingError(
+                "deepspeed",
+                "a file without an optimizer",
+                f"{content['optimizer'].get('type')!r}: it would give the projectors the student's learning rate",
+                "Set `optimizer` in the recipe.",
+            )
+        )
+    if "scheduler" in content:
+        problems.append(
+            SettingError(
+                "deepspeed",
+                "a file without a scheduler",
+                f"{content['scheduler'].get('type')!r}: it would give the projectors the student's learning rate",
+                "Set `lr_scheduler` in the recipe.",
+            )
+        )
+    return problems
 
 
 def check_datasets(recipe: Any) -> None:

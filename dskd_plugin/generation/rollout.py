@@ -294,15 +294,17 @@ class Rollout:
         return ids + ([self.aligner.teacher_end] if ended else [])  # type: ignore[list-item]
 
     def _log(self, step: int, prompt: Prompt, answer: Answer) -> None:
-        table = self.aligner.student
-        asked, said = (
-            b"".join(table.literal[token] or b"" for token in ids if token < table.vocab_size).decode(errors="replace")
-            for ids in (prompt.student_ids, answer.ids)
-        )
+        ended = "cut" if answer.end is None else "ended"
         LOG.info(
             "dskd: step %d, the student answers %r with %r (%d tokens, %s)",
-            *(step, asked[-200:], said, len(answer.ids), "cut" if answer.end is None else "ended"),
+            *(step, self._shown(prompt.student_ids)[-200:], self._shown(answer.ids), len(answer.ids), ended),
         )
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        """Tokens of the student as text for the log; ids beyond its tokenizer have none."""
+        table = self.aligner.student
+        parts = [table.literal[token] or b"" for token in ids if token < table.vocab_size]
+        return b"".join(parts).decode(errors="replace")
 
 
 def _response_mask(prompt: int, length: int) -> list[bool]:

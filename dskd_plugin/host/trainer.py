@@ -125,9 +125,7 @@ class DSKDTrainer(AxolotlTrainer):
         own = list(self.distillation.parameters())
         if own and not any(group.get("dskd") for group in optimizer.param_groups):
             ids = {id(parameter) for parameter in own}
-            (home,) = (
-                group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
-            )
+            (home,) = (group for group in optimizer.param_groups if ids.intersection(map(id, group["params"])))
             home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
             learning_rate = self.run.settings.projector.learning_rate
             optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})

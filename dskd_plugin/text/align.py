@@ -240,13 +240,9 @@ def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
         return []
     words, others = list(dict.fromkeys(student)), list(dict.fromkeys(teacher))
     table = cdist(words, others, scorer=Levenshtein.normalized_distance, dtype=np.float64)
-    word, other = (
-        np.array([number[text] for text in side])
-        for side, number in (
-            (student, {text: k for k, text in enumerate(words)}),
-            (teacher, {text: k for k, text in enumerate(others)}),
-        )
-    )
+    row_of = {text: k for k, text in enumerate(words)}
+    column_of = {text: k for k, text in enumerate(others)}
+    word, other = np.array([row_of[text] for text in student]), np.array([column_of[text] for text in teacher])
     steps = np.zeros((rows, columns), dtype=np.uint8)  # 0: from both, 1: from the student token before, 2: teacher
     # Costs of the last two antidiagonals by student index, shifted by one.
     before, last = np.full(rows + 1, np.inf), np.full(rows + 1, np.inf)
