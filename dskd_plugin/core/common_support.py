@@ -1,4 +1,4 @@
-"""What two models can both say at a segment, and one event for all the rest.
+"""Common-Support: what two models can both say at a segment, and one event for all the rest.
 
 Shape letters as in core/segments.py: B segments, V ids of a side; S spans among them, K events of a span.
 """

@@ -1,4 +1,4 @@
-"""The teacher's next-token distribution said in the student's tokens, by the bytes that a text goes on with.
+"""Byte-prefix marginalization: the teacher's next-token distribution said in the student's tokens, by their bytes.
 
 A teacher token says how the text goes on. Its mass goes to the longest student token that its bytes begin with; where
 the student begins inside a teacher token, only teacher tokens that begin with the bytes already said count; where the

@@ -1,4 +1,4 @@
-"""The student's distribution said in the teacher's vocabulary, by a sparse matrix between the ids of the two.
+"""X-Token: the student's distribution said in the teacher's vocabulary, by a sparse matrix between the ids.
 
 Shape letters: N rows, V ids of the student, U ids of the teacher, E entries of the matrix, M ids of the teacher that
 have an entry, K of them.

@@ -1,4 +1,4 @@
-"""What is told of a dataset, or refused: text that one side alone reads, answers that part, rows without a teacher."""
+"""What is told of a dataset, or refused: text that one side alone reads, answers of two texts, rows without teacher."""
 
 import json
 from collections import Counter
