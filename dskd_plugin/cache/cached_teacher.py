@@ -88,7 +88,7 @@ class CachedTeacher:
             raise SettingError(
                 self.folder,
                 "the teacher's states of every sample of the run",
-                f"none of one with {starts[one + 1] - starts[one]} tokens, or not at all of its places",
+                f"none of one of {starts[one + 1] - starts[one]} tokens, or not those of all its rows",
                 self._advice,
             )
         result_NE = torch.empty(len(rows), self.width, dtype=dtype, device=device)

@@ -151,7 +151,7 @@ class ReadTwice:
         of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
         LOG.info(
             "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
-            "%d response segments without a counterpart",
+            "%d responses without a counterpart",
             *(name, rows, responses, pair_advice.of_dataset(aligned / responses), of_spans),
             *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )

@@ -78,13 +78,13 @@ def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows:
     )
 
 
-def parted(notes: list[str], segments: int) -> str | None:
+def parted(notes: list[str], responses: int) -> str | None:
     """The line about answers without a counterpart; notes: of all rows, "" for a good one."""
     places = [k for k, note in enumerate(notes) if note]
     if not places:
         return None
     return (
-        f"no counterpart of the same text on the teacher's side: {_number(segments, 'response segment')} in "
+        f"no counterpart of the same text on the teacher's side: {_number(responses, 'response')} in "
         f"{len(places)} of {_number(len(notes), 'row')}; they learn from the data alone; the first, row "
         f"{places[0] + 1}: {notes[places[0]]}"
     )

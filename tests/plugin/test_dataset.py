@@ -429,7 +429,7 @@ def test_answers_without_a_counterpart_are_counted_with_the_first(prepare, tiny,
     with caplog.at_level("WARNING"):
         prepare(rows, block)
     (line,) = [record.getMessage() for record in caplog.records if "no counterpart" in record.getMessage()]
-    assert "2 response segments in 2 of 3 rows" in line
+    assert "2 responses in 2 of 3 rows" in line
     assert "the first, row 2: student 'seven of the stones', teacher 'seven of the rivers'" in line
 
 
