@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import safe_open
@@ -42,7 +42,7 @@ _MEASURED_SECONDS, _MEASURED_BATCHES = 1.0, 3
 class Order:
     """What is to be built. teacher, made_for: see `manifest`; width: of the states; embedding: whether it is kept too.
 
-    wanted: all samples that the recipe needs, see `rows`; datasets: where they are; states: dtype of the states;
+    wanted: all samples that the recipe needs, see `needs`; datasets: where they are; states: dtype of the states;
     load: brings the teacher into memory; say: tells the user a line.
     """
 
@@ -250,7 +250,7 @@ def _size(count: float) -> str:
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """The first rank holds the folder's lock; ``ValueError`` on all ranks where another build has it."""
-    held: list[Any] = []
+    held: list[TextIO] = []
 
     def lock() -> None:
         folder.mkdir(parents=True, exist_ok=True)
