@@ -14,7 +14,7 @@ from dskd_plugin.text.responses import Response, all_but, answers, gaps, runs_of
 from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
-RULES = 9  # raise it where the same rows would align in another way or have other columns: no prepared rows are reused
+RULES = 9  # raise it where the same rows would align in another way, or have other columns: prepared rows are made anew
 Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
 REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`
