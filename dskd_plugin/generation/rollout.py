@@ -21,7 +21,7 @@ from dskd_plugin.models import causal_lm
 from dskd_plugin.settings import OnPolicySettings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import KNOWN, Markers
-from dskd_plugin.text.segments import answers
+from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import spell
 
 IGNORE = -100
@@ -90,7 +90,8 @@ class Rollout:
         self._controls = control_tokens(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
-        self._batches: bool | None = None
+        # Whether the model answers a padded batch as it answers each prompt alone; measured at the first answers.
+        self.in_batches: bool | None = None
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -212,9 +213,9 @@ class Rollout:
         ]
         found: list[list[int]] = [[] for _ in prompts]
         with generating(model, seed, autocast) as generator:
-            if self._batches is None:
-                self._batches = batches_exactly(generator, self.aligner.student.vocab_size)
-            for part in prompt_parts(prompts, room, self._batches):
+            if self.in_batches is None:
+                self.in_batches = batches_exactly(generator, self.aligner.student.vocab_size)
+            for part in prompt_parts(prompts, room, self.in_batches):
                 new = self._generate(generator, [prompts[k] for k in part], max(room[k] for k in part))
                 for k, ids in zip(part, new, strict=True):
                     found[k] = ids[: room[k]]
@@ -234,7 +235,9 @@ class Rollout:
         )
         inputs = left_padded(prompts, self._pad, generator.device)
         within = WithinVocabulary(self.aligner.student.vocab_size)
-        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([within]))
+        limits = LogitsProcessorList([within])
+        # Each process answers for itself, also where transformers sees that an engine splits the weights.
+        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=limits, synced_gpus=False)
         return ids_BS[:, inputs["input_ids"].shape[1] :].tolist()
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ class Rollout:
             teacher_ids,
             _response_mask(len(prompt.teacher_ids), len(teacher_ids)),
         )
-        columns.pop("unmatched_segments")
+        columns.pop("unmatched_responses")
         per_token = {
             "attention_mask": [1] * len(ids),
             "position_ids": list(range(len(ids))),
@@ -291,15 +294,17 @@ class Rollout:
         return ids + ([self.aligner.teacher_end] if ended else [])  # type: ignore[list-item]
 
     def _log(self, step: int, prompt: Prompt, answer: Answer) -> None:
-        table = self.aligner.student
-        asked, said = (
-            b"".join(table.literal[token] or b"" for token in ids if token < table.vocab_size).decode(errors="replace")
-            for ids in (prompt.student_ids, answer.ids)
-        )
+        ended = "cut" if answer.end is None else "ended"
         LOG.info(
             "dskd: step %d, the student answers %r with %r (%d tokens, %s)",
-            *(step, asked[-200:], said, len(answer.ids), "cut" if answer.end is None else "ended"),
+            *(step, self._shown(prompt.student_ids)[-200:], self._shown(answer.ids), len(answer.ids), ended),
         )
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        """Tokens of the student as text for the log; ids beyond its tokenizer have none."""
+        table = self.aligner.student
+        parts = [table.literal[token] or b"" for token in ids if token < table.vocab_size]
+        return b"".join(parts).decode(errors="replace")
 
 
 def _response_mask(prompt: int, length: int) -> list[bool]:

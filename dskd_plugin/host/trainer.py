@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dskd_plugin import advice, state
+from dskd_plugin import pair_advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.core.objective import CE_TERMS
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
+from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
 from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
@@ -103,7 +104,7 @@ class DSKDTrainer(AxolotlTrainer):
         overlap = events = None
         if teacher is not None:
             overlap, events = in_common(sides, teacher, rows)
-            told = advice.of_pair(sides.pair, settings, overlap.student_share)
+            told = pair_advice.of_pair(sides.pair, settings, overlap.student_share)
             LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
         return distillation_loss(
             settings,
@@ -124,9 +125,7 @@ class DSKDTrainer(AxolotlTrainer):
         own = list(self.distillation.parameters())
         if own and not any(group.get("dskd") for group in optimizer.param_groups):
             ids = {id(parameter) for parameter in own}
-            (home,) = (
-                group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
-            )
+            (home,) = (group for group in optimizer.param_groups if ids.intersection(map(id, group["params"])))
             home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
             learning_rate = self.run.settings.projector.learning_rate
             optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
@@ -148,7 +147,8 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
-            batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
+            with whole(self.model, self.deepspeed if self.is_deepspeed_enabled else None):
+                batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()

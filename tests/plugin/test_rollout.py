@@ -110,7 +110,7 @@ def gold_row(student, teacher, messages, rules, **extra):
     ids, response = student.row(messages)
     teacher_ids, teacher_response = teacher.row(messages)
     columns = rules.columns(ids, response, teacher_ids, teacher_response)
-    columns.pop("unmatched_segments")
+    columns.pop("unmatched_responses")
     return {
         "input_ids": ids,
         "labels": [token if inside else IGNORE for token, inside in zip(ids, response, strict=True)],
@@ -211,7 +211,7 @@ def test_padded_batch_says_what_each_prompt_says_alone(name, sides, shared):
     prompts = [[rng.randrange(3, vocab) for _ in range(length)] for length in (4, 17, 9, 1, 9)]
     one = shared(max_new_tokens=14)
     found = one.sample(model, prompts, 0, None)
-    assert one._batches == (name not in ALONE)
+    assert one.in_batches == (name not in ALONE)
     for prompt, ids in zip(prompts, found, strict=True):
         expected = greedy(model, prompt, 14, one.stops, vocab)
         assert ids[: len(expected)] == expected
