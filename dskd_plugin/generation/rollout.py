@@ -7,7 +7,7 @@ teacher's own template, and the aligned columns of both.
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,14 @@ class Answer:
 
     ids: list[int]
     end: int | None
+
+
+@dataclass
+class Answers:
+    """To the prompts of one group. rows: training rows, in the order of the prompts; tokens: sampled, ends included."""
+
+    rows: list[Sample] = field(default_factory=list)
+    tokens: int = 0
 
 
 class Rollout:
@@ -105,50 +113,57 @@ class Rollout:
     def answer(
         self,
         model: nn.Module,
-        samples: list[Sample],
+        groups: Sequence[Sequence[Sample]],
         *,
         step: int,
         rank: int,
-        micro_batch: int = 0,
         autocast: torch.dtype | None = None,
-    ) -> list[Sample]:
-        """Training rows of the student's answers to the prompts of these rows, in their order.
+    ) -> list[Answers]:
+        """Training rows of the student's answers to the prompts of these rows, group by group.
 
+        All prompts are answered together, whatever their group: a token of many answers costs little more than of one.
         model: the student, unwrapped from DDP or DeepSpeed, with its adapters; left as it was found.
-        samples: rows of the dataset (dicts of lists), with the column teacher_prompt.
-        (seed, step, rank, micro_batch) decide the sampled tokens; the global random state is left alone.
+        groups: rows of the dataset (dicts of lists), with the column teacher_prompt.
+        (seed, step, rank) decide the sampled tokens; the global random state is left alone.
         autocast: dtype of the mixed precision that training uses, if any.
-        Returns rows with the same keys and "on_policy": True; fewer than samples where some were skipped or no token
-        of the answer pairs with the teacher's, none where that holds for all.
+        Rows have the same keys and "on_policy": True; a group has fewer than samples where some were skipped or no
+        token of the answer pairs with the teacher's, none where that holds for all.
         """
         positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-        asked = [(sample, prompt) for sample in samples if (prompt := self._prompt(sample, positions)) is not None]
-        self.counts["skipped"] += len(samples) - len(asked)
+        made = [Answers() for _ in groups]
+        asked: list[tuple[Answers, Sample, Prompt]] = []
+        for group, samples in zip(made, groups, strict=True):
+            for sample in samples:
+                prompt = self._prompt(sample, positions)
+                if prompt is None:
+                    self.counts["skipped"] += 1
+                else:
+                    asked.append((group, sample, prompt))
         if not asked:
-            return []
+            return made
         start = time.perf_counter()
         sampled = self.sample(
             model,
-            [prompt.student_ids for _, prompt in asked],
-            random.Random(f"on-policy answers {self.seed} {step} {rank} {micro_batch}").getrandbits(63),
+            [prompt.student_ids for _, _, prompt in asked],
+            random.Random(f"on-policy answers {self.seed} {step} {rank}").getrandbits(63),
             autocast,
         )
         self.counts["seconds"] += time.perf_counter() - start
-        rows = []
-        for place, ((sample, prompt), new_ids) in enumerate(zip(asked, sampled, strict=True)):
+        for place, ((group, sample, prompt), new_ids) in enumerate(zip(asked, sampled, strict=True)):
             answer = self.read(new_ids)
+            group.tokens += len(answer.ids) + (answer.end is not None)
             self.counts["answers"] += 1
-            self.counts["tokens"] += len(answer.ids) + (answer.end is not None)
             self.counts["empty"] += not answer.ids
             self.counts["cut"] += answer.end is None
             row = self._row(sample, prompt, answer)
             if row["aligned_student"] or row.get("spans"):
-                rows.append(row)
+                group.rows.append(row)
             else:
                 self.counts["unaligned"] += 1
-            if rank == 0 and micro_batch == 0 and place < self.settings.log_samples:
+            if rank == 0 and place < self.settings.log_samples:
                 self._log(step, prompt, answer)
-        return rows
+        self.counts["tokens"] += sum(group.tokens for group in made)
+        return made
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
