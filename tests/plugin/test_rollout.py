@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from dskd_plugin.generation import rollout
 from dskd_plugin.generation.answer_text import PlainReader
 from dskd_plugin.generation.rollout import Rollout, pack
 from dskd_plugin.generation.sampling import batches_exactly, generating, prompt_parts
@@ -192,9 +193,9 @@ def student_model(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny["student"], dtype=torch.float32)
 
 
-def answered(rollout, model, samples, **place):
+def answered(one, model, samples, **place):
     """The rows of the answers to one group of prompts."""
-    (answers,) = rollout.answer(model, [samples], **place)
+    (answers,) = one.answer(model, [samples], **place)
     return answers.rows
 
 
@@ -375,8 +376,10 @@ def test_groups_are_answered_together_and_each_gets_its_own(shared, student_mode
     rows = answered(together, student_model, gold, step=3, rank=0)
     calls = []
     one = shared(**knobs)
-    generate = one._generate
-    monkeypatch.setattr(one, "_generate", lambda *given: calls.append(len(given[1])) or generate(*given))
+    padded = rollout.left_padded
+    monkeypatch.setattr(
+        rollout, "left_padded", lambda prompts, *more: calls.append(len(prompts)) or padded(prompts, *more)
+    )
     unanswerable = {**gold[0], "teacher_prompt": 0}
     found = one.answer(student_model, [gold[:2], [unanswerable], gold[2:]], step=3, rank=0)
     assert [row for answers in found for row in answers.rows] == rows and not found[1].rows
