@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from dskd_plugin.cache import build as building
 from dskd_plugin.cache import manifest, shards
@@ -314,7 +316,12 @@ def test_another_method_of_the_same_teacher_adds_what_it_needs_and_reads_the_res
 
 
 def in_a_fork(work):
-    process = multiprocessing.get_context("fork").Process(target=work)
+    def with_a_lock_of_its_own():
+        # A process that is killed while it draws a bar would keep the lock that its parent's bars wait for.
+        tqdm.set_lock(threading.RLock())
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=with_a_lock_of_its_own)
     process.start()
     return process
 
