@@ -14,7 +14,7 @@ from dskd_plugin import last_words
 from dskd_plugin.cache.place import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
-from dskd_plugin.recipe_options import REFUSED
+from dskd_plugin.recipe_options import REFUSED, tiled_batches
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
 
@@ -30,6 +30,7 @@ def check_recipe(cfg: Any, settings: Any) -> None:
         for key, advice in REFUSED.items()
         if cfg.get(key)
     ]
+    problems += tiled_batches(cfg)
     fsdp = cfg.get("fsdp_config")
     if (fsdp or cfg.get("fsdp")) and str(cfg.get("fsdp_version")) != "2":
         problems.append(SettingError("fsdp_version", "2", f"{cfg.get('fsdp_version')!r}", "Set fsdp_version: 2."))
@@ -50,7 +51,9 @@ def check_recipe(cfg: Any, settings: Any) -> None:
             problems.append(
                 SettingError(f"accelerator_config.{key}", "false", "true: it cuts batches apart", "Remove it.")
             )
-    if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+    # A worker of Ray reads the recipe as Axolotl has completed it, with a device map of its own.
+    completed = cfg.get("world_size") is not None
+    if not completed and cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
         problems.append(
             SettingError(
                 "device_map",

@@ -1,6 +1,9 @@
-"""Options of Axolotl that distillation refuses or does not need: data alone, which ``docs/options.md`` shows too."""
+"""Options of Axolotl that distillation refuses or does not need; ``docs/options.md`` shows them too."""
 
+import math
 from typing import Any
+
+from dskd_plugin.errors import SettingError
 
 # Refused: key -> what to do.
 REFUSED = {
@@ -35,6 +38,25 @@ UNHEEDED = (
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
 )
+
+
+_TILE = 32768  # tokens of one shard of a tiled MLP where the recipe names no number of shards
+
+
+def tiled_batches(recipe: Any) -> list[SettingError]:
+    """An error where an MLP's rows are cut into shards beside one another: Axolotl 0.19 mixes up their gradients."""
+    rows = recipe.get("micro_batch_size") or 1
+    shards = recipe.get("tiled_mlp_num_shards") or math.ceil((recipe.get("sequence_len") or 1) / _TILE)
+    if not recipe.get("tiled_mlp") or rows == 1 or shards == 1:
+        return []
+    return [
+        SettingError(
+            "tiled_mlp",
+            "micro_batch_size: 1, or one shard",
+            f"{rows} rows at a time in {shards} shards, whose gradients Axolotl puts together wrongly",
+            "Set micro_batch_size: 1 and raise gradient_accumulation_steps, or set tiled_mlp_num_shards: 1.",
+        )
+    ]
 
 
 def unheeded(recipe: Any) -> list[str]:

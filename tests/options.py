@@ -46,7 +46,10 @@ class Option:
     @property
     def changes(self) -> Recipe:
         """What a recipe needs: its base, and for an attention no other one."""
-        changes = {**BASES[self.base], **self.recipe}
+        base = BASES[self.base]
+        changes = {**base, **self.recipe}
+        if "dskd" in changes:
+            changes["dskd"] = {**base.get("dskd", {}), **self.recipe.get("dskd", {})}
         if set(changes) & set(ATTENTIONS):
             changes = {"sdp_attention": None, "flash_attention": None, **changes}
         listed = [PLUGINS[name] for name in changes.pop("plugins", ())]
@@ -90,7 +93,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option(
             {"flash_attention": True},
             CUDA,
-            "both sides, with padded rows; a teacher in float32 keeps its own attention",
+            "both sides; a teacher in float32 keeps its own attention. Without flash-attn not even the recipe was read",
             package="flash_attn",
         ),
         Option({"flash_attention": True}, CUDA, "packed rows", base="packed", package="flash_attn"),
@@ -158,7 +161,12 @@ OPTIONS: dict[str, list[Option]] = {
         Option({**CHECKPOINTS, "activation_offloading": "legacy"}, CUDA),
         Option({**CHECKPOINTS, "activation_offloading": "disk"}, CUDA, "also `gradient_checkpointing: offload_disk`"),
         Option({"layer_offloading": True}, SAME, "on a CPU nothing is moved; on a GPU never run"),
-        Option({"tiled_mlp": True, "tiled_mlp_num_shards": 4}, SAME),
+        Option({"tiled_mlp": True, "tiled_mlp_num_shards": 4}, SAME, base="packed"),
+        Option(
+            {"tiled_mlp": True, "tiled_mlp_num_shards": 4, "micro_batch_size": 2},
+            REFUSED,
+            "Axolotl 0.19 makes wrong gradients of it: cut into shards, rows beside one another are mixed up",
+        ),
         Option({"max_memory": {0: "1GiB"}}, REFUSED),
         Option({"gpu_memory_limit": "1GiB"}, REFUSED),
     ],
@@ -174,16 +182,15 @@ OPTIONS: dict[str, list[Option]] = {
         Option(
             {"plugins": ["cut_cross_entropy"], "cut_cross_entropy": True, "bf16": True},
             CUDA,
-            "no effect, and the log says so: the patched forward makes logits where it gets no labels, as here (its source was read)",
+            "no effect, and the log says so: by its source, the patched forward makes logits where it gets no labels",
             package="cut_cross_entropy",
         ),
-        Option({"use_eaft": True}, REFUSED, "another loss"),
+        Option({"use_eaft": True}, REFUSED),
         Option(
             {"plugins": ["liger"], "liger_fused_linear_cross_entropy": True, "liger_use_token_scaling": True},
             REFUSED,
-            "another loss",
         ),
-        Option({"label_smoothing_factor": 0.1}, REFUSED, "another loss"),
+        Option({"label_smoothing_factor": 0.1}, REFUSED),
     ],
     "Kernels": [
         Option(
@@ -247,6 +254,14 @@ OPTIONS: dict[str, list[Option]] = {
         Option({"trainer_cls": "axolotl.core.trainers.base.AxolotlTrainer"}, REFUSED),
     ],
 }
+
+
+def written(recipe: Recipe, changes: Recipe) -> Recipe:
+    """The recipe with changes; None takes a key away, and `dskd:` is changed key by key."""
+    block = {**recipe["dskd"], **changes.get("dskd", {})}
+    block["teacher"] = {**recipe["dskd"]["teacher"], **block["teacher"]}
+    changed = {**recipe, **changes, "dskd": block}
+    return {key: value for key, value in changed.items() if value is not None}
 
 
 def all_options() -> list[Option]:

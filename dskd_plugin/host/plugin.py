@@ -123,7 +123,9 @@ def _prepared_path(run: "Run") -> str:
         "excess_length_strategy": recipe.get("excess_length_strategy"),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return str(Path(recipe.get("dataset_prepared_path") or "last_run_prepared") / f"dskd-{digest}")
+    folder, own = Path(recipe.get("dataset_prepared_path") or "last_run_prepared"), f"dskd-{digest}"
+    # A worker of Ray gets the recipe in which it has been written already.
+    return str(folder if folder.name == own else folder / own)
 
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tests.options import BASES, NEAR, SAME, STEPS, UNHEEDED, with_verdict
+from tests.options import BASES, NEAR, SAME, STEPS, UNHEEDED, with_verdict, written
 
 pytestmark = pytest.mark.e2e
 
@@ -20,19 +20,24 @@ def curves():
     return {}
 
 
-def trained(train, name, changes):
-    changes = dict(changes)
-    plugins = [*changes.pop("plugins", ["dskd"]), ON_CPU]
-    return train(name, plugins=plugins, **SHORT, **changes)
+@pytest.fixture
+def trained(run_axolotl, recipe, tmp_path):
+    def run(name, changes):
+        changed = written(recipe, {**SHORT, **changes, "output_dir": str(tmp_path / name)})
+        result = run_axolotl({**changed, "plugins": [*changed["plugins"], ON_CPU]})
+        assert result.code == 0, result.output[-4000:]
+        return result
+
+    return run
 
 
 @pytest.mark.parametrize("option", TRAINED, ids=lambda option: f"{option.base}: {option.name}")
-def test_a_training_with_the_option(train, curves, option):
+def test_a_training_with_the_option(trained, curves, option):
     if option.package and importlib.util.find_spec(option.package) is None:
         pytest.skip(f"{option.package} is not installed")
     if option.base not in curves:
-        curves[option.base] = trained(train, f"base-{option.base}", BASES[option.base]).curve()
-    without, run = curves[option.base], trained(train, "with", option.changes)
+        curves[option.base] = trained(f"base-{option.base}", BASES[option.base]).curve()
+    without, run = curves[option.base], trained("with", option.changes)
     found = run.curve()
     assert len(found) == len(without) == 2
     for _, gradient, _, _ in found:

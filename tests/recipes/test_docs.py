@@ -52,7 +52,7 @@ def schema(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, lis
     return found
 
 
-@pytest.mark.parametrize("page", ["settings.md", "metrics.md"])
+@pytest.mark.parametrize("page", ["settings.md", "metrics.md", "options.md"])
 def test_tables_that_come_from_the_code_are_up_to_date(page):
     spec = spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
     tables = module_from_spec(spec)
