@@ -247,7 +247,7 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "What is trained": [
         Option({"unfrozen_parameters": ["model.layers.1.*"]}, STEPS, "the projector learns in any case"),
-        Option({"neftune_noise_alpha": 5}, NEAR, "noise on the student's embeddings, not on the teacher's", within=0.1),
+        Option({"neftune_noise_alpha": 5}, NEAR, "noise on the student's embeddings, not on the teacher's", within=0.2),
         Option({"lisa_n_layers": 1, "lisa_step_interval": 1}, STEPS),
         Option({"relora": True, "jagged_restart_steps": 1, "relora_prune_ratio": 0.9}, STEPS, base="lora"),
         Option({"dynamic_checkpoint": {"enabled": True}}, SAME),

@@ -15,6 +15,20 @@ TRAINED = with_verdict(SAME, STEPS, NEAR, UNHEEDED)
 
 
 @pytest.fixture(scope="module")
+def tiny(tiny, build, tmp_path_factory):
+    """Models whose every matrix has a multiple of 32 rows, as bitsandbytes wants it of 4 bits on some CPUs."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("wider")
+    student, teacher = (AutoTokenizer.from_pretrained(tiny[side]) for side in ("student", "teacher"))
+    return {
+        **tiny,
+        "student": build.save_model(folder / "student", student, width=64),
+        "teacher": build.save_model(folder / "teacher", teacher, "qwen3", width=128, seed=1),
+    }
+
+
+@pytest.fixture(scope="module")
 def curves():
     """The curves of the runs that options are compared with, each trained once."""
     return {}
