@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from benchmarks.shapes import METHODS, SIZES, Bench
-from dskd_plugin.errors import Mistakes, SettingError
+from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.recipe_options import REFUSED as ADVICE
 from dskd_plugin.recipe_options import UNHEEDED as NOT_HEEDED
 from dskd_plugin.recipe_options import unheeded
@@ -117,3 +117,17 @@ def test_gradients_survive_saved_tensors_that_are_kept_elsewhere(method):
     assert found.keys() == truth.keys() and found
     for key in truth:
         torch.testing.assert_close(found[key], truth[key], rtol=1e-6, atol=1e-9)
+
+
+def test_an_optimizer_without_the_projectors_weights_is_refused():
+    from dskd_plugin.host.parameter_group import give_own_group
+
+    student, projector = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(DSKDSetupError, match="got 'layerwise', which has them in 0"):
+        give_own_group(torch.optim.SGD([student], lr=1.0), [projector], 0.5, "layerwise")
+    optimizer = torch.optim.SGD([{"params": [student, projector], "weight_decay": 0.1}], lr=1.0)
+    give_own_group(optimizer, [projector], 0.5, "sgd")
+    give_own_group(optimizer, [projector], 0.5, "sgd")  # of a resumed run
+    first, own = optimizer.param_groups
+    assert first["params"] == [student] and own["params"] == [projector]
+    assert (own["lr"], own["weight_decay"], first["lr"]) == (0.5, 0.1, 1.0)
