@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from dskd_plugin import advice
+from dskd_plugin import pair_advice
 from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
@@ -87,7 +87,7 @@ class ReadTwice:
         turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
         with self._each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
-        _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
+        _say_once(pair_advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
         return self._checked(name, dataset, sides), prompter
 
     def wrap_dataset_for_tokenized_prompt(
@@ -96,7 +96,7 @@ class ReadTwice:
         """A dataset tokenized with the strategy that is wanted at this time."""
         if self._exchange is not None:
             strategy = self._exchange(strategy)
-        return dataset if strategy is None else _rows_alone(original(strategy, dataset, **kwargs))
+        return dataset if strategy is None else rows_alone(original(strategy, dataset, **kwargs))
 
     def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
         """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
@@ -151,8 +151,8 @@ class ReadTwice:
         of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
         LOG.info(
             "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
-            "%d response segments without a counterpart",
-            *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
+            "%d responses without a counterpart",
+            *(name, rows, responses, pair_advice.of_dataset(aligned / responses), of_spans),
             *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )
         if not aligned and not in_spans and run.method.needs_teacher:
@@ -182,7 +182,7 @@ def install(run: Run | None) -> None:
         setattr(module, name, replaced)
 
 
-def _rows_alone(dataset: Any) -> Any:
+def rows_alone(dataset: Any) -> Any:
     """A tokenized dataset without the strategy that Axolotl leaves in it.
 
     With it, every change of columns copies both tokenizers, and every process that filters or saves rows reads them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dskd_plugin.losses.base import BLOCK_ELEMENTS
@@ -56,16 +57,10 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     settings, counts = facts.settings, student.counts
     projector = _projector_weights(facts, student, teacher)
     share = {part: facts.ranks if facts.engine in engines else 1 for part, engines in SHARDED.items()}
-    zero = facts.engine.startswith("ZeRO")
-    trained = sum(counts.trained.values()) + projector
 
     weights = student.bytes // share["weights"]
     gradients = sum(size * number for size, number in counts.trained.items()) // share["gradients"] + 4 * projector
-    if zero and facts.weights != "float32":
-        states = MASTER_AND_STATES * trained // share["optimizer"]
-    else:
-        states = sum(_states(facts, size) * number for size, number in counts.trained.items()) // share["optimizer"]
-        states += _states(facts, 4) * projector
+    states = _optimizer_states(facts, counts.trained, projector, share["optimizer"])
     host = 0
     if "optimizer" in facts.offload:
         host, states = host + states, 0
@@ -74,13 +69,7 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
 
     stays = {"student's weights": weights, "optimizer's states": states}
     if teacher is not None:
-        stays["teacher's output head"] = teacher.head_bytes
-        if facts.teacher_resident:
-            stays["teacher's decoder"] = teacher.decoder_bytes
-        elif method_of(settings).needs_embedding:
-            stays["teacher's embedding"] = (
-                teacher.counts.vocab * teacher.counts.width * _bytes_of(settings.teacher.dtype)
-            )
+        stays |= _of_teacher(facts, teacher)
     stays |= {"projector": 4 * projector} if projector else {}
     stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
     # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
@@ -105,9 +94,31 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
+    if settings.on_policy is not None:
+        # The whole student, put together before the answers; their key-value cache is not counted.
+        moments["answers"] = student.bytes - weights
     if teacher is not None and "teacher's decoder" in stays:
         moments["teacher's forward"] = teacher.reading
     return Memory(stays, moments, host)
+
+
+def _optimizer_states(facts: Facts, trained: Mapping[int, int], projector: int, share: int) -> int:
+    """Bytes that the optimizer keeps. trained: weights by their size; share: ranks that split them."""
+    if facts.engine.startswith("ZeRO") and facts.weights != "float32":
+        return MASTER_AND_STATES * (sum(trained.values()) + projector) // share
+    of_student = sum(_states(facts, size) * number for size, number in trained.items()) // share
+    return of_student + _states(facts, 4) * projector
+
+
+def _of_teacher(facts: Facts, teacher: Teacher) -> dict[str, int]:
+    """What of the teacher is in memory for the whole run."""
+    stays = {"teacher's output head": teacher.head_bytes}
+    if facts.teacher_resident:
+        stays["teacher's decoder"] = teacher.decoder_bytes
+    elif method_of(facts.settings).needs_embedding:
+        size = _bytes_of(facts.settings.teacher.dtype)
+        stays["teacher's embedding"] = teacher.counts.vocab * teacher.counts.width * size
+    return stays
 
 
 def _logits(facts: Facts, student: Student, teacher: Teacher | None) -> int:
