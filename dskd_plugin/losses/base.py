@@ -150,7 +150,7 @@ class DistillationLoss(nn.Module):
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
         assert batch is not None
-        hidden_BSd = as_read(self._student[1], hidden_BSd)
+        hidden_BSd = as_read(self.student_and_head[1], hidden_BSd)
         student_head = self.student_head()
         if not (self.head_checked or drops_out(self.student_and_head[1])):
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")
