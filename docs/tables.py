@@ -1,7 +1,7 @@
 """Writes the tables of the documents that come from the code: `make docs`.
 
-docs/settings.md lists the schema of the ``dskd:`` block, docs/metrics.md what a run logs. A test compares both with
-what this file makes of the code.
+docs/settings.md lists the schema of the ``dskd:`` block, docs/metrics.md what a run logs, docs/options.md what the
+tests found of Axolotl's options. A test compares them with what this file makes of the code.
 """
 
 import sys
@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from dskd_plugin.host.metrics import MEANINGS
 from dskd_plugin.settings import Settings
+from tests.options import NEAR, OPTIONS, VERDICTS, Option, advice
 
 DOCS = Path(__file__).parent
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -100,22 +101,56 @@ def metrics_table() -> str:
     return _table(["name", "meaning"], [[f"`dskd/{name}`", meaning] for name, meaning in MEANINGS.items()])
 
 
+def verdicts_table() -> str:
+    return _table(["word", "meaning"], [[word, meaning] for word, meaning in VERDICTS.items()])
+
+
+def options_table() -> str:
+    rows = []
+    for group, options in OPTIONS.items():
+        for number, option in enumerate(options):
+            lines = f"`{option.name}`" + ("" if option.base == "padded" else f" ({_BASES[option.base]})")
+            rows.append([group if number == 0 else "", lines, option.verdict, known(option)])
+    return _table(["", "recipe", "beside the plugin", "to know"], rows)
+
+
+_BASES = {"packed": "packed rows", "lora": "LoRA", "warm": "`temperature: 2`"}
+
+
+def known(option: Option) -> str:
+    """What the reader of an option's line should know."""
+    told = option.note
+    if option.verdict == NEAR:
+        told += f"{'; ' if told else ''}tested to {100 * option.within:g} %"
+    return told or advice(option).rstrip(".")
+
+
 def _table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-PAGES = {"settings.md": ("Settings", settings_table), "metrics.md": ("What is logged", metrics_table)}
+# page -> section -> its first table
+PAGES = {
+    "settings.md": {"Settings": settings_table},
+    "metrics.md": {"What is logged": metrics_table},
+    "options.md": {"Words": verdicts_table, "Options": options_table},
+}
 
 
 def written(page: str) -> str:
-    """A page with its table as the code has it: the first table of its section."""
-    section, table = PAGES[page]
+    """A page with its tables as the code has them."""
     text = (DOCS / page).read_text(encoding="utf-8")
+    for section, table in PAGES[page].items():
+        text = with_table(text, section, table())
+    return text
+
+
+def with_table(text: str, section: str, table: str) -> str:
     start = text.index("\n| ", text.index(f"\n## {section}\n")) + 1
     lines = text[start:].splitlines(keepends=True)
     size = next((k for k, line in enumerate(lines) if not line.startswith("| ")), len(lines))
-    return text[:start] + table() + "".join(lines[size:])
+    return text[:start] + table + "".join(lines[size:])
 
 
 def main() -> int:

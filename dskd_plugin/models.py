@@ -5,7 +5,7 @@ Shapes: B batch, S positions, V rows of the output head, D width of the last hid
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,17 @@ def output_head(model: nn.Module) -> Any:
 def read_head(model: nn.Module, head: Any, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
     """The output head as plain tensors: weight [V, D], bias, logit scale and soft-cap.
 
-    Gradients flow through the result to whatever parameters the head is made of (LoRA factors included).
+    Gradients flow through the result to whatever parameters the head is made of (LoRA factors included), and through
+    the rounding of quantisation-aware training.
     dtype: of the products; None keeps the weight's own.
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     for name in getattr(head, "active_adapters", ()):
         if hasattr(head, "get_delta_weight") and name in head.lora_A:
             weight = weight + head.get_delta_weight(name)
+    rounded = getattr(head, "weight_fake_quantizer", None)
+    if rounded is not None:
+        weight = rounded(weight)
     if dtype is not None:
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -65,6 +69,12 @@ def read_head(model: nn.Module, head: Any, vocab_size: int, dtype: torch.dtype |
         softcap=getattr(config, "final_logit_softcapping", None),
         vocab_size=min(vocab_size, weight.shape[0]),
     )
+
+
+def as_read(head: nn.Module, states: Tensor) -> Tensor:
+    """Hidden states as the head's own forward takes them: rounded where it learns to read states of few bits."""
+    rounded = getattr(head, "activation_fake_quantizer", None)
+    return states if rounded is None else cast(Tensor, rounded(states))
 
 
 def check_head(hidden_ND: Tensor, logits_NV: Tensor, head: Head, name: str) -> None:

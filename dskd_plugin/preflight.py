@@ -14,6 +14,7 @@ from dskd_plugin import last_words
 from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
+from dskd_plugin.recipe_options import REFUSED, tiled_batches
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
 
@@ -21,33 +22,15 @@ NAMES = ("dskd", "dskd_plugin")
 COMMANDS = ("train", "preprocess", "evaluate")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
-# Settings of the recipe that the method cannot honour: (key, what to do).
-UNSUPPORTED = {
-    "rl": "Remove it: distillation is a supervised run.",
-    "reward_model": "Remove it: distillation trains a language model.",
-    "process_reward_model": "Remove it: distillation trains a language model.",
-    "pretraining_dataset": "List the data under `datasets`.",
-    "streaming": "Remove it: teacher and student rows are aligned before training.",
-    "skip_prepare_dataset": "Remove it: teacher and student rows are aligned before training.",
-    "processor_type": "Remove it: only text is distilled.",
-    "batch_flattening": "Use sample_packing instead.",
-    "label_smoothing_factor": "Remove it: the cross-entropy of the student's tokens is exact.",
-    "push_dataset_to_hub": "Remove it: the hub copy would be shared by different teachers.",
-    "kd_trainer": "Remove Axolotl's own distillation settings.",
-    "torch_compile": "Remove it: the loss inside the student's forward is not compiled.",
-    "max_memory": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
-    "gpu_memory_limit": "Remove it: the student stays on one device per process; use DeepSpeed or FSDP2.",
-    "loraplus_lr_ratio": "Remove it: the projectors need a learning rate of their own.",
-}
-
 
 def check_recipe(cfg: Any, settings: Any) -> None:
     """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
     problems = [
         SettingError(key, "it unset beside a `dskd:` block", repr(cfg[key]), advice)
-        for key, advice in UNSUPPORTED.items()
+        for key, advice in REFUSED.items()
         if cfg.get(key)
     ]
+    problems += tiled_batches(cfg)
     fsdp = cfg.get("fsdp_config")
     if (fsdp or cfg.get("fsdp")) and str(cfg.get("fsdp_version")) != "2":
         problems.append(SettingError("fsdp_version", "2", f"{cfg.get('fsdp_version')!r}", "Set fsdp_version: 2."))
@@ -68,7 +51,9 @@ def check_recipe(cfg: Any, settings: Any) -> None:
             problems.append(
                 SettingError(f"accelerator_config.{key}", "false", "true: it cuts batches apart", "Remove it.")
             )
-    if cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+    # A worker of Ray reads the recipe as Axolotl has completed it, with a device map of its own.
+    completed = cfg.get("world_size") is not None
+    if not completed and cfg.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
         problems.append(
             SettingError(
                 "device_map",

@@ -10,7 +10,7 @@ import functools
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dskd_plugin.errors import Mistakes, SettingError
@@ -365,6 +365,11 @@ class DSKDArgs(BaseModel):
     """What the plugin adds to Axolotl's recipe schema."""
 
     dskd: Settings | None = Field(default=None, description="dual-space knowledge distillation")
+
+    @field_serializer("dskd")
+    def as_written(self, block: Settings | None) -> dict[str, Any] | None:
+        """Without defaults: a worker of Ray reads the validated recipe again, and they would look chosen."""
+        return None if block is None else block.model_dump(exclude_unset=True)
 
 
 def parse_settings(block: object) -> Settings:

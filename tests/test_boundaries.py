@@ -240,6 +240,12 @@ def test_core_names_no_setting_of_a_recipe(path):
 
 
 @pytest.mark.parametrize("path", PLUGIN_FILES, ids=lambda path: str(path.relative_to(PLUGIN)))
+def test_no_loss_goes_through_the_function_that_liger_replaces(path):
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    assert not [name for name in called if name.split(".")[-1] in ("cross_entropy", "CrossEntropyLoss")]
+
+
+@pytest.mark.parametrize("path", PLUGIN_FILES, ids=lambda path: str(path.relative_to(PLUGIN)))
 def test_errors_of_four_parts_are_put_together_in_one_place(path):
     if path.parent == CORE or path.stem == "errors":
         return

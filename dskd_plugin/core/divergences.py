@@ -35,6 +35,14 @@ def log_probs(logits_NV: Tensor, *, temperature: float) -> Tensor:
     return torch.log_softmax(wide_NV if temperature == 1.0 else wide_NV / temperature, dim=-1)
 
 
+def token_nll(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """Minus the log-probability of one id of each row, [N] in fp32 or wider.
+
+    Not torch's cross_entropy: Liger replaces that for the whole process, by one that writes its gradient over logits.
+    """
+    return torch.nn.functional.nll_loss(log_probs(logits_NV, temperature=1.0), ids_N, reduction="none")
+
+
 def forward_kl(*, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the student from the teacher.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dskd_plugin.core.divergences import token_nll
 from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.row_blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.segments import SegmentCompare, token_values
@@ -43,7 +44,7 @@ def token_log_probs(hidden_ND: Tensor, head: Head, ids_N: Tensor, *, block_eleme
     with no_autocast(hidden_ND.device):
         for block in blocks(len(hidden_ND), rows_of_block(block_elements, head)):
             logits_BV = head_logits(hidden_ND[block], head)
-            found_N[block] = -torch.nn.functional.cross_entropy(logits_BV, ids_N[block], reduction="none")
+            found_N[block] = -token_nll(logits_BV, ids_N[block])
     return found_N
 
 

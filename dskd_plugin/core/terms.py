@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.divergences import binary_kl, log_probs
+from dskd_plugin.core.divergences import binary_kl, log_probs, token_nll
 from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, inside, masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import Compare, Objective, Sums
@@ -85,7 +85,7 @@ def student_space_sums(
     student_log_RV = log_probs(student_RV, temperature=1.0) if one_softmax else None
     if with_gold:
         if student_log_RV is None:
-            nll_R = torch.nn.functional.cross_entropy(student_RV, rows.labels_R, reduction="none")
+            nll_R = token_nll(student_RV, rows.labels_R)
         else:
             nll_R = torch.nn.functional.nll_loss(student_log_RV, rows.labels_R, reduction="none")
         if objective.with_ce:
@@ -211,7 +211,7 @@ def label_distance(
         assert teacher is not None
         distance_N = soft_labels(student_NV=real_NV, teacher_NV=teacher.logits_NU)
     else:
-        distance_N = torch.nn.functional.cross_entropy(t2s_NV, label_N, reduction="none")
+        distance_N = token_nll(t2s_NV, label_N)
     return distance_N, predicted_N == label_N, None
 
 

@@ -11,6 +11,7 @@ from axolotl.integrations.base import BasePlugin
 from dskd_plugin import __version__
 from dskd_plugin.log import LOG
 from dskd_plugin.preflight import check_key
+from dskd_plugin.recipe_options import unheeded
 from dskd_plugin.text.align import RULES
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class DSKDPlugin(BasePlugin):
             return
         self.run = resolve(cfg, TEMPLATES)
         without_gpu_kernels(cfg)
+        for option in unheeded(cfg):
+            LOG.info("dskd: %s has no effect: distillation computes its own cross-entropy, a block at a time", option)
         cfg["dataset_prepared_path"] = _prepared_path(self.run)
         dataset.install(self.run)
 
@@ -120,7 +123,9 @@ def _prepared_path(run: "Run") -> str:
         "excess_length_strategy": recipe.get("excess_length_strategy"),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return str(Path(recipe.get("dataset_prepared_path") or "last_run_prepared") / f"dskd-{digest}")
+    folder, own = Path(recipe.get("dataset_prepared_path") or "last_run_prepared"), f"dskd-{digest}"
+    # A worker of Ray gets the recipe in which it has been written already.
+    return str(folder if folder.name == own else folder / own)
 
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")

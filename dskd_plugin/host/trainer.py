@@ -23,6 +23,7 @@ from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import COLUMNS, ON_POLICY
 from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
+from dskd_plugin.host.parameter_group import give_own_group
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
 from dskd_plugin.host.watch import Watch
@@ -123,12 +124,7 @@ class DSKDTrainer(AxolotlTrainer):
         """The host's optimizer, with the projectors moved into a parameter group of their own learning rate."""
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         own = list(self.distillation.parameters())
-        if own and not any(group.get("dskd") for group in optimizer.param_groups):
-            ids = {id(parameter) for parameter in own}
-            (home,) = (group for group in optimizer.param_groups if ids.intersection(map(id, group["params"])))
-            home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
-            learning_rate = self.run.settings.projector.learning_rate
-            optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
+        give_own_group(optimizer, own, self.run.settings.projector.learning_rate, self.cfg.optimizer)
         return optimizer
 
     # -- batches ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective, Sums, means_of_step
 from dskd_plugin.core.rows import Rows, Spans, counts
 from dskd_plugin.core.terms import span_sums
-from dskd_plugin.models import check_head, drops_out, is_partitioned, output_head, read_head
+from dskd_plugin.models import as_read, check_head, drops_out, is_partitioned, output_head, read_head
 
 # Logits computed at a time: enough rows for a product with a head to run at full speed. Up to 10 fp32 tensors of this
 # size live at the peak (1.3 GiB, on a CPU 0.6 GiB where both vocabularies are large).
@@ -150,6 +150,7 @@ class DistillationLoss(nn.Module):
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         batch = self.micro_batch
         assert batch is not None
+        hidden_BSd = as_read(self.student_and_head[1], hidden_BSd)
         student_head = self.student_head()
         if not (self.head_checked or drops_out(self.student_and_head[1])):
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")

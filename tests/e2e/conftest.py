@@ -20,6 +20,7 @@ import yaml
 from quickstart import forked
 
 LAUNCH = Path(__file__).parent / "cpu_engines.py"
+ON_START = Path(__file__).parent / "on_start"
 
 
 def environment() -> dict[str, str]:
@@ -196,9 +197,45 @@ def axolotl(
     return Run(code, log.read_text(), recipe)
 
 
+def on_machines(recipe: dict[str, Any], commands: Sequence[Sequence[str]], timeout: int = 900) -> Run:
+    """Run one command for each machine at once, all on this one; ranks that a launcher starts train on the CPU.
+
+    recipe.yaml in a command stands for the recipe, which lies in the folder where the commands run.
+    """
+    out = Path(recipe["output_dir"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (out.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join([str(ON_START), variables.get("PYTHONPATH", "")])
+    logs = [out.parent / f"machine-{number}.log" for number in range(len(commands))]
+    running = [Process(list(command), out.parent, log, variables) for command, log in zip(commands, logs, strict=True)]
+    deadline = time.monotonic() + timeout
+    try:
+        while None in (codes := [one.poll() for one in running]) and not any(codes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{commands}: no end after {timeout} s")
+            time.sleep(0.05)
+    finally:
+        for one in running:
+            if one.poll() is None:
+                kill_tree(one.pids[0])
+    code = next((code for code in (one.wait() for one in running) if code), 0)
+    return Run(code, "\n".join(log.read_text() for log in logs), recipe)
+
+
 @pytest.fixture(scope="session")
 def run_axolotl() -> Callable[..., Run]:
     return axolotl
+
+
+@pytest.fixture(scope="session")
+def run_on_machines() -> Callable[..., Run]:
+    return on_machines
+
+
+@pytest.fixture(scope="session")
+def a_free_port() -> Callable[[], int]:
+    return free_port
 
 
 @pytest.fixture

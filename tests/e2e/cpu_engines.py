@@ -47,10 +47,14 @@ def use_cpu_device_map() -> None:
     ModelLoader._set_device_map_config = without_device_map
 
 
-def main(recipe: str) -> None:
+def install() -> None:
     use_gloo()
     use_deepspeed_without_compiler()
     use_cpu_device_map()
+
+
+def main(recipe: str) -> None:
+    install()
     from axolotl.cli.train import do_cli
 
     do_cli(recipe)
