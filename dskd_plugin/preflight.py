@@ -6,11 +6,12 @@ functions run again when Axolotl loads the plugin, on the recipe as it is then.
 
 import json
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin import last_words
+from dskd_plugin import last_words, recipe_file
 from dskd_plugin.cache.place import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
@@ -127,7 +128,15 @@ def check_recipe(cfg: Any, settings: Any) -> None:
 def check_datasets(recipe: Any) -> None:
     """Raise ``ValueError`` for a data file or folder of this machine that is not there."""
     for block in ("datasets", "test_datasets"):
-        for number, entry in enumerate(recipe.get(block) or ()):
+        entries = recipe.get(block) or ()
+        if isinstance(entries, str | dict) or not all(hasattr(entry, "get") for entry in entries):
+            raise SettingError(
+                block,
+                "a list of entries",
+                f"{entries!r}",
+                f"Write {block}: and below it - {{path: <file or hub id>, type: chat_template}}.",
+            )
+        for number, entry in enumerate(entries):
             path = str(entry.get("path") or "")
             local = looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
             if local and not Path(path).expanduser().exists():
@@ -155,13 +164,13 @@ def check_checkpoint(recipe: Any) -> None:
 
 def check_listed(recipe: Any) -> None:
     """Raise ``ValueError`` for a block without the plugin: Axolotl drops it, and would train plain SFT."""
-    listed = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
-    if recipe.get("dskd") is not None and not listed & set(NAMES):
+    plugins = recipe.get("plugins") or []
+    if recipe.get("dskd") is not None and (isinstance(plugins, str) or not _roots(plugins) & set(NAMES)):
         raise SettingError(
             "plugins",
             "'dskd' in the list because the recipe has a `dskd:` block",
-            list(recipe.get("plugins") or ()),
-            "Add `plugins: [dskd]`, or remove the block.",
+            f"the text {plugins!r}" if isinstance(plugins, str) else list(plugins),
+            "Write `plugins: [dskd]`, or remove the block.",
         )
 
 
@@ -175,13 +184,22 @@ def check_key(recipe: Any) -> None:
 def _engine_file(path: str) -> Any:
     if not Path(path).is_file():
         raise SettingError("deepspeed", "a JSON file", f"{path!r}, which does not exist", "Check the path.")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError("deepspeed", "a JSON file", f"{path!r} ({error})", "Mend the file.") from None
+    if not isinstance(content, dict):
+        raise SettingError("deepspeed", "a JSON file with an object", f"{path!r} without one", "Mend the file.")
+    return content
 
 
 def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None:
     """What is wrong with the recipe that this process was started with; None if nothing is known to be."""
     words = _words(module, argv, original)
-    recipe = _recipe(words)
+    try:
+        recipe = _recipe(words)
+    except SettingError as error:
+        return str(error)
     if recipe is None:
         return None
     if module == "axolotl.cli.main":
@@ -216,13 +234,17 @@ def _recipe(words: list[str]) -> dict[str, object] | None:
     text = Path(file).read_text(encoding="utf-8")
     if "dskd" not in text:
         return None
-    import yaml
-
-    recipe = yaml.safe_load(text)
+    recipe = recipe_file.parse(file, text)
+    if len(re.findall(r"^dskd\s*:", text, re.MULTILINE)) > 1:
+        raise SettingError(file, "one `dskd:` block", "several: YAML keeps the last alone", "Write them as one.")
     if not isinstance(recipe, dict):
         return None
-    plugins = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
-    return recipe if "dskd" in recipe or plugins & set(NAMES) else None
+    return recipe if "dskd" in recipe or _roots(recipe.get("plugins") or ()) & set(NAMES) else None
+
+
+def _roots(plugins: Any) -> set[str]:
+    """The packages of listed plugins."""
+    return {str(plugin).replace(":", ".").split(".")[0] for plugin in plugins}
 
 
 def _overridden(words: list[str]) -> dict[str, object]:
@@ -254,6 +276,7 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
     parts = parts_of(settings.teacher)
+    check_datasets(recipe)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
     needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
     check_teacher(
@@ -267,7 +290,6 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
         check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
         check_pair(str(recipe.get("base_model")), settings, parts)
-    check_datasets(recipe)
     check_checkpoint(recipe)
     if trains_by is not None:
         check_there(settings.teacher.cache, trains_by)

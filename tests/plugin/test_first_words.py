@@ -80,6 +80,39 @@ def test_processes_that_only_import_a_command_are_left_alone(wrong):
         assert preflight.mistakes_of("axolotl.cli.main", ["/bin/axolotl", *words], []) is None
 
 
+def _said(recipe_text, folder):
+    (folder / "r.yaml").write_text(recipe_text, encoding="utf-8")
+    return preflight.mistakes_of("axolotl.cli.main", ["axolotl", "train", "r.yaml"], [])
+
+
+def test_what_is_no_recipe_is_told_with_its_line(wrong, tmp_path):
+    good = "plugins: [dskd]\ndskd:\n  teacher:\n    model: x\n"
+    assert "r.yaml: expected an Axolotl recipe in YAML, got line 5, column 1" in _said(
+        good + "\tmethod: kd\n", tmp_path
+    )
+    assert "r.yaml: expected one `dskd:` block, got several" in _said(good + "dskd:\n  method: kd\n", tmp_path)
+
+
+def test_a_value_of_another_shape_is_told(recipe, wrong, tmp_path):
+    import yaml
+
+    def said(**changed):
+        return _said(yaml.safe_dump({**recipe, **changed}), tmp_path)
+
+    assert "plugins: expected 'dskd' in the list" in said(plugins="dskd")
+    assert "got the text 'dskd'" in said(plugins="dskd")
+    assert "datasets: expected a list of entries, got 'gold.jsonl'" in said(datasets="gold.jsonl")
+    assert "datasets: expected a list of entries" in said(datasets={"path": "gold.jsonl"})
+    (tmp_path / "bad.json").write_text("{bad")
+    assert "deepspeed: expected a JSON file, got 'bad.json' (" in said(deepspeed="bad.json")
+    for step in (4, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        os.utime(tmp_path / "out" / f"checkpoint-{step}", (step, step))
+    assert "got out, the output_dir of a run. Give the checkpoint inside it: out/checkpoint-12." in said(
+        resume_from_checkpoint="out"
+    )
+
+
 def test_what_the_command_line_replaces_is_not_judged(recipe, tmp_path, monkeypatch):
     import yaml
 
