@@ -86,7 +86,7 @@ def check_rows(cached: CachedTeacher, files: Manifest, sides: Sides, datasets: d
         raise SettingError(
             cached.folder,
             f"the teacher's states of all {count:,} samples of the run",
-            f"none, or not of all places, of {lacking:,} of them (the first: {example})"
+            f"those of {count - lacking:,}; {lacking:,} lack some or all places (the first: {example})"
             + (f"; since it was made, {different}" if different else ""),
             f"{advice} It adds what is missing.",
         )

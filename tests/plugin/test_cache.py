@@ -550,7 +550,9 @@ def test_missing_rows_are_counted_and_the_reason_is_named(prepare, run, order, t
     with pytest.raises(SettingError) as error:
         opened(one, changed.sides, datasets)
     text = str(error.value)
-    assert "expected the teacher's states of all 1 samples of the run, got none, or not of all places, of 1" in text
+    assert (
+        "expected the teacher's states of all 1 samples of the run, got those of 0; 1 lack some or all places" in text
+    )
     assert "(the first: training row 0, '" in text and reason in text and text.endswith("It adds what is missing.")
 
 

@@ -1,11 +1,12 @@
 """Whose error a message is, which recipe a command line means, and what a model card may tell."""
 
+import json
 import os
 import pickle
 
 import pytest
 
-from dskd_plugin import errors, folders, preflight
+from dskd_plugin import errors, folders, last_words, preflight
 from dskd_plugin.host.model_card import public
 
 
@@ -59,7 +60,8 @@ def wrong(recipe, tmp_path, monkeypatch):
     wrong = {**recipe, "dskd": {**recipe["dskd"], "kd_ratio": 7}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(wrong))
     yield "r.yaml"
-    os.environ.pop("DSKD_RUN", None)
+    for name in (last_words.RUN, last_words.COMMAND):
+        os.environ.pop(name, None)
 
 
 LAUNCHED = "axolotl.cli.train"
@@ -83,6 +85,28 @@ def test_processes_that_only_import_a_command_are_left_alone(wrong):
 def _said(recipe_text, folder):
     (folder / "r.yaml").write_text(recipe_text, encoding="utf-8")
     return preflight.mistakes_of("axolotl.cli.main", ["axolotl", "train", "r.yaml"], [])
+
+
+@pytest.mark.parametrize(
+    ("started", "goes_on"),
+    [
+        (None, "train r.yaml --resume-from-checkpoint out/checkpoint-3"),
+        (["train", "a b.yaml"], "train 'a b.yaml' --resume-from-checkpoint out/checkpoint-3"),
+        (
+            ["train", "r.yaml", "--learning-rate=1e-4", "--resume_from_checkpoint", "out/checkpoint-1", "--seed", "2"],
+            "train r.yaml --learning-rate=1e-4 --seed 2 --resume-from-checkpoint out/checkpoint-3",
+        ),
+        (
+            ["train", "r.yaml", "--auto-resume-from-checkpoints", "--resume-from-checkpoint=x", "--", "--nproc=2"],
+            "train r.yaml --resume-from-checkpoint out/checkpoint-3 -- --nproc=2",
+        ),
+    ],
+)
+def test_a_stopped_run_goes_on_with_the_options_it_was_started_with(monkeypatch, started, goes_on):
+    monkeypatch.delenv(last_words.COMMAND, raising=False)
+    if started is not None:
+        monkeypatch.setenv(last_words.COMMAND, json.dumps(started))
+    assert last_words.command("r.yaml", "--resume-from-checkpoint", "out/checkpoint-3") == f"axolotl {goes_on}"
 
 
 def test_what_is_no_recipe_is_told_with_its_line(wrong, tmp_path):
