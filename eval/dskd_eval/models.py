@@ -209,8 +209,8 @@ def _download(source: str, revision: str | None) -> Path:
         fix = "Check the id, your access to it and the network, or give a local folder."
         if offline:
             got, fix = (
-                "HF_HUB_OFFLINE is set and it is not cached",
-                "Give a local folder, or unset HF_HUB_OFFLINE.",
+                "no folder of this name; as a hub id it is not cached, and HF_HUB_OFFLINE is set",
+                "Check the path, or unset HF_HUB_OFFLINE.",
             )
         raise UserError(f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix) from error
     return Path(found).resolve()

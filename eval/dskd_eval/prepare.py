@@ -62,11 +62,11 @@ def prepare(
 
     execute False (dry run) needs no sandbox.
     """
+    if not refs:
+        raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
     from dskd_eval import templates as chat_templates
     from dskd_eval.backends import hf, tokenizers
 
-    if not refs:
-        raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
     notes = _check_settings(settings, specs)
     reasoning.choose(settings.reasoning, ())
     if settings.backend == "vllm":

@@ -221,6 +221,8 @@ def test_doctor_checks_a_task_file(invoke: Invoke, tmp_path: Path, monkeypatch: 
     right = invoke("doctor", "--oracle", "--task-file", task(["4", "9{,}500", "\u22125"]))
     assert right.exit_code == 0, right.output
     assert right.output.count("100.0 on 3 documents") == 2 and "gsm8k" not in right.output
+    noted = invoke("doctor", "--oracle", "--task-file", task(["a", "b, c"], scorer="exact_match", stop=","))
+    assert noted.exit_code == 0 and noted.output.count("warn oracle mine") == 2 and "bad " not in noted.output
     wrong = invoke("doctor", "--oracle", "--task-file", task(["4", "none", "5"]))
     assert wrong.exit_code == 1 and "wrong: [1]" in wrong.output
     broken = invoke("doctor", "--oracle", "--task-file", task(["4"], reference="b"))
