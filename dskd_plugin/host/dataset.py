@@ -124,6 +124,13 @@ class ReadTwice:
     def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
         """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing."""
         run, rows = sides.run, len(dataset)
+        if "teacher_input_ids" not in dataset.column_names:
+            raise SettingError(
+                name,
+                "rows with the fields that this entry names",
+                f"none; what the rows have: {', '.join(dataset.column_names)}",
+                "Check field_messages, message_property_mappings and the other field names of the entry.",
+            )
         _check_readable(name, dataset, sides)
         notes = list(dataset[PARTED]) if rows else []
         unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0

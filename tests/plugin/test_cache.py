@@ -563,7 +563,7 @@ def test_a_folder_that_is_no_cache(order, run, tmp_path):
     content = json.loads(file.read_text())
     for broken, message in (
         (json.dumps({**content, "format": 7}), "expected a teacher cache of format 1, got format 7 of dskd"),
-        (file.read_text()[:-50], "got none, or a file that is cut short"),
+        (file.read_text()[:-50], "got a file that is cut short"),
         (json.dumps({**content, "colour": 1}), "expected the entries of a teacher cache, got TypeError"),
     ):
         file.write_text(broken)
@@ -571,6 +571,10 @@ def test_a_folder_that_is_no_cache(order, run, tmp_path):
             with pytest.raises(SettingError, match=message):
                 refuse()
     file.unlink()
+    for refuse in (lambda: opened(one, run.sides, run.datasets), lambda: manifest.read(tmp_path, "Build it.")):
+        with pytest.raises(SettingError, match="expected the folder of a teacher cache, got one without") as error:
+            refuse()
+        assert "emove" not in str(error.value)
     with pytest.raises(SettingError, match="expected the manifest of the shards beside it, got none"):
         build(order(), ALONE)
 
