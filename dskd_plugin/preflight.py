@@ -19,6 +19,7 @@ from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
 
 NAMES = ("dskd", "dskd_plugin")
+PLUGINS = ("dskd", ".DSKDPlugin", ":DSKDPlugin")
 COMMANDS = ("train", "preprocess", "evaluate")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
@@ -165,13 +166,17 @@ def check_checkpoint(recipe: Any) -> None:
 def check_listed(recipe: Any) -> None:
     """Raise ``ValueError`` for a block without the plugin: Axolotl drops it, and would train plain SFT."""
     plugins = recipe.get("plugins") or []
-    if recipe.get("dskd") is not None and (isinstance(plugins, str) or not _roots(plugins) & set(NAMES)):
+    roots = set() if isinstance(plugins, str) else _roots(plugins)
+    if recipe.get("dskd") is not None and not roots & set(NAMES):
         raise SettingError(
             "plugins",
             "'dskd' in the list because the recipe has a `dskd:` block",
             f"the text {plugins!r}" if isinstance(plugins, str) else list(plugins),
-            "Write `plugins: [dskd]`, or remove the block.",
+            f"{'Add dskd to that list' if roots else 'Write `plugins: [dskd]`'}, or remove the block.",
         )
+    wrong = [str(name) for name in plugins if _roots([name]) & set(NAMES) and not str(name).endswith(PLUGINS)]
+    if wrong:
+        raise SettingError("plugins", "'dskd'", repr(wrong[0]), "Write `plugins: [dskd]`.")
 
 
 def check_key(recipe: Any) -> None:

@@ -298,7 +298,7 @@ def test_block_without_the_plugin_is_refused(answers):
     assert len(answers["block alone"]) == 6
     for message in answers["block alone"].values():
         assert message.startswith("plugins: expected 'dskd' in the list because the recipe has a `dskd:` block, got [")
-        assert message.endswith("Add `plugins: [dskd]`, or remove the block.")
+        assert message.endswith("Write `plugins: [dskd]`, or remove the block.")
     assert answers["kept"] == 0.25
 
 

@@ -153,7 +153,8 @@ class ReadTwice:
                 name,
                 "rows with response tokens to train on",
                 f"none in {rows} rows",
-                "Check the field names, roles_to_train, train_on_inputs and the chat template.",
+                "Check the field names, roles_to_train, train_on_inputs and the chat template. Prompts without "
+                "answers are for `dskd generate`: train the recipe that it writes.",
             )
         of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
         LOG.info(

@@ -125,6 +125,9 @@ def test_a_value_of_another_shape_is_told(recipe, wrong, tmp_path):
 
     assert "plugins: expected 'dskd' in the list" in said(plugins="dskd")
     assert "got the text 'dskd'" in said(plugins="dskd")
+    assert "Add dskd to that list" in said(plugins=["axolotl.integrations.liger.LigerPlugin"])
+    assert "plugins: expected 'dskd', got 'dskd_plugin.DSKD'" in said(plugins=["dskd_plugin.DSKD"])
+    assert said(plugins=["dskd_plugin.DSKDPlugin"]) is None
     assert "datasets: expected a list of entries, got 'gold.jsonl'" in said(datasets="gold.jsonl")
     assert "datasets: expected a list of entries" in said(datasets={"path": "gold.jsonl"})
     (tmp_path / "bad.json").write_text("{bad")
