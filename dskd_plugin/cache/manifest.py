@@ -137,7 +137,7 @@ def check_teacher(folder: Path, kept: dict[str, Any], now: dict[str, Any], advic
                 folder / MANIFEST,
                 f"a cache of the teacher with dskd.teacher.{key} {now[key]!r}",
                 f"one with {kept[key]!r}",
-                f"Set dskd.teacher.{key}: {kept[key]}, or: {advice}",
+                f"Set dskd.teacher.{key}: {kept[key]}, or build another cache. {advice}",
             )
 
 

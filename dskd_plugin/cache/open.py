@@ -60,7 +60,8 @@ def open_cache(
 def _checked(folder: Path, sides: Sides, advice: str) -> Manifest:
     found = manifests.read(folder, advice)
     now = manifests.teacher_of(sides)
-    manifests.check_teacher(folder, found.teacher, now, advice)
+    elsewhere = f"{advice} Give it --out <another folder>, and name that as dskd.teacher.cache."
+    manifests.check_teacher(folder, found.teacher, now, elsewhere)
     if found.head_file is None:
         raise SettingError(folder / MANIFEST, "a finished build", "one that was stopped", advice)
     if not now["fingerprint"]["weights"]:
