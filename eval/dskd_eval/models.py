@@ -252,12 +252,16 @@ def _json(path: Path, where: str) -> dict[str, object]:
     return value
 
 
+def _subfolder_meant(folder: Path) -> str | None:
+    models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
+    return f"Did you mean its subfolder {' or '.join(models)}?" if models else None
+
+
 def _config(folder: Path) -> dict[str, object]:
     where = f"model {folder}"
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir())[:6]
-        models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
-        fix = f"Did you mean its subfolder {' or '.join(models)}?" if models else "Give the folder of a saved model."
+        fix = _subfolder_meant(folder) or "Give the folder of a saved model."
         raise UserError(
             where,
             expected="a model folder with config.json",
@@ -287,7 +291,8 @@ def _check_weights(folder: Path) -> None:
             f"model {folder}",
             expected="model.safetensors (or shards)",
             got="no weights",
-            fix="Give the folder that holds the trained model.",
+            # Training writes its weights here when it has ended, and checkpoints below on the way.
+            fix=_subfolder_meant(folder) or "Give the folder that holds the trained model.",
         )
 
 

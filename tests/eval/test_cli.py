@@ -81,6 +81,9 @@ def break_model(kind: str, source: Path, folder: Path) -> Path:
         (folder / "config.json").write_text(json.dumps({}))
     elif kind == "no weights":
         (folder / "model.safetensors").unlink()
+    elif kind == "an unfinished run":
+        (folder / "model.safetensors").unlink()
+        shutil.copytree(source, folder / "checkpoint-5")
     elif kind == "damaged weights":
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
     elif kind == "missing shard":
@@ -105,7 +108,8 @@ def break_model(kind: str, source: Path, folder: Path) -> Path:
         ("checkpoints below", ["Did you mean its subfolder checkpoint-5?"]),
         ("broken config", ["a readable config.json"]),
         ("no type", ["model_type in config.json"]),
-        ("no weights", ["no weights"]),
+        ("no weights", ["no weights", "Give the folder that holds the trained model."]),
+        ("an unfinished run", ["no weights", "Did you mean its subfolder checkpoint-5?"]),
         ("missing shard", ["no model-2.safetensors"]),
         ("no tokenizer", ["a tokenizer that transformers can load"]),
     ],
