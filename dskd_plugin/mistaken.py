@@ -91,7 +91,8 @@ def _model_at(path: list[str], schema: type[BaseModel]) -> type[BaseModel]:
 
 
 def _values(model: type[BaseModel], key: str) -> str | None:
-    extra = model.model_fields[key].json_schema_extra
+    field = model.model_fields.get(key)
+    extra = None if field is None else field.json_schema_extra  # None: a key of a mapping
     return str(extra["values"]).replace("`", "") if isinstance(extra, dict) and "values" in extra else None
 
 

@@ -23,6 +23,7 @@ BAD = [
     ({**TEACHER, "top_k": 5}, ["dskd.top_k", "xtoken: {top_k: ...} or on_policy: {top_k: ...}"]),
     ({**TEACHER, "projector": {"target": "exact"}}, ["dskd.projector.target", "target: ... right below dskd:"]),
     ({"teacher": {"model": "x", "cache": True}}, ["dskd.teacher.cache: expected a text (folder, auto), got True"]),
+    ({"teacher": {"model": "x", "chat_template_kwargs": {5: True}}}, ["dskd.teacher.chat_template_kwargs.5", "a text"]),
     ({**TEACHER, "temperature": "hot"}, ["dskd.temperature: expected a number, got 'hot'"]),
     ({**TEACHER, "method": "GOLD"}, ["dskd.method", "Did you mean 'gold'?"]),
     ({**TEACHER, "method": "SeqKD"}, ["dskd.method", "got 'SeqKD'", "dskd generate RECIPE --plain-recipe"]),
