@@ -117,8 +117,8 @@ def _check_cached(name: str, model: str) -> None:
         raise SettingError(
             name,
             "a model of this machine, because HF_HUB_OFFLINE is set",
-            f"the hub id {model!r}, which is not in the cache {cache}",
-            network_advice(name, model),
+            f"the hub id {model!r}, which is not in the cache {cache} and no folder in {os.getcwd()}",
+            f"If a folder is meant, check the path. {network_advice(name, model)}",
         )
 
 
@@ -137,6 +137,14 @@ def check_optimizer(checkpoint: Path) -> None:
     if any(checkpoint.glob("global_step*")):
         del needed["optimizer*"], needed["scheduler.pt"]
     missing = {pattern: state for pattern, state in needed.items() if not any(checkpoint.glob(pattern))}
+    inside = sorted(checkpoint.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+    if missing and inside:
+        raise SettingError(
+            "resume_from_checkpoint",
+            "the folder of a checkpoint",
+            f"{checkpoint}, the output_dir of a run",
+            f"Give the checkpoint inside it: {inside[-1]}.",
+        )
     if missing:
         by = "it was written with save_only_model: true" if len(missing) == len(needed) else "its files were removed"
         raise SettingError(

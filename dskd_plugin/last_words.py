@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 
 # "<process id of the command>:<file that takes its last words>"
 RUN = "DSKD_RUN"
+# The words after `axolotl`, as JSON.
+COMMAND = "DSKD_COMMAND"
 TRACEBACK = "DSKD_TRACEBACK"
 ERROR, STOP, ADVICE = "error", "stop", "advice"
+RESUMING = ("--resume-from-checkpoint", "--auto-resume-from-checkpoints", "--no-auto-resume-from-checkpoints")
 # Errors of launchers that say no more than that the process below them failed.
 OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError", "SignalException")
 
@@ -37,7 +41,20 @@ def begin() -> None:
     """Called in the command that the user started, when its recipe distils."""
     folder = tempfile.gettempdir()
     os.environ[RUN] = f"{os.getpid()}:{os.path.join(folder, f'dskd-{os.getpid()}-{os.urandom(4).hex()}.jsonl')}"
+    os.environ[COMMAND] = json.dumps(sys.argv[1:])
     follow()
+
+
+def command(recipe: str, *more: str) -> str:
+    """The command that the user started, for a shell: with its own options and with more, without resuming."""
+    words = json.loads(os.environ.get(COMMAND, "null")) or ["train", recipe]
+    kept: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        name = word.replace("_", "-")
+        if not name.startswith(RESUMING) and before.replace("_", "-") != RESUMING[0]:
+            kept.append(word)
+    end = kept.index("--") if "--" in kept else len(kept)  # what follows is the launcher's
+    return shlex.join(["axolotl", *kept[:end], *more, *kept[end:]])
 
 
 def follow() -> None:

@@ -6,11 +6,12 @@ functions run again when Axolotl loads the plugin, on the recipe as it is then.
 
 import json
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin import last_words
+from dskd_plugin import last_words, recipe_file
 from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
@@ -19,6 +20,7 @@ from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
 
 NAMES = ("dskd", "dskd_plugin")
+PLUGINS = ("dskd", ".DSKDPlugin", ":DSKDPlugin")
 COMMANDS = ("train", "preprocess", "evaluate")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
@@ -103,7 +105,15 @@ def _deepspeed_problems(given: Any) -> list[SettingError]:
 def check_datasets(recipe: Any) -> None:
     """Raise ``ValueError`` for a data file or folder of this machine that is not there."""
     for block in ("datasets", "test_datasets"):
-        for number, entry in enumerate(recipe.get(block) or ()):
+        entries = recipe.get(block) or ()
+        if isinstance(entries, str | dict) or not all(hasattr(entry, "get") for entry in entries):
+            raise SettingError(
+                block,
+                "a list of entries",
+                f"{entries!r}",
+                f"Write {block}: and below it - {{path: <file or hub id>, type: chat_template}}.",
+            )
+        for number, entry in enumerate(entries):
             path = str(entry.get("path") or "")
             local = looks_local(path) or ("://" not in path and path.endswith(DATA_FILES))
             if local and not Path(path).expanduser().exists():
@@ -131,14 +141,18 @@ def check_checkpoint(recipe: Any) -> None:
 
 def check_listed(recipe: Any) -> None:
     """Raise ``ValueError`` for a block without the plugin: Axolotl drops it, and would train plain SFT."""
-    listed = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
-    if recipe.get("dskd") is not None and not listed & set(NAMES):
+    plugins = recipe.get("plugins") or []
+    roots = set() if isinstance(plugins, str) else _roots(plugins)
+    if recipe.get("dskd") is not None and not roots & set(NAMES):
         raise SettingError(
             "plugins",
             "'dskd' in the list because the recipe has a `dskd:` block",
-            list(recipe.get("plugins") or ()),
-            "Add `plugins: [dskd]`, or remove the block.",
+            f"the text {plugins!r}" if isinstance(plugins, str) else list(plugins),
+            f"{'Add dskd to that list' if roots else 'Write `plugins: [dskd]`'}, or remove the block.",
         )
+    wrong = [str(name) for name in plugins if _roots([name]) & set(NAMES) and not str(name).endswith(PLUGINS)]
+    if wrong:
+        raise SettingError("plugins", "'dskd'", repr(wrong[0]), "Write `plugins: [dskd]`.")
 
 
 def check_key(recipe: Any) -> None:
@@ -151,13 +165,22 @@ def check_key(recipe: Any) -> None:
 def _engine_file(path: str) -> Any:
     if not Path(path).is_file():
         raise SettingError("deepspeed", "a JSON file", f"{path!r}, which does not exist", "Check the path.")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError("deepspeed", "a JSON file", f"{path!r} ({error})", "Mend the file.") from None
+    if not isinstance(content, dict):
+        raise SettingError("deepspeed", "a JSON file with an object", f"{path!r} without one", "Mend the file.")
+    return content
 
 
 def mistakes_of(module: str, argv: list[str], original: list[str]) -> str | None:
     """What is wrong with the recipe that this process was started with; None if nothing is known to be."""
     words = _words(module, argv, original)
-    recipe = _recipe(words)
+    try:
+        recipe = _recipe(words)
+    except SettingError as error:
+        return str(error)
     if recipe is None:
         return None
     if module == "axolotl.cli.main":
@@ -192,13 +215,17 @@ def _recipe(words: list[str]) -> dict[str, object] | None:
     text = Path(file).read_text(encoding="utf-8")
     if "dskd" not in text:
         return None
-    import yaml
-
-    recipe = yaml.safe_load(text)
+    recipe = recipe_file.parse(file, text)
+    if len(re.findall(r"^dskd\s*:", text, re.MULTILINE)) > 1:
+        raise SettingError(file, "one `dskd:` block", "several: YAML keeps the last alone", "Write them as one.")
     if not isinstance(recipe, dict):
         return None
-    plugins = {str(plugin).replace(":", ".").split(".")[0] for plugin in recipe.get("plugins") or ()}
-    return recipe if "dskd" in recipe or plugins & set(NAMES) else None
+    return recipe if "dskd" in recipe or _roots(recipe.get("plugins") or ()) & set(NAMES) else None
+
+
+def _roots(plugins: Any) -> set[str]:
+    """The packages of listed plugins."""
+    return {str(plugin).replace(":", ".").split(".")[0] for plugin in plugins}
 
 
 def _overridden(words: list[str]) -> dict[str, object]:
@@ -230,6 +257,7 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
     parts = parts_of(settings.teacher)
+    check_datasets(recipe)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
     needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
     check_teacher(
@@ -243,7 +271,6 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
         check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
         check_pair(str(recipe.get("base_model")), settings, parts)
-    check_datasets(recipe)
     check_checkpoint(recipe)
     if trains_by is not None:
         check_there(settings.teacher.cache, trains_by)

@@ -7,16 +7,16 @@ are for that table alone.
 """
 
 import functools
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.log import LOG
-from dskd_plugin.methods import method_of
+from dskd_plugin.methods import METHODS, method_of
 from dskd_plugin.methods import names as method_names
+from dskd_plugin.mistaken import explain
 
 
 class _Block(BaseModel):
@@ -312,6 +312,13 @@ class Settings(_Block):
     @classmethod
     def known_method(cls, name: str) -> str:
         known = method_names()
+        if name.casefold().replace("_", "").replace("-", "") in ("seqkd", "sequencekd", "sequencelevelkd"):
+            raise SettingError(
+                "dskd.method",
+                f"one of {', '.join(known)}",
+                f"{name!r}: learning the teacher's answers as plain text needs no teacher in training",
+                "Run `dskd generate RECIPE --plain-recipe --write-recipe FILE`, then train FILE.",
+            )
         if name not in known:
             listed = f"{', '.join(repr(one) for one in known[:-1])} or {known[-1]!r}"
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": listed})
@@ -323,11 +330,12 @@ class Settings(_Block):
         method = method_of(self)
         unused = method.ignored(self)
         if unused:
+            owners = [f"method: {other.name}" for other in METHODS.values() if set(other.own) & set(unused)]
             raise SettingError(
                 "dskd",
                 "only settings that have an effect",
                 f"{', '.join(unused)} which {method.chosen_by()} ignores",
-                "Remove them.",
+                f"Remove {'it' if len(unused) == 1 else 'them'}{''.join(f', or choose {owner}' for owner in owners)}.",
             )
         if self.alignment == "cma" and method.alignment != "cma":
             raise SettingError(
@@ -384,60 +392,4 @@ def parse_settings(block: object) -> Settings:
     try:
         return Settings.model_validate(block)
     except ValidationError as error:
-        raise Mistakes([_explain(item) for item in error.errors()]) from None
-
-
-_KINDS: dict[str, type[BaseModel]] = {
-    kind: model for model in get_args(_AnyDivergence) for kind in get_args(model.model_fields["kind"].annotation)
-}
-
-
-_BLOCKS: dict[str, type[BaseModel]] = {
-    "teacher": TeacherSettings,
-    "projector": ProjectorSettings,
-    "bpm": BytePrefixSettings,
-    "alm": LikelihoodSettings,
-    "gold": GoldSettings,
-    "xtoken": XTokenSettings,
-    "on_policy": OnPolicySettings,
-}
-
-
-def _model_at(path: list[str]) -> type[BaseModel]:
-    """The block that holds the last key of ``path``; a divergence block is named by its kind."""
-    model: type[BaseModel] = Settings
-    for key in path[:-1]:
-        if key in _KINDS:
-            model = _KINDS[key]
-        elif key in _BLOCKS:
-            model = _BLOCKS[key]
-    return model
-
-
-def _explain(item: Any) -> SettingError:
-    path = [str(part) for part in item["loc"]]
-    name = ".".join(["dskd", *(part for part in path if part not in _KINDS)])
-    got = item.get("input")
-    if item["type"] == "extra_forbidden":
-        keys = sorted(_model_at(path).model_fields)
-        near = get_close_matches(path[-1], keys, n=1, cutoff=0.5)
-        advice = f"Did you mean '{near[0]}'?" if near else "Remove it."
-        return SettingError(name, f"one of {', '.join(keys)}", f"the unknown setting '{path[-1]}'", advice)
-    if item["type"] == "missing":
-        return SettingError(name, "a value", "nothing", "Add it to the recipe.")
-    if item["type"] == "union_tag_invalid" or item["type"] == "union_tag_not_found":
-        kind = got.get("kind") if isinstance(got, dict) else getattr(got, "kind", None)
-        near = get_close_matches(str(kind), list(_KINDS), n=1, cutoff=0.5)
-        advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return SettingError(f"{name}.kind", f"one of {', '.join(_KINDS)}", f"{kind!r}", advice)
-    if item["type"] == "literal_error":
-        near = get_close_matches(
-            str(got), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
-        )
-        advice = f"Did you mean '{near[0]}'?" if near else "Choose one of them."
-        return SettingError(name, item["ctx"]["expected"], f"{got!r}", advice)
-    if item["type"] == "value_error":
-        found: SettingError = item["ctx"]["error"]  # of a rule between settings, which names them itself
-        return found
-    expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return SettingError(name, expected, f"{got!r}", "Change it in the recipe.")
+        raise Mistakes([explain(item, "dskd", Settings) for item in error.errors()]) from None

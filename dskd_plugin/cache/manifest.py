@@ -69,13 +69,16 @@ class Manifest:
 
 def read(folder: Path, advice: str) -> Manifest:
     """The manifest of a folder; ``ValueError`` for one that is missing, cut or of another format."""
+    if not (folder / MANIFEST).is_file():
+        # It may hold anything: nothing is said of removing it.
+        raise SettingError(folder, "the folder of a teacher cache", f"one without a {MANIFEST}", "Check the path.")
     content = read_json(folder / MANIFEST)
     found, format_ = content.pop("dskd", None), content.pop("format", None)
     if format_ != FORMAT:
         raise SettingError(
             folder / MANIFEST,
             f"a teacher cache of format {FORMAT}",
-            f"format {format_} of dskd {found}" if content else "none, or a file that is cut short",
+            f"format {format_} of dskd {found}" if content else "a file that is cut short",
             f"Remove the folder. {advice}",
         )
     try:
@@ -134,7 +137,7 @@ def check_teacher(folder: Path, kept: dict[str, Any], now: dict[str, Any], advic
                 folder / MANIFEST,
                 f"a cache of the teacher with dskd.teacher.{key} {now[key]!r}",
                 f"one with {kept[key]!r}",
-                f"Set dskd.teacher.{key}: {kept[key]}, or: {advice}",
+                f"Set dskd.teacher.{key}: {kept[key]}, or build another cache. {advice}",
             )
 
 

@@ -60,7 +60,8 @@ def open_cache(
 def _checked(folder: Path, sides: Sides, advice: str) -> Manifest:
     found = manifests.read(folder, advice)
     now = manifests.teacher_of(sides)
-    manifests.check_teacher(folder, found.teacher, now, advice)
+    elsewhere = f"{advice} Give it --out <another folder>, and name that as dskd.teacher.cache."
+    manifests.check_teacher(folder, found.teacher, now, elsewhere)
     if found.head_file is None:
         raise SettingError(folder / MANIFEST, "a finished build", "one that was stopped", advice)
     if not now["fingerprint"]["weights"]:
@@ -86,7 +87,7 @@ def check_rows(cached: CachedTeacher, files: Manifest, sides: Sides, datasets: d
         raise SettingError(
             cached.folder,
             f"the teacher's states of all {count:,} samples of the run",
-            f"none, or not of all places, of {lacking:,} of them (the first: {example})"
+            f"those of {count - lacking:,}; {lacking:,} lack some or all places (the first: {example})"
             + (f"; since it was made, {different}" if different else ""),
             f"{advice} It adds what is missing.",
         )

@@ -68,7 +68,7 @@ def answerable_rows(rows: Any, source: "Source", max_new_tokens: int, skip_long:
                 "positions of the teacher"
             ),
             f"{len(long)} longer ones, up to {lengths[row]} tokens (row {row})",
-            "Lower --max-new-tokens, or leave them out with --skip-long.",
+            f"Lower --max-new-tokens{', or leave them out with --skip-long' if len(long) < len(lengths) else ''}.",
         )
     kept = [row for row, length in enumerate(lengths) if 0 < length <= room]
     if not kept:

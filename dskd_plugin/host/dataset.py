@@ -124,6 +124,13 @@ class ReadTwice:
     def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
         """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing."""
         run, rows = sides.run, len(dataset)
+        if "teacher_input_ids" not in dataset.column_names:
+            raise SettingError(
+                name,
+                "rows with the fields that this entry names",
+                f"none; what the rows have: {', '.join(dataset.column_names)}",
+                "Check field_messages, message_property_mappings and the other field names of the entry.",
+            )
         _check_readable(name, dataset, sides)
         notes = list(dataset[PARTED]) if rows else []
         unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
@@ -146,7 +153,8 @@ class ReadTwice:
                 name,
                 "rows with response tokens to train on",
                 f"none in {rows} rows",
-                "Check the field names, roles_to_train, train_on_inputs and the chat template.",
+                "Check the field names, roles_to_train, train_on_inputs and the chat template. Prompts without "
+                "answers are for `dskd generate`: train the recipe that it writes.",
             )
         of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
         LOG.info(

@@ -108,8 +108,9 @@ def _say_how_to_go_on(trainer: Any, interruption: Interruption, folder: Path, re
     ]
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        lines.append(f"There is no checkpoint yet. Start anew: axolotl train {recipe}")
+        lines.append(f"There is no checkpoint yet. Start anew: {last_words.command(recipe)}")
     else:
-        lines.append(f"Go on:      axolotl train {recipe} --resume-from-checkpoint {checkpoint}")
-        lines.append(f"Start anew: axolotl train {recipe}, with another output_dir")
+        resuming = last_words.command(recipe, "--resume-from-checkpoint", str(checkpoint))
+        lines.append(f"Go on:      {resuming}")
+        lines.append(f"Start anew: {last_words.command(recipe)}, with another output_dir")
     last_words.say(last_words.STOP if interruption.signal else last_words.ADVICE, "\n".join(lines))

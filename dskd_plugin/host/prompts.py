@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from dskd_plugin import recipe_file
 from dskd_plugin.errors import SettingError
 from dskd_plugin.run import Run
 from dskd_plugin.teachers.reader import TeacherReader, answer_ends, resolve_template
@@ -37,10 +37,7 @@ _LAYOUTS = {
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(path, "an Axolotl recipe in YAML", error, "Correct the file.") from None
+    recipe = recipe_file.read(path)
     if not isinstance(recipe, dict):
         raise SettingError(path, "an Axolotl recipe", type(recipe).__name__, "Name another file.")
     if not recipe.get("dskd"):

@@ -23,7 +23,7 @@ def summary(trainer: Any) -> str:
         f"dskd: finished {trainer.state.global_step} steps in {timedelta(seconds=round(seconds))}, "
         f"{trainer.tokens / seconds:,.0f} tokens/s of the student, peak memory {_peak_memory(trainer)}",
         *_changes(trainer.state.log_history),
-        *_example(trainer),
+        *_example_if_it_can(trainer),
         f"  student: {trainer.args.output_dir}",
         f"  evaluate: dskd-eval --model {trainer.args.output_dir} --suite instruct,math,code",
     ]
@@ -51,6 +51,13 @@ def _peak_memory(trainer: Any) -> str:
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of {torch.cuda.get_device_name()}"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB (process)"
+
+
+def _example_if_it_can(trainer: Any) -> list[str]:
+    try:
+        return _example(trainer)
+    except Exception as error:  # some kernels train and do not sample; the other lines stand all the same
+        return [f"  no answer of the student: {error!r}"]
 
 
 def _example(trainer: Any) -> list[str]:

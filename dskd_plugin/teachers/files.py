@@ -152,7 +152,7 @@ def check_pair(student: str, settings: Any, parts: Parts) -> None:
             f"{getattr(settings, asks)!r} only for one tokenizer",
             f"a student with {len(sides[0])} tokens and a teacher with {len(sides[1])}, "
             f"{same} of them under the same id",
-            "Use 'method: overlap_kd' or 'dskd', 'alignment: auto'.",
+            "Use method: dskd or overlap_kd." if asks == "method" else "Remove it, or use alignment: auto.",
         )
 
 

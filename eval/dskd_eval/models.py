@@ -209,8 +209,8 @@ def _download(source: str, revision: str | None) -> Path:
         fix = "Check the id, your access to it and the network, or give a local folder."
         if offline:
             got, fix = (
-                "HF_HUB_OFFLINE is set and it is not cached",
-                "Give a local folder, or unset HF_HUB_OFFLINE.",
+                "no folder of this name; as a hub id it is not cached, and HF_HUB_OFFLINE is set",
+                "Check the path, or unset HF_HUB_OFFLINE.",
             )
         raise UserError(f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix) from error
     return Path(found).resolve()
@@ -252,12 +252,16 @@ def _json(path: Path, where: str) -> dict[str, object]:
     return value
 
 
+def _subfolder_meant(folder: Path) -> str | None:
+    models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
+    return f"Did you mean its subfolder {' or '.join(models)}?" if models else None
+
+
 def _config(folder: Path) -> dict[str, object]:
     where = f"model {folder}"
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir())[:6]
-        models = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:3]
-        fix = f"Did you mean its subfolder {' or '.join(models)}?" if models else "Give the folder of a saved model."
+        fix = _subfolder_meant(folder) or "Give the folder of a saved model."
         raise UserError(
             where,
             expected="a model folder with config.json",
@@ -287,7 +291,8 @@ def _check_weights(folder: Path) -> None:
             f"model {folder}",
             expected="model.safetensors (or shards)",
             got="no weights",
-            fix="Give the folder that holds the trained model.",
+            # Training writes its weights here when it has ended, and checkpoints below on the way.
+            fix=_subfolder_meant(folder) or "Give the folder that holds the trained model.",
         )
 
 

@@ -62,10 +62,10 @@ def prepare(
 
     execute False (dry run) needs no sandbox.
     """
-    from dskd_eval.backends import hf
-
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
+    from dskd_eval.backends import hf
+
     notes = _check_settings(settings, specs)
     reasoning.choose(settings.reasoning, ())
     if settings.backend == "vllm":

@@ -222,11 +222,17 @@ def _differences(first: JsonValue, second: JsonValue, path: str = "") -> Iterato
     if isinstance(first, dict) and isinstance(second, dict):
         for key in sorted(first.keys() | second.keys()):
             yield from _differences(first.get(key), second.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        for number, (one, other) in enumerate(zip(first, second, strict=True)):
+            yield from _differences(one, other, f"{path}[{number}]")
     elif first != second:
         yield f"{path}: {_short(first)} there, {_short(second)} here"
 
 
 def _short(value: JsonValue) -> str:
+    if isinstance(value, list):
+        # Models and tasks are told by their names: their other values are long.
+        value = [one["name"] if isinstance(one, dict) and "name" in one else one for one in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -124,8 +124,9 @@ def assert_stopped(run, by):
     assert "not the finished student" in (run.out / "PARTIAL.txt").read_text()
     first, second, third = run.output.rstrip().splitlines()[-3:]
     assert re.match(rf"dskd: stopped by {re.escape(by)} after step \d+ of 100000\. .* holds no finished student", first)
-    assert second.startswith(f"Go on:      axolotl train {run.out}.yaml --resume-from-checkpoint {run.out}/checkpoint-")
-    assert third == f"Start anew: axolotl train {run.out}.yaml, with another output_dir"
+    command = rf"axolotl train {run.out}\.yaml( --launcher \w+)?"  # as it was started
+    assert re.match(rf"Go on:      {command} --resume-from-checkpoint {run.out}/checkpoint-", second)
+    assert re.fullmatch(rf"Start anew: {command}, with another output_dir", third)
     checkpoint = Path(second.rsplit(" ", 1)[1])
     assert (checkpoint / "trainer_state.json").is_file()
     return checkpoint

@@ -81,6 +81,9 @@ def break_model(kind: str, source: Path, folder: Path) -> Path:
         (folder / "config.json").write_text(json.dumps({}))
     elif kind == "no weights":
         (folder / "model.safetensors").unlink()
+    elif kind == "an unfinished run":
+        (folder / "model.safetensors").unlink()
+        shutil.copytree(source, folder / "checkpoint-5")
     elif kind == "damaged weights":
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
     elif kind == "missing shard":
@@ -105,7 +108,8 @@ def break_model(kind: str, source: Path, folder: Path) -> Path:
         ("checkpoints below", ["Did you mean its subfolder checkpoint-5?"]),
         ("broken config", ["a readable config.json"]),
         ("no type", ["model_type in config.json"]),
-        ("no weights", ["no weights"]),
+        ("no weights", ["no weights", "Give the folder that holds the trained model."]),
+        ("an unfinished run", ["no weights", "Did you mean its subfolder checkpoint-5?"]),
         ("missing shard", ["no model-2.safetensors"]),
         ("no tokenizer", ["a tokenizer that transformers can load"]),
     ],
@@ -221,6 +225,8 @@ def test_doctor_checks_a_task_file(invoke: Invoke, tmp_path: Path, monkeypatch: 
     right = invoke("doctor", "--oracle", "--task-file", task(["4", "9{,}500", "\u22125"]))
     assert right.exit_code == 0, right.output
     assert right.output.count("100.0 on 3 documents") == 2 and "gsm8k" not in right.output
+    noted = invoke("doctor", "--oracle", "--task-file", task(["a", "b, c"], scorer="exact_match", stop=","))
+    assert noted.exit_code == 0 and noted.output.count("warn oracle mine") == 2 and "bad " not in noted.output
     wrong = invoke("doctor", "--oracle", "--task-file", task(["4", "none", "5"]))
     assert wrong.exit_code == 1 and "wrong: [1]" in wrong.output
     broken = invoke("doctor", "--oracle", "--task-file", task(["4"], reference="b"))

@@ -525,7 +525,8 @@ def test_another_dtype_of_the_teacher_or_of_the_states(prepare, order, run):
     one = order()
     build(one, ALONE)
     half = prepare({"dtype": "bfloat16"}, span_weight=1.0)
-    with pytest.raises(SettingError, match=r"the teacher with dskd.teacher.dtype 'bfloat16', got one with 'float32'"):
+    said = r"the teacher with dskd.teacher.dtype 'bfloat16', got one with 'float32'. .* --out <another folder>"
+    with pytest.raises(SettingError, match=said):
         opened(one, half.sides, half.datasets)
     with pytest.raises(SettingError, match=r"--dtype: expected float32, as in .*, got bfloat16"):
         build(order(states="bfloat16"), ALONE)
@@ -557,7 +558,9 @@ def test_missing_rows_are_counted_and_the_reason_is_named(prepare, run, order, t
     with pytest.raises(SettingError) as error:
         opened(one, changed.sides, datasets)
     text = str(error.value)
-    assert "expected the teacher's states of all 1 samples of the run, got none, or not of all places, of 1" in text
+    assert (
+        "expected the teacher's states of all 1 samples of the run, got those of 0; 1 lack some or all places" in text
+    )
     assert "(the first: training row 0, '" in text and reason in text and text.endswith("It adds what is missing.")
 
 
@@ -568,7 +571,7 @@ def test_a_folder_that_is_no_cache(order, run, tmp_path):
     content = json.loads(file.read_text())
     for broken, message in (
         (json.dumps({**content, "format": 7}), "expected a teacher cache of format 1, got format 7 of dskd"),
-        (file.read_text()[:-50], "got none, or a file that is cut short"),
+        (file.read_text()[:-50], "got a file that is cut short"),
         (json.dumps({**content, "colour": 1}), "expected the entries of a teacher cache, got TypeError"),
     ):
         file.write_text(broken)
@@ -576,6 +579,10 @@ def test_a_folder_that_is_no_cache(order, run, tmp_path):
             with pytest.raises(SettingError, match=message):
                 refuse()
     file.unlink()
+    for refuse in (lambda: opened(one, run.sides, run.datasets), lambda: manifest.read(tmp_path, "Build it.")):
+        with pytest.raises(SettingError, match="expected the folder of a teacher cache, got one without") as error:
+            refuse()
+        assert "emove" not in str(error.value)
     with pytest.raises(SettingError, match="expected the manifest of the shards beside it, got none"):
         build(order(), ALONE)
 

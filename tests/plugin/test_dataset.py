@@ -227,6 +227,12 @@ def test_rows_without_a_response_are_refused(prepare, recipe):
         prepare([conversation("red", "blue")], datasets=datasets)
 
 
+def test_a_field_name_that_no_row_has_is_refused(prepare, recipe):
+    datasets = [{**recipe["datasets"][0], "field_messages": "conversations"}]
+    with pytest.raises(ValueError, match=r"rows with the fields that this entry names, got none; .* have: messages"):
+        prepare([conversation("red", "blue")], datasets=datasets)
+
+
 def test_template_that_cannot_render_a_row_is_named(prepare, tiny, tmp_path):
     template = tmp_path / "strict.jinja"
     template.write_text(

@@ -1,11 +1,12 @@
 """Whose error a message is, which recipe a command line means, and what a model card may tell."""
 
+import json
 import os
 import pickle
 
 import pytest
 
-from dskd_plugin import errors, folders, preflight
+from dskd_plugin import errors, folders, last_words, preflight
 from dskd_plugin.host.model_card import public
 
 
@@ -59,7 +60,8 @@ def wrong(recipe, tmp_path, monkeypatch):
     wrong = {**recipe, "dskd": {**recipe["dskd"], "kd_ratio": 7}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(wrong))
     yield "r.yaml"
-    os.environ.pop("DSKD_RUN", None)
+    for name in (last_words.RUN, last_words.COMMAND):
+        os.environ.pop(name, None)
 
 
 LAUNCHED = "axolotl.cli.train"
@@ -78,6 +80,64 @@ def test_processes_that_only_import_a_command_are_left_alone(wrong):
     assert preflight.mistakes_of("axolotl.cli.main", ["pytest", "train", wrong], ["python", "pytest"]) is None
     for words in (["inference", wrong], ["train", wrong, "--help"], ["train", wrong, "--cloud", "c.yaml"], []):
         assert preflight.mistakes_of("axolotl.cli.main", ["/bin/axolotl", *words], []) is None
+
+
+def _said(recipe_text, folder):
+    (folder / "r.yaml").write_text(recipe_text, encoding="utf-8")
+    return preflight.mistakes_of("axolotl.cli.main", ["axolotl", "train", "r.yaml"], [])
+
+
+@pytest.mark.parametrize(
+    ("started", "goes_on"),
+    [
+        (None, "train r.yaml --resume-from-checkpoint out/checkpoint-3"),
+        (["train", "a b.yaml"], "train 'a b.yaml' --resume-from-checkpoint out/checkpoint-3"),
+        (
+            ["train", "r.yaml", "--learning-rate=1e-4", "--resume_from_checkpoint", "out/checkpoint-1", "--seed", "2"],
+            "train r.yaml --learning-rate=1e-4 --seed 2 --resume-from-checkpoint out/checkpoint-3",
+        ),
+        (
+            ["train", "r.yaml", "--auto-resume-from-checkpoints", "--resume-from-checkpoint=x", "--", "--nproc=2"],
+            "train r.yaml --resume-from-checkpoint out/checkpoint-3 -- --nproc=2",
+        ),
+    ],
+)
+def test_a_stopped_run_goes_on_with_the_options_it_was_started_with(monkeypatch, started, goes_on):
+    monkeypatch.delenv(last_words.COMMAND, raising=False)
+    if started is not None:
+        monkeypatch.setenv(last_words.COMMAND, json.dumps(started))
+    assert last_words.command("r.yaml", "--resume-from-checkpoint", "out/checkpoint-3") == f"axolotl {goes_on}"
+
+
+def test_what_is_no_recipe_is_told_with_its_line(wrong, tmp_path):
+    good = "plugins: [dskd]\ndskd:\n  teacher:\n    model: x\n"
+    assert "r.yaml: expected an Axolotl recipe in YAML, got line 5, column 1" in _said(
+        good + "\tmethod: kd\n", tmp_path
+    )
+    assert "r.yaml: expected one `dskd:` block, got several" in _said(good + "dskd:\n  method: kd\n", tmp_path)
+
+
+def test_a_value_of_another_shape_is_told(recipe, wrong, tmp_path):
+    import yaml
+
+    def said(**changed):
+        return _said(yaml.safe_dump({**recipe, **changed}), tmp_path)
+
+    assert "plugins: expected 'dskd' in the list" in said(plugins="dskd")
+    assert "got the text 'dskd'" in said(plugins="dskd")
+    assert "Add dskd to that list" in said(plugins=["axolotl.integrations.liger.LigerPlugin"])
+    assert "plugins: expected 'dskd', got 'dskd_plugin.DSKD'" in said(plugins=["dskd_plugin.DSKD"])
+    assert said(plugins=["dskd_plugin.DSKDPlugin"]) is None
+    assert "datasets: expected a list of entries, got 'gold.jsonl'" in said(datasets="gold.jsonl")
+    assert "datasets: expected a list of entries" in said(datasets={"path": "gold.jsonl"})
+    (tmp_path / "bad.json").write_text("{bad")
+    assert "deepspeed: expected a JSON file, got 'bad.json' (" in said(deepspeed="bad.json")
+    for step in (4, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        os.utime(tmp_path / "out" / f"checkpoint-{step}", (step, step))
+    assert "got out, the output_dir of a run. Give the checkpoint inside it: out/checkpoint-12." in said(
+        resume_from_checkpoint="out"
+    )
 
 
 def test_what_the_command_line_replaces_is_not_judged(recipe, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,15 +78,10 @@ def doctor(
     bad = 0
     with ERR.status("checking"):
         found = list(checks.run(specs, data_dir))
-    for check in found:
+    for check in itertools.chain(found, checks.oracle(specs, data_dir, limit) if oracle else ()):
         mark = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "bad": "[red]bad [/]"}[check.state]
         OUT.print(f"{mark} {escape(check.what):<26} {escape(check.text)}", soft_wrap=True)
         bad += check.state == "bad"
-    if oracle:
-        for result in checks.oracle(specs, data_dir, limit):
-            mark = "[green]ok  [/]" if result.state == "ok" else "[red]bad [/]"
-            OUT.print(f"{mark} {escape(result.what):<26} {escape(result.text)}", soft_wrap=True)
-            bad += result.state == "bad"
     if bad:
         OUT.print(f"\n[red]{bad} problems.[/]")
         raise SystemExit(1)

@@ -50,6 +50,6 @@ def select(suites: Iterable[str], tasks: Iterable[str], files: Iterable[str | Pa
             "--suite",
             expected="at least one suite or task",
             got="none",
-            fix="Add --suite instruct,math,code.",
+            fix="Add --suite instruct,math,code, or --task-file FILE for a task of your own.",
         )
     return list(chosen.values())
