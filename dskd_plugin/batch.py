@@ -100,6 +100,10 @@ class StepBatch:
     attention: AttentionRows | None = None
     samples: list[Any] | None = None
     """The rows of the dataset, where the student may answer their prompts in place of the gold answers."""
+    others: tuple["StepBatch", ...] = ()
+    """The same rows beside the text of each further teacher, if there are several."""
+    ce_sums: tuple[Tensor, Tensor] | None = None
+    """Sum and number of rows of the cross-entropy where the loss of another teacher has taken it."""
     sampled: int | None = None
     """Tokens that the student has sampled for these rows; None for gold rows."""
     window: list["StepBatch"] = field(default_factory=list)
@@ -109,6 +113,11 @@ class StepBatch:
     teacher_argmax_M: Tensor | None = None
     divisors_T: Tensor | None = None
     sums: Sums = field(default_factory=dict)
+
+    @property
+    def each(self) -> tuple["StepBatch", ...]:
+        """The rows beside each teacher's text."""
+        return self, *self.others
 
     @property
     def aligned(self) -> int:
@@ -153,6 +162,8 @@ def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
             changed[one.name] = change(value)
         elif is_dataclass(value):
             changed[one.name] = _with_each_tensor(value, change)
+        elif isinstance(value, tuple):
+            changed[one.name] = tuple(_with_each_tensor(inner, change) for inner in value)
     return replace(part, **changed)  # type: ignore[type-var]
 
 

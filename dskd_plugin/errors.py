@@ -3,8 +3,12 @@
 Standard library only: the start-up hook reads it.
 """
 
+import contextlib
+import re
+
 TYPE_CHECKING = False  # the start-up hook loads no typing
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 
@@ -41,6 +45,24 @@ class Mistakes(ValueError):
 
     def __reduce__(self) -> "Any":
         return type(self), (self.errors,)
+
+
+@contextlib.contextmanager
+def naming(place: int, teachers: int) -> "Iterator[None]":
+    """Inside, errors about ``dskd.teacher`` name the item of ``dskd.teachers``, where there are several teachers."""
+    if teachers == 1:
+        yield
+        return
+    try:
+        yield
+    except (_ForUser, Mistakes) as error:
+        raise _of_item(error, place) from error
+
+
+def _of_item(error: "Any", place: int) -> "Any":
+    if isinstance(error, Mistakes):
+        return Mistakes([_of_item(one, place) for one in error.errors])
+    return type(error)(*(re.sub(r"\bdskd\.teacher\b", f"dskd.teachers[{place}]", part) for part in error.parts))
 
 
 def own_message(error: BaseException) -> "str | None":

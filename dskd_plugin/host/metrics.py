@@ -67,6 +67,21 @@ def active_names(objective: Objective, *, exact: bool, in_pairs: bool) -> set[st
     return names
 
 
+def together(of_each: list[dict[str, float]], weights: list[float]) -> dict[str, float]:
+    """What all teachers say, by their weights, and what each of them says, under a name that begins with its number."""
+    if len(of_each) == 1:
+        return of_each[0]
+    first = of_each[0]
+    # The cross-entropy is the same beside every teacher.
+    found = {
+        name: value if name == "ce" else sum(w * means[name] for w, means in zip(weights, of_each, strict=True))
+        for name, value in first.items()
+    }
+    for number, means in enumerate(of_each, start=1):
+        found |= {f"teacher{number}/{name}": value for name, value in means.items() if name != "ce"}
+    return found
+
+
 class Totals:
     """Sums and counts of training and of evaluation. over_ranks: the sum of a tensor over all processes."""
 

@@ -51,10 +51,11 @@ class Memory:
         return max(self.moments, key=lambda name: self.moments[name])
 
 
-def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory:
-    """Add up what a rank holds. teacher: None where the method needs none."""
-    settings, counts = facts.settings, student.counts
-    projector = _projector_weights(facts, student, teacher)
+def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memory:
+    """Add up what a rank holds. teachers: those of the recipe in their order; None where the method needs none."""
+    counts = student.counts
+    read = [(one, teacher) for one, teacher in zip(facts.each, teachers, strict=True) if teacher is not None]
+    projector = sum(_projector_weights(one, student, teacher) for one, teacher in read)
     share = {part: facts.ranks if facts.engine in engines else 1 for part, engines in SHARDED.items()}
     zero = facts.engine.startswith("ZeRO")
     trained = sum(counts.trained.values()) + projector
@@ -73,14 +74,21 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
         host, weights = host + weights, 0
 
     stays = {"student's weights": weights, "optimizer's states": states}
-    if teacher is not None:
-        stays["teacher's output head"] = teacher.head_bytes
-        if facts.teacher_resident:
-            stays["teacher's decoder"] = teacher.decoder_bytes
-        elif method_of(settings).needs_embedding:
-            stays["teacher's embedding"] = (
-                teacher.counts.vocab * teacher.counts.width * _bytes_of(settings.teacher.dtype)
-            )
+    states_of_teacher, forward = 0, 0
+    rows = facts.rows * facts.tokens
+    for one, teacher in read:
+        parts = {"teacher's output head": teacher.head_bytes}
+        each = _bytes_of(one.settings.teacher.dtype)
+        states_of_teacher += rows * teacher.counts.width * each
+        if one.teacher_resident:
+            parts["teacher's decoder"] = teacher.decoder_bytes
+            # One teacher reads after the other.
+            forward = max(forward, teacher.reading)
+        elif method_of(one.settings).needs_embedding:
+            parts["teacher's embedding"] = teacher.counts.vocab * teacher.counts.width * each
+        for name, size in parts.items():
+            title = name if len(read) == 1 else name.replace("teacher's", "teachers'") + "s"
+            stays[title] = stays.get(title, 0) + size
     stays |= {"projector": 4 * projector} if projector else {}
     stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
     # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
@@ -88,10 +96,11 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     if held:
         stays["gradients"] = gradients
 
-    rows = facts.rows * facts.tokens
     gathered = _gathered(facts, student)
     head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts, student) else 0
-    states_of_teacher = 0 if teacher is None else rows * teacher.counts.width * _bytes_of(settings.teacher.dtype)
+    # Each teacher's loss keeps one of its own for the backward.
+    kept_gradients = head_gradient * max(1, len(read))
+    logits = max([_logits(one, student, teacher) for one, teacher in read] or [_logits(facts, student, None)])
     # The head in the dtype of its products, where mixed precision makes a copy of a float32 weight.
     cast = 2 * counts.vocab * counts.width if facts.weights != "float32" and not facts.adapter else 0
 
@@ -99,14 +108,14 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     # Of the first layer, computed again or not; then tied weights have two gradients for a moment.
     last = max(lived.backward - lived.kept, head_gradient if counts.tied else 0)
     moments = {
-        "loss": lived.kept + states_of_teacher + _logits(facts, student, teacher) + head_gradient + cast + gathered,
-        "start of the backward": lived.backward + states_of_teacher + 2 * head_gradient + gathered,
+        "loss": lived.kept + states_of_teacher + logits + kept_gradients + cast + gathered,
+        "start of the backward": lived.backward + states_of_teacher + head_gradient + kept_gradients + gathered,
         # Gradients have grown while what the layers kept has gone.
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
-    if teacher is not None and "teacher's decoder" in stays:
-        moments["teacher's forward"] = teacher.reading
+    if forward:
+        moments["teacher's forward"] = forward
     return Memory(stays, moments, host)
 
 
@@ -135,10 +144,10 @@ def _states(facts: Facts, size: int) -> int:
     return STATES_LIKE_WEIGHTS.get(facts.optimizer, 2) * size
 
 
-def _projector_weights(facts: Facts, student: Student, teacher: Teacher | None) -> int:
+def _projector_weights(facts: Facts, student: Student, teacher: Teacher) -> int:
     """Trained numbers between the two widths."""
     method = method_of(facts.settings)
-    if method.compares != "spaces" or teacher is None:
+    if method.compares != "spaces":
         return 0
     small, large = student.counts.width, teacher.counts.width
     if method.needs_embedding:  # cross-model attention: to the student, to the teacher, and the queries
