@@ -62,7 +62,11 @@ def naming(place: int, teachers: int) -> "Iterator[None]":
 def _of_item(error: "Any", place: int) -> "Any":
     if isinstance(error, Mistakes):
         return Mistakes([_of_item(one, place) for one in error.errors])
-    return type(error)(*(re.sub(r"\bdskd\.teacher\b", f"dskd.teachers[{place}]", part) for part in error.parts))
+    item = f"dskd.teachers[{place}]"
+    where, *rest = (re.sub(r"\bdskd\.teacher\b", item, part) for part in error.parts)
+    if where.startswith("dskd.") and where == error.parts[0]:
+        where = f"{where} beside {item}"  # a setting of all that does not fit this one
+    return type(error)(where, *rest)
 
 
 def own_message(error: BaseException) -> "str | None":
