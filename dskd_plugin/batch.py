@@ -107,7 +107,7 @@ class StepBatch:
     sampled: int | None = None
     """Tokens that the student has sampled for these rows; None for gold rows."""
     window: list["StepBatch"] = field(default_factory=list)
-    """All micro-batches of the optimizer step; set on the first of them only."""
+    """All micro-batches of the optimizer step, see `as_window`; set on the first of them only."""
     rows: Rows | None = None
     """What the loss takes, but for the student's hidden states."""
     teacher_argmax_M: Tensor | None = None
@@ -165,6 +165,12 @@ def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
         elif isinstance(value, tuple):
             changed[one.name] = tuple(_with_each_tensor(inner, change) for inner in value)
     return replace(part, **changed)  # type: ignore[type-var]
+
+
+def as_window(batches: list[StepBatch]) -> None:
+    """Let the first of an optimizer step's micro-batches know them all, beside each teacher's text."""
+    for of_teacher in zip(*(batch.each for batch in batches), strict=True):
+        of_teacher[0].window = list(of_teacher)
 
 
 def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:

@@ -123,14 +123,18 @@ class ReadTwice:
 
     def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
         """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
-        lacking = [(lines, "The rows of this entry teach by cross-entropy alone.") for lines in self._unpaired]
-        lacking += [(lines, "The student answers the prompts of the other entries.") for lines in self._promptless]
-        for lines, consequence in lacking:
-            said, lines[:] = lines[:], []
-            if said and len(said) == len(datasets):
-                raise Mistakes(said)
-            for line in said:
-                LOG.warning("dskd: %s %s", line, consequence)
+        lacking = (
+            (self._unpaired, "The rows of this entry teach by cross-entropy alone."),
+            (self._promptless, "The student answers the prompts of the other entries."),
+        )
+        for of_each, consequence in lacking:
+            for place, lines in enumerate(of_each):
+                said, lines[:] = lines[:], []
+                with naming(place, len(of_each)):
+                    if said and len(said) == len(datasets):
+                        raise Mistakes(said)
+                for line in said:
+                    LOG.warning("dskd: %s %s", line, consequence)
         return original(datasets, *args, **kwargs)
 
     @contextmanager

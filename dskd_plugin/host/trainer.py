@@ -15,15 +15,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
-from dskd_plugin.batch import KEY, StepBatch, ask
+from dskd_plugin.batch import KEY, StepBatch, as_window, ask
 from dskd_plugin.columns import columns, dataset_of
-from dskd_plugin.core.objective import CE_TERMS
 from dskd_plugin.errors import naming
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import ON_POLICY
-from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers, together
+from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, kd_of, loss_of, of_answers, together
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
 from dskd_plugin.host.watch import Watch
@@ -182,15 +181,9 @@ class DSKDTrainer(AxolotlTrainer):
         for batch in batches:
             batch[KEY] = self._asked(batch[KEY])
             window.append(batch[KEY])
-        self._as_window(window)
+        as_window(window)
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
-
-    @staticmethod
-    def _as_window(batches: list[StepBatch]) -> None:
-        """Let the first of an optimizer step's micro-batches know them all, beside each teacher's text."""
-        for of_teacher in zip(*(batch.each for batch in batches), strict=True):
-            of_teacher[0].window = list(of_teacher)
 
     def _with_answers(self, rollout: Rollout, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
@@ -234,7 +227,7 @@ class DSKDTrainer(AxolotlTrainer):
         training = paired.teacher_MD is not None
         if not training:
             paired = self._asked(paired)
-            self._as_window([paired])
+            as_window([paired])
         inputs.pop("labels", None)
         inputs.pop("length", None)
         if self._masks_by_position and "position_ids" in inputs:
@@ -270,10 +263,16 @@ class DSKDTrainer(AxolotlTrainer):
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "eval_" if kind == "eval" else ""
-            found = [self._means(kind, *one) for one in zip(self.distillation.each, self._totals, strict=True)]
+            losses = self.distillation.each
+            of_each = [totals.means(kind) for totals in self._totals]
             if kind == "eval":
-                logs["eval_loss"] = sum(loss for loss, _ in found)
-            means = together([means for _, means in found], self.run.settings.weights)
+                logs["eval_loss"] = sum(map(loss_of, of_each, (loss.objective for loss in losses)))
+            for loss, means in zip(losses, of_each, strict=True):
+                if loss.objective.with_kd:
+                    means["kd"] = kd_of(means, loss.objective)
+                if kind == "train" and loss.kd_scale is not None:
+                    means["kd_scale"] = loss.kd_scale
+            means = together(of_each, self.run.settings.weights)
             if kind == "train":
                 self._warn(means)
             if kind == "train" and self._rollout is not None:
@@ -283,18 +282,6 @@ class DSKDTrainer(AxolotlTrainer):
         quiet = WithoutPerplexity(logs)
         super().log(quiet, *args, **kwargs)
         logs.update(quiet)
-
-    def _means(self, kind: str, loss: DistillationLoss, totals: Totals) -> tuple[float, dict[str, float]]:
-        """A teacher's part of the loss, and its means by name."""
-        means, objective = totals.means(kind), loss.objective
-        shares = objective.shares()
-        value = sum(share * means[term] for term, share in shares.items())
-        if objective.with_kd:
-            of_kd = (share * means[term] for term, share in shares.items() if term not in CE_TERMS)
-            means["kd"] = sum(of_kd) / (objective.kd_ratio * objective.teacher_weight)
-        if kind == "train" and loss.kd_scale is not None:
-            means["kd_scale"] = loss.kd_scale
-        return value, means
 
     def _warn(self, means: dict[str, float]) -> None:
         for warning in self._watch.see(means):
