@@ -27,9 +27,9 @@ from benchmarks.timing import Spread, ratios, taking_turns
 from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import StepBatch, TeacherText, ask
 from dskd_plugin.cache.build import BATCH_TOKENS, Order, batches, build
-from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.cached_teacher import CachedTeacher
+from dskd_plugin.cache.needs import wanted
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import wanted
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.models import decoder, output_head
@@ -132,7 +132,7 @@ class Bench:
         for batch in batches(wants, BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])):
             ids = [torch.tensor(self.dataset[wants[key].at[1]]["teacher_input_ids"]) for key in batch]
             lengths = torch.tensor([wants[key].length for key in batch])
-            self.teacher._padded_hidden(torch.cat(ids).to(self.device), lengths)
+            self.teacher.padded_hidden(torch.cat(ids).to(self.device), lengths)
 
     @cached_property
     def cached(self) -> CachedTeacher:

@@ -128,7 +128,7 @@ def loss_alone(size: Size, device: torch.device, dtype: torch.dtype, methods: li
         for name, bench in (("many", many), ("few", few)):
             bench.draw()
             loss = bench.loss(method)
-            loss._head_checked = True  # there are no logits to check it by
+            loss.head_checked = True  # there are no logits to check it by
             loss.step = lambda: 0
             found[name] = peak(lambda: bench.step(loss, with_teacher=method != "sft"), device)  # noqa: B023
         base = peak(lambda: dense_step(few, method, loss), device)  # noqa: B023

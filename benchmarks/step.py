@@ -33,8 +33,7 @@ def dense_step(bench: Bench, method: str, loss: DistillationLoss) -> Tensor:
         assert loss.t2s is not None
         maps["t2s_Dd"] = loss.t2s.weight_Dd
         if method == "dskd_both":
-            loss._refresh_s2t(loss.student_head())
-            maps["s2t_dD"] = loss._s2t_dD
+            maps["s2t_dD"] = loss.s2t_map(loss.student_head())
     events = bench.events
     value = dense_loss(
         method,

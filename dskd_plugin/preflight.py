@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin import last_words
-from dskd_plugin.cache.place import check_there
+from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError, naming
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.teachers.files import check_pair, check_teacher
@@ -83,45 +83,36 @@ def check_recipe(cfg: Any, settings: Any) -> None:
                 "lr_scheduler", "a schedule that keeps the projectors' own learning rate", "'one_cycle'", "Use cosine."
             )
         )
-    if settings.on_policy is not None and (fsdp or cfg.get("fsdp")):
-        problems.append(
-            SettingError(
-                "dskd.on_policy",
-                "a student that each process holds whole",
-                "fsdp_config",
-                "Use DDP or DeepSpeed ZeRO-1 or -2.",
-            )
-        )
-    deepspeed = cfg.get("deepspeed")
-    if deepspeed:
-        content = deepspeed if isinstance(deepspeed, dict) else _engine_file(deepspeed)
-        stage = (content.get("zero_optimization") or {}).get("stage", 0)
-        if settings.on_policy is not None and stage == 3:
-            problems.append(
-                SettingError(
-                    "dskd.on_policy", "a student that each process holds whole", "DeepSpeed ZeRO-3", "Use ZeRO-1 or -2."
-                )
-            )
-        if "optimizer" in content:
-            problems.append(
-                SettingError(
-                    "deepspeed",
-                    "a file without an optimizer",
-                    f"{content['optimizer'].get('type')!r}: it would give the projectors the student's learning rate",
-                    "Set `optimizer` in the recipe.",
-                )
-            )
-        if "scheduler" in content:
-            problems.append(
-                SettingError(
-                    "deepspeed",
-                    "a file without a scheduler",
-                    f"{content['scheduler'].get('type')!r}: it would give the projectors the student's learning rate",
-                    "Set `lr_scheduler` in the recipe.",
-                )
-            )
+    problems += _deepspeed_problems(cfg.get("deepspeed"))
     if problems:
         raise Mistakes(problems)
+
+
+def _deepspeed_problems(given: Any) -> list[SettingError]:
+    """What a file of DeepSpeed sets that the recipe must. given: its path or its content, or nothing."""
+    if not given:
+        return []
+    content = given if isinstance(given, dict) else _engine_file(given)
+    problems = []
+    if "optimizer" in content:
+        problems.append(
+            SettingError(
+                "deepspeed",
+                "a file without an optimizer",
+                f"{content['optimizer'].get('type')!r}: it would give the projectors the student's learning rate",
+                "Set `optimizer` in the recipe.",
+            )
+        )
+    if "scheduler" in content:
+        problems.append(
+            SettingError(
+                "deepspeed",
+                "a file without a scheduler",
+                f"{content['scheduler'].get('type')!r}: it would give the projectors the student's learning rate",
+                "Set `lr_scheduler` in the recipe.",
+            )
+        )
+    return problems
 
 
 def check_datasets(recipe: Any) -> None:

@@ -63,6 +63,8 @@ def common(pair: str, dskd: dict[str, Any], rows: str, output: str) -> dict[str,
         "datasets": [{"path": f"data/{rows}.jsonl", "type": "chat_template", "field_messages": "messages"}],
         "chat_template": "tokenizer_default",
         "dataset_num_proc": 1,
+        # A worker is a fork, and each step of the optimizer would copy its share of the weights.
+        "dataloader_num_workers": 0,
         "sequence_len": SEQUENCE,
         "sample_packing": False,
         "bf16": False,

@@ -60,6 +60,8 @@ def recipe(run: Run, size: Size) -> dict[str, Any]:
         ],
         "chat_template": "tokenizer_default",
         "dataset_num_proc": 1,
+        # A worker is a fork, and each step of the optimizer would copy its share of the weights.
+        "dataloader_num_workers": 0,
         "dataset_prepared_path": "prepared",
         "sequence_len": 384,
         "sample_packing": False,

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import safe_open
@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from dskd_plugin.cache import manifest as manifests
 from dskd_plugin.cache import shards
-from dskd_plugin.cache.cached import BIAS, EMBEDDING, WEIGHT
+from dskd_plugin.cache.cached_teacher import BIAS, EMBEDDING, WEIGHT
+from dskd_plugin.cache.layout import HEAD, LOCK, MANIFEST, SHARDS
 from dskd_plugin.cache.manifest import Manifest
-from dskd_plugin.cache.place import HEAD, LOCK, MANIFEST, SHARDS
+from dskd_plugin.cache.needs import KEY_BYTES, Want
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import KEY_BYTES, Want
 from dskd_plugin.cache.shards import Computed, File
 from dskd_plugin.cache.store import Store
 from dskd_plugin.errors import SettingError
@@ -42,7 +42,7 @@ _MEASURED_SECONDS, _MEASURED_BATCHES = 1.0, 3
 class Order:
     """What is to be built. teacher, made_for: see `manifest`; width: of the states; embedding: whether it is kept too.
 
-    wanted: all samples that the recipe needs, see `rows`; datasets: where they are; states: dtype of the states;
+    wanted: all samples that the recipe needs, see `needs`; datasets: where they are; states: dtype of the states;
     load: brings the teacher into memory; say: tells the user a line.
     """
 
@@ -250,7 +250,7 @@ def _size(count: float) -> str:
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """The first rank holds the folder's lock; ``ValueError`` on all ranks where another build has it."""
-    held: list[Any] = []
+    held: list[TextIO] = []
 
     def lock() -> None:
         folder.mkdir(parents=True, exist_ok=True)

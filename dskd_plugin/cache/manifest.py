@@ -8,7 +8,7 @@ from typing import Any
 
 from dskd_plugin import __version__
 from dskd_plugin.cache.fingerprint import difference, fingerprint
-from dskd_plugin.cache.place import MANIFEST, write_json
+from dskd_plugin.cache.layout import MANIFEST, write_json
 from dskd_plugin.cache.shards import File
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import read_json

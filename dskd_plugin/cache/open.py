@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from dskd_plugin.cache import manifest as manifests
-from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.cached_teacher import CachedTeacher
+from dskd_plugin.cache.layout import MANIFEST
 from dskd_plugin.cache.manifest import Manifest
-from dskd_plugin.cache.place import MANIFEST
+from dskd_plugin.cache.needs import needed
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import needed
 from dskd_plugin.cache.shards import damaged
 from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.log import LOG

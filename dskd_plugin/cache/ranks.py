@@ -1,10 +1,13 @@
 """The processes that share a cache: torchrun's for a build, the trainer's in a run, or one alone."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import torch.distributed as dist
+
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def everyones(self, mine: Any) -> list[Any]:
+    def everyones(self, mine: Said) -> list[Said]:
         """What each rank has to say. All ranks must call it."""
         if self.world == 1:
             return [mine]
-        said: list[object] = [None] * self.world
+        said: list[Said | None] = [None] * self.world
         dist.all_gather_object(said, mine)
-        return said
+        return cast(list[Said], said)
 
     def agree(self, result: object = None, error: Exception | None = None) -> object:
         """The first rank's result on all; where any of them has failed, its error on all. All ranks must call it."""
@@ -41,10 +44,10 @@ class Ranks:
                 raise failed
         return said[0][0]
 
-    def first_does(self, work: Any) -> Any:
+    def first_does(self, work: Callable[[], Said]) -> Said:
         """The result of ``work()``, which the first rank does, on all; its error likewise."""
         try:
             result = work() if self.first else None
         except Exception as error:
-            return self.agree(error=error)
-        return self.agree(result)
+            return cast(Said, self.agree(error=error))
+        return cast(Said, self.agree(result))

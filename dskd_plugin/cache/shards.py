@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dskd_plugin.cache.place import PARTIAL, SHARDS, VERIFIED, write_json
-from dskd_plugin.cache.rows import KEY_BYTES
+from dskd_plugin.cache.layout import PARTIAL, SHARDS, VERIFIED, write_json
+from dskd_plugin.cache.needs import KEY_BYTES
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import read_json
 from dskd_plugin.log import LOG

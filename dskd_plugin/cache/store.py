@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dskd_plugin.cache.rows import KEY_BYTES
+from dskd_plugin.cache.needs import KEY_BYTES
 from dskd_plugin.cache.shards import File
 
 

@@ -56,7 +56,7 @@ def build(recipe: Path, out: Path | None, dtype: str | None, batch_tokens: int |
     """
     ranks = _join()
     from dskd_plugin.cache.build import build as compute
-    from dskd_plugin.cache.place import folder_of
+    from dskd_plugin.cache.layout import folder_of
     from dskd_plugin.host.prepared import prepare
     from dskd_plugin.host.teacher_source import automatic_folder, live, order_of
 

@@ -1,4 +1,4 @@
-"""The device that an option names."""
+"""The option ``--device``: auto, or a device that torch has here."""
 
 from dskd_plugin.errors import SettingError
 

@@ -1,4 +1,4 @@
-"""How far the answers are: moves with every token, and says how long the rest takes."""
+"""The bar of ``dskd generate``: moves with every token, and says how long the rest takes."""
 
 import sys
 import time

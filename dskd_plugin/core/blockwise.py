@@ -19,9 +19,9 @@ from dskd_plugin.core.readings import segment_values
 from dskd_plugin.core.reduce import keep_rows
 from dskd_plugin.core.rows import Rows, row_masks
 from dskd_plugin.core.segments import Others, SegmentCompare
-from dskd_plugin.core.support import SupportCompare
 from dskd_plugin.core.teacher_rows import TeacherRows, teacher_rows
 from dskd_plugin.core.terms import projected_student, projected_teacher, span_sums
+from dskd_plugin.core.top_shared import TopSharedCompare
 from dskd_plugin.core.walk import Stage, Walk
 
 
@@ -163,12 +163,12 @@ def baseline_loss(
         loss = (1 - r) ce / div_ce + r (kd / div_kd + c span_kl / div_span);   sft: ce / div_ce
         kd   = compare(z, sg(z_t)) at the first N rows, over the real ids of both heads
 
-    compare: from baselines.py, an EventCompare, a SupportCompare or, for rows with places, a PrefixCompare. It and
+    compare: from baselines.py, an EventCompare, a TopSharedCompare or, for rows with places, a PrefixCompare. It and
     teacher_head may be None for sft.
     Gradients reach student_RD and the student's head, nothing of the teacher.
     """
     # A few rows of the teacher's head are read: neither its size nor a copy in the dtype of products matters.
-    few = isinstance(compare, SupportCompare)
+    few = isinstance(compare, TopSharedCompare)
     walk = Walk(rows, student_head, None if few else teacher_head, objective, divisors_T, block_elements, len(rows))
     read_head = teacher_head if few else walk.teacher_head
 

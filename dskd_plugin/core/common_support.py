@@ -1,4 +1,4 @@
-"""What two models can both say at a segment, and one event for all the rest.
+"""Common-Support: what two models can both say at a segment, and one event for all the rest.
 
 Shape letters as in core/segments.py: B segments, V ids of a side; S spans among them, K events of a span.
 """
@@ -98,15 +98,15 @@ class CommonSupport(SegmentCompare):
             found_B = found_B.index_put((pairs,), of_pairs)
         if len(spans):
             student, teacher = student.at(spans), teacher.at(spans)
-            own_ids_SK, their_ids_SK, there_SK = self._ids(student, teacher)
+            own_ids_SK, their_ids_SK, there_SK = self.event_ids(student, teacher)
             own_SK, their_SK = (
-                self._events(side, ids_SK, there_SK)
+                self.event_log_probs(side, ids_SK, there_SK)
                 for side, ids_SK in ((student, own_ids_SK), (teacher, their_ids_SK))
             )
             found_B = found_B.index_put((spans,), self.divergence(student_NV=own_SK, teacher_NV=their_SK))
         return found_B
 
-    def _ids(self, student: Side, teacher: Side) -> tuple[Tensor, Tensor, Tensor]:
+    def event_ids(self, student: Side, teacher: Side) -> tuple[Tensor, Tensor, Tensor]:
         """The ids of the events of each span on either side, [S, K], and which events there are.
 
         In place of one that is not there stands one that is.
@@ -123,7 +123,7 @@ class CommonSupport(SegmentCompare):
         )
         return own_SK, their_SK, there_SK
 
-    def _events(self, side: Side, ids_SK: Tensor, there_SK: Tensor) -> Tensor:
+    def event_log_probs(self, side: Side, ids_SK: Tensor, there_SK: Tensor) -> Tensor:
         """Log-probabilities of the events and of the rest, [S, K + 1]; -inf for an event that is not there."""
         last_SV = log_probs(side.logits_BV, temperature=self.temperature)
         several_S = side.sizes_B > 1

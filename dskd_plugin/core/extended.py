@@ -1,4 +1,4 @@
-"""Shared ids and, for each span of text, one more entry that stands for the span as a whole.
+"""SimCT: the shared ids and, for each span of text, one more entry that stands for the span as a whole.
 
 Shape letters as in core/segments.py: B segments, V ids of a side; O ids that both vocabularies share.
 """

@@ -1,4 +1,4 @@
-"""Ids that two vocabularies share compared id by id, all others by rank.
+"""GOLD: ids that two vocabularies share compared id by id, all others by rank.
 
 Shape letters as in core/segments.py: B segments, V ids of a side; O shared ids, W the others of a side.
 """

@@ -1,4 +1,4 @@
-"""Likelihoods of segments: how likely each side finds the very text that stands there.
+"""Approximate likelihood matching: how likely each side finds the very text of a segment.
 
 Shape letters as in core/segments.py: B segments, U ids of the teacher.
 """

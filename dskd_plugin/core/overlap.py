@@ -1,4 +1,7 @@
-"""Shared vocabulary of two tokenizers, by token bytes. Axes: O shared pairs, V ids of the teacher."""
+"""Shared vocabulary of two tokenizers: which of their ids are the same token, by bytes and by role.
+
+Shape letters: O shared pairs, V ids of the teacher.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The teacher's next-token distribution said in the student's tokens, by the bytes that a text goes on with.
+"""Byte-prefix marginalization: the teacher's next-token distribution said in the student's tokens, by their bytes.
 
 A teacher token says how the text goes on. Its mass goes to the longest student token that its bytes begin with; where
 the student begins inside a teacher token, only teacher tokens that begin with the bytes already said count; where the
@@ -51,6 +51,7 @@ class PrefixMap:
         goes_on_P, at_P1 = next_P != NONE, next_P.clamp(min=0)[:, None]
         own_P1 = log_PU.gather(1, at_P1)
         step_P = torch.where(goes_on_P, own_P1[:, 0], 0)
+        # Its mass goes to no class here: the teacher rows that follow share it out.
         log_PU.scatter_(1, at_P1, own_P1.masked_fill(goes_on_P[:, None], -torch.inf))
         size = count if self.classes_M is None else len(self.classes_M)
         if self.ids_K is None:
@@ -157,6 +158,7 @@ class PrefixCompare:
         next_P: Tensor,
     ) -> None:
         """Add what teacher rows of different pairs say; weight_N: log-probability of the text up to there."""
+        # One map at a time, because its rows give mass to the same few classes.
         for number in sorted({*map_P.tolist()}):
             here_B = (map_P == number).nonzero()[:, 0]
             one, row_B = maps[number], row_P[here_B]

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-_ROWS = 8192  # shared ids gathered at a time
+ROWS_AT_A_TIME = 8192  # shared ids gathered at a time
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def _product(left_VD: Tensor, right_VE: Tensor, left_ids_O: Tensor, right_ids_O:
     """left[ids]^T right[ids], a block of ids at a time in the given dtype, summed in fp64. Returns [D, E]."""
     device = left_VD.device
     total_DE = torch.zeros(left_VD.shape[1], right_VE.shape[1], dtype=torch.float64, device=device)
-    for start in range(0, len(left_ids_O), _ROWS):
-        left_BD = left_VD[left_ids_O[start : start + _ROWS].to(device)].to(dtype)
-        right_BE = right_VE[right_ids_O[start : start + _ROWS].to(right_VE.device)].to(device, dtype)
+    for start in range(0, len(left_ids_O), ROWS_AT_A_TIME):
+        left_BD = left_VD[left_ids_O[start : start + ROWS_AT_A_TIME].to(device)].to(dtype)
+        right_BE = right_VE[right_ids_O[start : start + ROWS_AT_A_TIME].to(right_VE.device)].to(device, dtype)
         total_DE += left_BD.T @ right_BE
     return total_DE

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.heads import Head, head_logits, logits_at
+from dskd_plugin.core.row_blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.segments import SegmentCompare, token_values
 
 

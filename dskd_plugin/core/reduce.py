@@ -1,4 +1,4 @@
-"""The one place that adds rows up and knows what "no row left" means.
+"""Sums of rows under a mask, also where no row is left: the one place that adds rows up.
 
 Shape letters: N rows, D width.
 """

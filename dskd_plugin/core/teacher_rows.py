@@ -15,7 +15,7 @@ from dskd_plugin.core.objective import Compare, Objective
 from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.core.reduce import keep_rows
 from dskd_plugin.core.rows import Rows, row_masks
-from dskd_plugin.core.support import SupportCompare
+from dskd_plugin.core.top_shared import TopSharedCompare
 
 
 class TeacherRows:
@@ -99,7 +99,7 @@ def teacher_rows(
     assert rows.teacher_NE is not None
     mask_N = torch.stack([masks[name] for name in reading]).any(0)
     kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
-    if isinstance(compare, SupportCompare):
+    if isinstance(compare, TopSharedCompare):
         return TeacherRows(None, states=(kept_NE, teacher_head.detach()))
     if isinstance(compare, PrefixCompare):
         assert rows.places is not None

@@ -16,8 +16,8 @@ from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.core.reduce import keep_rows, masked_sum
 from dskd_plugin.core.rows import Rows, Spans, row_masks
 from dskd_plugin.core.segments import Others
-from dskd_plugin.core.support import SupportCompare
 from dskd_plugin.core.teacher_rows import TeacherRows
+from dskd_plugin.core.top_shared import TopSharedCompare
 
 
 def project(hidden_ND: Tensor, map_DE: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _compared(compare: Compare, student_NV: Tensor, teacher: TeacherRows) -> Ten
     """The distance of a pair's two distributions, [N], from no more of the teacher than it reads."""
     if isinstance(compare, PrefixCompare):
         return compare.of_target(student_NV=student_NV, target_NC=teacher.target_NC)
-    if not isinstance(compare, SupportCompare):
+    if not isinstance(compare, TopSharedCompare):
         return compare(student_NV=student_NV, teacher_NV=teacher.logits_NU)
     student_ids_NK, teacher_ids_NK = compare.ids(student_NV)
     return compare.of_logits(

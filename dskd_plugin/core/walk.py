@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Sums, term_weights
 from dskd_plugin.core.readings import token_log_probs
+from dskd_plugin.core.row_blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.rows import Rows, Spans
 from dskd_plugin.core.teacher_rows import TeacherRows
 from dskd_plugin.core.terms import span_term, student_space_sums, teacher_space_sums

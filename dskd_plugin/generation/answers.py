@@ -77,6 +77,12 @@ class _Known(LogitsProcessor):
         return scores.index_fill(1, torch.arange(self.vocab_size, scores.shape[1], device=scores.device), -torch.inf)
 
 
+def numbers_of(sampling: Sampling, row: int) -> list[float]:
+    """The random numbers of a row, one for each token that its answer may have."""
+    source = random.Random(f"{sampling.seed}:{row}")
+    return [source.random() for _ in range(sampling.max_new_tokens)]
+
+
 class Draw(LogitsProcessor):
     """Leaves one token of each row: where the row's own random number falls in the cumulative probabilities.
 
@@ -85,10 +91,7 @@ class Draw(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, rows: Sequence[int], prompt_length: int) -> None:
         self.numbers_BS = torch.tensor(
-            [
-                [draw.random() for _ in range(sampling.max_new_tokens)]
-                for draw in (random.Random(f"{sampling.seed}:{row}") for row in rows)
-            ],
+            [numbers_of(sampling, row) for row in rows],
             dtype=torch.float64,
         )
         self.prompt_length = prompt_length

@@ -7,7 +7,7 @@ teacher's own template, and the aligned columns of both.
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from dskd_plugin.models import causal_lm
 from dskd_plugin.settings import OnPolicySettings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import KNOWN, Markers
-from dskd_plugin.text.segments import answers
+from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import spell
 
 IGNORE = -100
@@ -50,6 +50,14 @@ class Answer:
 
     ids: list[int]
     end: int | None
+
+
+@dataclass
+class Answers:
+    """To the prompts of one group. rows: training rows, in the order of the prompts; tokens: sampled, ends included."""
+
+    rows: list[Sample] = field(default_factory=list)
+    tokens: int = 0
 
 
 class Rollout:
@@ -91,8 +99,9 @@ class Rollout:
         self._controls = control_tokens(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
-        self._batches: bool | None = None
         self._others: list[Rollout] = []
+        # Whether the model answers a padded batch as it answers each prompt alone; measured at the first answers.
+        self.in_batches: bool | None = None
         self.reset_counts()
 
     def read_by_all(self, others: Sequence["Rollout"]) -> "Rollout":
@@ -119,50 +128,57 @@ class Rollout:
     def answer(
         self,
         model: nn.Module,
-        samples: list[Sample],
+        groups: Sequence[Sequence[Sample]],
         *,
         step: int,
         rank: int,
-        micro_batch: int = 0,
         autocast: torch.dtype | None = None,
-    ) -> list[Sample]:
-        """Training rows of the student's answers to the prompts of these rows, in their order.
+    ) -> list[Answers]:
+        """Training rows of the student's answers to the prompts of these rows, group by group.
 
+        All prompts are answered together, whatever their group: a token of many answers costs little more than of one.
         model: the student, unwrapped from DDP or DeepSpeed, with its adapters; left as it was found.
-        samples: rows of the dataset (dicts of lists), with the column teacher_prompt.
-        (seed, step, rank, micro_batch) decide the sampled tokens; the global random state is left alone.
+        groups: rows of the dataset (dicts of lists), with the column teacher_prompt.
+        (seed, step, rank) decide the sampled tokens; the global random state is left alone.
         autocast: dtype of the mixed precision that training uses, if any.
-        Returns rows with the same keys and "on_policy": True; fewer than samples where some were skipped or no token
-        of the answer pairs with the teacher's, none where that holds for all.
+        Rows have the same keys and "on_policy": True; a group has fewer than samples where some were skipped or no
+        token of the answer pairs with the teacher's, none where that holds for all.
         """
         positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-        asked = [(sample, prompts) for sample in samples if (prompts := self._prompts(sample, positions)) is not None]
-        self.counts["skipped"] += len(samples) - len(asked)
+        made = [Answers() for _ in groups]
+        asked: list[tuple[Answers, Sample, list[Prompt]]] = []
+        for group, samples in zip(made, groups, strict=True):
+            for sample in samples:
+                prompts = self._prompts(sample, positions)
+                if prompts is None:
+                    self.counts["skipped"] += 1
+                else:
+                    asked.append((group, sample, prompts))
         if not asked:
-            return []
+            return made
         start = time.perf_counter()
         sampled = self.sample(
             model,
-            [prompts[0].student_ids for _, prompts in asked],
-            random.Random(f"on-policy answers {self.seed} {step} {rank} {micro_batch}").getrandbits(63),
+            [prompts[0].student_ids for _, _, prompts in asked],
+            random.Random(f"on-policy answers {self.seed} {step} {rank}").getrandbits(63),
             autocast,
         )
         self.counts["seconds"] += time.perf_counter() - start
-        rows = []
-        for place, ((sample, prompts), new_ids) in enumerate(zip(asked, sampled, strict=True)):
+        for place, ((group, sample, prompts), new_ids) in enumerate(zip(asked, sampled, strict=True)):
             answer = self.read(new_ids)
+            group.tokens += len(answer.ids) + (answer.end is not None)
             self.counts["answers"] += 1
-            self.counts["tokens"] += len(answer.ids) + (answer.end is not None)
             self.counts["empty"] += not answer.ids
             self.counts["cut"] += answer.end is None
             row, paired = self._read_row(sample, prompts, answer)
             if paired:
-                rows.append(row)
+                group.rows.append(row)
             else:
                 self.counts["unaligned"] += 1
-            if rank == 0 and micro_batch == 0 and place < self.settings.log_samples:
+            if rank == 0 and place < self.settings.log_samples:
                 self._log(step, prompts[0], answer)
-        return rows
+        self.counts["tokens"] += sum(group.tokens for group in made)
+        return made
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -233,9 +249,9 @@ class Rollout:
         ]
         found: list[list[int]] = [[] for _ in prompts]
         with generating(model, seed, autocast) as generator:
-            if self._batches is None:
-                self._batches = batches_exactly(generator, self.aligner.student.vocab_size)
-            for part in prompt_parts(prompts, room, self._batches):
+            if self.in_batches is None:
+                self.in_batches = batches_exactly(generator, self.aligner.student.vocab_size)
+            for part in prompt_parts(prompts, room, self.in_batches):
                 new = self._generate(generator, [prompts[k] for k in part], max(room[k] for k in part))
                 for k, ids in zip(part, new, strict=True):
                     found[k] = ids[: room[k]]
@@ -255,7 +271,9 @@ class Rollout:
         )
         inputs = left_padded(prompts, self._pad, generator.device)
         within = WithinVocabulary(self.aligner.student.vocab_size)
-        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([within]))
+        limits = LogitsProcessorList([within])
+        # Each process answers for itself, also where transformers sees that an engine splits the weights.
+        ids_BS = generator.generate(**inputs, generation_config=config, logits_processor=limits, synced_gpus=False)
         return ids_BS[:, inputs["input_ids"].shape[1] :].tolist()
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -292,7 +310,7 @@ class Rollout:
             teacher_ids,
             _response_mask(len(prompt.teacher_ids), len(teacher_ids)),
         )
-        columns.pop("unmatched_segments")
+        columns.pop("unmatched_responses")
         per_token = {
             "attention_mask": [1] * len(ids),
             "position_ids": list(range(len(ids))),
@@ -325,15 +343,17 @@ class Rollout:
         return ids + ([self.aligner.teacher_end] if ended else [])  # type: ignore[list-item]
 
     def _log(self, step: int, prompt: Prompt, answer: Answer) -> None:
-        table = self.aligner.student
-        asked, said = (
-            b"".join(table.literal[token] or b"" for token in ids if token < table.vocab_size).decode(errors="replace")
-            for ids in (prompt.student_ids, answer.ids)
-        )
+        ended = "cut" if answer.end is None else "ended"
         LOG.info(
             "dskd: step %d, the student answers %r with %r (%d tokens, %s)",
-            *(step, asked[-200:], said, len(answer.ids), "cut" if answer.end is None else "ended"),
+            *(step, self._shown(prompt.student_ids)[-200:], self._shown(answer.ids), len(answer.ids), ended),
         )
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        """Tokens of the student as text for the log; ids beyond its tokenizer have none."""
+        table = self.aligner.student
+        parts = [table.literal[token] or b"" for token in ids if token < table.vocab_size]
+        return b"".join(parts).decode(errors="replace")
 
 
 def _response_mask(prompt: int, length: int) -> list[bool]:

@@ -39,8 +39,12 @@ def batches_exactly(generator: Any, vocab_size: int) -> bool:
     config = GenerationConfig(
         do_sample=False, max_new_tokens=3, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )
-    together = generator.generate(**left_padded(prompts, 0, generator.device), generation_config=config)
-    alone = generator.generate(**left_padded(prompts[1:], 0, generator.device), generation_config=config)
+    together = generator.generate(
+        **left_padded(prompts, 0, generator.device), generation_config=config, synced_gpus=False
+    )
+    alone = generator.generate(
+        **left_padded(prompts[1:], 0, generator.device), generation_config=config, synced_gpus=False
+    )
     limit = 1e-3 if together.logits[0].dtype == torch.float32 == generator.dtype else 0.05
     for place, (one, other) in enumerate(zip(together.logits, alone.logits, strict=True)):
         one, other = one[1, :vocab_size].float(), other[0, :vocab_size].float()

@@ -55,9 +55,8 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
         if not _distilled(sample):
             continue
         targets, partners = _ids(sample["aligned_student"]), _ids(sample["aligned_teacher"])
-        inside = (targets > 0) & (targets < length)
-        inside[inside.clone()] = trained[targets[inside] + base]
         offset, further = (_ids(sample.get(column, [0] * len(partners))) for column in REACH)
+        inside = _trained_on(targets, trained[base : base + length])
         there = (partners > 0) & (partners + further < teacher_length)
         if not cross_attention:
             inside = there = inside & there
@@ -101,6 +100,13 @@ def pair_rows(input_ids: Tensor, labels: Tensor, bins: list[list[Placed]], *, cr
         reach=_reach_rows(_cat(offsets), _cat(more), partners, teacher_ids) if with_reach else None,
         attention=attention,
     )
+
+
+def _trained_on(targets: Tensor, trained_S: Tensor) -> Tensor:
+    """Which targets of a sample have a place before them, are left of the sample and are trained on."""
+    inside = (targets > 0) & (targets < len(trained_S))
+    inside[inside.clone()] = trained_S[targets[inside]]
+    return inside
 
 
 def _reach_rows(offset_N: Tensor, more_N: Tensor, partners_N: Tensor, teacher_ids: Tensor) -> ReachRows:

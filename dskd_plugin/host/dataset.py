@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from dskd_plugin import advice
+from dskd_plugin import pair_advice
 from dskd_plugin.columns import dataset_of, numbered, row_of
 from dskd_plugin.errors import Mistakes, SettingError, naming
 from dskd_plugin.host import dataset_report
@@ -93,7 +93,7 @@ class ReadTwice:
             dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
         for place, sides in enumerate(self._sides):
             pair, settings = sides.pair, sides.run.settings
-            _say_once(advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
+            _say_once(pair_advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
             title = name if teachers == 1 else f"{name} (teacher {place + 1}, {settings.teacher.model})"
             with naming(place, teachers):
                 dataset = self._checked(title, dataset, sides, place)
@@ -119,7 +119,7 @@ class ReadTwice:
         """A dataset tokenized with the strategy that is wanted at this time."""
         if self._exchange is not None:
             strategy = self._exchange(strategy)
-        return dataset if strategy is None else _rows_alone(original(strategy, dataset, **kwargs))
+        return dataset if strategy is None else rows_alone(original(strategy, dataset, **kwargs))
 
     def merge_datasets(self, original: Callable[..., Any], datasets: list[Any], *args: Any, **kwargs: Any) -> Any:
         """An entry without a pair, or without a prompt to answer, may stand beside others that have one."""
@@ -181,8 +181,8 @@ class ReadTwice:
         of_spans = "" if in_spans is None else f", {100 * in_spans / responses:.1f} % in spans"
         LOG.info(
             "dskd: %s: %d rows, %d response tokens, %s%s; %d over-long teacher rows (%s), "
-            "%d response segments without a counterpart",
-            *(name, rows, responses, advice.of_dataset(aligned / responses), of_spans),
+            "%d responses without a counterpart",
+            *(name, rows, responses, pair_advice.of_dataset(aligned / responses), of_spans),
             *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )
         if not aligned and not in_spans and run.method.needs_teacher:
@@ -212,7 +212,7 @@ def install(run: Run | None) -> None:
         setattr(module, name, replaced)
 
 
-def _rows_alone(dataset: Any) -> Any:
+def rows_alone(dataset: Any) -> Any:
     """A tokenized dataset without the strategy that Axolotl leaves in it.
 
     With it, every change of columns copies both tokenizers, and every process that filters or saves rows reads them.

@@ -1,4 +1,4 @@
-"""What is told of a dataset, or refused: text that one side alone reads, answers that part, rows without a teacher."""
+"""What is told of a dataset, or refused: text that one side alone reads, answers of two texts, rows without teacher."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import SIDES, Unread
 
 # Columns of rows on their way here; they are taken off before the rows are kept.
-UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_segments", "dskd_parted", "dskd_refused", "dskd_one_sided"
+UNMATCHED, PARTED, REFUSED, ONE_SIDED = "unmatched_responses", "dskd_parted", "dskd_refused", "dskd_one_sided"
 NOTES = (UNMATCHED, PARTED, REFUSED, ONE_SIDED)
 _SETTING = {"student": "chat_template", "teacher": "dskd.teacher.chat_template"}
 _SHOWN = 200
@@ -78,13 +78,13 @@ def beyond_rows(name: str, place: int, ids: Sequence[int], tokenizer: Any, rows:
     )
 
 
-def parted(notes: list[str], segments: int) -> str | None:
+def parted(notes: list[str], responses: int) -> str | None:
     """The line about answers without a counterpart; notes: of all rows, "" for a good one."""
     places = [k for k, note in enumerate(notes) if note]
     if not places:
         return None
     return (
-        f"no counterpart of the same text on the teacher's side: {_number(segments, 'response segment')} in "
+        f"no counterpart of the same text on the teacher's side: {_number(responses, 'response')} in "
         f"{len(places)} of {_number(len(notes), 'row')}; they learn from the data alone; the first, row "
         f"{places[0] + 1}: {notes[places[0]]}"
     )

@@ -140,7 +140,6 @@ def read_prompts(source: Source, limit: int | None) -> Any:
 
     Rows keep the order of the recipe's datasets. A row without a turn to answer has no prompt_ids.
     """
-    from axolotl.utils.data import sft
     from axolotl.utils.data.shared import datasets_with_name_generator
     from datasets import Features, Value, concatenate_datasets
 
@@ -163,19 +162,7 @@ def read_prompts(source: Source, limit: int | None) -> Any:
     for number, entry in named:
         name = f"datasets: {entry['path']}"
         entry["chat_template"], entry["chat_template_jinja"] = "jinja", source.template
-        with _captured() as found:
-            try:
-                sft._load_and_process_single_dataset(entry, cfg, teacher.tokenizer, split="train", seed=cfg.seed)
-            except Exception as error:
-                raise SettingError(
-                    name,
-                    "data that Axolotl reads",
-                    f"{type(error).__name__}: {error}",
-                    "Check path, split, ds_type and type of the entry.",
-                ) from error
-        if len(found) != 1:
-            raise _unreadable(name, entry)
-        strategy, rows = found[0]
+        strategy, rows = _load_entry(name, entry, cfg, teacher.tokenizer)
         reader = _Reader(name, number, strategy, teacher.tokenizer, source.template, teacher.template_options)
         if not reader.understands:
             raise _unreadable(name, entry)
@@ -194,6 +181,25 @@ def read_prompts(source: Source, limit: int | None) -> Any:
             )
         )
     return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+
+
+def _load_entry(name: str, entry: Any, cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Axolotl's strategy for an entry of `datasets`, and the entry's rows as they are on disk."""
+    from axolotl.utils.data import sft
+
+    with _captured() as found:
+        try:
+            sft._load_and_process_single_dataset(entry, cfg, tokenizer, split="train", seed=cfg.seed)
+        except Exception as error:
+            raise SettingError(
+                name,
+                "data that Axolotl reads",
+                f"{type(error).__name__}: {error}",
+                "Check path, split, ds_type and type of the entry.",
+            ) from error
+    if len(found) != 1:
+        raise _unreadable(name, entry)
+    return found[0]
 
 
 def _unreadable(name: str, entry: Any) -> SettingError:

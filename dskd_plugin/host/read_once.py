@@ -12,14 +12,14 @@ def read_once(tokenizer: Any) -> Iterator[None]:
     if backend is None or not getattr(tokenizer, "is_fast", False):
         yield
         return
-    tokenizer._tokenizer = _Remembering(backend)
+    tokenizer._tokenizer = Remembering(backend)
     try:
         yield
     finally:
         tokenizer._tokenizer = backend
 
 
-class _Remembering:
+class Remembering:
     """A backend with its last reading, which is forgotten at whatever could change the next."""
 
     _HARMLESS = frozenset({"truncation", "padding", "encode_special_tokens"})  # looked at before every reading

@@ -16,7 +16,7 @@ from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.read_by import OneSided, hand_over
-from dskd_plugin.text.segments import answers
+from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import TokenTable, places, spell
 from dskd_plugin.text.turn_ends import end_of_turn
 
@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 # Strategies by their bytes; a forked process has those of its parent and need not build their tokenizers again.
-_KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
+KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()
 
 
 class PairedStrategy:
@@ -57,7 +57,7 @@ class PairedStrategy:
             self._packed = packed(self.__dict__)
         if self._packed is None:
             return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
-        _KNOWN[self._packed] = self
+        KNOWN[self._packed] = self
         return _restored, (self._packed,)
 
     @property
@@ -68,8 +68,12 @@ class PairedStrategy:
         """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
         if not self.cuts_texts:
             return self._tokenize(prompt)
-        parts = [self._tokenize({name: [value] for name, value in text.items()}) for text in _rows_of(prompt)]
-        return {column: [row for part in parts for row in part.get(column, [])] for column in _columns(parts)}
+        parts = [self._tokenize(_batch_of(text)) for text in _rows_of(prompt)]
+        joined: dict[str, Any] = {column: [] for column in _columns(parts)}
+        for part in parts:
+            for column, rows in part.items():
+                joined[column] += rows
+        return joined
 
     def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
         if self.one_sided is not None:
@@ -116,7 +120,7 @@ class PairedStrategy:
         parts, notes = [], []
         for row in _rows_of(prompt):
             try:
-                found = _read(strategy, copy.deepcopy({name: [value] for name, value in row.items()}))
+                found = _read(strategy, copy.deepcopy(_batch_of(row)))
                 parts.append({column: values[0] for column, values in found.items()})
                 notes.append("")
             except Exception as error:
@@ -209,7 +213,7 @@ class SeveralTeachers:
 
 
 def _restored(content: bytes) -> PairedStrategy:
-    found = _KNOWN.get(content)
+    found = KNOWN.get(content)
     if found is None:
         found = PairedStrategy.__new__(PairedStrategy)
         found.__dict__.update(unpacked(content))
@@ -261,6 +265,11 @@ def _no_columns() -> dict[str, Any]:
 def _rows_of(prompt: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a batch."""
     return [dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True)]
+
+
+def _batch_of(row: dict[str, Any]) -> dict[str, Any]:
+    """One row as a batch."""
+    return {name: [value] for name, value in row.items()}
 
 
 def _columns(parts: list[dict[str, Any]]) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from dskd_plugin.cache.build import Order, build
-from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.cached_teacher import CachedTeacher
+from dskd_plugin.cache.layout import AUTO, check_there, command, folder_of
 from dskd_plugin.cache.manifest import made_for, teacher_of
+from dskd_plugin.cache.needs import wanted
 from dskd_plugin.cache.open import open_cache
-from dskd_plugin.cache.place import AUTO, check_there, command, folder_of
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import wanted
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
 from dskd_plugin.run import Run, Sides

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dskd_plugin import advice, state
+from dskd_plugin import pair_advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, as_window, ask
 from dskd_plugin.columns import columns, dataset_of
 from dskd_plugin.errors import naming
 from dskd_plugin.fitted import fit_projector
-from dskd_plugin.generation.rollout import COUNTS, Rollout, pack
+from dskd_plugin.generation.rollout import COUNTS, Answers, Rollout, pack
+from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import ON_POLICY
 from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, kd_of, loss_of, of_answers, together
@@ -114,7 +115,7 @@ class DSKDTrainer(AxolotlTrainer):
         overlap = events = None
         if teacher is not None:
             overlap, events = in_common(sides, teacher, rows)
-            told = advice.of_pair(sides.pair, settings, overlap.student_share)
+            told = pair_advice.of_pair(sides.pair, settings, overlap.student_share)
             LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
         return distillation_loss(
             settings,
@@ -146,9 +147,7 @@ class DSKDTrainer(AxolotlTrainer):
         own = list(self.distillation.parameters())
         if own and not any(group.get("dskd") for group in optimizer.param_groups):
             ids = {id(parameter) for parameter in own}
-            (home,) = (
-                group for group in optimizer.param_groups if ids & {id(parameter) for parameter in group["params"]}
-            )
+            (home,) = (group for group in optimizer.param_groups if ids.intersection(map(id, group["params"])))
             home["params"] = [parameter for parameter in home["params"] if id(parameter) not in ids]
             learning_rate = self.run.settings.projector.learning_rate
             optimizer.add_param_group({**home, "params": own, "lr": learning_rate, "dskd": True})
@@ -173,7 +172,8 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
-            batches = [self._with_answers(self._rollout, batch, k) for k, batch in enumerate(batches)]
+            with whole(self.model, self.deepspeed if self.is_deepspeed_enabled else None):
+                batches = self._with_answers(self._rollout, batches)
         for batch in batches:
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
@@ -185,33 +185,28 @@ class DSKDTrainer(AxolotlTrainer):
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
 
-    def _with_answers(self, rollout: Rollout, batch: dict[str, Any], number: int) -> dict[str, Any]:
-        """The batch with the gold rows for the cross-entropy and the student's answers to their prompts for the KD."""
-        features = batch[KEY].samples
-        packed = isinstance(features[0], list)
-        bins = features if packed else [features]
-        tokens = rollout.counts["tokens"]
-        answered = [
-            rollout.answer(
-                self.model,
-                samples,
-                step=self.state.global_step,
-                rank=self.args.process_index,
-                micro_batch=number * len(bins) + k,
-                autocast=self._autocast,
-            )
-            for k, samples in enumerate(bins)
-        ]
-        gold = [[{**sample, ON_POLICY: False} for sample in samples] for samples in bins]
-        answers = [row for rows in answered for row in rows]
-        if len(bins) == 1:
+    def _with_answers(self, rollout: Rollout, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches with the gold rows for the cross-entropy and the student's answers to their prompts for the KD.
+
+        The prompts of all micro-batches of a step are answered together.
+        """
+        groups = [[sample for samples in _bins(batch) for sample in samples] for batch in batches]
+        place = {"step": self.state.global_step, "rank": self.args.process_index}
+        answered = rollout.answer(self.model, groups, **place, autocast=self._autocast)
+        return [self._mixed(batch, answers) for batch, answers in zip(batches, answered, strict=True)]
+
+    def _mixed(self, batch: dict[str, Any], answers: Answers) -> dict[str, Any]:
+        """One micro-batch of its gold rows and these answers."""
+        gold = [[{**sample, ON_POLICY: False} for sample in samples] for samples in _bins(batch)]
+        packed = isinstance(batch[KEY].samples[0], list)
+        if len(gold) == 1:
             # One packed row stays one: FlashAttention keeps neighbours apart in a batch of one row only.
-            features = [[*gold[0], *answers]] if packed else [*gold[0], *answers]
+            features = [[*gold[0], *answers.rows]] if packed else [*gold[0], *answers.rows]
         else:
-            features = [*gold, *pack(answers, self.cfg.sequence_len)]
+            features = [*gold, *pack(answers.rows, self.cfg.sequence_len)]
         new = self.data_collator(features)
         for one in new[KEY].each:
-            one.sampled = int(rollout.counts["tokens"] - tokens)
+            one.sampled = answers.tokens
         return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
@@ -355,3 +350,9 @@ class DSKDTrainer(AxolotlTrainer):
         weights = state.projector_state(self.distillation)
         if self.args.should_save:
             state.save(folder, weights, self._pair_state)
+
+
+def _bins(batch: dict[str, Any]) -> list[list[Any]]:
+    """The dataset's rows of a micro-batch: those of each packed row, or all of them."""
+    samples = batch[KEY].samples
+    return samples if isinstance(samples[0], list) else [samples]

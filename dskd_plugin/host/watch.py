@@ -1,4 +1,4 @@
-"""Looks at the first steps of a run and says once what a user would want to know before the run is over."""
+"""Warns once, after the first logged steps, where the cross-entropy rises or a KD term is many times as large."""
 
 from collections.abc import Mapping
 

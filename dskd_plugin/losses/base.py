@@ -47,15 +47,16 @@ class DistillationLoss(nn.Module):
         self.teacher_head = teacher_head
         self.student_vocab_size = student_vocab_size
         self.warmup_steps = warmup_steps
-        # A tuple, because the head must not become a child of this module.
-        self._student = (student, output_head(student))
+        # A tuple, because neither may become a child of this module.
+        self.student_and_head = (student, output_head(student))
         device = self.head_weight.device.type
         self.backend = backend or TorchBlocks(BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"]))
         self.matmul_dtype: torch.dtype | None = None
         self.micro_batch: StepBatch | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
         self.step: Callable[[], int] = lambda: 0
-        self._head_checked = False
+        # Whether the head, as it is read here, was seen to give the student's own logits.
+        self.head_checked = False
         # How the KD part is scaled to the size of the cross-entropy, and the sums of the step that runs.
         self._balance = Balance() if balanced else None
         self._seen_T2 = torch.zeros(len(TERMS), 2, dtype=torch.float64)
@@ -80,14 +81,14 @@ class DistillationLoss(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The weight [V, d] of the student's head, as the engine holds it."""
-        return cast(Tensor, self._student[1].weight)
+        return cast(Tensor, self.student_and_head[1].weight)
 
     @property
     def student_width(self) -> int:
         return int(getattr(self.head_weight, "ds_shape", self.head_weight.shape)[1])
 
     def student_head(self) -> Head:
-        return read_head(*self._student, self.student_vocab_size, self.matmul_dtype)
+        return read_head(*self.student_and_head, self.student_vocab_size, self.matmul_dtype)
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
         """The rows of a micro-batch with what decides which of them count; the student's states come with `forward`."""
@@ -155,9 +156,9 @@ class DistillationLoss(nn.Module):
         batch = self.micro_batch
         assert batch is not None
         student_head = self.student_head()
-        if not (self._head_checked or drops_out(self._student[1])):
+        if not (self.head_checked or drops_out(self.student_and_head[1])):
             check_head(hidden_BSd[:, -1], logits_BSV[:, -1], student_head, "base_model")
-            self._head_checked = True
+            self.head_checked = True
         if batch.window:
             self._prepare_window(batch.window, student_head)
             batch.window = []

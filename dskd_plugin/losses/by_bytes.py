@@ -21,7 +21,7 @@ from dskd_plugin.losses.direct import Direct
 class ByBytes(Direct):
     """The student at each pair against what the teacher says there of the bytes that follow.
 
-    places: see `text.prefixes.PrefixMaps.places`. silent_V: bool, rows with such a gold token are not compared; None
+    places: see `text.prefix_maps.PrefixMaps.places`. silent_V: bool, rows with such a gold token are not compared; None
     for none.
     """
 

@@ -61,11 +61,11 @@ class CrossAttentionLoss(Projecting):
             generator=torch.Generator().manual_seed(seed),
             dtype=projector_dtype,
         ).to(self.head_weight.device)
-        self._read_with(self._student[1], embedding)
+        self._read_with(self.student_and_head[1], embedding)
 
     @torch.no_grad()
     def _first_s2t(self, init: str) -> Tensor | None:
-        parameters = list(self._student[1].parameters())
+        parameters = list(self.student_and_head[1].parameters())
         if init == "random" or parameters[0].device.type == "meta":
             return None
         inverse = gram_inverse(self._effective(self.teacher_head), self._ids[1])

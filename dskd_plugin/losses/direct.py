@@ -17,7 +17,7 @@ class Direct(DistillationLoss):
     def __init__(self, student: nn.Module, objective: Objective, compare: Compare | None, **options: Any) -> None:
         super().__init__(student, objective, **options)
         self._compare = compare
-        self._read_with(self._student[1])
+        self._read_with(self.student_and_head[1])
 
     def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         return self.backend.direct_loss(

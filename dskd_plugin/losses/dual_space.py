@@ -78,20 +78,21 @@ class DualSpaceLoss(Projecting):
                 generator=torch.Generator().manual_seed(seed),
                 dtype=projector_dtype,
             ).to(self.head_weight.device)
-        self._read_with(self._student[1])
+        self._read_with(self.student_and_head[1])
 
     def _t2s_Dd(self) -> Tensor | None:
         return None if self.t2s is None else self.t2s.weight_Dd
 
     @torch.no_grad()
-    def _refresh_s2t(self, student_head: Head) -> None:
-        """Recompute the student-to-teacher map from the student's live head, once per optimizer step."""
+    def s2t_map(self, student_head: Head) -> Tensor | None:
+        """The student-to-teacher map: from the student's live head, computed anew once per optimizer step."""
         if self._gram_inverse_DD is None or self._s2t_step == self.step():
-            return
-        frozen = not any(parameter.requires_grad for parameter in self._student[1].parameters())
+            return self._s2t_dD
+        frozen = not any(parameter.requires_grad for parameter in self.student_and_head[1].parameters())
         if self._s2t_dD is None or not frozen:
             self._s2t_dD = self._ideal_s2t(student_head, self._gram_inverse_DD)
         self._s2t_step = self.step()
+        return self._s2t_dD
 
     @property
     def _exact(self) -> Exact | None:
@@ -105,7 +106,7 @@ class DualSpaceLoss(Projecting):
     def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
         """Train the projector alone on teacher states, see fitting.fit_map, and put the result in place."""
         assert self.t2s is not None
-        parameters = list(self._student[1].parameters())
+        parameters = list(self.student_and_head[1].parameters())
         with gathered(parameters):
             head = self.student_head().detach()
             head = replace(head, weight_VD=head.weight_VD.clone())
@@ -181,13 +182,12 @@ class DualSpaceLoss(Projecting):
         return replace(rows, label_N=label_N, agree_N=agree_N, s2t_N=s2t_N)
 
     def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
-        self._refresh_s2t(student_head)
         return self.backend.paired_loss(
             rows,
             student_head=student_head,
             teacher_head=self.teacher_head,
             t2s_Dd=self._t2s_Dd(),
-            s2t_dD=self._s2t_dD,
+            s2t_dD=self.s2t_map(student_head),
             objective=objective,
             divisors_T=batch.divisors_T,
             soft_labels=self._soft_labels,

@@ -36,7 +36,7 @@ class Projecting(DistillationLoss):
     @torch.no_grad()
     def _ideal_t2s(self, init: str) -> Tensor | None:
         """Least-squares map [D, d] of the teacher's states into the student's space; None for a random start."""
-        parameters = list(self._student[1].parameters())
+        parameters = list(self.student_and_head[1].parameters())
         if init == "random" or parameters[0].device.type == "meta":
             return None
         student_ids, teacher_ids = self._ids

@@ -25,7 +25,7 @@ class BySegments(DistillationLoss):
     def __init__(self, student: nn.Module, objective: Objective, compare: SegmentCompare, **options: Any) -> None:
         super().__init__(student, objective, **options)
         self._compare = compare
-        self._read_with(self._student[1])
+        self._read_with(self.student_and_head[1])
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
         """The open tokens of all segments first; what is read of the teacher's other tokens is read here."""
@@ -43,6 +43,7 @@ class BySegments(DistillationLoss):
         own = cut(torch.cat([pairs_N, spans.rows_P]), of_P, number, compare.opens)
         theirs = cut(torch.arange(len(of_Q), device=of_Q.device), of_Q, number, compare.opens)
         read_Q, of_read_Q = theirs.others_P, theirs.of_P
+        # Where likelihoods alone are compared, the open token is one of those whose number is read.
         if not compare.whole_teacher:
             read_Q, of_read_Q = torch.arange(len(of_Q), device=of_Q.device), of_Q
         values_Q, ends_Q = self.backend.segment_values(
@@ -53,6 +54,7 @@ class BySegments(DistillationLoss):
             next_G = followed_by(torch.cat([text.rows_M, spans.teacher_rows_Q]), of_Q, number)
             # Nothing is known of what follows a segment whose next token is in none.
             kept_G = (next_G < 0) | (ends_Q[next_G.clamp(min=0)] >= compare.least_end)
+        # The engine takes the first rows as those that have a partner.
         order_R, place_R = put_first(own.open_G, len(batch.rows_R))
         others_P = place_R[own.others_P]
         taken_R = torch.zeros_like(batch.rows_R, dtype=torch.bool)

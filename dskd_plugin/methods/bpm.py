@@ -48,7 +48,7 @@ class BytePrefixes(Method):
 
         from dskd_plugin.core.prefixes import PrefixCompare
         from dskd_plugin.losses.by_bytes import ByBytes
-        from dskd_plugin.text.prefixes import maps_by_events, maps_by_ids
+        from dskd_plugin.text.prefix_maps import maps_by_events, maps_by_ids
         from dskd_plugin.text.tokens import WHITE
 
         assert parts.overlap is not None

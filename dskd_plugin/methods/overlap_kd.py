@@ -33,12 +33,12 @@ class OverlapDistillation(Method):
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines
         from dskd_plugin.core.events import EventCompare
-        from dskd_plugin.core.support import SupportCompare
+        from dskd_plugin.core.top_shared import TopSharedCompare
 
         device, temperature = parts.teacher_head.weight_VD.device, parts.settings.temperature
         if self.by_events(parts.settings):
             assert parts.events is not None
             return EventCompare(parts.divergence, temperature, parts.events.to(device))
         if parts.settings.support is not None:
-            return SupportCompare(parts.divergence, temperature, parts.settings.support, *parts.shared_ids)
+            return TopSharedCompare(parts.divergence, temperature, parts.settings.support, *parts.shared_ids)
         return baselines.overlap(parts.divergence, temperature, *parts.shared_ids)

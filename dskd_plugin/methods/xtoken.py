@@ -10,7 +10,7 @@ from dskd_plugin.methods.base import PROJECTING, Method, register
 if TYPE_CHECKING:
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
-    from dskd_plugin.core.projection import Projection
+    from dskd_plugin.core.vocabulary_matrix import VocabularyMatrix
     from dskd_plugin.losses.base import DistillationLoss
     from dskd_plugin.settings import Settings
     from dskd_plugin.text.align import Pairing
@@ -61,17 +61,17 @@ class CrossToken(Method):
         return BySegments(parts.student, parts.objective, compare, **parts.options)
 
     def compare(self, parts: Parts) -> Compare | None:
-        from dskd_plugin.core.projection import ProjectedCompare
+        from dskd_plugin.core.vocabulary_matrix import MatrixCompare
 
         settings = parts.settings
-        return ProjectedCompare(parts.divergence, settings.temperature, _matrix(parts), settings.xtoken.top_k)
+        return MatrixCompare(parts.divergence, settings.temperature, _matrix(parts), settings.xtoken.top_k)
 
 
-def _matrix(parts: Parts) -> Projection:
-    from dskd_plugin.text.projections import vocabulary_projection
+def _matrix(parts: Parts) -> VocabularyMatrix:
+    from dskd_plugin.text.respelled import respelling_matrix
 
     assert parts.overlap is not None and parts.tokenizers is not None
     head, pair = parts.teacher_head, parts.pair
     ids = parts.student_ids, head.vocab_size
     teacher = parts.tokenizers[1], pair.teacher
-    return vocabulary_projection(pair.student, teacher, parts.overlap, ids).to(head.weight_VD.device)
+    return respelling_matrix(pair.student, teacher, parts.overlap, ids).to(head.weight_VD.device)

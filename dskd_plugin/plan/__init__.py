@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dskd_plugin.errors import naming
 from dskd_plugin.methods import method_of
-from dskd_plugin.plan.advice import Planned, changes
+from dskd_plugin.plan.changes import Planned, changes
 from dskd_plugin.plan.facts import Facts, facts_of
 from dskd_plugin.plan.memory import GIB, Memory, memory_of
 from dskd_plugin.plan.models import Student, Teacher, student_of, teacher_of
@@ -17,6 +17,8 @@ from dskd_plugin.settings import parse_settings
 
 # Of a GPU's memory, what an allocator that is cut into pieces can hand out. Assumed, not measured.
 USABLE = 0.93
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class _Models:
     """Simulated models, each once for all plans in which nothing changes for it."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
+        self._known: dict[tuple[object, ...], object] = {}
 
     def of(self, facts: Facts) -> tuple[Student, list[Teacher]]:
         """The models of a plan; no teacher for a method that needs none."""
@@ -129,7 +131,7 @@ class _Models:
         student, teachers = self.of(facts)
         return memory_of(facts, student, *teachers) if teachers else memory_of(facts, student, None)
 
-    def _once(self, key: Any, make: Callable[[Facts], Any], facts: Facts) -> Any:
+    def _once(self, key: tuple[object, ...], make: Callable[[Facts], Made], facts: Facts) -> Made:
         if key not in self._known:
             self._known[key] = make(facts)
-        return self._known[key]
+        return cast(Made, self._known[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dskd_plugin.losses.base import BLOCK_ELEMENTS
@@ -57,16 +58,10 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
     read = [(one, teacher) for one, teacher in zip(facts.each, teachers, strict=True) if teacher is not None]
     projector = sum(_projector_weights(one, student, teacher) for one, teacher in read)
     share = {part: facts.ranks if facts.engine in engines else 1 for part, engines in SHARDED.items()}
-    zero = facts.engine.startswith("ZeRO")
-    trained = sum(counts.trained.values()) + projector
 
     weights = student.bytes // share["weights"]
     gradients = sum(size * number for size, number in counts.trained.items()) // share["gradients"] + 4 * projector
-    if zero and facts.weights != "float32":
-        states = MASTER_AND_STATES * trained // share["optimizer"]
-    else:
-        states = sum(_states(facts, size) * number for size, number in counts.trained.items()) // share["optimizer"]
-        states += _states(facts, 4) * projector
+    states = _optimizer_states(facts, counts.trained, projector, share["optimizer"])
     host = 0
     if "optimizer" in facts.offload:
         host, states = host + states, 0
@@ -74,19 +69,8 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         host, weights = host + weights, 0
 
     stays = {"student's weights": weights, "optimizer's states": states}
-    states_of_teacher, forward = 0, 0
-    rows = facts.rows * facts.tokens
     for one, teacher in read:
-        parts = {"teacher's output head": teacher.head_bytes}
-        each = _bytes_of(one.settings.teacher.dtype)
-        states_of_teacher += rows * teacher.counts.width * each
-        if one.teacher_resident:
-            parts["teacher's decoder"] = teacher.decoder_bytes
-            # One teacher reads after the other.
-            forward = max(forward, teacher.reading)
-        elif method_of(one.settings).needs_embedding:
-            parts["teacher's embedding"] = teacher.counts.vocab * teacher.counts.width * each
-        for name, size in parts.items():
+        for name, size in _of_teacher(one, teacher).items():
             title = name if len(read) == 1 else name.replace("teacher's", "teachers'") + "s"
             stays[title] = stays.get(title, 0) + size
     stays |= {"projector": 4 * projector} if projector else {}
@@ -96,6 +80,10 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
     if held:
         stays["gradients"] = gradients
 
+    states_of_teacher = sum(
+        facts.rows * facts.tokens * teacher.counts.width * _bytes_of(one.settings.teacher.dtype)
+        for one, teacher in read
+    )
     gathered = _gathered(facts, student)
     head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts, student) else 0
     # Each teacher's loss keeps one of its own for the backward.
@@ -114,9 +102,33 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
-    if forward:
-        moments["teacher's forward"] = forward
+    if facts.settings.on_policy is not None:
+        # The whole student, put together before the answers; their key-value cache is not counted.
+        moments["answers"] = student.bytes - weights
+    reading = [teacher.reading for one, teacher in read if one.teacher_resident]
+    if reading:
+        # One teacher reads after the other.
+        moments["teacher's forward"] = max(reading)
     return Memory(stays, moments, host)
+
+
+def _optimizer_states(facts: Facts, trained: Mapping[int, int], projector: int, share: int) -> int:
+    """Bytes that the optimizer keeps. trained: weights by their size; share: ranks that split them."""
+    if facts.engine.startswith("ZeRO") and facts.weights != "float32":
+        return MASTER_AND_STATES * (sum(trained.values()) + projector) // share
+    of_student = sum(_states(facts, size) * number for size, number in trained.items()) // share
+    return of_student + _states(facts, 4) * projector
+
+
+def _of_teacher(facts: Facts, teacher: Teacher) -> dict[str, int]:
+    """What of the teacher is in memory for the whole run."""
+    stays = {"teacher's output head": teacher.head_bytes}
+    if facts.teacher_resident:
+        stays["teacher's decoder"] = teacher.decoder_bytes
+    elif method_of(facts.settings).needs_embedding:
+        size = _bytes_of(facts.settings.teacher.dtype)
+        stays["teacher's embedding"] = teacher.counts.vocab * teacher.counts.width * size
+    return stays
 
 
 def _logits(facts: Facts, student: Student, teacher: Teacher | None) -> int:

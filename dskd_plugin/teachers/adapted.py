@@ -23,7 +23,8 @@ def prepare(model: Any, adapter: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     names = _names(model, inputs) | _names(model, outputs)
-    changed = any(f".{name}.lora_" in f".{key}" for key in shapes for name in names)
+    marks = [f".{name}.lora_" for name in names]
+    changed = any(mark in f".{key}" for key in shapes for mark in marks)
     if changed and outputs is not None and outputs.weight is inputs.weight:
         # Merged into one tensor, the change of the embeddings would be that of the head as well.
         outputs.weight = nn.Parameter(outputs.weight.detach().clone())

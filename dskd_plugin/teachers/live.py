@@ -134,7 +134,7 @@ class Teacher:
         ids = torch.arange(3, 15, device=self.model.device) % self.head.vocab_size
         lengths = torch.tensor([7, 5])
         together = self._packed_hidden(ids, lengths)
-        apart = self._padded_hidden(ids, lengths)
+        apart = self.padded_hidden(ids, lengths)
         limit = 1e-3 if self.model.dtype == torch.float32 else 0.05
         return float((together.float() - apart.float()).norm()) <= limit * float(apart.float().norm())
 
@@ -147,7 +147,8 @@ class Teacher:
         position_ids = torch.cat([torch.arange(int(length)) for length in lengths]).to(ids_T.device)
         return self._hidden(input_ids=ids_T[None], position_ids=position_ids[None])[0]
 
-    def _padded_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
+    def padded_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden states [T, E] of samples, each read in a row of its own. lengths: tokens of each."""
         lengths = lengths.to(ids_T.device)
         present = torch.arange(int(lengths.max()), device=ids_T.device)[None] < lengths[:, None]
         ids = torch.zeros(present.shape, dtype=ids_T.dtype, device=ids_T.device).masked_scatter(present, ids_T)
@@ -162,7 +163,7 @@ class Teacher:
         if not len(rows_N):
             return torch.zeros(0, self.width, dtype=self.head.weight_VD.dtype, device=ids_T.device)
         if not self.packed:
-            return self._padded_hidden(ids_T, lengths)[rows_N]
+            return self.padded_hidden(ids_T, lengths)[rows_N]
         hidden, start, sample = [], 0, 0
         for count in bins.tolist():
             inside = lengths[sample : sample + count]

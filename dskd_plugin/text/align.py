@@ -8,13 +8,13 @@ import numpy as np
 
 from dskd_plugin.errors import SettingError
 from dskd_plugin.text.comparisons import first_difference
-from dskd_plugin.text.matching import Spans, match_texts, partners_of
+from dskd_plugin.text.matching import Overlay, match_texts, partners_of
 from dskd_plugin.text.placed import Placed, matched
-from dskd_plugin.text.segments import Segment, all_but, answers, gaps, runs_of
+from dskd_plugin.text.responses import Response, all_but, answers, gaps, runs_of
 from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
-RULES = 8  # raise it where the same rows would align in another way, so that no prepared rows are reused
+RULES = 9  # raise it where the same rows would align in another way, or have other columns: prepared rows are made anew
 Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
 REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`
@@ -29,7 +29,7 @@ class Alignment:
         pair; with pairing "all", two lists of their own lengths. The student's rise strictly. Position 0 can
         occur where a sequence begins with its response; no row predicts it.
     student_tokens: response tokens of the student, paired or not.
-    segments: responses of the student; unmatched_segments: those without a counterpart of the teacher's.
+    responses: responses of the student; unmatched_responses: those without a counterpart of the teacher's.
     spans: (student start, student stop, teacher start, teacher stop), half-open positions, see `align`.
     offsets_N, more_N: of each pair, see `placed.Placed`; none with pairing "all".
     """
@@ -37,8 +37,8 @@ class Alignment:
     student_N: list[int]
     teacher_N: list[int]
     student_tokens: int
-    segments: int
-    unmatched_segments: int
+    responses: int
+    unmatched_responses: int
     spans: list[Span]
     offsets_N: list[int]
     more_N: list[int]
@@ -65,7 +65,7 @@ class Aligner:
         teacher_response: Sequence[bool],
     ) -> dict[str, Any]:
         """Columns of a training row: aligned_student, aligned_teacher, with pairing "bytes" aligned_offset and
-        aligned_more, spans (flat, if on), unmatched_segments.
+        aligned_more, spans (flat, if on), unmatched_responses.
 
         What a template puts between an answer and its end of turn, see `gaps`, is left out.
         """
@@ -94,7 +94,7 @@ class Aligner:
             "aligned_teacher": [theirs[k] for k in found.teacher_N],
             **(dict(zip(REACH, (found.offsets_N, found.more_N), strict=True)) if self.pairing == "bytes" else {}),
             **({"spans": flat} if self.spans else {}),
-            "unmatched_segments": found.unmatched_segments,
+            "unmatched_responses": found.unmatched_responses,
         }
 
     def parted(
@@ -110,7 +110,7 @@ class Aligner:
             (teacher_ids, teacher_response, self.teacher, self.teacher_end),
         )
         ours, theirs = (
-            [Segment(ids, run, table, end) for run in runs_of(answers(ids, response, table, end))]
+            [Response(ids, run, table, end) for run in runs_of(answers(ids, response, table, end))]
             for ids, response, table, end in sides
         )
         if len(ours) != len(theirs):
@@ -142,12 +142,12 @@ def align(
     pairing: Pairing = "exact",
     with_spans: bool = False,
 ) -> Alignment:
-    """Alignment of the response segments (maximal runs of response tokens) of two sequences.
+    """Alignment of the responses (maximal runs of response tokens) of two sequences.
 
-    The k-th segment of one side goes with the k-th of the other; where their numbers differ, segments of
+    The k-th response of one side goes with the k-th of the other; where their numbers differ, responses of
     equal text go together, in order.
 
-    pairing "exact": within two segments of one text, tokens pair iff they cover the same
+    pairing "exact": within two responses of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
     else the last special token after which only white space follows. What follows the end of turn is no text.
     Two tokens of the same bytes do not pair where a space comes before their word on one side alone, or on one in the
@@ -156,20 +156,20 @@ def align(
     Texts may differ by white space, wherever it is, by what a template puts before or after one of them, by
     truncation of one, by dummy spaces (before a text, or after each added token), and by what the tokenizers do to
     text (NFC, NFKC, lower-casing, white space); then a token pairs only where its ends are known. White space that
-    differs costs the tokens that it touches. Any other difference leaves the segment without pairs.
+    differs costs the tokens that it touches. Any other difference leaves the response without pairs.
     White space alone pairs only where both have the same of it; an answer that was cut short, only with the start of
     the other, or, if it is long, with the one place where the other has it.
     pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
     pairing "bytes": as "exact", but each token of the student pairs with the one of the teacher in which it begins, at
     its start or inside it, see `placed.matched`.
-    pairing "position": the k-th token of a segment with the k-th of the other, as far as both go.
+    pairing "position": the k-th token of a response with the k-th of the other, as far as both go.
     pairing "warped": see `warp`, on the bytes of the two texts; the end-of-turn tokens pair by role.
-    pairing "all": every token of two segments of one text (in the sense of "exact").
-    identity: the tokenizers are one; segments with equal ids pair token by token.
+    pairing "all": every token of two responses of one text (in the sense of "exact").
+    identity: the tokenizers are one; responses with equal ids pair token by token.
     with_spans: also find the smallest spans of text tokens that begin and end at a byte boundary of both sides and are
     not one token on each that pair, where the bytes of every token within are certain. A dummy prefix that is a token
     of its own belongs to the span that it begins.
-    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per segment; position: ULD (arXiv 2402.12030); spans:
+    Source: ETA of DSKD v2 (arXiv 2504.11426), on bytes, per response; position: ULD (arXiv 2402.12030); spans:
     approximate likelihood matching (arXiv 2503.20083).
     """
     for side, ids, response in (
@@ -183,8 +183,8 @@ def align(
                 len(response),
                 "Give the mask of these ids.",
             )
-    ours = [Segment(student_ids, run, student, student_end) for run in runs_of(student_response)]
-    theirs = [Segment(teacher_ids, run, teacher, teacher_end) for run in runs_of(teacher_response)]
+    ours = [Response(student_ids, run, student, student_end) for run in runs_of(student_response)]
+    theirs = [Response(teacher_ids, run, teacher, teacher_end) for run in runs_of(teacher_response)]
     student_N: list[int] = []
     teacher_N: list[int] = []
     rows: list[Placed] = []
@@ -240,13 +240,9 @@ def warp(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
         return []
     words, others = list(dict.fromkeys(student)), list(dict.fromkeys(teacher))
     table = cdist(words, others, scorer=Levenshtein.normalized_distance, dtype=np.float64)
-    word, other = (
-        np.array([number[text] for text in side])
-        for side, number in (
-            (student, {text: k for k, text in enumerate(words)}),
-            (teacher, {text: k for k, text in enumerate(others)}),
-        )
-    )
+    row_of = {text: k for k, text in enumerate(words)}
+    column_of = {text: k for k, text in enumerate(others)}
+    word, other = np.array([row_of[text] for text in student]), np.array([column_of[text] for text in teacher])
     steps = np.zeros((rows, columns), dtype=np.uint8)  # 0: from both, 1: from the student token before, 2: teacher
     # Costs of the last two antidiagonals by student index, shifted by one.
     before, last = np.full(rows + 1, np.inf), np.full(rows + 1, np.inf)
@@ -281,34 +277,34 @@ def _excerpt(text: bytes, at: int) -> str:
     return f"{'…' if start else ''}{shown!r}{'…' if stop < len(text) else ''}"
 
 
-def _ends(one: Segment, other: Segment, ends: Ends) -> list[Placed]:
+def _ends(one: Response, other: Response, ends: Ends) -> list[Placed]:
     return [] if ends[0] is None or ends[1] is None else [Placed(one.run[ends[0]], other.run[ends[1]])]
 
 
-def _warped(one: Segment, other: Segment) -> list[Placed]:
+def _warped(one: Response, other: Response) -> list[Placed]:
     texts = [[side.literal(k) for k in range(len(side.ids[: side.end]))] for side in (one, other)]
     found = [Placed(one.run[i], other.run[j]) for i, j in enumerate(warp(*texts))]
     return found + _ends(one, other, (one.end, other.end))
 
 
-def _before_words(segment: Segment, spans: Spans, side: int) -> bytes:
+def _before_words(response: Response, spans: Overlay, side: int) -> bytes:
     """For each token where the space before its word is: tokens with other values do not stand at the same place.
 
     A padded token spells one space more than it covers: of white space alone, only that tells the two apart.
     """
-    found = bytearray(segment.spaces.tobytes())
+    found = bytearray(response.spaces.tobytes())
     for index in spans.padded[side]:
         found[index] += 3
     return bytes(found)
 
 
-def _spans(one: Segment, other: Segment, spans: Spans) -> Iterator[Span]:
-    """Half-open index ranges of the spans of two segments."""
+def _spans(one: Response, other: Response, spans: Overlay) -> Iterator[Span]:
+    """Half-open index ranges of the spans of two responses."""
     mine, yours = _before_words(one, spans, 0), _before_words(other, spans, 1)
     sides = []
     student_starts, student_ends, teacher_starts, teacher_ends = spans.offsets
-    for segment, starts, ends in ((one, student_starts, student_ends), (other, teacher_starts, teacher_ends)):
-        known = [segment.table.bytes[token] is not None for token in segment.ids]
+    for response, starts, ends in ((one, student_starts, student_ends), (other, teacher_starts, teacher_ends)):
+        known = [response.table.bytes[token] is not None for token in response.ids]
         sides.append([(s, e) if sure else (0, 0) for s, e, sure in zip(starts, ends, known, strict=False)])
     ours, theirs = sides
     begin = {start: j for j, (start, end) in enumerate(theirs) if end > start}

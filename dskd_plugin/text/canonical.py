@@ -52,7 +52,8 @@ def units() -> re.Pattern[str]:
     """Pieces of text that are normalised on their own: white space, or a character and the marks after it."""
     kinds = map(unicodedata.category, map(chr, range(_FIRST_MARK, sys.maxunicode + 1)))
     joining = {code for code, kind in enumerate(kinds, _FIRST_MARK) if kind in _MARKS}.union(*_JOINING)
-    starts, stops = (sorted(code for code in joining if code + step not in joining) for step in (-1, 1))
+    starts = sorted(code for code in joining if code - 1 not in joining)
+    stops = sorted(code for code in joining if code + 1 not in joining)
     pairs = zip(starts, stops, strict=True)
     marks = "".join(f"{re.escape(chr(start))}-{re.escape(chr(stop))}" for start, stop in pairs)
     return re.compile(rf"\s+|\S[{marks}]*")

@@ -2,8 +2,8 @@
 
 from itertools import product
 
+from dskd_plugin.text.response_text import Common, Region, Text
 from dskd_plugin.text.stretches import around_cuts, begins_of, common_of, follow_stretches, shared_length, white_alone
-from dskd_plugin.text.texts import Common, Region, Text
 
 _SURE = 24  # so many bytes of a text that was cut short are found at one place of the other text only by being there
 

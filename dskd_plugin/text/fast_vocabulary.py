@@ -27,9 +27,8 @@ def _flat(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [component]
 
 
-def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
-    model, normalizers = spec["model"], _flat(spec["normalizer"])
-    splitters, decoders = _flat(spec["pre_tokenizer"]), _flat(spec["decoder"])
+def _check_readable(tokenizer: Any, model: Mapping[str, Any], splitters: list[Mapping[str, Any]]) -> None:
+    """Raise an error for a tokenizer whose tokens do not say where the white space was."""
     if model["type"] in _WORD_MODELS:
         raise not_readable(tokenizer, f"it {_WORD_MODELS[model['type']]}", model["type"])
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -37,19 +36,26 @@ def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
             raise not_readable(
                 tokenizer, f"{key} {model[key]!r} hides where the white space was", f"{model['type']} pieces"
             )
-    metaspaces = [step for step in splitters if step["type"] == "Metaspace"]
-    splits = any(step["type"] == "WhitespaceSplit" for step in splitters)
     dropping = [step["type"] for step in splitters if step["type"] in _DROPPING or step.get("behavior") == "Removed"]
-    if splits and not any(step.get("prepend_scheme") == "always" for step in metaspaces):
+    marked = any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "always" for step in splitters)
+    if _splits_at_spaces(splitters) and not marked:
         dropping.append("WhitespaceSplit")
     if dropping:
         raise not_readable(tokenizer, "it drops white space", f"pre-tokenizer {dropping[0]}")
 
-    levels = [step for step in splitters + normalizers if step["type"] == "ByteLevel"]
-    mark = None if levels else _space_mark(metaspaces, normalizers, decoders)
-    if not levels and mark is None:
-        levels = [step for step in decoders if step["type"] == "ByteLevel"]
-    fallback = not levels and (model.get("byte_fallback") or any(step["type"] == "ByteFallback" for step in decoders))
+
+def _splits_at_spaces(splitters: list[Mapping[str, Any]]) -> bool:
+    return any(step["type"] == "WhitespaceSplit" for step in splitters)
+
+
+def _pieces(
+    model: Mapping[str, Any], *, levels: bool, fallback: bool, mark: str | None
+) -> tuple[dict[int, bytes], set[int]]:
+    """The bytes of each token of the model, and the tokens that stand for a single byte.
+
+    levels: each character of a piece stands for a byte. fallback: pieces like <0x0A> are single bytes. mark: what
+    stands for a space.
+    """
     vocab = model["vocab"]
     entries = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
     literal: dict[int, bytes] = {}
@@ -61,10 +67,31 @@ def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
             literal[token_id] = bytes.fromhex(byte[1])
         else:
             literal[token_id] = _byte_level(piece) if levels else with_spaces(piece, mark)
+    return literal, byte_tokens
+
+
+def _unknown_id(model: Mapping[str, Any]) -> int | None:
+    name = model.get("unk_token") if model["type"] == "BPE" else None
+    found: int | None = model["vocab"].get(name) if name is not None else model.get("unk_id")
+    return found
+
+
+def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
+    """The token table of a tokenizer.json. spec: its content. Raises an error where tokens do not spell the text."""
+    model, normalizers = spec["model"], _flat(spec["normalizer"])
+    splitters, decoders = _flat(spec["pre_tokenizer"]), _flat(spec["decoder"])
+    _check_readable(tokenizer, model, splitters)
+    metaspaces = [step for step in splitters if step["type"] == "Metaspace"]
+
+    levels = [step for step in splitters + normalizers if step["type"] == "ByteLevel"]
+    mark = None if levels else _space_mark(metaspaces, normalizers, decoders)
+    if not levels and mark is None:
+        levels = [step for step in decoders if step["type"] == "ByteLevel"]
+    fallback = not levels and (model.get("byte_fallback") or any(step["type"] == "ByteFallback" for step in decoders))
+    literal, byte_tokens = _pieces(model, levels=bool(levels), fallback=bool(fallback), mark=mark)
 
     whole = {bytes([value]) for value in range(256)} <= set(literal.values()) or len(byte_tokens) == 256
-    unknown = model.get("unk_token") if model["type"] == "BPE" else None
-    unknown_id = vocab.get(unknown) if unknown is not None else model.get("unk_id")
+    unknown_id = _unknown_id(model)
     schemes = {step.get("prepend_scheme") for step in metaspaces}
     splitter_prefixes = "always" in schemes or any(step.get("add_prefix_space") for step in levels if step in splitters)
     normalizer_prefixes = any(step["type"] == "Prepend" for step in normalizers)
@@ -108,7 +135,7 @@ def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
         dummy_prefix=splitter_prefixes or normalizer_prefixes or "first" in schemes,
         prefixing=frozenset(prefixing),
         space_mark=mark,
-        collapses_space=splits or folds,
+        collapses_space=_splits_at_spaces(splitters) or folds,
         normalizer=json.dumps({"type": "Sequence", "normalizers": kept}, sort_keys=True) if kept else None,
         notes=names,
     )

@@ -7,13 +7,13 @@ import numpy as np
 
 from dskd_plugin.text.canonical import canonical
 from dskd_plugin.text.comparisons import beginning, contained, same, same_ink
-from dskd_plugin.text.segments import Segment
-from dskd_plugin.text.texts import Common, Text
+from dskd_plugin.text.response_text import Common, Text
+from dskd_plugin.text.responses import Response
 from dskd_plugin.text.turn_ends import Ends
 
 
-def partners_of(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segment, Segment]]:
-    """The k-th with the k-th; of unequal numbers, the longest chain of segments with the same text."""
+def partners_of(ours: list[Response], theirs: list[Response]) -> list[tuple[Response, Response]]:
+    """The k-th with the k-th; of unequal numbers, the longest chain of responses with the same text."""
     if len(ours) == len(theirs):
         return list(zip(ours, theirs, strict=True))
     # Most of them are the same from either end; the table, which grows with the product, is for those between.
@@ -29,8 +29,8 @@ def partners_of(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segmen
     return [*zip(ours[:before], theirs[:before], strict=True), *middle, *zip(*tails, strict=True)]
 
 
-def _chain(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segment, Segment]]:
-    """The longest chain of segments with the same text."""
+def _chain(ours: list[Response], theirs: list[Response]) -> list[tuple[Response, Response]]:
+    """The longest chain of responses with the same text."""
     longest = [[0] * (len(theirs) + 1) for _ in range(len(ours) + 1)]
     same = [[match_texts(one, other, whole=True) is not None for other in theirs] for one in ours]
     for i in range(len(ours) - 1, -1, -1):
@@ -48,8 +48,8 @@ def _chain(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segment, Se
     return chain
 
 
-class Spans(NamedTuple):
-    """Where the tokens of two segments lie in one text.
+class Overlay(NamedTuple):
+    """Where the tokens of two responses lie in one text.
 
     offsets: starts and ends of the student's tokens, then of the teacher's; a token of uncertain place has an empty
     span. padded: on each side the indices of tokens that spell a space before the text beside what they cover.
@@ -67,8 +67,8 @@ _WHOLE = tuple(product((False, True), (same, same_ink)))
 _PARTS = tuple(product((False, True), (beginning, contained)))
 
 
-def match_texts(one: Segment, other: Segment, whole: bool = False) -> Spans | None:
-    """Spans of the tokens of two segments, None where their texts differ; whole: a part of a text will not do."""
+def match_texts(one: Response, other: Response, whole: bool = False) -> Overlay | None:
+    """Overlay of the tokens of two responses, None where their texts differ; whole: a part of a text will not do."""
     changes = tuple(dict.fromkeys(change for side in (one, other) if (change := canonical(side.table)) is not None))
     for is_cut, locate in _WHOLE if whole else _WHOLE + _PARTS:
         for steps in ((), changes) if changes else ((),):
@@ -82,7 +82,7 @@ def match_texts(one: Segment, other: Segment, whole: bool = False) -> Spans | No
                 common = locate(a, b)
                 if common is not None:
                     ours, theirs = _spans_in(a, common, 0), _spans_in(b, common, 1)
-                    return Spans((*ours[0], *theirs[0]), (ours[1], theirs[1]), (mine.end, yours.end))
+                    return Overlay((*ours[0], *theirs[0]), (ours[1], theirs[1]), (mine.end, yours.end))
     return None
 
 

@@ -48,8 +48,8 @@ def vocabulary_events(
     if not {key for key in keys[0] if key is not None} & set(keys[1]):
         raise SettingError(
             "dskd.teacher.model",
-            "a tokenizer that can say what the student's says",
-            "none in common",
+            "a tokenizer that can say some of what the student's says",
+            "one without a text in common",
             "Choose another.",
         )
     return events_of(*keys)

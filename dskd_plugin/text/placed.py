@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from dskd_plugin.core.spans import match_covers, match_spans, match_starts
-from dskd_plugin.text.matching import Spans
-from dskd_plugin.text.segments import Segment
+from dskd_plugin.core.exact_alignment import match_covers, match_spans, match_starts
+from dskd_plugin.text.matching import Overlay
+from dskd_plugin.text.responses import Response
 
 
 class Placed(NamedTuple):
@@ -22,9 +22,9 @@ class Placed(NamedTuple):
 
 
 def matched(
-    one: Segment,
-    other: Segment,
-    spans: Spans,
+    one: Response,
+    other: Response,
+    spans: Overlay,
     sides: tuple[bytes, bytes],
     by: Literal["exact", "starts", "bytes"],
 ) -> Iterator[Placed]:

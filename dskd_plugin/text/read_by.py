@@ -120,15 +120,14 @@ class OneSided:
             if name != names.messages:
                 shape[name] = _marked(value, (name,), "", texts)
                 continue
-            said = json.loads(value) if isinstance(value, str) else value
-            shape[name] = [
-                {
-                    key: part if key == names.role else _marked(part, (key,), str(message.get(names.role)), texts)
-                    for key, part in message.items()
-                    if part is not None
-                }
-                for message in said
-            ]
+            shape[name] = []
+            for message in json.loads(value) if isinstance(value, str) else value:
+                role = message.get(names.role)
+                parts = {key: part for key, part in message.items() if part is not None}
+                for key, part in parts.items():
+                    if key != names.role:
+                        parts[key] = _marked(part, (key,), str(role), texts)
+                shape[name].append(parts)
         return shape, texts
 
     def _read(self, shape: dict[str, Any], count: int) -> tuple[frozenset[int], frozenset[int]] | None:

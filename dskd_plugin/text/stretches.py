@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dskd_plugin.text.texts import EMPTY_BLOCKS, Common, Region, Text
+from dskd_plugin.text.response_text import EMPTY_BLOCKS, Common, Region, Text
 
 
 def white_alone(a: Text, b: Text) -> Common:
@@ -136,6 +136,7 @@ class _Run(NamedTuple):
         mine = {at for at in self.first if at in self.a.dummies}
         yours = {at for at in self.second if at in self.b.dummies}
         none: set[int] = set()
+        # As few as will do: a space that both texts have is text.
         for ours, theirs in ((none, none), (mine, none), (none, yours), (mine, yours)):
             kept = [at for at in self.first if at not in ours], [at for at in self.second if at not in theirs]
             if [self.a.text[at] for at in kept[0]] == [self.b.text[at] for at in kept[1]]:
@@ -181,10 +182,11 @@ def around_cuts(a: Text, b: Text) -> list[Region] | None:
         if high < low or b.text[high : high + size] != tail[:size]:
             return None
         regions.append(Region(pieces[-1][0], high, size))
+    # A piece between two cuts has a certain place where the first one that fits is also the last.
     middle = pieces[1:-1]
     earliest, latest, at = [], [], low
     for _, piece in middle:
-        at = b.text.find(piece, at + 1, high)
+        at = b.text.find(piece, at + 1, high)  # at each cut one byte at least is missing
         if at < 0:
             return None
         earliest.append(at)

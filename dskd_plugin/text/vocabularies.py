@@ -90,12 +90,12 @@ def _tiktoken_table(tokenizer: Any, encoding: Any) -> TokenTable:
     added = added_tokens(tokenizer)
     literal |= special | {token_id: token.content.encode() for token_id, token in added.items()}
     special_ids = set(special) | {i for i, token in added.items() if token.special}
-    seen = {
-        probe: b"".join(literal[i] for i in encode(tokenizer, probe)).decode(errors="replace")
-        for probe in ("e\u0301", "\ufb01", "A")
-    }
-    steps = ["NFKC"] if seen["\ufb01"] == "fi" else ["NFC"] if seen["e\u0301"] == "\u00e9" else []
-    steps += ["Lowercase"] if seen["A"] == "a" else []
+
+    def seen(probe: str) -> str:
+        return b"".join(literal[i] for i in encode(tokenizer, probe)).decode(errors="replace")
+
+    steps = ["NFKC"] if seen("\ufb01") == "fi" else ["NFC"] if seen("e\u0301") == "\u00e9" else []
+    steps += ["Lowercase"] if seen("A") == "a" else []
     return make_table(
         literal,
         special=special_ids,
@@ -115,7 +115,11 @@ def _check_spelling(tokenizer: Any, table: TokenTable) -> None:
     if table.vague.intersection(ids):
         return
     change = canonical(table) or (lambda unit: unit)
+
+    def changed(text: str) -> str:
+        return "".join(change(unit) for unit in units().findall(text)).strip()
+
     spelled = b"".join(table.literal[i] or b"" for i in ids).decode(errors="replace")
-    got, wanted = ("".join(change(unit) for unit in units().findall(text)).strip() for text in (spelled, _PROBE))
+    got, wanted = changed(spelled), changed(_PROBE)
     if got != wanted:
         raise not_readable(tokenizer, f"its tokens spell {got!r} for {wanted!r}", table.kind)

@@ -1,5 +1,4 @@
-"""Paired comparison of models that answered the same prompts, and how much of the way to a teacher a
-student went.
+"""Models that answered the same prompts, compared in pairs, and how much of the way to a teacher a student went.
 
 Samples are joined on document hash and prompt hash. Runs whose prompts differ are refused: their difference
 would mix model and prompt.
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dskd_eval import shown, stats
+from dskd_eval import number_text, stats
 from dskd_eval.entries import (
     Entry,
     check_roles,
@@ -219,8 +218,8 @@ def gap_span(row: GapRow) -> str:
     if row.closed is None:
         return "teacher not above base"
     if row.low is None:
-        return shown.UNKNOWN if row.interval == "none" else "open"
-    return shown.span(row.low, row.high, 0)
+        return number_text.UNKNOWN if row.interval == "none" else "open"
+    return number_text.span(row.low, row.high, 0)
 
 
 def gap(base: Entry, student: Entry, teacher: Entry) -> tuple[list[GapRow], list[str]]:

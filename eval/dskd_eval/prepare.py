@@ -62,8 +62,7 @@ def prepare(
 
     execute False (dry run) needs no sandbox.
     """
-    from dskd_eval import templates as chat_templates
-    from dskd_eval.backends import hf, tokenizers
+    from dskd_eval.backends import hf
 
     if not refs:
         raise UserError("--model", expected="at least one model", got="none", fix="Add --model PATH or --recipe FILE.")
@@ -92,27 +91,11 @@ def prepare(
     templates: dict[str, str | None] = {}
     markers: dict[str, tuple[reasoning.Pair, ...]] = {}
     for folder in folders:
-        given = settings.given_template
-        tokenizer = tokenizers.load_tokenizer(folder, given)
-        known = [tokenizer.chat_template, tokenizers.load_tokenizer(folder).chat_template if given else None]
-        markers[folder.name] = reasoning.choose(settings.reasoning, [str(text) for text in known if text])
-        chat = tokenizers.has_chat_template(tokenizer)
-        if settings.chat_template == "on" and not chat:
-            raise UserError(
-                f"--chat-template on, model {folder.name}",
-                expected="a tokenizer with a chat template",
-                got="none",
-                fix="Give --chat-template FILE, or leave it to auto.",
-            )
-        if settings.chat_template == "off":
-            chat = False
-        if chat:
-            chat_templates.check_default(f"model {folder.name}", tokenizer.chat_template)
-        templates[folder.name] = tokenizer.chat_template if chat else None
+        templates[folder.name], markers[folder.name] = _how_asked(folder, settings)
         plans[folder.name] = [
             planning.plan(
                 spec,
-                chat=chat,
+                chat=templates[folder.name] is not None,
                 protocol=settings.protocol,
                 num_fewshot=settings.num_fewshot,
                 samples=settings.samples,
@@ -129,6 +112,29 @@ def prepare(
             task_checks.check_references(plan, data[plan.spec.name])
     notes += template_notes({name: template is not None for name, template in templates.items()})
     return Prepared(settings, folders, plans, data, box, templates, notes, markers)
+
+
+def _how_asked(folder: ModelFolder, settings: Settings) -> tuple[str | None, tuple[reasoning.Pair, ...]]:
+    """The chat template that a model is asked in, None for plain text, and the markers of its reasoning."""
+    from dskd_eval import templates as chat_templates
+    from dskd_eval.backends import tokenizers
+
+    given = settings.given_template
+    tokenizer = tokenizers.load_tokenizer(folder, given)
+    known = [tokenizer.chat_template, tokenizers.load_tokenizer(folder).chat_template if given else None]
+    markers = reasoning.choose(settings.reasoning, [str(text) for text in known if text])
+    chat = tokenizers.has_chat_template(tokenizer)
+    if settings.chat_template == "on" and not chat:
+        raise UserError(
+            f"--chat-template on, model {folder.name}",
+            expected="a tokenizer with a chat template",
+            got="none",
+            fix="Give --chat-template FILE, or leave it to auto.",
+        )
+    if settings.chat_template == "off" or not chat:
+        return None, markers
+    chat_templates.check_default(f"model {folder.name}", tokenizer.chat_template)
+    return tokenizer.chat_template, markers
 
 
 def _distinct(plans: Mapping[str, Sequence[Plan]]) -> list[Plan]:

@@ -22,33 +22,7 @@ def models_of(path: Path) -> list[ModelRef]:
     base = recipe.get("base_model")
     if not isinstance(base, str):
         raise UserError(where, expected="base_model", got="none", fix="Give an Axolotl recipe.")
-    refs = []
-    block = recipe.get("dskd")
-    teacher = block.get("teacher") if isinstance(block, dict) else None
-    if isinstance(teacher, str):
-        teacher = {"model": teacher}
-    if teacher:
-        if not isinstance(teacher, dict) or not isinstance(teacher.get("model"), str):
-            raise UserError(
-                f"{where}, dskd.teacher.model",
-                expected="a hub id or folder",
-                got=repr(teacher),
-                fix="Name the teacher.",
-            )
-        source = _place(teacher["model"], path)
-        adapter = teacher.get("adapter")
-        own = teacher.get("chat_template_kwargs")
-        refs.append(
-            ModelRef(
-                f"teacher {default_name(source)}",
-                source,
-                "teacher",
-                teacher.get("revision"),
-                _place(adapter, path) if adapter else None,
-                _template(teacher.get("chat_template"), path),
-                _pairs(recipe.get("chat_template_kwargs") if own is None else own, where),
-            )
-        )
+    refs = _teachers(recipe, path)
     source = _place(base, path)
     options = _pairs(recipe.get("chat_template_kwargs"), where)
     revision = recipe.get("revision_of_model")
@@ -68,6 +42,37 @@ def models_of(path: Path) -> list[ModelRef]:
     name = f"student {default_name(str(output))}"
     refs.append(ModelRef(name, str(output), "student", template_options=options))
     return refs
+
+
+def _teachers(recipe: dict[str, object], path: Path) -> list[ModelRef]:
+    """The teacher, where the recipe has one."""
+    where = f"recipe {path.name}"
+    block = recipe.get("dskd")
+    teacher = block.get("teacher") if isinstance(block, dict) else None
+    if isinstance(teacher, str):
+        teacher = {"model": teacher}
+    if not teacher:
+        return []
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("model"), str):
+        raise UserError(
+            f"{where}, dskd.teacher.model",
+            expected="a hub id or folder",
+            got=repr(teacher),
+            fix="Name the teacher.",
+        )
+    source = _place(teacher["model"], path)
+    adapter = teacher.get("adapter")
+    own = teacher.get("chat_template_kwargs")
+    found = ModelRef(
+        f"teacher {default_name(source)}",
+        source,
+        "teacher",
+        teacher.get("revision"),
+        _place(adapter, path) if adapter else None,
+        _template(teacher.get("chat_template"), path),
+        _pairs(recipe.get("chat_template_kwargs") if own is None else own, where),
+    )
+    return [found]
 
 
 def _template(choice: object, path: Path) -> str:

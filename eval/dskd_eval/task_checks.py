@@ -14,7 +14,7 @@ from dskd_eval.scorers import registry, requirements
 from dskd_eval.scorers.base import Answer
 from dskd_eval.scorers.registry import SCORERS
 from dskd_eval.scorers.requirements import REQUIREMENTS
-from dskd_eval.task_looks import Looks
+from dskd_eval.task_notes import RowSigns
 from dskd_eval.tasks import render
 from dskd_eval.tasks.planning import Plan
 from dskd_eval.tasks.right_answers import has_reference, reference_answer, shot_target
@@ -39,7 +39,7 @@ def check_task(plan: Plan, rows: TaskData) -> list[str]:
     if plan.spec.scorer is None:
         return _check_native(build(config, plan), plan)
     scorer = registry.make(plan.spec.scorer)
-    notes = Looks(plan)
+    notes = RowSigns(plan)
     for number, row in enumerate(documents(plan, rows), 1):
         with _in_row(plan, number):
             notes.see_prompt(row, render.render(plan.config["doc_to_text"], row))
@@ -78,7 +78,7 @@ class _NativeTask(Protocol):
 
 def _check_native(task: _NativeTask, plan: Plan) -> list[str]:
     """What can be seen of a task that lm-eval scores: fields without braces, and prompts that are all equal."""
-    notes = Looks(plan)
+    notes = RowSigns(plan)
     for number, row in enumerate(task.eval_docs, 1):
         for key in ("doc_to_text", "doc_to_target") if number == 1 else ():
             template = plan.config.get(key)

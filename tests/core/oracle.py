@@ -149,19 +149,19 @@ def terms(case, live):
                 p = softmax(fixed[: case["ids"]], tau)
                 q = softmax(logits(live["student"][n], live_head)[: case["ids"]], tau)
                 frozen = softmax(logits(case["student"][n], case["head"])[: case["ids"]], tau)
-                out.add("t2s_kd", _distance(distance, p, q, frozen))
+                out.add("t2s_kd", distance_of(distance, p, q, frozen))
         if case["s2t_rows"][n]:
             real = case["teacher_ids"]
             p = softmax(logits(case["teacher"][n], case["teacher_head"])[:real], tau)
             seen = logits(row_times_matrix(live["student"][n], case["s2t"]), case["teacher_head"])[:real]
             start = logits(row_times_matrix(case["student"][n], case["s2t"]), case["teacher_head"])[:real]
-            out.add("s2t_kd", _distance(distance, p, softmax(seen, tau), softmax(start, tau)))
+            out.add("s2t_kd", distance_of(distance, p, softmax(seen, tau), softmax(start, tau)))
             full = logits(case["teacher"][n], case["teacher_head"])[:real]
             out.add("s2t_agreement", float(argmax(seen) == argmax(full)))
     return out
 
 
-def _distance(name, p, q, frozen):
+def distance_of(name, p, q, frozen):
     if name == "adaptive_kl":
         return adaptive(p, q, frozen_q=frozen)
     return DISTANCES[name](p, q)
@@ -395,7 +395,7 @@ def exact_loss(case, live, exact):
         share = softmax(fixed, tau) if exact["inside"] else own
         target = exact_target(softmax(z_t, tau), own, share, *events)
         moving = softmax(logits(live["student"][n], live_head)[:ids], tau)
-        kd.append(_distance(case["distance"], target, moving, own))
+        kd.append(distance_of(case["distance"], target, moving, own))
         shown = softmax(logits(row_times_matrix(teacher, live["t2s"]), case["head"])[:ids])
         seen = event_masses(shown, events[0], events[2])
         if exact["soft"]:
@@ -497,7 +497,7 @@ def compare_masses(q, masses, kind):
     wanted = list(masses)
     if pooled[-1] == 0:
         wanted = [m + masses[-1] * a for m, a in zip(masses[:-1], q, strict=True)] + [0.0]
-    return _distance(kind, wanted, pooled, pooled)
+    return distance_of(kind, wanted, pooled, pooled)
 
 
 # --- segments -------------------------------------------------------------------------------------------

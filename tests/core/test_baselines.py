@@ -16,9 +16,9 @@ from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.rows import Rows, counts
-from dskd_plugin.core.support import SupportCompare
 from dskd_plugin.core.teacher_rows import teacher_rows
 from dskd_plugin.core.terms import student_space_sums
+from dskd_plugin.core.top_shared import TopSharedCompare
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
@@ -65,7 +65,7 @@ METHODS = {
     "overlap_kd_tvd": overlap_of("tvd"),
     "overlap_kd_support": Method(
         "overlap_kd",
-        lambda tau=TAU: SupportCompare(divergence("reverse_kl"), tau, 3, *shared_ids()),
+        lambda tau=TAU: TopSharedCompare(divergence("reverse_kl"), tau, 3, *shared_ids()),
         lambda o: lambda s, t: o.compare_support(s, t, TAU, "reverse_kl", SHARED, 3),
     ),
     "uld": Method("uld", lambda tau=TAU: uld(tau), lambda o: lambda s, t: o.compare_uld(s, t, TAU)),

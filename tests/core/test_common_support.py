@@ -51,8 +51,8 @@ def test_a_prefix_of_any_likelihood_has_finite_values_and_gradients(before):
         others_B=torch.zeros(1),
         sizes_B=torch.tensor([1]),
     )
-    ids, _, there = compare._ids(student, teacher)
-    said = compare._events(student, ids, there)
+    ids, _, there = compare.event_ids(student, teacher)
+    said = compare.event_log_probs(student, ids, there)
     assert said.exp().sum().item() == pytest.approx(1, abs=2e-6)
     found = compare(student=student, teacher=teacher, paired_B=torch.tensor([False]))
     found.sum().backward()

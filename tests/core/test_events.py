@@ -114,7 +114,7 @@ def test_events_compared_equal_the_floats(oracle, name, kind, temperature):
         q, p = (oracle.softmax(x[n].tolist(), temperature) for x in (student, teacher))
         wanted = oracle.wanted_masses(p, q, student_event, teacher_event, count)
         own = oracle.event_masses(q, student_event, count)
-        assert found[n].item() == pytest.approx(oracle._distance(kind, wanted, own, own), rel=1e-9)
+        assert found[n].item() == pytest.approx(oracle.distance_of(kind, wanted, own, own), rel=1e-9)
     found.sum().backward()
     assert student.grad.isfinite().all()
     # What a constant on all logits changes is nothing.

@@ -16,7 +16,7 @@ from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.text.align import align
-from dskd_plugin.text.prefixes import PrefixMaps, maps_by_ids
+from dskd_plugin.text.prefix_maps import PrefixMaps, maps_by_ids
 from dskd_plugin.text.tokens import TokenTable
 
 KINDS = sorted(set(DIVERGENCES) - {"reverse_kl", "adaptive_kl"})

@@ -12,7 +12,7 @@ from dskd_plugin.core.events import EventCompare, Events, Exact, likeliest_event
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.rows import Rows
-from dskd_plugin.core.support import SupportCompare
+from dskd_plugin.core.top_shared import TopSharedCompare
 
 R, N, IDS, TEACHER_IDS, BLOCK = 70, 45, 300, 360, 10
 BLOCKS_WITH_PAIRS = 5
@@ -52,7 +52,7 @@ def work_of(method, temperature=1.0):
             loss, _ = baseline_loss(rows, compare=EventCompare(forward_kl, temperature, TABLE), **parts)
         elif method == "support":
             shared = torch.arange(250)
-            compare = SupportCompare(forward_kl, temperature, 16, shared, shared.flip(0))
+            compare = TopSharedCompare(forward_kl, temperature, 16, shared, shared.flip(0))
             loss, _ = baseline_loss(rows, compare=compare, **parts)
         else:
             parts |= {"t2s_Dd": sample(12, 8).requires_grad_(), "s2t_dD": sample(8, 12) if spaces == "both" else None}

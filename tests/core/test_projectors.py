@@ -107,7 +107,7 @@ def test_every_block_counts(monkeypatch):
     ids = torch.arange(299)
     whole = head_map(source, target, ids, ids)
     for rows in (1, 7, 299, 1000):
-        monkeypatch.setattr(projectors, "_ROWS", rows)
+        monkeypatch.setattr(projectors, "ROWS_AT_A_TIME", rows)
         torch.testing.assert_close(head_map(source, target, ids, ids), whole, rtol=1e-6, atol=1e-7)
 
 

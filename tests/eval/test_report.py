@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dskd_eval import report, shown
+from dskd_eval import number_text, report
 from dskd_eval.entries import Roles
 from dskd_eval.run_folder import SavedRun
 from test_compare import PLAN, values, write_run
@@ -234,7 +234,7 @@ def test_compare_writes_what_it_shows(tmp_path: Path, invoke: Callable[..., Any]
         if file.suffix == ".json":
             assert json.loads(file.read_text()) == said
         else:
-            assert shown.signed(said["pairs"][0]["rows"][0]["difference"]) in file.read_text()
+            assert number_text.signed(said["pairs"][0]["rows"][0]["difference"]) in file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_compare_writes_what_it_shows(tmp_path: Path, invoke: Callable[..., Any]
 )
 def test_ties_are_rounded_as_a_browser_rounds_them(value: float, text: str) -> None:
     """Expected texts: (value).toFixed(1) of JavaScript. 6.35 is stored as 6.3499..., 0.05 as 0.05000...3."""
-    assert shown.fixed(value) == text
+    assert number_text.fixed(value) == text
 
 
 def test_markdown_and_terminal_show_the_rounding_of_the_page(tmp_path: Path, invoke: Callable[..., Any]) -> None:

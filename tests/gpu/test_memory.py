@@ -13,7 +13,7 @@ from dskd_plugin.settings import parse_settings
 
 def loss_bytes(bench, method, device):
     loss = bench.loss(method)
-    loss._head_checked = True  # there are no logits to check it by
+    loss.head_checked = True  # there are no logits to check it by
     loss.step = lambda: 0
     bench.step(loss, with_teacher=method != "sft")  # workspaces of the first products
     return peak(lambda: bench.step(loss, with_teacher=method != "sft"), device)

@@ -46,7 +46,7 @@ def aligned(one, other, ids, other_ids):
     ids, other_ids = closed(one, ids), closed(other, other_ids)
     found = align(ids, [True] * len(ids), other_ids, [True] * len(other_ids), one.table, other.table)
     pairs = list(zip(found.student_N, found.teacher_N, strict=True))
-    assert bool(pairs) == (found.unmatched_segments == 0)
+    assert bool(pairs) == (found.unmatched_responses == 0)
     if pairs:
         assert pairs.pop() == (len(ids) - 1, len(other_ids) - 1)
     return pairs
@@ -244,7 +244,7 @@ def test_conversations_align_turn_by_turn_whatever_the_templates(zoo, student, t
     ids, response, spans = conversation(one, TURNS, **mine)
     other_ids, other_response, other_spans = conversation(other, TURNS, **yours)
     found = align(ids, response, other_ids, other_response, one.table, other.table)
-    assert (found.segments, found.unmatched_segments, found.student_tokens) == (len(TURNS), 0, sum(response))
+    assert (found.responses, found.unmatched_responses, found.student_tokens) == (len(TURNS), 0, sum(response))
     pairs = list(zip(found.student_N, found.teacher_N, strict=True))
     assert pairs == expected_pairs([(one, ids, spans), (other, other_ids, other_spans)], TURNS)
 
@@ -255,7 +255,7 @@ def test_a_bad_turn_does_not_harm_its_neighbours(zoo):
     wrong = [*TURNS[:1], ("Code", "something else"), *TURNS[2:]]
     other_ids, other_response, _ = conversation(other, wrong)
     found = align(ids, response, other_ids, other_response, one.table, other.table)
-    assert found.unmatched_segments == 1
+    assert found.unmatched_responses == 1
     assert not set(found.student_N) & {*spans[1], spans[1].stop}
     assert all(set(found.student_N) & {*spans[k], spans[k].stop} for k in (0, 2, 3))
 
@@ -265,12 +265,12 @@ def test_a_missing_turn_leaves_the_others_paired_by_their_text(zoo):
     ids, response, _ = conversation(one, TURNS)
     other_ids, other_response, _ = conversation(other, TURNS[1:3])
     found = align(ids, response, other_ids, other_response, one.table, other.table)
-    assert (found.segments, found.unmatched_segments) == (4, 2)
+    assert (found.responses, found.unmatched_responses) == (4, 2)
     there = align(other_ids, other_response, ids, response, other.table, one.table)
     assert sorted(zip(there.teacher_N, there.student_N, strict=True)) == list(
         zip(found.student_N, found.teacher_N, strict=True)
     )
-    assert there.unmatched_segments == 0
+    assert there.unmatched_responses == 0
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 9, 14])
@@ -291,7 +291,7 @@ def test_special_text_within_an_answer_counts_as_text(zoo):
     other_ids, other_response, _ = conversation(other, turns)
     found = align(ids, response, other_ids, other_response, one.table, other.table)
     names = [one.table.literal[ids[i]] for i in found.student_N]
-    assert found.unmatched_segments == 0
+    assert found.unmatched_responses == 0
     assert b"<|im_end|>" in names[:-1] and b" now" in names and b"<file_sep>" not in names
 
 
@@ -362,9 +362,9 @@ def test_empty_responses_and_empty_masks(zoo):
     table, other = zoo("qwen").table, zoo("mistral").table
     end = closed(zoo("qwen"), [])[0]
     none = align([5, 6], [False, False], [7], [False], table, other)
-    assert (none.student_N, none.segments, none.student_tokens) == ([], 0, 0)
+    assert (none.student_N, none.responses, none.student_tokens) == ([], 0, 0)
     empty = align([5, end], [False, True], [7, other.eos], [False, True], table, other)
-    assert (empty.student_N, empty.teacher_N, empty.unmatched_segments) == ([1], [1], 0)
+    assert (empty.student_N, empty.teacher_N, empty.unmatched_responses) == ([1], [1], 0)
     with pytest.raises(ValueError, match=r"student response mask: expected one value per token \(2\), got 1"):
         align([5, 6], [True], [7], [True], table, other)
 
@@ -377,7 +377,7 @@ def test_identity_pairs_every_token_and_falls_back_to_bytes(zoo):
     assert same.student_N == [i for i, inside in enumerate(response) if inside]
     assert same.teacher_N == [i + 1 for i in same.student_N]
     other = align(ids, response, other_ids, other_response, entry.table, entry.table, identity=True)
-    assert other.unmatched_segments == 0
+    assert other.unmatched_responses == 0
     assert {i for span in spans for i in span} - set(other.student_N) == set()
 
 
@@ -485,7 +485,7 @@ def test_whole_rendered_conversations_align(zoo):
         sides.append((entry, ids, [any(inside[s:e]) for s, e in places]))
     (one, ids, response), (other, other_ids, other_response) = sides
     found = align(ids, response, other_ids, other_response, one.table, other.table)
-    assert (found.segments, found.unmatched_segments) == (len(TURNS), 0)
+    assert (found.responses, found.unmatched_responses) == (len(TURNS), 0)
     assert len(found.student_N) > 0.6 * found.student_tokens
     for i, j in zip(found.student_N, found.teacher_N, strict=True):
         a, b = one.table.literal[ids[i]], other.table.literal[other_ids[j]]
@@ -500,7 +500,7 @@ def test_a_turn_may_end_with_a_token_that_swallows_white_space(zoo):
     other_ids = [*encode(other.tokenizer, "Hello there"), other.table.eos]
     found = align(ids, response, other_ids, [True] * len(other_ids), one.table, other.table)
     names = [one.table.literal[ids[i]] for i in found.student_N]
-    assert found.unmatched_segments == 0 and names[-1] == b"<|end|>" and found.teacher_N[-1] == len(other_ids) - 1
+    assert found.unmatched_responses == 0 and names[-1] == b"<|end|>" and found.teacher_N[-1] == len(other_ids) - 1
 
 
 def test_a_space_after_an_added_token_is_no_text_where_the_tokenizer_puts_one(zoo):

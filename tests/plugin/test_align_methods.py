@@ -175,7 +175,7 @@ def test_no_span_crosses_a_special_token_the_end_of_turn_or_another_segment(zoo)
         other.table,
         with_spans=True,
     )
-    assert found.segments == 2
+    assert found.responses == 2
     special = {k for k, token in enumerate(mine * 2) if token in one.table.special}
     for start, stop, other_start, other_stop in found.spans:
         assert not special & set(range(start, stop))
@@ -339,7 +339,7 @@ def test_columns_of_every_method(zoo, student, teacher, name, span_weight):
     other_ids, other_response, other_runs = turns(other, answers)
     row = made.columns(ids, response, other_ids, other_response)
     with_spans = span_weight or name in IN_SPANS
-    assert ("spans" in row) == bool(with_spans) and row["unmatched_segments"] == 0
+    assert ("spans" in row) == bool(with_spans) and row["unmatched_responses"] == 0
     pairs = list(zip(row["aligned_student"], row["aligned_teacher"], strict=pairing != "all"))
     if pairing == "position":
         assert pairs == [(i, j) for a, b in zip(runs, other_runs, strict=True) for i, j in zip(a, b, strict=False)]
@@ -383,10 +383,10 @@ def test_segments_of_different_texts_and_numbers(zoo, name):
     inside = [i for i in row["aligned_student"] if i in runs[1]]
     theirs = [j for j in row["aligned_teacher"] if j in same_number[2][1]]
     by_place = pairing in ("position", "warped")
-    assert (bool(inside), bool(theirs), row["unmatched_segments"]) == (by_place, by_place, 0 if by_place else 1)
+    assert (bool(inside), bool(theirs), row["unmatched_responses"]) == (by_place, by_place, 0 if by_place else 1)
     fewer = turns(other, ["blue river"])
     row = made.columns(ids, response, *fewer[:2])
-    assert row["unmatched_segments"] == 2
+    assert row["unmatched_responses"] == 2
     assert row["aligned_student"] and set(row["aligned_student"]) <= set(runs[2])
     assert set(row["aligned_teacher"]) <= set(fewer[2][0])
     empty = made.columns([], [], [], [])

@@ -194,7 +194,7 @@ def paired(one, other, ids, other_ids, **options):
     words = spell(one, ids), spell(other, other_ids)
     return [
         (words[0][i], words[1][j]) for i, j in zip(found.student_N, found.teacher_N, strict=True)
-    ], found.unmatched_segments
+    ], found.unmatched_responses
 
 
 @pytest.mark.parametrize("teacher", ["qwen-fast", "mistral-first", "byte-level-prefix", "deepseek"])

@@ -13,7 +13,7 @@ from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.prefixes import PrefixCompare
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import vocabulary_events
-from dskd_plugin.text.prefixes import maps_by_events, maps_by_ids
+from dskd_plugin.text.prefix_maps import maps_by_events, maps_by_ids
 from dskd_plugin.text.tokens import overlap
 from dskd_plugin.text.vocabularies import encode
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from dskd_plugin.cache import build as building
 from dskd_plugin.cache import manifest, shards
 from dskd_plugin.cache.build import batches, build
-from dskd_plugin.cache.cached import CachedTeacher
+from dskd_plugin.cache.cached_teacher import CachedTeacher
 from dskd_plugin.cache.fingerprint import difference, fingerprint
+from dskd_plugin.cache.needs import Want, key_of, needed, positions_of, wanted
 from dskd_plugin.cache.open import check_rows, check_whole, open_cache
 from dskd_plugin.cache.ranks import Ranks
-from dskd_plugin.cache.rows import Want, key_of, needed, positions_of, wanted
 from dskd_plugin.cache.store import Store
 from dskd_plugin.errors import SettingError
 from dskd_plugin.preflight import mistakes_of

@@ -429,7 +429,7 @@ def test_answers_without_a_counterpart_are_counted_with_the_first(prepare, tiny,
     with caplog.at_level("WARNING"):
         prepare(rows, block)
     (line,) = [record.getMessage() for record in caplog.records if "no counterpart" in record.getMessage()]
-    assert "2 response segments in 2 of 3 rows" in line
+    assert "2 responses in 2 of 3 rows" in line
     assert "the first, row 2: student 'seven of the stones', teacher 'seven of the rivers'" in line
 
 
@@ -852,10 +852,10 @@ def test_advice_about_a_refused_row_follows_its_roles(error, roles, advice):
 def test_a_tokenized_dataset_keeps_its_rows_and_not_its_strategy():
     from datasets import Dataset
 
-    from dskd_plugin.host.dataset import _rows_alone
+    from dskd_plugin.host.dataset import rows_alone
 
     dataset = Dataset.from_dict({"labels": [[1, 2], [3]]})
     dataset.prompt_tokenizer = object()
-    alone = _rows_alone(dataset)
+    alone = rows_alone(dataset)
     assert alone[:] == dataset[:] and not hasattr(alone, "prompt_tokenizer")
-    assert alone.features == dataset.features and _rows_alone(None) is None
+    assert alone.features == dataset.features and rows_alone(None) is None

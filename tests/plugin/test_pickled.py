@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dskd_plugin.host.pickled import packed, unpacked
-from dskd_plugin.host.strategy import _KNOWN, PairedStrategy
+from dskd_plugin.host.strategy import KNOWN, PairedStrategy
 
 STATE = {"names": {"role", "content", "tools"}, "ids": [frozenset({3, 1}), ({"a", ("b", 2)}, None)], "empty": set()}
 
@@ -45,7 +45,7 @@ def test_a_strategy_is_itself_in_its_own_process_and_its_equal_elsewhere():
     strategy = _strategy(teacher=SimpleNamespace(names={"role"}), student_len=7)
     content = pickle.dumps(strategy)
     assert pickle.loads(content) is strategy
-    _KNOWN.clear()
+    KNOWN.clear()
     back = pickle.loads(content)
     assert back is not strategy
     assert back.teacher == strategy.teacher and back.student_len == 7

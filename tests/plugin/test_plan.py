@@ -282,3 +282,11 @@ def test_a_cpu_has_no_gpus(recipe, tmp_path):
 def test_facts_stay_what_they_are_but_for_the_change(recipe):
     facts = facts_of(recipe, parse_settings(recipe["dskd"]), 2, on_gpu=True)
     assert replace(facts.with_recipe(optimizer="sgd"), optimizer=facts.optimizer, recipe=facts.recipe) == facts
+
+
+def test_a_split_student_is_whole_while_it_answers(recipe):
+    block = {**recipe["dskd"], "on_policy": {"fraction": 1}}
+    split = {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 2}
+    plan = of(recipe, ranks=4, dskd=block, **split)
+    assert plan.memory.moments["answers"] == plan.student.bytes - plan.student.bytes // 4
+    assert of(recipe, ranks=4, dskd=block).memory.moments["answers"] == 0

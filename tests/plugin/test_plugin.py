@@ -158,20 +158,6 @@ BAD = {
         own(changes={"label_smoothing_factor": 0.1}),
         ["label_smoothing_factor: expected it unset"],
     ),
-    "on-policy under fsdp": (
-        own(
-            changes={"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 2},
-            block={"on_policy": {"fraction": 1}},
-        ),
-        ["dskd.on_policy: expected a student that each process holds whole, got fsdp_config"],
-    ),
-    "on-policy under zero 3": (
-        own(
-            changes={"deepspeed": {"zero_optimization": {"stage": 3}}},
-            block={"on_policy": {"fraction": 1}},
-        ),
-        ["dskd.on_policy: expected a student that each process holds whole, got DeepSpeed ZeRO-3"],
-    ),
     "kd across tokenizers": (
         lambda tiny, tmp: {"changes": {"dskd": {"teacher": {"model": tiny["teacher"]}, "method": "kd"}}},
         ["dskd.method: expected", "one tokenizer", "overlap_kd"],

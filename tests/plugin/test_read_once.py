@@ -2,7 +2,7 @@
 
 import pytest
 
-from dskd_plugin.host.read_once import _Remembering, read_once
+from dskd_plugin.host.read_once import Remembering, read_once
 
 TEXTS = ["the red house", "the  river\n", "the red house", "the red house"]
 
@@ -65,7 +65,7 @@ def test_an_error_leaves_the_tokenizer_as_it_was(tokenizer_zoo):
     tokenizer = tokenizer_zoo.byte_level()
     backend = tokenizer._tokenizer
     with pytest.raises(KeyError), read_once(tokenizer):
-        assert isinstance(tokenizer._tokenizer, _Remembering)
+        assert isinstance(tokenizer._tokenizer, Remembering)
         raise KeyError
     assert tokenizer._tokenizer is backend
 

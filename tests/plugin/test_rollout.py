@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from dskd_plugin.generation import rollout
 from dskd_plugin.generation.answer_text import PlainReader
 from dskd_plugin.generation.rollout import Rollout, pack
 from dskd_plugin.generation.sampling import batches_exactly, generating, prompt_parts
@@ -110,7 +111,7 @@ def gold_row(student, teacher, messages, rules, **extra):
     ids, response = student.row(messages)
     teacher_ids, teacher_response = teacher.row(messages)
     columns = rules.columns(ids, response, teacher_ids, teacher_response)
-    columns.pop("unmatched_segments")
+    columns.pop("unmatched_responses")
     return {
         "input_ids": ids,
         "labels": [token if inside else IGNORE for token, inside in zip(ids, response, strict=True)],
@@ -165,7 +166,7 @@ def say(script, student, teacher, messages, *, rules=None, one=None, **knobs):
     start = last_run([label != IGNORE for label in gold["labels"]])[0]
     model = scripted(student.table.vocab_size, script, start)
     one = one or rollout_of(student, teacher, rules, **{"max_new_tokens": len(script), **knobs})
-    return one.answer(model, [gold], step=0, rank=0), gold, one
+    return answered(one, model, [gold], step=0, rank=0), gold, one
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,12 @@ def student_model(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny["student"], dtype=torch.float32)
 
 
+def answered(one, model, samples, **place):
+    """The rows of the answers to one group of prompts."""
+    (answers,) = one.answer(model, [samples], **place)
+    return answers.rows
+
+
 def prompt_of(row):
     return row["input_ids"][: last_run([label != IGNORE for label in row["labels"]])[0]]
 
@@ -211,7 +218,7 @@ def test_padded_batch_says_what_each_prompt_says_alone(name, sides, shared):
     prompts = [[rng.randrange(3, vocab) for _ in range(length)] for length in (4, 17, 9, 1, 9)]
     one = shared(max_new_tokens=14)
     found = one.sample(model, prompts, 0, None)
-    assert one._batches == (name not in ALONE)
+    assert one.in_batches == (name not in ALONE)
     for prompt, ids in zip(prompts, found, strict=True):
         expected = greedy(model, prompt, 14, one.stops, vocab)
         assert ids[: len(expected)] == expected
@@ -322,15 +329,15 @@ def test_settings_of_the_model_folder_do_not_leak(tiny, shared, tmp_path, gold):
     before = kept.to_dict()
     for knobs in ({"top_k": 0}, {"top_k": 0, "temperature": 0.7, "top_p": 0.9}):
         one, other = (shared(**knobs) for _ in range(2))
-        rows = one.answer(plain, gold, step=1, rank=0)
-        assert rows and rows == other.answer(told, gold, step=1, rank=0)
+        rows = answered(one, plain, gold, step=1, rank=0)
+        assert rows and rows == answered(other, told, gold, step=1, rank=0)
     assert told.generation_config is kept and kept.to_dict() == before
 
 
 def test_same_place_same_answers_and_the_global_random_state_stays(shared, student_model, gold):
     def run(seed=5, **place):
         one = shared(top_k=0, seed=seed, max_new_tokens=20)
-        return one.answer(student_model, gold, **{"step": 3, "rank": 0, **place})
+        return answered(one, student_model, gold, **{"step": 3, "rank": 0, **place})
 
     torch.manual_seed(11)
     random.seed(11)
@@ -339,7 +346,7 @@ def test_same_place_same_answers_and_the_global_random_state_stays(shared, stude
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     torch.manual_seed(99)
     assert run() == first
-    others = [run(rank=1), run(step=4), run(micro_batch=1), run(seed=6)]
+    others = [run(rank=1), run(step=4), run(seed=6)]
     for one, other in itertools.combinations([first, *others], 2):
         assert one != other
 
@@ -358,9 +365,30 @@ def test_parts_hold_every_prompt_once_within_the_limit(monkeypatch):
 
 
 def test_answers_do_not_depend_on_the_parts(shared, student_model, gold, monkeypatch):
-    whole = shared().answer(student_model, gold, step=0, rank=0)
+    whole = answered(shared(), student_model, gold, step=0, rank=0)
     monkeypatch.setattr("dskd_plugin.generation.sampling.CACHE_TOKENS", 1)
-    assert shared().answer(student_model, gold, step=0, rank=0) == whole
+    assert answered(shared(), student_model, gold, step=0, rank=0) == whole
+
+
+def test_groups_are_answered_together_and_each_gets_its_own(shared, student_model, gold, monkeypatch):
+    knobs = {"top_k": 0, "max_new_tokens": 12}
+    together = shared(**knobs)
+    rows = answered(together, student_model, gold, step=3, rank=0)
+    calls = []
+    one = shared(**knobs)
+    padded = rollout.left_padded
+    monkeypatch.setattr(
+        rollout, "left_padded", lambda prompts, *more: calls.append(len(prompts)) or padded(prompts, *more)
+    )
+    unanswerable = {**gold[0], "teacher_prompt": 0}
+    found = one.answer(student_model, [gold[:2], [unanswerable], gold[2:]], step=3, rank=0)
+    assert [row for answers in found for row in answers.rows] == rows and not found[1].rows
+    assert [len(answers.rows) for answers in found] == [2, 0, len(gold) - 2]
+    assert calls == [len(gold)]
+    assert sum(answers.tokens for answers in found) == one.counts["tokens"] == together.counts["tokens"] > 0
+    for answers, part in ((found[0], gold[:2]), (found[2], gold[2:])):
+        said = [len(row["input_ids"]) - len(prompt_of(of)) for row, of in zip(answers.rows, part, strict=True)]
+        assert answers.tokens == sum(said)
 
 
 # -- a student in training -----------------------------------------------------------------------------------------
@@ -420,7 +448,7 @@ def test_student_in_training_answers_without_dropout_and_is_left_as_it_was(lora,
     training = {name: module.training for name, module in model.named_modules()}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     one = shared(max_new_tokens=10)
-    rows = one.answer(model, gold, step=0, rank=0)
+    rows = answered(one, model, gold, step=0, rank=0)
 
     assert {name: module.training for name, module in model.named_modules()} == training
     assert not training["base_model.model.model.layers.0.mlp" if lora else "model.layers.0.mlp"]
@@ -442,11 +470,11 @@ def test_weights_cast_for_the_answers_do_not_serve_the_training(shared, student_
     ids = torch.tensor([gold[0]["input_ids"]])
     student_model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = one.answer(student_model, gold, step=0, rank=0)
+        rows = answered(one, student_model, gold, step=0, rank=0)
         student_model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in student_model.parameters())
     again = shared()
-    assert again.answer(student_model, gold, step=0, rank=0, autocast=torch.bfloat16) == rows
+    assert answered(again, student_model, gold, step=0, rank=0, autocast=torch.bfloat16) == rows
 
 
 def test_nothing_is_warned_of(shared, student_model, gold, caplog):
@@ -455,7 +483,7 @@ def test_nothing_is_warned_of(shared, student_model, gold, caplog):
         logging.getLogger("transformers").addHandler(caplog.handler)
         try:
             for knobs in ({}, {"top_k": 0, "temperature": 0.7}, {"top_p": 0.5}):
-                assert shared(**knobs).answer(student_model.train(), gold, step=0, rank=0)
+                assert answered(shared(**knobs), student_model.train(), gold, step=0, rank=0)
         finally:
             logging.getLogger("transformers").removeHandler(caplog.handler)
     assert not caplog.records
@@ -743,7 +771,7 @@ def test_rows_have_the_keys_of_the_gold_rows(sides, shared, student_model, build
     extra = {"position_ids": [0], "length": 1, "token_type_ids": [0]}
     for names in ([], ["position_ids"], ["length"], list(extra)):
         gold = gold_row(sides["student"], sides["sibling"], messages, shared().aligner, **{n: extra[n] for n in names})
-        (row,) = shared().answer(student_model, [gold], step=0, rank=0)
+        (row,) = answered(shared(), student_model, [gold], step=0, rank=0)
         assert set(row) == {*gold, "on_policy"} and row["on_policy"] is True
         size = len(row["input_ids"])
         assert len(row["labels"]) == len(row["attention_mask"]) == size
@@ -773,9 +801,9 @@ def test_samples_that_cannot_be_answered_are_skipped_and_counted(sides, shared, 
     no_response = {**gold[0], "labels": [IGNORE] * len(gold[0]["labels"])}
     unanswerable = [no_prompt, no_teacher_prompt, cut_teacher, no_response]
     one = shared()
-    assert one.answer(student_model, unanswerable, step=0, rank=0) == []
+    assert answered(one, student_model, unanswerable, step=0, rank=0) == []
     assert one.counts == {**dict.fromkeys(one.counts, 0), "skipped": 4}
-    rows = one.answer(student_model, [no_prompt, gold[1], no_response, gold[2]], step=0, rank=0)
+    rows = answered(one, student_model, [no_prompt, gold[1], no_response, gold[2]], step=0, rank=0)
     assert [row["input_ids"][: len(prompt_of(g))] for row, g in zip(rows, gold[1:3], strict=True)] == [
         prompt_of(g) for g in gold[1:3]
     ]
@@ -790,7 +818,7 @@ def test_prompt_that_leaves_no_room_in_the_positions_is_skipped(sides, shared, g
     vocab = sides["student"].table.vocab_size
     model = scripted(vocab, [], 1, positions=limit + 8)
     one = shared(max_new_tokens=8, top_k=0)
-    one.answer(model, gold, step=0, rank=0)
+    answered(one, model, gold, step=0, rank=0)
     assert one.counts["skipped"] == sum(len(prompt_of(row)) > limit for row in gold) > 0
     assert one.counts["answers"] == sum(len(prompt_of(row)) <= limit for row in gold) > 0
 
@@ -798,7 +826,7 @@ def test_prompt_that_leaves_no_room_in_the_positions_is_skipped(sides, shared, g
 def test_answer_stays_within_the_student_row(sides, shared, student_model, gold):
     limit = sorted(len(prompt_of(row)) for row in gold)[2] + 3
     one = shared(max_new_tokens=30, student_len=limit)
-    rows = one.answer(student_model, gold, step=0, rank=0)
+    rows = answered(one, student_model, gold, step=0, rank=0)
     assert rows and all(len(row["input_ids"]) <= limit for row in rows)
     assert one.counts["skipped"] == sum(len(prompt_of(row)) >= limit for row in gold) > 0
     vocab = sides["student"].table.vocab_size
@@ -827,9 +855,8 @@ def test_some_answers_are_logged(sides, shared, student_model, gold, caplog):
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, logger="axolotl.dskd"):
-            rows = one.answer(student_model, gold, step=7, rank=0)
-            one.answer(student_model, gold, step=8, rank=1)
-            one.answer(student_model, gold, step=8, rank=0, micro_batch=1)
+            rows = answered(one, student_model, gold, step=7, rank=0)
+            answered(one, student_model, gold, step=8, rank=1)
     finally:
         logger.removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.getMessage() for record in caplog.records))
@@ -907,7 +934,7 @@ def test_reasoning_that_the_students_prompt_opens_is_open_for_the_teacher(has, b
     gold["teacher_prompt"] = last_run(response)[0]
     script = [*as_ids(student, "red lamp.\n</think>\n\nThere."), student.end]
     model = scripted(student.table.vocab_size, script, prompt_end)
-    (row,) = rollout_of(student, teacher, rules, max_new_tokens=len(script)).answer(model, [gold], step=0, rank=0)
+    (row,) = answered(rollout_of(student, teacher, rules, max_new_tokens=len(script)), model, [gold], step=0, rank=0)
     read = text_of(teacher, row["teacher_input_ids"][gold["teacher_prompt"] :]).decode()
     assert read == "<think>\nred lamp.\n</think>\n\nThere.</s>"
     # The opening itself is no part of what the student said: it pairs with nothing.
@@ -927,5 +954,7 @@ def test_a_block_that_only_the_teachers_prompt_opens_is_not_open(has, build):
     for said in (THOUGHT, "The river."):
         script = [*as_ids(student, said), student.end]
         model = scripted(student.table.vocab_size, script, len(prompt_of(gold)))
-        (row,) = rollout_of(student, teacher, rules, max_new_tokens=len(script)).answer(model, [gold], step=0, rank=0)
+        (row,) = answered(
+            rollout_of(student, teacher, rules, max_new_tokens=len(script)), model, [gold], step=0, rank=0
+        )
         assert text_of(teacher, row["teacher_input_ids"][header:]).decode() == f"{said}</s>"

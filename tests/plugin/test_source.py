@@ -29,14 +29,14 @@ from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
 from dskd_plugin.core.prefixes import PrefixCompare
-from dskd_plugin.core.projection import ProjectedCompare
 from dskd_plugin.core.terms import span_sums
+from dskd_plugin.core.vocabulary_matrix import MatrixCompare
 from dskd_plugin.methods.alm import SOFTENING
 from dskd_plugin.methods.xtoken import LEAST_MATCH
 from dskd_plugin.text.align import align
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.text.prefixes import maps_by_events, maps_by_ids
-from dskd_plugin.text.projections import vocabulary_projection
+from dskd_plugin.text.prefix_maps import maps_by_events, maps_by_ids
+from dskd_plugin.text.respelled import respelling_matrix
 from dskd_plugin.text.tokens import overlap as shared_vocabulary
 from dskd_plugin.text.vocabularies import token_table
 
@@ -204,8 +204,8 @@ def distance(student, teacher, method, clear):
         compare = overlap(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
         loss_N = compare(student_NV=mine, teacher_NV=yours)
     elif method == "xtoken":
-        matrix = vocabulary_projection(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
-        loss_N = ProjectedCompare(forward_kl, 1.0, matrix, 8192)(student_NV=mine, teacher_NV=yours)
+        matrix = respelling_matrix(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
+        loss_N = MatrixCompare(forward_kl, 1.0, matrix, 8192)(student_NV=mine, teacher_NV=yours)
     elif method == "overlap_kd, events":
         loss_N = EventCompare(forward_kl, 1.0, by_events)(student_NV=mine, teacher_NV=yours)
     else:
@@ -241,7 +241,7 @@ def hybrid(student, teacher):
 def loosely_matched(student, teacher):
     sizes = student.table.vocab_size, teacher.table.vocab_size
     shared = shared_vocabulary(student.table, teacher.table)
-    matrix = vocabulary_projection(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
+    matrix = respelling_matrix(student.table, (teacher.tokenizer, teacher.table), shared, sizes)
     pairs = matrix.best_pairs(LEAST_MATCH)
     return HybridCompare(0.5, 1.0, (1.0, 1.0), *pairs, student_ids=sizes[0], teacher_ids=sizes[1])
 

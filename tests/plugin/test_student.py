@@ -17,7 +17,7 @@ from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
-from dskd_plugin.text.projections import vocabulary_projection
+from dskd_plugin.text.respelled import respelling_matrix
 from dskd_plugin.text.turn_ends import end_of_turn
 from dskd_plugin.text.vocabularies import token_table
 
@@ -88,7 +88,7 @@ class Setup:
             sides.append((ids, response))
         (ids, response), (teacher_ids, teacher_response) = sides
         found = self.aligner.columns(ids, response, teacher_ids, teacher_response)
-        found.pop("unmatched_segments")
+        found.pop("unmatched_responses")
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -307,7 +307,7 @@ def shared_pairs(setup):
 def matrix_of(setup):
     ids = setup.pair.student.vocab_size, setup.teacher.head.vocab_size
     sides = setup.pair.student, (setup.teacher_tokenizer, setup.pair.teacher)
-    return vocabulary_projection(*sides, setup.overlap, ids)
+    return respelling_matrix(*sides, setup.overlap, ids)
 
 
 def loosely_matched(setup):
@@ -568,15 +568,17 @@ def test_the_map_into_the_teachers_space_follows_the_live_head(tiny, rows):
     batch = [padded(setup, setup.samples(rows))]
     step = [0]
     setup.loss.step = lambda: step[0]
-    setup.run(batch)
-    before = setup.loss._s2t_dD.clone()
+
+    def map_after_a_run():
+        setup.run(batch)
+        return setup.loss.s2t_map(setup.loss.student_head()).clone()
+
+    before = map_after_a_run()
     with torch.no_grad():
         setup.student.lm_head.weight.mul_(1.5)
-    setup.run(batch)
-    assert torch.equal(setup.loss._s2t_dD, before)
+    assert torch.equal(map_after_a_run(), before)
     step[0] = 1
-    setup.run(batch)
-    torch.testing.assert_close(setup.loss._s2t_dD, 1.5 * before)
+    torch.testing.assert_close(map_after_a_run(), 1.5 * before)
 
 
 def test_dropout_within_the_head_is_no_unknown_architecture(tiny, rows):
@@ -588,13 +590,13 @@ def test_dropout_within_the_head_is_no_unknown_architecture(tiny, rows):
     head = output_head(setup.student)
     torch.nn.init.normal_(head.lora_B["default"].weight)
     setup.student.requires_grad_(True).train()
-    setup.loss._student = (setup.student, head)
+    setup.loss.student_and_head = (setup.student, head)
     batch = [padded(setup, setup.samples(rows))]
     dropped = setup.run(batch)
     setup.student.eval()
     close(dropped, setup.run(batch))
     head.lora_dropout["default"] = torch.nn.Hardtanh(-0.1, 0.1)  # something that the weights do not say
-    setup.loss._head_checked = False
+    setup.loss.head_checked = False
     with pytest.raises(DSKDSetupError, match="base_model: expected logits"):
         setup.run(batch)
 
@@ -625,7 +627,7 @@ def test_low_precision_is_close(tiny, rows, precision, mode):
         setup.student.bfloat16()
         setup.loss.t2s.float()
     setup.loss.matmul_dtype = torch.bfloat16
-    setup.loss._s2t_step = None
+    setup.loss.step = lambda: 1  # the map between the spaces is made anew
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "bf16 weights"):
         found, low_sums, gradients = setup.run(batch)
     assert found == pytest.approx(expected, rel=0.05)  # t2s_kd is a mean over the few rows that agree

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dskd_eval import shown
+from dskd_eval import number_text
 from dskd_eval.cli.console import ERR
 from dskd_eval.schema import TaskScore
 
@@ -81,7 +81,7 @@ class TerminalProgress:
 
     def finished(self, model: str, task: str, score: TaskScore, seconds: float, kept: bool) -> None:
         name, metric = next(iter(score.metrics.items()))
-        line = f"  {task:<14} {shown.fixed(metric.value):>6}  ({shown.span(metric.low, metric.high)})"
+        line = f"  {task:<14} {number_text.fixed(metric.value):>6}  ({number_text.span(metric.low, metric.high)})"
         line += f"  {name}, n={score.n}"
         facts = score.answers.given()
         extra = [f"{facts[key]} {text}" for key, text in _FACTS.items() if facts.get(key)]

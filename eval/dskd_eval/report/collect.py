@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dskd_eval import comparison, shown
+from dskd_eval import comparison, number_text
 from dskd_eval.entries import NO_TEMPLATE, Entry, Roles, entries_of, given_roles, run_labels, template_notes
 from dskd_eval.report.browser import BUDGET, browser_of
 from dskd_eval.report.page import Browser, MeasuredTask, Page, ShownCounts, ShownMetric, ShownModel, ShownRun, ShownTask
@@ -128,7 +128,9 @@ def _answer_facts(entries: Sequence[Entry]) -> list[ShownCounts]:
                 if key in facts:
                     rate = key == "mean_new_tokens"
                     value = facts[key]
-                    told[name] = shown.fixed(float(str(value))) if rate else f"{value} of {facts.get('count', '?')}"
+                    told[name] = (
+                        number_text.fixed(float(str(value))) if rate else f"{value} of {facts.get('count', '?')}"
+                    )
             if told:
                 found.append(ShownCounts(task=task, model=entry.label, facts=told))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dskd_eval import shown
+from dskd_eval import number_text
 from dskd_eval.data import content_hash
 from dskd_eval.report import facts, tables
 from dskd_eval.report.page import Page, ShownRun
@@ -95,7 +95,7 @@ def _table_lines(table: tables.Table) -> list[str]:
 def _cell(item: tables.Cell | tables.Estimate) -> str:
     if isinstance(item, tables.Cell):
         return item.text
-    return f"{item.value} ({shown.UNKNOWN if item.ends is None else ' to '.join(item.ends)})"
+    return f"{item.value} ({number_text.UNKNOWN if item.ends is None else ' to '.join(item.ends)})"
 
 
 def _line(cells: Sequence[str]) -> str:

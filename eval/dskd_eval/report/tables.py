@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dskd_eval import comparison, shown
+from dskd_eval import comparison, number_text
 from dskd_eval.schema import GapOfModel, GapRow, MetricScore, PairedModels, PairRow, ScoreRow, SuiteScore
 
 
@@ -62,8 +62,8 @@ def text_columns(*names: str) -> tuple[Column, ...]:
 
 def estimate(item: MetricScore | SuiteScore) -> Estimate:
     if item.low is None or item.high is None:
-        return Estimate(shown.fixed(item.value), None)
-    return Estimate(shown.fixed(item.value), (shown.fixed(item.low), shown.fixed(item.high)))
+        return Estimate(number_text.fixed(item.value), None)
+    return Estimate(number_text.fixed(item.value), (number_text.fixed(item.low), number_text.fixed(item.high)))
 
 
 def score_table(labels: Sequence[str], scores: Sequence[ScoreRow], suites: Sequence[SuiteScore]) -> Table:
@@ -118,8 +118,8 @@ def gap_table(gap: GapOfModel) -> Table:
 
 
 def _gap_cells(row: GapRow) -> list[Cell]:
-    closed = Cell(shown.UNKNOWN) if row.closed is None else Cell(shown.fixed(row.closed, 0), aside="%")
-    ends = [Cell(shown.fixed(score)) for score in (row.base, row.student, row.teacher)]
+    closed = Cell(number_text.UNKNOWN) if row.closed is None else Cell(number_text.fixed(row.closed, 0), aside="%")
+    ends = [Cell(number_text.fixed(score)) for score in (row.base, row.student, row.teacher)]
     return [Cell(row.task), *ends, closed, Cell(comparison.gap_span(row)), Cell(str(row.n))]
 
 
@@ -130,10 +130,10 @@ def pair_table(pair: PairedModels) -> Table:
 def _pair_cells(row: PairRow) -> list[Cell]:
     return [
         Cell(row.task),
-        Cell(shown.signed(row.difference), tone=_TONES[row.better]),
-        Cell(shown.signed_span(row.low, row.high)),
-        Cell(shown.p_value(row.p), hint=row.test),
-        Cell(shown.p_value(row.p_holm)),
+        Cell(number_text.signed(row.difference), tone=_TONES[row.better]),
+        Cell(number_text.signed_span(row.low, row.high)),
+        Cell(number_text.p_value(row.p), hint=row.test),
+        Cell(number_text.p_value(row.p_holm)),
         Cell(f"{row.wins}/{row.ties}/{row.losses}"),
         Cell(str(row.n) if row.n == row.of else f"{row.n} of {row.of}"),
     ]

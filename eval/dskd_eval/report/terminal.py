@@ -6,7 +6,7 @@ from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.markup import escape
 from rich.table import Table
 
-from dskd_eval import shown
+from dskd_eval import number_text
 from dskd_eval.report import tables
 from dskd_eval.schema import Comparison, Results
 
@@ -43,7 +43,7 @@ def _set(table: tables.Table, title: str, *, no_wrap: bool = False, overflow: Ov
 
 def _cell(item: tables.Cell | tables.Estimate) -> str:
     if isinstance(item, tables.Estimate):
-        return f"{item.value} [dim]{shown.UNKNOWN if item.ends is None else '–'.join(item.ends)}[/]"
+        return f"{item.value} [dim]{number_text.UNKNOWN if item.ends is None else '–'.join(item.ends)}[/]"
     text = escape(f"{item.text} {item.aside}" if item.aside else item.text)
     return f"[{_COLOURS[item.tone]}]{text}[/]" if item.tone else text
 

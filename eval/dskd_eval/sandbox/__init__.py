@@ -253,6 +253,11 @@ def _run(backend: Backend, limits: Limits, program: str, tests: str) -> Outcome:
     text = output[-2000:].decode("utf-8", "replace")
     if verdict == nonce.encode() and stopped is None:
         return Outcome("passed", output=text, seconds=seconds)
+    return _failure(verdict, stopped, process.returncode, limits, text, seconds)
+
+
+def _failure(verdict: bytes, stopped: str | None, code: int, limits: Limits, text: str, seconds: float) -> Outcome:
+    """Why a program did not pass. verdict: what it wrote into the pipe for it; stopped: the limit that it met."""
     if stopped is not None:
         return Outcome(stopped, error=_limit_text(stopped, limits), output=text, seconds=seconds)
     try:
@@ -261,7 +266,6 @@ def _run(backend: Backend, limits: Limits, program: str, tests: str) -> Outcome:
             return Outcome(said["kind"], str(said["error"]), text, seconds)
     except (ValueError, KeyError, TypeError):
         pass
-    code = process.returncode
     if code in (-signal.SIGXCPU, 128 + signal.SIGXCPU, -signal.SIGKILL, 128 + signal.SIGKILL):
         return Outcome("timeout", _limit_text("timeout", limits), text, seconds)
     return Outcome("exited early", f"ended with code {code} before its tests did", text, seconds)

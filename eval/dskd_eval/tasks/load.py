@@ -8,6 +8,7 @@ from typing import cast
 
 from dskd_eval.data import DataSource, HubSource
 from dskd_eval.errors import UserError, nearest
+from dskd_eval.scorers.base import Scorer
 from dskd_eval.scorers.registry import SCORERS
 from dskd_eval.scorers.requirements import REQUIREMENTS
 from dskd_eval.tasks.spec import (
@@ -46,58 +47,13 @@ def load_task(path: Path) -> TaskSpec:
             fix="Add `task: my_task`.",
         )
     check_kinds(TaskFile, raw, where)
-    config = {key: value for key, value in raw.items() if key in LM_EVAL_KEYS}
-    config |= {ALIASES[key]: value for key, value in raw.items() if key in ALIASES}
-    generation = dict(block_of(config, "generation_kwargs"))
-    if "stop" in raw:
-        generation["until"] = raw["stop"] or []
-    if "max_new_tokens" in raw:
-        generation["max_gen_toks"] = raw["max_new_tokens"]
-    if generation:
-        config["generation_kwargs"] = _generation(generation, where)
-    for key in OWN_TEMPLATES:
-        if key in raw:
-            config[key] = raw[key]
-
-    scorer = raw.get("scorer")
-    native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
-    if not (native or (isinstance(scorer, str) and scorer in SCORERS)):
-        raise UserError(
-            f"{where}, `scorer`",
-            expected="one of " + ", ".join(SCORERS) + ", or lm-eval's metric_list",
-            got=repr(scorer),
-            fix=nearest(str(scorer), SCORERS) if scorer else "Add `scorer: exact_match` or another.",
-        )
-    scorer = None if scorer is None else str(scorer)
-    for key in ("metric_list", "process_results", "filter_list", "doc_to_choice", "repeats"):
-        if scorer is not None and key in config:
-            raise UserError(
-                f"{where}, `{key}`",
-                expected="either `scorer` or lm-eval's own metrics",
-                got=f"both `scorer: {scorer}` and `{key}`",
-                fix="Leave one of them out.",
-            )
-    if scorer is not None and config.get("output_type", "generate_until") != "generate_until":
-        raise UserError(
-            f"{where}, `output_type`",
-            expected=f"generate_until with `scorer: {scorer}`",
-            got=repr(config["output_type"]),
-            fix="Leave out `scorer` and give lm-eval's metric_list, or leave out `output_type`.",
-        )
+    config = _config(raw, where)
+    scorer = _scorer(raw, config, where)
     facts = SCORERS[scorer] if scorer is not None else None
     data = _data(raw.get("data"), path, where)
     if not data and not config.get("dataset_path") and not config.get("custom_dataset"):
         raise UserError(where, expected="`data:` a file of rows", got="none", fix="Add `data: my.jsonl`.")
-    for key in ("doc_to_text", "doc_to_target"):
-        styles = block_of(raw, "styles")
-        needed = key == "doc_to_text" or facts is None or facts.needs_reference
-        if needed and key not in config and not all(key in block_of(styles, style) for style in STYLES):
-            alias = {value: alias for alias, value in ALIASES.items()}[key]
-            raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
-    for part in facts.required_code if facts else ():
-        if part not in block_of(raw, "code"):
-            fix = f"Give a template of the {part} of a row."
-            raise UserError(where, expected=f"`code: {{{part}: ...}}`", got="none", fix=fix)
+    _check_templates(raw, config, facts, where)
     needs = [str(need) for need in listed(raw.get("needs"))]
     for need in needs:
         if need not in REQUIREMENTS:
@@ -130,6 +86,69 @@ def load_task(path: Path) -> TaskSpec:
         needs=tuple(dict.fromkeys([*needs, *(facts.needs if facts else ())])),
         floor=block_of(raw, "floor"),
     )
+
+
+def _config(raw: Mapping[str, object], where: str) -> Block:
+    """What lm-eval is told of the task, under its own names."""
+    config = {key: value for key, value in raw.items() if key in LM_EVAL_KEYS}
+    config |= {ALIASES[key]: value for key, value in raw.items() if key in ALIASES}
+    generation = dict(block_of(config, "generation_kwargs"))
+    if "stop" in raw:
+        generation["until"] = raw["stop"] or []
+    if "max_new_tokens" in raw:
+        generation["max_gen_toks"] = raw["max_new_tokens"]
+    if generation:
+        config["generation_kwargs"] = _generation(generation, where)
+    for key in OWN_TEMPLATES:
+        if key in raw:
+            config[key] = raw[key]
+    return config
+
+
+def _scorer(raw: Mapping[str, object], config: Mapping[str, object], where: str) -> str | None:
+    """The name of the scorer, None where lm-eval's own metrics score the task."""
+    scorer = raw.get("scorer")
+    native = scorer is None and any(key in config for key in ("metric_list", "process_results", "doc_to_choice"))
+    if not (native or (isinstance(scorer, str) and scorer in SCORERS)):
+        raise UserError(
+            f"{where}, `scorer`",
+            expected="one of " + ", ".join(SCORERS) + ", or lm-eval's metric_list",
+            got=repr(scorer),
+            fix=nearest(str(scorer), SCORERS) if scorer else "Add `scorer: exact_match` or another.",
+        )
+    scorer = None if scorer is None else str(scorer)
+    for key in ("metric_list", "process_results", "filter_list", "doc_to_choice", "repeats"):
+        if scorer is not None and key in config:
+            raise UserError(
+                f"{where}, `{key}`",
+                expected="either `scorer` or lm-eval's own metrics",
+                got=f"both `scorer: {scorer}` and `{key}`",
+                fix="Leave one of them out.",
+            )
+    if scorer is not None and config.get("output_type", "generate_until") != "generate_until":
+        raise UserError(
+            f"{where}, `output_type`",
+            expected=f"generate_until with `scorer: {scorer}`",
+            got=repr(config["output_type"]),
+            fix="Leave out `scorer` and give lm-eval's metric_list, or leave out `output_type`.",
+        )
+    return scorer
+
+
+def _check_templates(
+    raw: Mapping[str, object], config: Mapping[str, object], facts: type[Scorer] | None, where: str
+) -> None:
+    """That prompts, references and parts of programs have templates. facts: the scorer, None for lm-eval's metrics."""
+    for key in ("doc_to_text", "doc_to_target"):
+        styles = block_of(raw, "styles")
+        needed = key == "doc_to_text" or facts is None or facts.needs_reference
+        if needed and key not in config and not all(key in block_of(styles, style) for style in STYLES):
+            alias = {value: alias for alias, value in ALIASES.items()}[key]
+            raise UserError(where, expected=f"`{key}` (or `{alias}`)", got="none", fix=f"Add `{alias}:`.")
+    for part in facts.required_code if facts else ():
+        if part not in block_of(raw, "code"):
+            fix = f"Give a template of the {part} of a row."
+            raise UserError(where, expected=f"`code: {{{part}: ...}}`", got="none", fix=fix)
 
 
 def _generation(raw: Mapping[str, object], where: str) -> GenerationKwargs:

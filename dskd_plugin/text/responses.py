@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dskd_plugin.errors import SettingError
 from dskd_plugin.text.canonical import Canonical
-from dskd_plugin.text.texts import Text
+from dskd_plugin.text.response_text import Text
 from dskd_plugin.text.tokens import BEGINS, ENDS, TokenTable
 
 _LONGEST_GAP = 3  # where Axolotl still finds an end of turn after its answer
@@ -58,7 +58,7 @@ def runs_of(response: Sequence[bool]) -> Iterator[range]:
         start = flags.find(1, stop)
 
 
-class Segment:
+class Response:
     """One run of response tokens: its text and its end-of-turn token."""
 
     def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
@@ -142,7 +142,7 @@ class Segment:
 
 
 class _Reading(NamedTuple):
-    """How a segment is read: which token ends it, None where its text goes on to its last token.
+    """How a response is read: which token ends it, None where its text goes on to its last token.
 
     short: the text is cut at its end. cut: unknown text is missing.
     """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.core.spans import match_covers, match_spans, match_starts
+from dskd_plugin.core.exact_alignment import match_covers, match_spans, match_starts
 
 
 def spans(lengths):

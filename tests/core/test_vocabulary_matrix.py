@@ -7,8 +7,8 @@ from dskd_plugin.core.baselines import overlap
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.objective import Objective
-from dskd_plugin.core.projection import ProjectedCompare, Projection, projection
 from dskd_plugin.core.rows import Rows, counts
+from dskd_plugin.core.vocabulary_matrix import MatrixCompare, VocabularyMatrix, vocabulary_matrix
 
 KINDS = sorted(DIVERGENCES)
 SHARED = {0: 3, 1: 9, 2: 1, 4: 0, 7: 4}
@@ -35,7 +35,7 @@ def run(case, size, *, kind="forward_kl", tau=1.7, block_elements=40, divisors=D
         rows,
         student_head=case.student_head(),
         teacher_head=case.teacher_head(),
-        compare=ProjectedCompare(divergence(kind), tau, matrix or projection(SHARED, PIECES), size),
+        compare=MatrixCompare(divergence(kind), tau, matrix or vocabulary_matrix(SHARED, PIECES), size),
         objective=objective,
         divisors_T=counts(rows, objective) if divisors is None else divisors,
         block_elements=block_elements,
@@ -49,10 +49,10 @@ def whole(case):
 
 
 def test_entries_are_those_of_the_shared_ids_and_of_the_pieces():
-    matrix = projection(SHARED | {3: 3}, {3: [5], 8: [2]})
+    matrix = vocabulary_matrix(SHARED | {3: 3}, {3: [5], 8: [2]})
     assert matrix.student_E.tolist() == [0, 1, 2, 3, 4, 7, 8] and matrix.teacher_E.tolist() == [3, 9, 1, 3, 0, 4, 2]
     assert matrix.weights_E.tolist() == [1.0] * 7
-    matrix = projection(SHARED, PIECES)
+    matrix = vocabulary_matrix(SHARED, PIECES)
     found = zip(matrix.student_E.tolist(), matrix.teacher_E.tolist(), matrix.weights_E.tolist(), strict=True)
     assert sorted(found) == [pytest.approx(entry) for entry in sorted(ENTRIES)]
 
@@ -86,17 +86,19 @@ def test_a_matrix_of_shared_ids_alone_is_the_overlap():
     draw = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(4, 9, generator=draw).double(), torch.randn(4, 11, generator=draw).double()
     ids = torch.tensor(list(SHARED)), torch.tensor(list(SHARED.values()))
-    found = ProjectedCompare(divergence("js"), 1.7, projection(SHARED, {}), 99)(student_NV=student, teacher_NV=teacher)
+    found = MatrixCompare(divergence("js"), 1.7, vocabulary_matrix(SHARED, {}), 99)(
+        student_NV=student, teacher_NV=teacher
+    )
     plain = overlap(divergence("js"), 1.7, *ids)(student_NV=student, teacher_NV=teacher)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)
 
 
 def test_mass_of_a_token_reaches_its_pieces():
     """A student that says "201" alone agrees with a teacher that says "2"."""
-    matrix = projection({0: 0, 1: 1}, {2: [1, 0]})
+    matrix = vocabulary_matrix({0: 0, 1: 1}, {2: [1, 0]})
     student = torch.tensor([[-9.0, -9.0, 9.0]]).double().requires_grad_()
     teacher = torch.tensor([[0.0, 10.0]]).double()
-    compare = ProjectedCompare(divergence("forward_kl"), 1.0, matrix, 2)
+    compare = MatrixCompare(divergence("forward_kl"), 1.0, matrix, 2)
     by_ids = overlap(divergence("forward_kl"), 1.0, torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert compare(student_NV=student, teacher_NV=teacher).item() < 0.11 < 0.6
     assert by_ids(student_NV=student, teacher_NV=teacher).item() > 0.6
@@ -105,7 +107,7 @@ def test_mass_of_a_token_reaches_its_pieces():
 
 
 def test_each_id_matches_its_largest_entry_once():
-    matrix = Projection(
+    matrix = VocabularyMatrix(
         torch.tensor([0, 1, 1, 2, 3, 3, 4, 5]),
         torch.tensor([7, 7, 2, 5, 5, 6, 9, 7]),
         torch.tensor([0.9, 0.3, 0.7, 1.0, 0.9, 0.1, 0.5, 0.9]),
@@ -120,4 +122,4 @@ def test_each_id_matches_its_largest_entry_once():
 
 def test_a_matrix_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="matrix: expected at least one entry, got none"):
-        ProjectedCompare(divergence("js"), 1.0, projection({}, {8: []}), 4)
+        MatrixCompare(divergence("js"), 1.0, vocabulary_matrix({}, {8: []}), 4)

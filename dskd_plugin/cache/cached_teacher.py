@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dskd_plugin.cache.layout import HEAD
 from dskd_plugin.cache.manifest import Manifest
-from dskd_plugin.cache.place import HEAD
-from dskd_plugin.cache.rows import key_of
+from dskd_plugin.cache.needs import key_of
 from dskd_plugin.cache.store import Found, Store
 from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import SettingError
@@ -88,7 +88,7 @@ class CachedTeacher:
             raise SettingError(
                 self.folder,
                 "the teacher's states of every sample of the run",
-                f"none of one with {starts[one + 1] - starts[one]} tokens, or not at all of its places",
+                f"none of one of {starts[one + 1] - starts[one]} tokens, or not those of all its rows",
                 self._advice,
             )
         result_NE = torch.empty(len(rows), self.width, dtype=dtype, device=device)

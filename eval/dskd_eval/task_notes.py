@@ -11,7 +11,7 @@ from dskd_eval.tasks import render
 from dskd_eval.tasks.planning import Plan
 
 
-class Looks:
+class RowSigns:
     """What is seen of the rows of a task: signs that a template does not say what was meant."""
 
     def __init__(self, plan: Plan) -> None:

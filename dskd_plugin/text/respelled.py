@@ -1,18 +1,18 @@
-"""The tokens of one vocabulary in pieces of another, for a matrix between the two."""
+"""The tokens of one vocabulary spelled with those of another, for a matrix between the two."""
 
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 from dskd_plugin.core.overlap import Overlap, preferred
-from dskd_plugin.core.projection import MOST_PIECES, Projection, projection
+from dskd_plugin.core.vocabulary_matrix import MOST_PIECES, VocabularyMatrix, vocabulary_matrix
 from dskd_plugin.text.pieces import FirstPieces, characters, first_pieces
 from dskd_plugin.text.tokens import TokenTable
 
 
-def vocabulary_projection(
+def respelling_matrix(
     student: TokenTable, teacher: tuple[Any, TokenTable], overlap: Overlap, ids: tuple[int, int]
-) -> Projection:
+) -> VocabularyMatrix:
     """W of two tokenizers: 1 for the ids that mean the same, falling weights for the pieces of all others.
 
     teacher: its tokenizer with the table. ids: how many real ids each head has, (student, teacher).
@@ -31,7 +31,7 @@ def vocabulary_projection(
         # What stands behind a piece that the teacher has no token for is not what it would say first.
         sayable = itertools.takewhile(id_of.__contains__, found.get(text, ()))
         spelled[own] = [id_of[piece] for piece in sayable]
-    return projection(shared, spelled)
+    return vocabulary_matrix(shared, spelled)
 
 
 def pieces_of(texts: Iterable[bytes], cut: FirstPieces) -> dict[bytes, list[bytes]]:

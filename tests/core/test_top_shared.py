@@ -10,7 +10,7 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits, logits_at
 from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.rows import Rows, counts
-from dskd_plugin.core.support import SupportCompare
+from dskd_plugin.core.top_shared import TopSharedCompare
 
 KINDS = sorted(DIVERGENCES)
 PAIRS = [(0, 3), (1, 9), (2, 1), (4, 0), (5, 10), (7, 4)]
@@ -32,7 +32,7 @@ def run(case, size, *, kind="forward_kl", tau=1.7, block_elements=40, divisors=D
         rows,
         student_head=case.student_head(),
         teacher_head=case.teacher_head(),
-        compare=SupportCompare(divergence(kind), tau, size, *IDS),
+        compare=TopSharedCompare(divergence(kind), tau, size, *IDS),
         objective=objective,
         divisors_T=counts(rows, objective) if divisors is None else divisors,
         block_elements=block_elements,
@@ -81,7 +81,7 @@ def test_the_size_moves_the_loss_and_all_shared_ids_are_the_overlap(make_case):
     student, teacher = torch.randn(4, 9).double().requires_grad_(), torch.randn(4, 11).double()
     plain = overlap(divergence("js"), 1.7, *IDS)(student_NV=student, teacher_NV=teacher)
     for size in (6, 100):
-        found = SupportCompare(divergence("js"), 1.7, size, *IDS)(student_NV=student, teacher_NV=teacher)
+        found = TopSharedCompare(divergence("js"), 1.7, size, *IDS)(student_NV=student, teacher_NV=teacher)
         torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)
     assert losses[2] == losses[3]
 
@@ -89,7 +89,7 @@ def test_the_size_moves_the_loss_and_all_shared_ids_are_the_overlap(make_case):
 def test_ids_that_are_not_chosen_mean_nothing():
     student = torch.tensor([[0.0, 5.0, 4.0, 9.0, 3.0, 1.0, 9.0, -2.0, 9.0]]).double().requires_grad_()
     teacher = torch.randn(1, 11).double()
-    compare = SupportCompare(divergence("reverse_kl"), 1.0, 3, *IDS)
+    compare = TopSharedCompare(divergence("reverse_kl"), 1.0, 3, *IDS)
     assert sorted(compare.ids(student)[0][0].tolist()) == [1, 2, 4]  # 3, 6 and 8 are not shared
     assert sorted(compare.ids(student)[1][0].tolist()) == [0, 1, 9]
     before = compare(student_NV=student, teacher_NV=teacher)
@@ -151,7 +151,7 @@ def test_no_more_of_the_teachers_head_is_gathered_than_a_block_of_logits():
             batch,
             student_head=Head(torch.randn(ids, 8, requires_grad=True), ids),
             teacher_head=Head(torch.randn(teacher_ids, width), teacher_ids),
-            compare=SupportCompare(divergence("reverse_kl"), 1.0, 16, shared, shared.flip(0)),
+            compare=TopSharedCompare(divergence("reverse_kl"), 1.0, 16, shared, shared.flip(0)),
             objective=objective,
             divisors_T=counts(batch, objective),
             block_elements=60 * ids,
@@ -171,4 +171,4 @@ def test_no_more_of_the_teachers_head_is_gathered_than_a_block_of_logits():
 )
 def test_what_does_not_fit_is_refused(size, ids, message):
     with pytest.raises(ValueError, match=message):
-        SupportCompare(divergence("js"), 1.0, size, *ids)
+        TopSharedCompare(divergence("js"), 1.0, size, *ids)

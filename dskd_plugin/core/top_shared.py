@@ -14,7 +14,7 @@ from dskd_plugin.core.divergences import Divergence, log_probs
 
 
 @dataclass(frozen=True)
-class SupportCompare:
+class TopSharedCompare:
     """dist of the two distributions given that the id is one of the K shared ids that the student ranks highest.
 
         S = the K ids of O with the largest z_s,   dist(softmax(z_s[S] / tau), softmax(z_t[S] / tau))

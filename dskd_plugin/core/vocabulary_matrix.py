@@ -1,4 +1,4 @@
-"""The student's distribution said in the teacher's vocabulary, by a sparse matrix between the ids.
+"""X-Token: the student's distribution said in the teacher's vocabulary, by a sparse matrix between the ids.
 
 Shape letters: N rows, V ids of the student, U ids of the teacher, E entries of the matrix, M ids of the teacher that
 have an entry, K of them.
@@ -21,7 +21,7 @@ _FALL = 0.1  # weight of a piece relative to the one before it
 
 
 @dataclass(frozen=True)
-class Projection:
+class VocabularyMatrix:
     """W [V, U] by its entries: student_E, teacher_E int64, weights_E > 0; those of a student's id sum to 1.
 
     Source: X-Token, arXiv 2605.21699.
@@ -50,11 +50,11 @@ class Projection:
                 taken[theirs] = weight, own
         pairs = sorted((own, theirs) for theirs, (_, own) in taken.items())
         device = self.student_E.device
-        own_O, their_O = (torch.tensor([pair[side] for pair in pairs], dtype=torch.long) for side in (0, 1))
-        return own_O.to(device), their_O.to(device)
+        pairs_O2 = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
+        return pairs_O2[:, 0].contiguous(), pairs_O2[:, 1].contiguous()
 
 
-def projection(shared: Mapping[int, int], pieces: Mapping[int, Sequence[int]]) -> Projection:
+def vocabulary_matrix(shared: Mapping[int, int], pieces: Mapping[int, Sequence[int]]) -> VocabularyMatrix:
     """W from the ids that mean the same and the pieces of all others.
 
     shared: student id -> teacher id, weight 1. pieces: student id -> the teacher's ids that spell it, of which the
@@ -66,14 +66,14 @@ def projection(shared: Mapping[int, int], pieces: Mapping[int, Sequence[int]]) -
             weights = [_FALL**k for k in range(len(spelled[:MOST_PIECES]))]
             entries += [(own, theirs, weight / sum(weights)) for theirs, weight in zip(spelled, weights, strict=False)]
     entries.sort()
-    return Projection(
+    return VocabularyMatrix(
         torch.tensor([own for own, _, _ in entries], dtype=torch.long),
         torch.tensor([theirs for _, theirs, _ in entries], dtype=torch.long),
         torch.tensor([weight for _, _, weight in entries], dtype=torch.float64),
     )
 
 
-class ProjectedCompare:
+class MatrixCompare:
     """dist of both sides in the teacher's vocabulary, on the K ids that the teacher finds likeliest.
 
         dist((q W)[S] / sum of (q W)[S], softmax(z_t[S] / tau)),   q = softmax(z_s / tau)
@@ -84,7 +84,7 @@ class ProjectedCompare:
     Source: P-KL of X-Token, arXiv 2605.21699.
     """
 
-    def __init__(self, divergence: Divergence, temperature: float, matrix: Projection, size: int) -> None:
+    def __init__(self, divergence: Divergence, temperature: float, matrix: VocabularyMatrix, size: int) -> None:
         if not len(matrix.student_E):
             raise ValueError("matrix: expected at least one entry, got none. Give pairs or pieces.")
         self._divergence, self._temperature, self._size = divergence, temperature, size

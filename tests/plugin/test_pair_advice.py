@@ -2,7 +2,7 @@
 
 import pytest
 
-from dskd_plugin import advice
+from dskd_plugin import pair_advice
 from dskd_plugin.host.watch import Watch
 from dskd_plugin.pair import make_pair
 from dskd_plugin.settings import parse_settings
@@ -25,7 +25,7 @@ TEACHER = {"teacher": {"model": "some/teacher"}}
 def test_the_pair(zoo, student, changes, said):
     settings = parse_settings(TEACHER | changes)
     pair = make_pair(zoo(student).tokenizer, zoo("smollm2").table, settings)
-    line = advice.of_pair(pair, settings, 0.25)
+    line = pair_advice.of_pair(pair, settings, 0.25)
     assert said in line
     assert line.endswith("see docs/method.md#which-method")
     assert pair.identity or "25 % of the student's ids shared (little)" in line
@@ -35,7 +35,7 @@ def test_the_pair(zoo, student, changes, said):
     ("share", "said"), [(1.0, "(much)"), (0.8, "(much;"), (0.6, "(about average;"), (0.1, "(little;")]
 )
 def test_a_dataset(share, said):
-    assert said in advice.of_dataset(share)
+    assert said in pair_advice.of_dataset(share)
 
 
 def steps(ce, **terms):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dskd_plugin.core.projection import MOST_PIECES
+from dskd_plugin.core.vocabulary_matrix import MOST_PIECES
 from dskd_plugin.text.pieces import first_pieces
-from dskd_plugin.text.projections import pieces_of, vocabulary_projection
+from dskd_plugin.text.respelled import pieces_of, respelling_matrix
 from dskd_plugin.text.tokens import overlap
 from dskd_plugin.text.vocabularies import encode
 
@@ -41,7 +41,7 @@ def test_a_matrix_of_two_vocabularies(zoo, student, teacher):
     one, other = zoo(student), zoo(teacher)
     sizes = one.table.vocab_size, other.table.vocab_size
     shared = overlap(one.table, other.table)
-    matrix = vocabulary_projection(one.table, (other.tokenizer, other.table), shared, sizes)
+    matrix = respelling_matrix(one.table, (other.tokenizer, other.table), shared, sizes)
     rows, columns = {}, (matrix.student_E, matrix.teacher_E, matrix.weights_E)
     for own, theirs, weight in zip(*(column.tolist() for column in columns), strict=True):
         rows.setdefault(own, []).append((theirs, weight))
@@ -67,5 +67,5 @@ def test_a_matrix_of_two_vocabularies(zoo, student, teacher):
 def test_heads_bound_the_ids(zoo):
     one, other = zoo("smollm2"), zoo("qwen-fast")
     shared = overlap(one.table, other.table)
-    matrix = vocabulary_projection(one.table, (other.tokenizer, other.table), shared, (500, 700))
+    matrix = respelling_matrix(one.table, (other.tokenizer, other.table), shared, (500, 700))
     assert matrix.student_E.max() < 500 and matrix.teacher_E.max() < 700 and len(matrix.student_E) > 300

@@ -1,0 +1,84 @@
+"""`python -m benchmarks.scarce`: quickstart, runs, records and report; repeat it to go on after a stop."""
+
+import argparse
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from benchmarks.scarce import records, report, runs
+from benchmarks.scarce.table import RECIPES, SEEDS
+from benchmarks.scarce.table import runs as planned
+from benchmarks.study import launch
+from benchmarks.study.data import read
+from benchmarks.study.records import write as write_lines
+
+STAGES = ("quickstart", "runs", "records", "report")
+RECORDS = Path(__file__).parent / "records" / "scarce.jsonl"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scarce",
+        description="Every method where gold answers are few. Repeat the command to go on after a stop.",
+    )
+    add = parser.add_argument
+    add("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
+    add("--out", type=Path, default=Path("out") / "scarce", help="default: out/scarce")
+    add("--records", type=Path, default=RECORDS, metavar="FILE", help="default: the committed file")
+    add("--page", type=Path, default=report.PAGE, metavar="FILE", help="default: docs/scarce.md")
+    add("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="only these (default: all)")
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 1 2 3")
+    add("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    options = parser.parse_args(arguments)
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        parser.error(f"STAGE: expected {', '.join(STAGES)}, got {', '.join(unknown)}. Leave it out to do everything.")
+    options.stages = options.stages or list(STAGES)
+    options.out = options.out.resolve()
+    return options
+
+
+def train(options: argparse.Namespace) -> bool:
+    """Every run that is not finished, one line each. Returns whether all of them succeeded."""
+    left = [run for run in planned(options.recipes, options.seeds) if not runs.finished(options.out, run)]
+    jobs = [
+        launch.Job(run.name, options.out / "logs" / f"{run.name}.log", partial(runs.work, options.out, run))
+        for run in left
+    ]
+    started, good = time.monotonic(), 0
+    launch.preload()
+    for done, outcome in enumerate(launch.run(jobs, at_once=options.jobs), start=1):
+        good += outcome.ok
+        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
+        elapsed = (time.monotonic() - started) / 60
+        print(f"{done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}", flush=True)
+    return good == len(jobs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ok = True
+    if "quickstart" in options.stages:
+        for seed in options.seeds:
+            runs.make_questions(options.out, seed)
+    if "runs" in options.stages:
+        ok = train(options)
+    if "records" in options.stages:
+        made = [records.of_quickstart(options.out, seed) for seed in options.seeds]
+        made += [records.of_run(options.out, run) for run in planned(options.recipes, options.seeds)]
+        earlier = read(options.records) if options.records.is_file() else []
+        kept = records.merged(earlier, [one for one in made if one is not None])
+        options.records.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(options.records, kept)
+        print(f"{options.records}: {len(kept)} lines")
+    if "report" in options.stages:
+        report.write(read(options.records), options.page)
+        print(options.page)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""docs/scarce.md from the records: every recipe beside the best plain fine-tuning and SeqKD."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dskd_eval import stats
+
+from benchmarks.scarce.table import RECIPES, SEQKD
+from benchmarks.study.records import Record
+from benchmarks.study.report import markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "scarce.md"
+SFT = "sft"
+
+INTRO = """# Few gold answers, many questions
+
+Which method is worth most where answers are few? Every recipe starts from the student of `make quickstart` and learns
+from the same rows: {gold} gold answers, which the teacher was tuned on too, and the teacher's answers to {prompts} more
+questions. `python -m benchmarks.scarce` makes this page ([how](../benchmarks/scarce/README.md)).
+
+How to read the table:
+
+- *bits per byte*: of the gold answers to {heldout} held-out questions, one number for each seed; lower is better.
+- *to the best SFT*: the difference to plain fine-tuning on the gold answers alone, the best of three rates; below 0 is
+  better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. In brackets the 95 % interval over the
+  questions of all seeds. A seed has its own questions, student and teacher; the interval says nothing of further seeds.
+- *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
+- *exact*: held-out answers that are exactly right. So weak a student solves few.
+- *CPU s*: of the recipe's trainings, one thread, the mean over seeds; the teacher's states of the rows were kept from
+  run to run, so the time of a first run is longer.
+"""
+
+
+class Found:
+    """The records by recipe and seed; `sft`, `sft_all` and `teacher` are the quickstart's."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.runs: dict[str, dict[int, Record]] = {}
+        self.rows: dict[str, int] = {}
+        for one in records:
+            if one["kind"] == "run":
+                self.runs.setdefault(one["recipe"], {})[one["seed"]] = one
+                continue
+            self.rows = one["rows"]
+            for name in ("sft", "sft_all", "teacher"):
+                self.runs.setdefault(name, {})[one["seed"]] = one[name]
+
+    def seeds(self, *names: str) -> list[int]:
+        """Seeds that all of these ran with."""
+        return sorted(set.intersection(*(set(self.runs.get(name, ())) for name in names)))
+
+    def bits(self, name: str, seeds: list[int]) -> list[tuple[float, float]]:
+        """(bits, bytes) of each question of these seeds."""
+        pairs = []
+        for seed in seeds:
+            one = self.runs[name][seed]
+            pairs += [(bits, float(size)) for bits, size in zip(one["bits"], one["bytes"], strict=True)]
+        return pairs
+
+    def against(self, name: str, other: str) -> stats.Paired | None:
+        """name - other on the questions of the seeds that both have."""
+        seeds = self.seeds(name, other)
+        return stats.compare(self.bits(other, seeds), self.bits(name, seeds)) if seeds else None
+
+
+def gap(found: stats.Paired | None) -> str:
+    if found is None:
+        return ""
+    inside = "" if found.low is None or found.high is None else f" [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.difference:+.3f}{inside}"
+
+
+def table(found: Found) -> str:
+    """One row for each recipe that has run, in the order of RECIPES, then what the quickstart measured."""
+    titles = {name: recipe.title for name, recipe in RECIPES.items()}
+    titles |= {SFT: "SFT on the gold answers, best of three rates", "teacher": "the teacher"}
+    titles |= {"sft_all": f"for comparison: SFT on {found.rows['gold_all']} gold answers"}
+    names = [name for name in titles if name in found.runs]
+    to_seqkd = {name: found.against(name, SEQKD) for name in RECIPES if name in found.runs and name != SEQKD}
+    tested = {name: gap for name, gap in to_seqkd.items() if gap is not None}
+    adjusted = dict(zip(tested, stats.holm([gap.p for gap in tested.values()]), strict=True))
+    rows = []
+    for name in names:
+        seeds = found.seeds(name)
+        runs = [found.runs[name][seed] for seed in seeds]
+        right = [flag for run in runs for flag in run["right"]]
+        cost = [sum(run["cpu_seconds"]) for run in runs if "cpu_seconds" in run]
+        rows.append(
+            [
+                titles[name],
+                " ".join(str(seed) for seed in seeds),
+                ", ".join(f"{stats.mean(found.bits(name, [seed])):.3f}" for seed in seeds),
+                "" if name == SFT else gap(found.against(name, SFT)),
+                "" if name == SEQKD else gap(found.against(name, SEQKD)),
+                f"{adjusted[name]:.3f}" if name in adjusted else "",
+                f"{100 * sum(right) / len(right):.1f} %",
+                f"{sum(cost) / len(cost):.0f}" if cost else "",
+            ]
+        )
+    return markdown(["recipe", "seeds", "bits per byte", "to the best SFT", "to SeqKD", "p", "exact", "CPU s"], rows)
+
+
+def page(records: list[Record]) -> str:
+    found = Found(records)
+    runs = [one for one in records if one["kind"] == "run"]
+    dates = sorted({one["date"] for one in runs})
+    commits = sorted({one["environment"]["commit"][:7] for one in runs})
+    packages = sorted({f"{name} {version}" for one in runs for name, version in one["environment"]["packages"].items()})
+    said = f"Command: `python -m benchmarks.scarce`. CPU, {', '.join(dates)}; commits {', '.join(commits)}; "
+    missing = [recipe.title for name, recipe in RECIPES.items() if name not in found.runs]
+    parts = [INTRO.format(**found.rows), said + ", ".join(packages) + ".", table(found)]
+    if missing:
+        parts.append("Not run: " + "; ".join(missing) + ".")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def write(records: list[Record], file: Path) -> None:
+    file.write_text(page(records), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""One recipe with one seed: its trainings through the `axolotl` command, and its answers to the held-out questions."""
+
+import os
+import shutil
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.scarce.table import ROWS, Run, Step
+from benchmarks.study import launch, states
+from benchmarks.study.runs import environment, read_json, write_json
+from quickstart import measure
+
+RESULTS = "results.json"  # of a finished quickstart
+
+
+def questions(out: Path, seed: int) -> Path:
+    """The folder of the quickstart that has the rows and models of a seed."""
+    return out / f"seed-{seed}"
+
+
+def result(out: Path, run: Run) -> Path:
+    return out / "runs" / f"{run.name}.json"
+
+
+def make_questions(out: Path, seed: int) -> None:
+    """`python -m quickstart`, unless it has ended."""
+    from quickstart.__main__ import main
+
+    if not (questions(out, seed) / RESULTS).is_file():
+        code = main(["--out", str(questions(out, seed)), "--seed", str(seed)])
+        if code != 0:
+            raise RuntimeError(f"quickstart, seed {seed}: expected exit code 0, got {code}. Its output says why.")
+
+
+def finished(out: Path, run: Run) -> bool:
+    """Whether the run was made from the same table."""
+    file = result(out, run)
+    return file.is_file() and read_json(file)["steps"] == [asdict(step) for step in run.steps]
+
+
+def recipe(step: Step, folder: Path, *, base: str, output: str, seed: int) -> dict[str, Any]:
+    """The quickstart's recipe, changed to a step; paths hold in its folder."""
+    name = "seqkd" if step.dskd is None else "dskd"
+    made: dict[str, Any] = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    if step.dskd is not None:
+        made["dskd"] = {"teacher": made["dskd"]["teacher"], **step.dskd}
+    made["datasets"] = [
+        {"path": path, "type": "chat_template", "field_messages": "messages"} for path in ROWS[step.rows]
+    ]
+    return made | {
+        "base_model": base,
+        "output_dir": output,
+        # Axolotl names prepared rows after their path; those of one folder are of one seed.
+        "dataset_prepared_path": "prepared",
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "learning_rate": step.rate,
+        "micro_batch_size": step.micro_batch,
+        "seed": seed,
+    }
+
+
+def work(out: Path, run: Run) -> None:
+    """Train step after step, measure the last model, free the disk. Called in a process of its own."""
+    from dskd_plugin.host.trainer import on_create
+
+    folder = questions(out, run.seed)
+    # A teacher reads the same rows in every recipe. What a student samples is read once and not kept.
+    if not any("on_policy" in (step.dskd or {}) for step in run.steps):
+        on_create.append(states.in_folder(folder / "states"))
+    base, seconds = "./student", []
+    for number, step in enumerate(run.steps, start=1):
+        output = f"scarce/{run.recipe}-{number}"
+        shutil.rmtree(folder / output, ignore_errors=True)
+        made = recipe(step, folder, base=base, output=f"./{output}", seed=run.seed)
+        file = folder / f"scarce-{run.recipe}-{number}.yaml"
+        file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+        started = time.process_time()
+        launch.axolotl(["train", file.name, "--launcher", "python"], folder)
+        seconds.append(round(time.process_time() - started, 1))
+        base = f"./{output}"
+    os.chdir(folder)
+    answered = measure.measure(base, Path("data") / "heldout.jsonl", title=run.name)
+    found = {
+        "steps": [asdict(step) for step in run.steps],
+        "bits": [round(one.bits, 3) for one in answered],
+        "bytes": [one.bytes for one in answered],
+        "right": [int(one.right) for one in answered],
+        "cpu_seconds": seconds,
+        "environment": environment(),
+        "date": date.today().isoformat(),
+    }
+    write_json(result(out, run), found)
+    for number in range(1, len(run.steps) + 1):
+        shutil.rmtree(folder / "scarce" / f"{run.recipe}-{number}", ignore_errors=True)
