@@ -33,7 +33,8 @@ def blocks(annotation: Any) -> list[type[BaseModel]]:
 def settings_of(block: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
     """(name, kind of its block or "", field) of every setting that is no block itself."""
     for key, field in block.model_fields.items():
-        inside = blocks(field.annotation)
+        # A list of blocks whose settings the table has already is told in one row.
+        inside = [] if "values" in extras(field) else blocks(field.annotation)
         for one in inside:
             yield from settings_of(one, f"{prefix}{key}.")
         if not inside:

@@ -1,5 +1,6 @@
 """Puts a run's loss together: the settings, the two models and what their vocabularies have in common."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +89,13 @@ def distillation_loss(
     projector_dtype: torch.dtype = torch.float32,
     seed: int,
     backend: Backend | None = None,
+    teacher_weight: float = 1.0,
+    adds_ce: bool = True,
 ) -> DistillationLoss:
-    """The loss that the settings name, see `Parts`. backend: None for the reference."""
+    """The loss that the settings name, see `Parts`. backend: None for the reference.
+
+    teacher_weight, adds_ce: of one of several teachers, see `core.objective.Objective`.
+    """
     method = method_of(settings)
     knobs = settings.divergence.model_dump()
     objective = Objective(
@@ -101,6 +107,8 @@ def distillation_loss(
         compares=method.compares,
         span_weight=settings.span_weight,
         unpaired_ce=settings.unpaired == "ce",
+        teacher_weight=teacher_weight,
+        adds_ce=adds_ce,
     )
     parts = Parts(
         settings=settings,
@@ -142,18 +150,23 @@ def in_common(sides: Sides, teacher: TeacherParts, rows: int) -> tuple[Overlap, 
     return overlap, pair_events(pair, sides.tokenizers, overlap, settings, sides.ends, ids)
 
 
-def sampler(sides: Sides, *, seed: int) -> Rollout | None:
-    """What samples answers of the student in training; None without ``dskd.on_policy``."""
-    run, teacher = sides.run, sides.run.teacher
-    if run.settings.on_policy is None:
+def sampler(each: Sequence[Sides], *, seed: int) -> Rollout | None:
+    """What samples answers of the student in training; None without ``dskd.on_policy``. each: one for each teacher."""
+    on_policy, student_len = each[0].run.settings.on_policy, each[0].run.student_len
+    if on_policy is None:
         return None
-    return Rollout(
-        run.settings.on_policy,
-        *sides.tokenizers,
-        sides.aligner(),
-        seed=seed,
-        teacher_len=teacher.sequence_len,
-        student_len=run.student_len,
-        teacher_rows=teacher.rows,
-        markers=sides.markers,
-    )
+    found = [
+        Rollout(
+            on_policy,
+            *sides.tokenizers,
+            sides.aligner(),
+            seed=seed,
+            teacher_len=sides.run.teacher.sequence_len,
+            student_len=student_len,
+            teacher_rows=sides.run.teacher.rows,
+            markers=sides.markers,
+        )
+        for sides in each
+    ]
+    first, *others = found
+    return first.read_by_all(others)

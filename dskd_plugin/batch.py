@@ -100,15 +100,24 @@ class StepBatch:
     attention: AttentionRows | None = None
     samples: list[Any] | None = None
     """The rows of the dataset, where the student may answer their prompts in place of the gold answers."""
+    others: tuple["StepBatch", ...] = ()
+    """The same rows beside the text of each further teacher, if there are several."""
+    ce_sums: tuple[Tensor, Tensor] | None = None
+    """Sum and number of rows of the cross-entropy where the loss of another teacher has taken it."""
     sampled: int | None = None
     """Tokens that the student has sampled for these rows; None for gold rows."""
     window: list["StepBatch"] = field(default_factory=list)
-    """All micro-batches of the optimizer step; set on the first of them only."""
+    """All micro-batches of the optimizer step, see `as_window`; set on the first of them only."""
     rows: Rows | None = None
     """What the loss takes, but for the student's hidden states."""
     teacher_argmax_M: Tensor | None = None
     divisors_T: Tensor | None = None
     sums: Sums = field(default_factory=dict)
+
+    @property
+    def each(self) -> tuple["StepBatch", ...]:
+        """The rows beside each teacher's text."""
+        return self, *self.others
 
     @property
     def aligned(self) -> int:
@@ -153,7 +162,15 @@ def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
             changed[one.name] = change(value)
         elif is_dataclass(value):
             changed[one.name] = _with_each_tensor(value, change)
+        elif isinstance(value, tuple):
+            changed[one.name] = tuple(_with_each_tensor(inner, change) for inner in value)
     return replace(part, **changed)  # type: ignore[type-var]
+
+
+def as_window(batches: list[StepBatch]) -> None:
+    """Let the first of an optimizer step's micro-batches know them all, beside each teacher's text."""
+    for of_teacher in zip(*(batch.each for batch in batches), strict=True):
+        of_teacher[0].window = list(of_teacher)
 
 
 def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:

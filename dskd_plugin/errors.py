@@ -3,8 +3,12 @@
 Standard library only: the start-up hook reads it.
 """
 
+import contextlib
+import re
+
 TYPE_CHECKING = False  # the start-up hook loads no typing
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 
@@ -41,6 +45,28 @@ class Mistakes(ValueError):
 
     def __reduce__(self) -> "Any":
         return type(self), (self.errors,)
+
+
+@contextlib.contextmanager
+def naming(place: int, teachers: int) -> "Iterator[None]":
+    """Inside, errors about ``dskd.teacher`` name the item of ``dskd.teachers``, where there are several teachers."""
+    if teachers == 1:
+        yield
+        return
+    try:
+        yield
+    except (_ForUser, Mistakes) as error:
+        raise _of_item(error, place) from error
+
+
+def _of_item(error: "Any", place: int) -> "Any":
+    if isinstance(error, Mistakes):
+        return Mistakes([_of_item(one, place) for one in error.errors])
+    item = f"dskd.teachers[{place}]"
+    where, *rest = (re.sub(r"\bdskd\.teacher\b", item, part) for part in error.parts)
+    if where.startswith("dskd.") and where == error.parts[0]:
+        where = f"{where} beside {item}"  # a setting of all that does not fit this one
+    return type(error)(where, *rest)
 
 
 def own_message(error: BaseException) -> "str | None":

@@ -20,7 +20,8 @@ def explain(item: Any, root: str, schema: type[BaseModel]) -> SettingError:
     kinds = {kind: model for _, model in _blocks(schema) for kind in _kinds(model)}
     path = [str(part) for part in item["loc"]]
     keys = [part for part in path if part not in kinds]
-    name, got = ".".join([root, *keys]), item.get("input")
+    name = root + "".join(f"[{key}]" if key.isdigit() else f".{key}" for key in keys)
+    got = item.get("input")
     if item["type"] == "extra_forbidden":
         known = sorted(_model_at(path[:-1], schema).model_fields)
         return SettingError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from dskd_plugin import last_words, recipe_file
 from dskd_plugin.cache.layout import check_there
-from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError
+from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError, naming
 from dskd_plugin.folders import check_optimizer, check_student, looks_local
 from dskd_plugin.recipe_options import REFUSED, tiled_batches
 from dskd_plugin.teachers.files import check_pair, check_teacher
@@ -256,21 +256,28 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
     check_recipe(recipe, settings)
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
-    parts = parts_of(settings.teacher)
     check_datasets(recipe)
     entries = [*(recipe.get("datasets") or ()), *(recipe.get("test_datasets") or ())]
     needs_template = any(str(entry.get("type")).startswith("chat_template") for entry in entries)
-    check_teacher(
-        settings.teacher,
-        parts,
-        needs_template=needs_template,
-        needs_weights=settings.needs_weights,
-        cached=cached,
-    )
+    views, found = settings.each, []
+    for place, one in enumerate(views):
+        with naming(place, len(views)):
+            found.append(parts_of(one.teacher))
+            check_teacher(
+                one.teacher,
+                found[-1],
+                needs_template=needs_template,
+                needs_weights=one.needs_weights,
+                cached=cached,
+            )
     if recipe.get("base_model"):
         check_student(str(recipe["base_model"]), cached=cached)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
-        check_pair(str(recipe.get("base_model")), settings, parts)
+        for place, (one, parts) in enumerate(zip(views, found, strict=True)):
+            with naming(place, len(views)):
+                check_pair(str(recipe.get("base_model")), one, parts)
     check_checkpoint(recipe)
     if trains_by is not None:
-        check_there(settings.teacher.cache, trains_by)
+        for place, one in enumerate(views):
+            with naming(place, len(views)):
+                check_there(one.teacher.cache, trains_by)

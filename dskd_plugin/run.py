@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin.errors import SettingError
+from dskd_plugin.errors import SettingError, naming
 from dskd_plugin.folders import check_student
 from dskd_plugin.methods import method_of
 from dskd_plugin.methods.base import Method
@@ -37,16 +37,28 @@ class Templates:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked recipe. recipe: as the host has it; settings: its ``dskd:`` block; teacher: how that side reads."""
+    """A checked recipe. recipe: as the host has it; settings: its ``dskd:`` block; readers: how each teacher reads."""
 
     recipe: Any
     settings: Settings
-    teacher: TeacherReader
+    readers: tuple[TeacherReader, ...]
     templates: Templates
 
     def on(self, recipe: Any) -> "Run":
         """The same run with the recipe as the host has completed it since."""
         return replace(self, recipe=recipe)
+
+    @property
+    def each(self) -> list["Run"]:
+        """The same run with each of its teachers alone, in their order."""
+        of_each = zip(self.settings.each, self.readers, strict=True)
+        return [replace(self, settings=settings, readers=(reader,)) for settings, reader in of_each]
+
+    @property
+    def teacher(self) -> TeacherReader:
+        """How the teacher of a run with one alone reads."""
+        (only,) = self.readers
+        return only
 
     @property
     def method(self) -> Method:
@@ -102,10 +114,18 @@ class Run:
         """Both sides, once the student's tokenizer is there; ``SettingError`` for settings that do not fit the two."""
         return Sides(self, tokenizer, make_pair(tokenizer, self.teacher.table, self.settings))
 
+    def sides(self, tokenizer: Any) -> list["Sides"]:
+        """`with_student` for each teacher."""
+        found = []
+        for place, run in enumerate(self.each):
+            with naming(place, len(self.readers)):
+                found.append(run.with_student(tokenizer))
+        return found
+
 
 @dataclass
 class Sides:
-    """A run whose student's tokenizer is loaded."""
+    """A run with one teacher, whose student's tokenizer is loaded."""
 
     run: Run
     tokenizer: Any
@@ -162,10 +182,14 @@ def resolve(recipe: Any, templates: Templates) -> Run:
     if not Path(recipe["base_model"]).exists():
         trusted = bool(recipe.get("trust_remote_code"))
         check_reachable("base_model", recipe["base_model"], recipe.get("revision_of_model"), trusted)
-    run = Run(recipe, settings, read_teacher(settings, recipe, templates.named), templates)
+    readers = []
+    for place, one in enumerate(settings.each):
+        with naming(place, len(settings.each)):
+            readers.append(read_teacher(one, recipe, templates.named))
+    run = Run(recipe, settings, tuple(readers), templates)
     changed = any(recipe.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
     one_tokenizer = settings.alignment == "identity" or run.method.needs_one_tokenizer
     # What the pair must be is told now; other pairs are read when the host has made its tokenizer.
     if (one_tokenizer or settings.span_weight > 0) and not changed:
-        run.with_student(run.student_tokenizer())
+        run.sides(run.student_tokenizer())
     return run

@@ -7,9 +7,18 @@ are for that table alone.
 """
 
 import functools
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from dskd_plugin.errors import Mistakes, SettingError
@@ -75,6 +84,16 @@ class TeacherSettings(_Block):
         "loaded. auto: they are computed before the first step and kept beside the prepared rows",
         json_schema_extra={"values": "folder, `auto`"},
     )
+
+
+class WeightedTeacher(TeacherSettings):
+    """One of several teachers."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of its KD terms beside those of the others")
+
+    @property
+    def alone(self) -> TeacherSettings:
+        return TeacherSettings(**self.model_dump(exclude={"weight"}, exclude_unset=True))
 
 
 class ForwardKL(_Block):
@@ -209,7 +228,21 @@ def _notice(old: str, new: str) -> None:
 
 
 class Settings(_Block):
-    teacher: TeacherSettings
+    if TYPE_CHECKING:
+        teacher: TeacherSettings
+        """None beside `teachers`: what reads a teacher takes the settings of one, see `each`."""
+    else:
+        teacher: TeacherSettings | None = None
+    teachers: list[WeightedTeacher] | None = Field(
+        None,
+        validate_default=True,
+        description="in place of `teacher`: each with the settings of `teacher` and a `weight` of its own, above 0, by "
+        "default 1; the weights count by their share of the sum",
+        json_schema_extra={
+            "values": "list of `{model: ..., weight: ...}`",
+            "see": "[several teachers](own-pair.md#several-teachers)",
+        },
+    )
     method: str = Field(
         "dskd",
         description="distillation method",
@@ -277,6 +310,21 @@ class Settings(_Block):
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
+    def each(self) -> list["Settings"]:
+        """The same settings with each of the teachers alone, in their order."""
+        if self.teachers is None:
+            return [self]
+        return [self.model_copy(update={"teacher": one.alone, "teachers": None}) for one in self.teachers]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the teachers, in their order; their sum is 1."""
+        if self.teachers is None:
+            return [1.0]
+        total = sum(one.weight for one in self.teachers)
+        return [one.weight / total for one in self.teachers]
+
+    @property
     def needs_weights(self) -> bool:
         """Whether the teacher's decoder may have to be loaded: not where all of its states are in a folder."""
         return self.teacher.cache in (None, "auto") or self.on_policy is not None
@@ -324,10 +372,37 @@ class Settings(_Block):
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": listed})
         return name
 
+    @field_validator("teachers")
+    @classmethod
+    def one_form(cls, teachers: list[WeightedTeacher] | None, info: ValidationInfo) -> list[WeightedTeacher] | None:
+        """Exactly one of `teacher` and `teachers`."""
+        form = "teachers: [{model: <hub id or folder>, weight: 1}, ...]"
+        if teachers is not None and not teachers:
+            raise SettingError("dskd.teachers", "one teacher or more", "an empty list", f"Write {form}.")
+        if "teacher" not in info.data:
+            return teachers  # of which another error tells
+        single = info.data["teacher"]
+        if teachers is None and single is None:
+            raise SettingError("dskd.teacher", "a value", "nothing", "Add it to the recipe.")
+        if teachers is not None and single is not None:
+            raise SettingError(
+                "dskd.teachers", "it unset beside dskd.teacher", "both", f"Keep one of the two; for several: {form}."
+            )
+        return teachers
+
     @model_validator(mode="after")
     def no_ignored_setting(self) -> "Settings":
         """A setting that the chosen mode would ignore is an error."""
         method = method_of(self)
+        if self.teachers is not None and len(self.teachers) == 1:
+            self.teacher, self.teachers = self.teachers[0].alone, None
+        if self.teachers is not None and not method.needs_teacher:
+            raise SettingError(
+                "dskd.teachers",
+                f"one teacher beside {method.chosen_by()}",
+                f"{len(self.teachers)}: no state of theirs is read",
+                "Name one of them: dskd.teacher.",
+            )
         unused = method.ignored(self)
         if unused:
             owners = [f"method: {other.name}" for other in METHODS.values() if set(other.own) & set(unused)]
@@ -344,7 +419,7 @@ class Settings(_Block):
                 "'cma': cross-model attention belongs to dskd",
                 "Remove it.",
             )
-        if self.teacher.cache is not None and not method.needs_teacher:
+        if not method.needs_teacher and self.teacher.cache is not None:
             raise SettingError(
                 "dskd.teacher.cache",
                 f"it unset beside {method.chosen_by()}",

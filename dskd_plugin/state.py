@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from dskd_plugin import __version__
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
 from dskd_plugin.log import LOG
-from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.losses.several import Loss
 from dskd_plugin.models import gathered
 from dskd_plugin.run import Sides
+from dskd_plugin.settings import Settings
 
 WEIGHTS = "dskd_projectors.safetensors"
 STATE = "dskd_state.json"
@@ -25,6 +27,7 @@ SETTINGS = {
     "teacher": "teacher.model",
     "teacher_revision": "teacher.revision",
     "teacher_adapter": "teacher.adapter",
+    "teachers": "teachers",
     "method": "method",
     "alignment": "alignment",
     "spaces": "spaces",
@@ -39,7 +42,7 @@ BLOCK = "settings"
 BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 
 
-def projector_state(loss: DistillationLoss) -> dict[str, Tensor]:
+def projector_state(loss: Loss) -> dict[str, Tensor]:
     """Whole projector weights and the loss's memory on the CPU, whatever the engine. All ranks must call it."""
     state = {}
     with gathered(list(loss.parameters())):
@@ -66,18 +69,17 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
     os.replace(temporary, target / STATE)
 
 
-def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, object]:
+def pair_state(each: Sequence[Sides], settings: Settings, widths: list[int | None]) -> dict[str, object]:
     """What projectors belong to: a run may go on from a checkpoint only where all of it is the same.
 
-    widths: of the student's and the teacher's hidden states.
+    each: one for each teacher; settings: of the run; widths: of the student's and the teachers' hidden states.
     """
-    settings, pair = sides.run.settings, sides.pair
+    block = settings.model_dump(mode="json", exclude={"teacher", "teachers"})
+    if len(each) > 1:
+        block["teachers"] = {"weight": settings.weights}
     return {
-        "teacher": settings.teacher.model,
-        "teacher_revision": settings.teacher.revision,
-        "teacher_adapter": settings.teacher.adapter,
-        "student_tokenizer": pair.student.digest,
-        "teacher_tokenizer": pair.teacher.digest,
+        **_teachers(each),
+        "student_tokenizer": each[0].pair.student.digest,
         "widths": widths,
         "method": settings.method,
         "alignment": settings.alignment,
@@ -86,7 +88,25 @@ def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, object]:
         "shared": "events" if settings.by_events else "ids",
         "kd_weight": settings.kd_weight,
         "projector_init": settings.projector.init,
-        BLOCK: settings.model_dump(mode="json", exclude={"teacher"}),
+        BLOCK: block,
+    }
+
+
+def _teachers(each: Sequence[Sides]) -> dict[str, object]:
+    """One teacher by its own keys, several as a list in their order."""
+    given = [sides.run.settings.teacher for sides in each]
+    digests = [sides.pair.teacher.digest for sides in each]
+    if len(each) > 1:
+        keys = {"model", "revision", "adapter"}
+        listed = [teacher.model_dump(include=keys, exclude_none=True) for teacher in given]
+        one = dict.fromkeys(("teacher", "teacher_revision", "teacher_adapter", "teacher_tokenizer"))
+        return {**one, "teachers": listed, "teacher_tokenizers": digests}
+    return {
+        "teacher": given[0].model,
+        "teacher_revision": given[0].revision,
+        "teacher_adapter": given[0].adapter,
+        "teacher_tokenizer": digests[0],
+        "teachers": None,
     }
 
 
@@ -108,7 +128,10 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     found = {**BEFORE, **found}
     different = [key for key, value in expected.items() if found.get(key) != value]
     if different:
-        lines = _recipe_lines({key: found.get(key) for key in different if key in SETTINGS})
+        kept = {key: found.get(key) for key in different if key in SETTINGS}
+        # A recipe has one of the two forms.
+        other_form = ("teacher", "teacher_revision", "teacher_adapter") if kept.get("teachers") else ("teachers",)
+        lines = _recipe_lines({key: value for key, value in kept.items() if key not in other_form})
         told = ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
         advice = "Resume with the teacher and settings of that run, or start a new output_dir."
         raise SettingError(
@@ -160,7 +183,7 @@ def _recipe_lines(kept: dict[str, object]) -> str:
 
 
 @torch.no_grad()
-def load(folder: str | os.PathLike[str], loss: DistillationLoss, *, weights: bool = True) -> None:
+def load(folder: str | os.PathLike[str], loss: Loss, *, weights: bool = True) -> None:
     """Copy saved projectors into place, sharded or not, and the loss's memory; weights: False where the engine has
     restored them.
     """

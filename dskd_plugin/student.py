@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.losses.several import Loss
 from dskd_plugin.models import causal_lm, decoder
 
 
-def attach(student: nn.Module, loss: DistillationLoss) -> None:
+def attach(student: nn.Module, loss: Loss) -> None:
     """Make ``loss`` a child of the student and let the student's forward return it whenever a micro-batch is set."""
     hidden: list[Tensor] = []  # the last hidden state on its way from the decoder's hook to the root's
 

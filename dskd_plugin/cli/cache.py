@@ -1,5 +1,6 @@
 """``dskd cache``: builds the teacher's states on disk for all epochs and runs, says what is there and whether whole."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -59,33 +60,44 @@ def build(recipe: Path, out: Path | None, dtype: str | None, batch_tokens: int |
     from dskd_plugin.host.prepared import prepare
     from dskd_plugin.host.teacher_source import automatic_folder, live, order_of
 
-    prepared = prepare(recipe)
-    sides, settings = prepared.sides, prepared.sides.run.settings
-    named = folder_of(settings.teacher.cache)
-    folder = out or named or automatic_folder(sides)
+    every = prepare(recipe)
+    if out is not None and len(every) > 1:
+        raise SettingError(
+            "--out",
+            "it left out beside dskd.teachers, whose caches have a folder each",
+            out,
+            "Name the folders in the recipe: a `cache` for each of dskd.teachers.",
+        )
     target = _device(device, ranks)
 
     def say(text: str) -> None:
         if ranks.first:
             click.echo(text)
 
-    order = order_of(
-        sides,
-        folder,
-        prepared.datasets,
-        load=lambda: live(sides.run, device=target, packed=False, attn_implementation=None),
-        say=say,
-        states=dtype,
-        batch_tokens=batch_tokens,
-    )
-    try:
-        done = compute(order, ranks)
-    except KeyboardInterrupt:
-        click.echo("\nStopped; the same command goes on from here.", err=True)
-        sys.exit(1)
-    say(f"Done: {_contents(done)} in {folder}")
-    if folder != named and settings.teacher.cache != "auto":
-        say(f"In the recipe:\n\ndskd:\n  teacher:\n    cache: {folder}")
+    for prepared in every:
+        sides, settings = prepared.sides, prepared.sides.run.settings
+        named = folder_of(settings.teacher.cache)
+        folder = out or named or automatic_folder(sides)
+        order = order_of(
+            sides,
+            folder,
+            prepared.datasets,
+            load=functools.partial(live, sides.run, device=target, packed=False, attn_implementation=None),
+            say=say,
+            states=dtype,
+            batch_tokens=batch_tokens,
+        )
+        try:
+            done = compute(order, ranks)
+        except KeyboardInterrupt:
+            click.echo("\nStopped; the same command goes on from here.", err=True)
+            sys.exit(1)
+        say(f"Done: {_contents(done)} in {folder}")
+        if folder != named and settings.teacher.cache != "auto":
+            lines = f"  teacher:\n    cache: {folder}"
+            if len(every) > 1:
+                lines = f"  teachers:\n    - model: {settings.teacher.model}\n      cache: {folder}"
+            say(f"In the recipe:\n\ndskd:\n{lines}")
 
 
 @cache.command()

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Which rows the teacher answers: all, or those without an answer of their own.",
 )
+@click.option("--teacher", type=click.IntRange(min=1), help="With dskd.teachers: the number of the one that answers.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0: the most likely token."
@@ -87,6 +88,7 @@ def generate(
     recipe_rows: str | None,
     plain_recipe: bool,
     ask: str,
+    teacher: int | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float | None,
@@ -123,7 +125,7 @@ def generate(
 
     from dskd_plugin.generation.answers import Partial, Sampling, batches
 
-    source = load_recipe(recipe, written)
+    source = load_recipe(recipe, written, teacher)
     check_reasoning(source.form, reasoning)
     target = device_named(device)
     every = read_prompts(source, limit if ask == "all" else None)

@@ -59,7 +59,8 @@ def lines(made: "Plan", gpu_memory: float | None) -> list[str]:
     where = f"{facts.ranks} {device}{'s' if facts.ranks > 1 else ''}" + (
         f" with {facts.engine}" if facts.engine != "one process" else ""
     )
-    teacher = "no teacher" if made.teacher is None else f"teacher of {_billions(made.teacher.counts.all)} weights"
+    sizes = [_billions(teacher.counts.all) for teacher in made.teachers]
+    teacher = f"teacher{'s' if len(sizes) > 1 else ''} of {' and '.join(sizes)} weights" if sizes else "no teacher"
     shown = [
         f"{teacher}, student of {_billions(made.student.counts.all)}, "
         f"{_billions(sum(made.student.counts.trained.values()))} of them trained in {facts.weights}; {where}; "

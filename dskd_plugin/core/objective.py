@@ -58,6 +58,12 @@ class Objective:
     unpaired_ce: rows that no KD term of pairs takes keep their whole cross-entropy: term ce_unpaired, the sum of ce
         over these rows, of weight r and with the divisor of ce.
     kd_scale: >= 0, multiplies the KD terms that move the student, `scaled`; see balance.Balance.
+    teacher_weight, adds_ce: of one of several teachers, whose losses are added up:
+
+            loss = (1 - r) ce + r sum_i w_i (KD_i + ce_unpaired_i),   sum of w = 1
+
+        w_i in (0, 1] multiplies all terms of teacher i but ce; the loss of one teacher alone adds ce. A row that some
+        teacher does not pair has the share w_i of it in its whole cross-entropy.
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
@@ -76,6 +82,8 @@ class Objective:
     projectors_alone: bool = False
     unpaired_ce: bool = False
     kd_scale: float = 1.0
+    teacher_weight: float = 1.0
+    adds_ce: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_ratio <= 1:
@@ -100,6 +108,16 @@ class Objective:
             )
         if not 0 <= self.kd_scale < float("inf"):
             raise ValueError(f"kd_scale: expected a finite number from 0, got {self.kd_scale}. Use 1 for none.")
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(
+                f"teacher_weight: expected a number above 0, at most 1, got {self.teacher_weight}. "
+                "Use 1 for one teacher."
+            )
+        if not self.adds_ce and self.compares == "nothing":
+            raise ValueError(
+                "adds_ce: expected True where nothing is compared, got compares 'nothing', which has no other term. "
+                "Leave it out."
+            )
         if self.unpaired_ce and self.compares == "nothing":
             raise ValueError(
                 "unpaired_ce: expected it only where something is compared, got compares 'nothing', under which each "
@@ -113,7 +131,8 @@ class Objective:
 
     @property
     def with_ce(self) -> bool:
-        return self.compares == "nothing" or self.kd_ratio < 1 or self.unpaired_ce
+        """Whether it is computed: also for ce_unpaired, a part of it."""
+        return self.compares == "nothing" or (self.adds_ce and self.kd_ratio < 1) or self.unpaired_ce
 
     @property
     def with_kd(self) -> bool:
@@ -159,8 +178,11 @@ class Objective:
             "span_kl": self.kd_ratio * self.span_weight,
         }
         shares = {term: special.get(term, self.kd_ratio) for term in self.terms if term not in silent}
+        if not self.adds_ce:
+            shares.pop("ce", None)
         scaled = {term: share * (self.kd_scale if term in self.scaled else 1) for term, share in shares.items()}
-        return {term: share for term, share in scaled.items() if share > 0}
+        weighted = {term: share * (1 if term == "ce" else self.teacher_weight) for term, share in scaled.items()}
+        return {term: share for term, share in weighted.items() if share > 0}
 
 
 def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from dskd_plugin.columns import COLUMNS, numbered, row_of
 from dskd_plugin.generation.answer_text import PlainReader, control_tokens, decoded, leading_white_space, open_from
 from dskd_plugin.generation.sampling import WithinVocabulary, batches_exactly, generating, left_padded, prompt_parts
 from dskd_plugin.log import LOG
@@ -98,9 +99,23 @@ class Rollout:
         self._controls = control_tokens(aligner, texts)
         if aligner.identity:
             self._controls |= frozenset(range(known, aligner.student.vocab_size))
+        self._others: list[Rollout] = []
         # Whether the model answers a padded batch as it answers each prompt alone; measured at the first answers.
         self.in_batches: bool | None = None
         self.reset_counts()
+
+    def read_by_all(self, others: Sequence["Rollout"]) -> "Rollout":
+        """This one, whose answers further teachers read as well, each by the rules of its own of `others`.
+
+        An answer is cut where one of the teachers would cut it; prompts that one of them has no room for are skipped.
+        """
+        self._others = list(others)
+        self._controls = self._controls.union(*(one._controls for one in others))
+        return self
+
+    @property
+    def _each(self) -> list["Rollout"]:
+        return [self, *self._others]
 
     def reset_counts(self) -> None:
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
@@ -131,41 +146,47 @@ class Rollout:
         """
         positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
         made = [Answers() for _ in groups]
-        asked: list[tuple[Answers, Sample, Prompt]] = []
+        asked: list[tuple[Answers, Sample, list[Prompt]]] = []
         for group, samples in zip(made, groups, strict=True):
             for sample in samples:
-                prompt = self._prompt(sample, positions)
-                if prompt is None:
+                prompts = self._prompts(sample, positions)
+                if prompts is None:
                     self.counts["skipped"] += 1
                 else:
-                    asked.append((group, sample, prompt))
+                    asked.append((group, sample, prompts))
         if not asked:
             return made
         start = time.perf_counter()
         sampled = self.sample(
             model,
-            [prompt.student_ids for _, _, prompt in asked],
+            [prompts[0].student_ids for _, _, prompts in asked],
             random.Random(f"on-policy answers {self.seed} {step} {rank}").getrandbits(63),
             autocast,
         )
         self.counts["seconds"] += time.perf_counter() - start
-        for place, ((group, sample, prompt), new_ids) in enumerate(zip(asked, sampled, strict=True)):
+        for place, ((group, sample, prompts), new_ids) in enumerate(zip(asked, sampled, strict=True)):
             answer = self.read(new_ids)
             group.tokens += len(answer.ids) + (answer.end is not None)
             self.counts["answers"] += 1
             self.counts["empty"] += not answer.ids
             self.counts["cut"] += answer.end is None
-            row = self._row(sample, prompt, answer)
-            if row["aligned_student"] or row.get("spans"):
+            row, paired = self._read_row(sample, prompts, answer)
+            if paired:
                 group.rows.append(row)
             else:
                 self.counts["unaligned"] += 1
             if rank == 0 and place < self.settings.log_samples:
-                self._log(step, prompt, answer)
+                self._log(step, prompts[0], answer)
         self.counts["tokens"] += sum(group.tokens for group in made)
         return made
 
     # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def _prompts(self, sample: Sample, positions: int | None) -> list[Prompt] | None:
+        """The prompt beside each teacher's; None where one of them has none."""
+        found = [one._prompt(row_of(sample, number), positions) for number, one in enumerate(self._each, start=1)]
+        prompts = [prompt for prompt in found if prompt is not None]
+        return prompts if len(prompts) == len(found) else None
 
     def _prompt(self, sample: Sample, positions: int | None) -> Prompt | None:
         """The prompt of the last response; None where there is none or it leaves no room for an answer."""
@@ -264,6 +285,19 @@ class Rollout:
             if token in self._controls:
                 return Answer(new_ids[:place], None)
         return Answer(new_ids, None)
+
+    def _read_row(self, sample: Sample, prompts: list[Prompt], answer: Answer) -> tuple[Sample, bool]:
+        """The row with the columns of each teacher, and whether a token pairs with one of a teacher's."""
+        found: Sample = {}
+        paired = False
+        for number, (one, prompt) in enumerate(zip(self._each, prompts, strict=True), start=1):
+            row = one._row(row_of(sample, number), prompt, answer)
+            paired = paired or bool(row["aligned_student"] or row.get("spans"))
+            if number == 1:
+                found = row
+            else:
+                found |= {numbered(column, number): row[column] for column in COLUMNS if column in row}
+        return found, paired
 
     def _row(self, sample: Sample, prompt: Prompt, answer: Answer) -> Sample:
         response = answer.ids + ([] if answer.end is None else [answer.end])

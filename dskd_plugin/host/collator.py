@@ -16,10 +16,9 @@ from axolotl.utils.collators import (
 from torch import Tensor
 
 from dskd_plugin.batch import KEY, AttentionRows, ReachRows, SpanRows, StepBatch, TeacherText
+from dskd_plugin.columns import columns, row_of
 from dskd_plugin.text.align import REACH
 
-# Columns that a prepared row adds to the host's; those behind the first three only where the settings ask for them.
-COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", *REACH, "spans", "teacher_prompt")
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
 ON_POLICY = "on_policy"
 IGNORE = -100
@@ -170,8 +169,8 @@ def _spread(begin: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(number)) - first[number] + begin[number], number
 
 
-def _strip(sample: Sample) -> Sample:
-    return {key: value for key, value in sample.items() if key not in COLUMNS and key != ON_POLICY}
+def _strip(sample: Sample, ours: set[str]) -> Sample:
+    return {key: value for key, value in sample.items() if key not in ours and key != ON_POLICY}
 
 
 @dataclass
@@ -180,22 +179,36 @@ class _PairMixin:
 
     packed: ClassVar[bool] = True
     cross_attention: bool = False
+    teachers: int = 1
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> Any:
         if self.packed:
             bins: list[list[Sample]] = features if isinstance(features[0], list) else [features]
         else:
             bins = [[sample] for sample in features]
-        stripped = [[_strip(sample) for sample in samples] for samples in bins]
+        ours = set(columns(self.teachers))
+        stripped = [[_strip(sample, ours) for sample in samples] for samples in bins]
         batch = super().__call__(stripped if self.packed else [samples[0] for samples in stripped], return_tensors)  # type: ignore[misc]
         labels = batch["labels"]
         left = self.tokenizer.padding_side == "left"  # type: ignore[attr-defined]
         placed = [_placed(samples, labels.shape[1] if left else None) for samples in bins]
+        first, *others = (
+            pair_rows(
+                *(batch["input_ids"], labels, [_of_teacher(samples, teacher) for samples in placed]),
+                cross_attention=self.cross_attention,
+            )
+            for teacher in range(1, self.teachers + 1)
+        )
+        first.others = tuple(others)
         # Last: the host measures the batch by its first entry.
-        batch[KEY] = pair_rows(batch["input_ids"], labels, placed, cross_attention=self.cross_attention)
+        batch[KEY] = first
         if any("teacher_prompt" in sample and ON_POLICY not in sample for samples in bins for sample in samples):
             batch[KEY].samples = list(features)
         return batch
+
+
+def _of_teacher(samples: list[Placed], teacher: int) -> list[Placed]:
+    return [(offset, row_of(sample, teacher)) for offset, sample in samples]
 
 
 def _placed(samples: list[Sample], width: int | None) -> list[Placed]:

@@ -17,10 +17,11 @@ import numpy as np
 from datasets import Dataset
 
 from dskd_plugin import pair_advice
-from dskd_plugin.errors import Mistakes, SettingError
+from dskd_plugin.columns import dataset_of, numbered, row_of
+from dskd_plugin.errors import Mistakes, SettingError, naming
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
-from dskd_plugin.host.strategy import IGNORE, PairedStrategy
+from dskd_plugin.host.strategy import IGNORE, PairedStrategy, SeveralTeachers
 from dskd_plugin.host.turn_end_warning import names_the_side, template_end
 from dskd_plugin.log import LOG
 from dskd_plugin.run import Run, Sides, is_chat
@@ -48,24 +49,61 @@ class ReadTwice:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._sides: Sides | None = None
+        self._sides: list[Sides] = []
         # What takes a strategy that Axolotl has just built, and gives back the one to use.
         self._exchange: Callable[[Any], Any] | None = None
         # What is said of the entries without a pair and of those without a prompt, until all of a split are read.
-        self._unpaired: list[SettingError] = []
-        self._promptless: list[SettingError] = []
+        self._unpaired: list[list[SettingError]] = [[] for _ in run.readers]
+        self._promptless: list[list[SettingError]] = [[] for _ in run.readers]
 
     def get_dataset_wrapper(
         self, original: Callable[..., Any], dataset_config: Any, tokenizer: Any, cfg: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """A dataset entry tokenized for both sides."""
-        if self._sides is None or self._sides.tokenizer is not tokenizer:
-            self._sides = self._run.on(cfg).with_student(tokenizer)
-        sides, teacher = self._sides, self._run.teacher
+        if not self._sides or self._sides[0].tokenizer is not tokenizer:
+            self._sides = self._run.on(cfg).sides(tokenizer)
+        first, teachers = self._sides[0], len(self._sides)
         name = f"datasets: {dataset_config['path']}"
+        pairings: list[Callable[[Any], PairedStrategy]] = []
+        for place, sides in enumerate(self._sides):
+            with naming(place, teachers):
+                reading = _for_teacher(dataset_config, cfg, sides.run.teacher)
+                build = functools.partial(original, *reading, *args, **kwargs)
+                teacher_strategy = self._teacher_strategy(name, build, dataset_config)
+                if sides.run.settings.on_policy is not None:
+                    _check_one_end(sides)
+            pairings.append(
+                functools.partial(
+                    PairedStrategy,
+                    teacher=teacher_strategy,
+                    pair=sides.pair,
+                    settings=sides.run.settings,
+                    student_len=cfg.sequence_len,
+                    teacher_len=sides.run.teacher.sequence_len,
+                )
+            )
+
+        def paired(strategy: Any) -> PairedStrategy | SeveralTeachers:
+            found = [pairing(strategy) for pairing in pairings]
+            return found[0] if teachers == 1 else SeveralTeachers(found)
+
+        dataset_config = _with_one_template(dataset_config, first)
+        turn_end = template_end(dataset_config, tokenizer, cfg, first.pair.student)
+        with self._each_strategy(paired), names_the_side("student", turn_end):
+            dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
+        for place, sides in enumerate(self._sides):
+            pair, settings = sides.pair, sides.run.settings
+            _say_once(pair_advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
+            title = name if teachers == 1 else f"{name} (teacher {place + 1}, {settings.teacher.model})"
+            with naming(place, teachers):
+                dataset = self._checked(title, dataset, sides, place)
+        return dataset, prompter
+
+    def _teacher_strategy(self, name: str, build: Callable[[], Any], dataset_config: Any) -> Any:
+        """The strategy that Axolotl builds for a teacher."""
         captured: list[Any] = []
         with self._each_strategy(captured.append), names_the_side("teacher"):
-            original(*_for_teacher(dataset_config, cfg, teacher), *args, **kwargs)
+            build()
         if len(captured) != 1:
             raise SettingError(
                 name,
@@ -73,22 +111,7 @@ class ReadTwice:
                 f"{dataset_config['type']!r}",
                 "Use chat_template, alpaca, completion or a custom type with raw text.",
             )
-        settings, pair = self._run.settings, sides.pair
-        if settings.on_policy is not None:
-            _check_one_end(sides)
-        paired = functools.partial(
-            PairedStrategy,
-            pair=pair,
-            settings=settings,
-            student_len=cfg.sequence_len,
-            teacher_len=teacher.sequence_len,
-        )
-        dataset_config = _with_one_template(dataset_config, sides)
-        turn_end = template_end(dataset_config, tokenizer, cfg, pair.student)
-        with self._each_strategy(lambda strategy: paired(strategy, captured[0])), names_the_side("student", turn_end):
-            dataset, prompter = original(dataset_config, tokenizer, cfg, *args, **kwargs)
-        _say_once(pair_advice.of_pair(pair, settings, overlap(pair.student, pair.teacher).student_share))
-        return self._checked(name, dataset, sides), prompter
+        return captured[0]
 
     def wrap_dataset_for_tokenized_prompt(
         self, original: Callable[..., Any], strategy: Any, dataset: Any, **kwargs: Any
@@ -104,12 +127,14 @@ class ReadTwice:
             (self._unpaired, "The rows of this entry teach by cross-entropy alone."),
             (self._promptless, "The student answers the prompts of the other entries."),
         )
-        for lines, consequence in lacking:
-            said, lines[:] = lines[:], []
-            if said and len(said) == len(datasets):
-                raise Mistakes(said)
-            for line in said:
-                LOG.warning("dskd: %s %s", line, consequence)
+        for of_each, consequence in lacking:
+            for place, lines in enumerate(of_each):
+                said, lines[:] = lines[:], []
+                with naming(place, len(of_each)):
+                    if said and len(said) == len(datasets):
+                        raise Mistakes(said)
+                for line in said:
+                    LOG.warning("dskd: %s %s", line, consequence)
         return original(datasets, *args, **kwargs)
 
     @contextmanager
@@ -121,22 +146,27 @@ class ReadTwice:
         finally:
             self._exchange = None
 
-    def _checked(self, name: str, dataset: Any, sides: Sides) -> Any:
-        """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing."""
-        run, rows = sides.run, len(dataset)
-        if "teacher_input_ids" not in dataset.column_names:
+    def _checked(self, name: str, every: Any, sides: Sides, place: int) -> Any:
+        """The rows that fit the teacher, what they hold in the log; an error for a dataset that teaches nothing.
+
+        every: rows with the columns of all teachers. place: of this one in their list, from 0.
+        """
+        run, rows, number = sides.run, len(every), place + 1
+        if "teacher_input_ids" not in every.column_names:
             raise SettingError(
                 name,
                 "rows with the fields that this entry names",
-                f"none; what the rows have: {', '.join(dataset.column_names)}",
+                f"none; what the rows have: {', '.join(every.column_names)}",
                 "Check field_messages, message_property_mappings and the other field names of the entry.",
             )
+        dataset = dataset_of(every, number, NOTES)
         _check_readable(name, dataset, sides)
         notes = list(dataset[PARTED]) if rows else []
         unmatched = int(np.sum(dataset[UNMATCHED])) if rows else 0
         if line := dataset_report.parted(notes, unmatched):
             LOG.warning("dskd: %s: %s.", name, line)
-        dataset, over_long = _fitting(name, dataset, run)
+        every, over_long = _fitting(name, every, run, number)
+        dataset = dataset_of(every, number, NOTES)
         if rows:
             unmatched = int(np.sum(dataset[UNMATCHED]))
         responses, aligned = _responses_in(dataset), int(_lengths(dataset, "aligned_student").sum())
@@ -164,10 +194,10 @@ class ReadTwice:
             *(over_long, _excess_strategy(run) if over_long else "none", unmatched),
         )
         if not aligned and not in_spans and run.method.needs_teacher:
-            self._unpaired.append(dataset_report.unpaired(name, responses, notes, sides.pair, run.settings))
+            self._unpaired[place].append(dataset_report.unpaired(name, responses, notes, sides.pair, run.settings))
         if run.settings.on_policy is not None and not any(dataset["teacher_prompt"]):
-            self._promptless.append(dataset_report.promptless(name, rows))
-        return dataset.remove_columns(list(NOTES))
+            self._promptless[place].append(dataset_report.promptless(name, rows))
+        return every.remove_columns([numbered(note, number) for note in NOTES])
 
 
 def install(run: Run | None) -> None:
@@ -254,10 +284,13 @@ def _excess_strategy(run: Run) -> str:
     return str(run.recipe.excess_length_strategy or "drop").lower()
 
 
-def _fitting(name: str, dataset: Any, run: Run) -> tuple[Any, int]:
-    """The dataset by Axolotl's own rule for rows that are too long, and how many were too long for the teacher."""
+def _fitting(name: str, dataset: Any, run: Run, number: int) -> tuple[Any, int]:
+    """The dataset by Axolotl's own rule for rows that are too long, and how many were too long for the teacher.
+
+    number: of the teacher, whose columns are looked at.
+    """
     limit, processes = run.teacher.sequence_len, run.recipe.dataset_num_proc
-    over_long = int(np.sum(_lengths(dataset, "teacher_input_ids") > limit))
+    over_long = int(np.sum(_lengths(dataset, numbered("teacher_input_ids", number)) > limit))
     if not over_long:
         return dataset, 0
     if _excess_strategy(run) == "raise":
@@ -268,9 +301,9 @@ def _fitting(name: str, dataset: Any, run: Run) -> tuple[Any, int]:
             "Raise dskd.teacher.sequence_len or shorten the rows.",
         )
     if _excess_strategy(run) == "truncate":
-        cut = _Truncate(limit, pairs=run.method.in_pairs)
+        cut = _Truncate(limit, pairs=run.method.in_pairs, number=number)
         return dataset.map(cut, num_proc=processes, desc="Truncating teacher rows"), over_long
-    return dataset.filter(_Fits(limit), num_proc=processes, desc="Dropping over-long teacher rows"), over_long
+    return dataset.filter(_Fits(limit, number), num_proc=processes, desc="Dropping over-long teacher rows"), over_long
 
 
 def _responses_in(dataset: Any) -> int:
@@ -324,19 +357,22 @@ def _lengths(dataset: Any, column: str) -> Any:
 @dataclass
 class _Fits:
     limit: int
+    number: int
 
     def __call__(self, row: dict[str, Any]) -> bool:
-        return len(row["teacher_input_ids"]) <= self.limit
+        return len(row[numbered("teacher_input_ids", self.number)]) <= self.limit
 
 
 @dataclass
 class _Truncate:
-    """Cut the teacher's side; pairs: the two aligned columns go together, else each on its own."""
+    """Cut the side of the teacher of this number; pairs: the two aligned columns go together, else each on its own."""
 
     limit: int
     pairs: bool
+    number: int
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = row_of(row, self.number)
         more = row.get("aligned_more") or [0] * len(row["aligned_teacher"])
         kept = [k for k, position in enumerate(row["aligned_teacher"]) if position + more[k] < self.limit]
         new = {"teacher_input_ids": row["teacher_input_ids"][: self.limit]}
@@ -348,4 +384,4 @@ class _Truncate:
             new["spans"] = [position for span in spans if span[3] <= self.limit for position in span]
         if row.get("teacher_prompt", 0) > self.limit:
             new["teacher_prompt"] = 0
-        return new
+        return {numbered(column, self.number): value for column, value in new.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.batch import StepBatch
-from dskd_plugin.core.objective import RATES, TERMS, Objective
+from dskd_plugin.core.objective import CE_TERMS, RATES, TERMS, Objective
 from dskd_plugin.generation.rollout import COUNTS
 
 # The order in which sums are kept; align_ratio, aligned rows out of all, stands last.
@@ -65,6 +65,32 @@ def active_names(objective: Objective, *, exact: bool, in_pairs: bool) -> set[st
     if in_pairs:
         names.add("align_ratio")
     return names
+
+
+def loss_of(means: dict[str, float], objective: Objective) -> float:
+    """The loss, or a teacher's part of it, from the means of its terms."""
+    return sum(share * means[term] for term, share in objective.shares().items())
+
+
+def kd_of(means: dict[str, float], objective: Objective) -> float:
+    """All KD terms in one, as if their teacher were the only one."""
+    of_kd = (share * means[term] for term, share in objective.shares().items() if term not in CE_TERMS)
+    return sum(of_kd) / (objective.kd_ratio * objective.teacher_weight)
+
+
+def together(of_each: list[dict[str, float]], weights: list[float]) -> dict[str, float]:
+    """What all teachers say, by their weights, and what each of them says, under a name that begins with its number."""
+    if len(of_each) == 1:
+        return of_each[0]
+    first = of_each[0]
+    # The cross-entropy is the same beside every teacher.
+    found = {
+        name: value if name == "ce" else sum(w * means[name] for w, means in zip(weights, of_each, strict=True))
+        for name, value in first.items()
+    }
+    for number, means in enumerate(of_each, start=1):
+        found |= {f"teacher{number}/{name}": value for name, value in means.items() if name != "ce"}
+    return found
 
 
 class Totals:

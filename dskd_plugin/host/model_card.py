@@ -50,12 +50,13 @@ def card(trainer: Any, recipe: dict[str, Any], settings: Any) -> str:
         library_name="peft" if recipe.get("adapter") else "transformers",
         tags=["axolotl", "dskd", "generated_from_trainer"],
     )
-    teacher = settings.teacher
     distilled = method_of(settings).needs_teacher
-    by = f"distilled from `{public_name(teacher.model)}`" if distilled else "fine-tuned"
+    teachers = [one.teacher for one in settings.each]
+    named = " and ".join(f"`{public_name(teacher.model)}`" for teacher in teachers)
+    by = f"distilled from {named}" if distilled else "fine-tuned"
     facts = {
         "base": f"`{public_name(base)}`",
-        "teacher": f"`{public_name(teacher.model)}`{_details(teacher)}" if distilled else "none (method: sft)",
+        "teacher": _teachers(teachers, settings.weights) if distilled else "none (method: sft)",
         "method": _method(settings),
         "data": ", ".join(f"`{public_name(path)}`" for path in paths),
         "training": f"{trainer.state.global_step} steps; "
@@ -99,6 +100,13 @@ def _on_hub(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
+def _teachers(teachers: list[Any], weights: list[float]) -> str:
+    described = [f"`{public_name(teacher.model)}`{_details(teacher)}" for teacher in teachers]
+    if len(teachers) == 1:
+        return described[0]
+    return "; ".join(f"{text}, weight {weight:.3g}" for text, weight in zip(described, weights, strict=True))
+
+
 def _details(teacher: Any) -> str:
     given = {"revision": teacher.revision, "adapter": teacher.adapter and public_name(teacher.adapter)}
     given |= {"dtype": teacher.dtype, "quantization": None if teacher.quantization == "none" else teacher.quantization}
@@ -107,6 +115,6 @@ def _details(teacher: Any) -> str:
 
 def _method(settings: Any) -> str:
     """The method and every other setting of the block that the recipe names."""
-    rest = settings.model_dump(exclude_unset=True, exclude={"teacher", "method"})
+    rest = settings.model_dump(exclude_unset=True, exclude={"teacher", "teachers", "method"})
     words = [f"{key}: {value}" for key, value in rest.items()]
     return f"`{settings.method}`" + (f" with {', '.join(words)}" if words else " with the defaults")

@@ -62,7 +62,8 @@ class DSKDPlugin(BasePlugin):
             return None
         from dskd_plugin.host.collator import collator_class
 
-        return collator_class(cfg, is_eval), {"cross_attention": not self.run.method.in_pairs}
+        options = {"cross_attention": not self.run.method.in_pairs, "teachers": len(self.run.readers)}
+        return collator_class(cfg, is_eval), options
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
@@ -104,20 +105,16 @@ def registered() -> DSKDPlugin:
 
 def _prepared_path(run: "Run") -> str:
     """A folder of its own for every teacher and setting: Axolotl's hash knows neither."""
-    settings, recipe, teacher = run.settings, run.recipe, run.teacher
+    settings, recipe = run.settings, run.recipe
+    read = [_read_by(one) for one in run.each]
     key = {
         "version": [__version__, RULES],
-        "teacher": [
-            *(settings.teacher.model, settings.teacher.revision, settings.teacher.adapter),
-            teacher.sequence_len,
-        ],
+        **(read[0] if len(read) == 1 else {"teachers": read}),
         # Not the method: methods that pair rows alike share them.
         "pairing": run.method.pairing(settings),
         "alignment": settings.alignment,
         "spans": settings.with_spans,
         "prompts": settings.on_policy is not None,
-        "tokenizer": teacher.table.digest,
-        "template": [teacher.template, teacher.template_options],
         "student_tokenizer": _tokenizer_files(recipe.get("tokenizer_config") or recipe["base_model"]),
         "student_sequence_len": run.student_len,
         "excess_length_strategy": recipe.get("excess_length_strategy"),
@@ -126,6 +123,16 @@ def _prepared_path(run: "Run") -> str:
     folder, own = Path(recipe.get("dataset_prepared_path") or "last_run_prepared"), f"dskd-{digest}"
     # A worker of Ray gets the recipe in which it has been written already.
     return str(folder if folder.name == own else folder / own)
+
+
+def _read_by(run: "Run") -> dict[str, Any]:
+    """What decides how the teacher of a run with one alone reads the rows."""
+    settings, teacher = run.settings.teacher, run.teacher
+    return {
+        "teacher": [settings.model, settings.revision, settings.adapter, teacher.sequence_len],
+        "tokenizer": teacher.table.digest,
+        "template": [teacher.template, teacher.template_options],
+    }
 
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")

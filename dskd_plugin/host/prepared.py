@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd_plugin.columns import dataset_of
 from dskd_plugin.errors import SettingError
 from dskd_plugin.host.prompts import load_run, read_recipe
 from dskd_plugin.run import Sides
@@ -11,7 +12,7 @@ from dskd_plugin.run import Sides
 
 @dataclass(frozen=True)
 class Prepared:
-    """A resolved recipe and its datasets, by what they are for."""
+    """A resolved recipe for one of its teachers, and its datasets, by what they are for."""
 
     sides: Sides
     datasets: dict[str, Any]
@@ -23,8 +24,11 @@ def named(train: Any, evaluation: Any) -> dict[str, Any]:
     return {name: dataset for name, dataset in every.items() if dataset is not None}
 
 
-def prepare(path: Path) -> Prepared:
-    """Read a recipe and prepare its rows, or find them prepared; ``ValueError`` for what is wrong with it."""
+def prepare(path: Path) -> list[Prepared]:
+    """Read a recipe and prepare its rows, or find them prepared, for each teacher.
+
+    ``ValueError`` for what is wrong with the recipe.
+    """
     recipe = read_recipe(path)
     run = load_run(path, recipe)
     if not run.method.needs_teacher:
@@ -38,5 +42,8 @@ def prepare(path: Path) -> Prepared:
     from axolotl.loaders import load_tokenizer
 
     found = load_datasets(cfg=run.recipe)
-    sides = run.with_student(load_tokenizer(run.recipe))
-    return Prepared(sides, named(found.train_dataset, found.eval_dataset))
+    both = found.train_dataset, found.eval_dataset
+    return [
+        Prepared(sides, named(*(dataset_of(dataset, number) for dataset in both)))
+        for number, sides in enumerate(run.sides(load_tokenizer(run.recipe)), start=1)
+    ]

@@ -104,12 +104,24 @@ def load_run(path: Path, recipe: dict[str, Any]) -> Run:
     return resolved.on(cfg)
 
 
-def load_recipe(path: Path, recipe: dict[str, Any]) -> Source:
-    """`load_run` for a teacher that answers: Axolotl's loaders read the rows as they are, without the other side."""
-    run = load_run(path, recipe)
+def load_recipe(path: Path, recipe: dict[str, Any], number: int | None = None) -> Source:
+    """`load_run` for a teacher that answers: Axolotl's loaders read the rows as they are, without the other side.
+
+    number: of the teacher where there are several, counted from 1; None where there is one.
+    """
+    of_each = load_run(path, recipe).each
     from dskd_plugin.host import dataset
 
     dataset.install(None)
+    if (number is None and len(of_each) > 1) or (number or 1) > len(of_each):
+        named = ", ".join(f"{place}: {one.settings.teacher.model!r}" for place, one in enumerate(of_each, start=1))
+        raise SettingError(
+            "--teacher",
+            f"which of the recipe's teachers is to answer ({named})",
+            number or "none",
+            "Give its number, and generate once for each teacher whose answers you want.",
+        )
+    run = of_each[(number or 1) - 1]
     teacher = run.teacher
     # Entries of other types than chat_template are answered in the teacher's template as well.
     template = resolve_template(run.settings.teacher, teacher.tokenizer, run.templates.named, needed=True)

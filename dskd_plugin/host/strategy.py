@@ -8,8 +8,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 
+from dskd_plugin.columns import COLUMNS, numbered
 from dskd_plugin.host import dataset_report
-from dskd_plugin.host.dataset_report import ONE_SIDED, PARTED, REFUSED, UNMATCHED
+from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.host.pickled import packed, unpacked
 from dskd_plugin.host.read_once import read_once
 from dskd_plugin.pair import Pair, aligner
@@ -191,6 +192,24 @@ class PairedStrategy:
             column: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
             for column, value in {"teacher_input_ids": list(teacher_ids), **found}.items()
         }
+
+
+class SeveralTeachers:
+    """In the place of a `PairedStrategy`: one for each teacher, all with the student's strategy, and their columns."""
+
+    def __init__(self, each: list[PairedStrategy]) -> None:
+        self.each = each
+        self.filter_rows = each[0].filter_rows
+
+    @property
+    def supports_batched(self) -> bool:
+        return self.each[0].supports_batched
+
+    def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
+        first, *others = (one.tokenize_prompt(prompt) for one in self.each)
+        for number, found in enumerate(others, start=2):
+            first |= {numbered(name, number): found[name] for name in (*COLUMNS, *NOTES) if name in found}
+        return first
 
 
 def _restored(content: bytes) -> PairedStrategy:

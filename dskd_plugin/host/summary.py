@@ -22,6 +22,7 @@ def summary(trainer: Any) -> str:
     lines = [
         f"dskd: finished {trainer.state.global_step} steps in {timedelta(seconds=round(seconds))}, "
         f"{trainer.tokens / seconds:,.0f} tokens/s of the student, peak memory {_peak_memory(trainer)}",
+        *_teachers(trainer.run.settings),
         *_changes(trainer.state.log_history),
         *_example_if_it_can(trainer),
         f"  student: {trainer.args.output_dir}",
@@ -37,8 +38,16 @@ def changes(history: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     return {
         name.removeprefix("dskd/"): (float(steps[0][name]), float(steps[-1][name]))
         for name in names
-        if name in steps[-1] and not name.startswith("dskd/rollout_")
+        if name in steps[-1] and not name.startswith(("dskd/rollout_", "dskd/teacher"))
     }
+
+
+def _teachers(settings: Any) -> list[str]:
+    """Who the teachers were, where there were several."""
+    if settings.teachers is None:
+        return []
+    of_each = zip(settings.teachers, settings.weights, strict=True)
+    return ["  teachers: " + ", ".join(f"{one.model} (weight {weight:.3g})" for one, weight in of_each)]
 
 
 def _changes(history: list[dict[str, Any]]) -> list[str]:

@@ -15,14 +15,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import pair_advice, state
 from dskd_plugin.assemble import distillation_loss, in_common, sampler
-from dskd_plugin.batch import KEY, StepBatch, ask
-from dskd_plugin.core.objective import CE_TERMS
+from dskd_plugin.batch import KEY, StepBatch, as_window, ask
+from dskd_plugin.columns import columns, dataset_of
+from dskd_plugin.errors import naming
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Answers, Rollout, pack
 from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
-from dskd_plugin.host.collator import COLUMNS, ON_POLICY
-from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, of_answers
+from dskd_plugin.host.collator import ON_POLICY
+from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, kd_of, loss_of, of_answers, together
 from dskd_plugin.host.parameter_group import give_own_group
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
@@ -30,8 +31,9 @@ from dskd_plugin.host.watch import Watch
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
+from dskd_plugin.losses.several import Loss, SeveralTeachers
 from dskd_plugin.models import causal_lm, output_head
-from dskd_plugin.run import Run, Sides
+from dskd_plugin.run import Run
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.base import HiddenStates, TeacherParts
 
@@ -55,9 +57,9 @@ class DSKDTrainer(AxolotlTrainer):
 
     run: Run
     cfg: Any
-    teacher: HiddenStates | None
+    teachers: list[HiddenStates | None]
     _rollout: Rollout | None
-    distillation: DistillationLoss
+    distillation: Loss
     reports_token_perplexity = False
 
     @classmethod
@@ -68,40 +70,49 @@ class DSKDTrainer(AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
         settings, method = self.run.settings, self.run.method
-        sides = self.run.with_student(tokenizer)
-        rows = named(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        teacher = teacher_source(sides, model, training_args.device, rows) if method.needs_teacher else None
-        self.teacher = teacher
-        self.distillation = self._distillation_loss(model, sides, teacher, training_args)
+        self._sides = self.run.sides(tokenizer)
+        self.teachers, losses, widths = [], [], []
+        for place, one in enumerate(self._sides):
+            rows = named(*(dataset_of(kwargs.get(name), place + 1) for name in ("train_dataset", "eval_dataset")))
+            with naming(place, len(self._sides)):
+                teacher = teacher_source(one, model, training_args.device, rows) if method.needs_teacher else None
+                losses.append(self._distillation_loss(model, place, teacher, training_args))
+            self.teachers.append(teacher)
+            widths.append(None if teacher is None else teacher.width)
+        self.distillation = losses[0] if len(losses) == 1 else SeveralTeachers(losses)
+        self._pair_state = state.pair_state(self._sides, settings, [losses[0].student_width, *widths])
         attach(model, self.distillation)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True
-        self.distillation.step = lambda: self.state.global_step
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        self.distillation.matmul_dtype = self._autocast
+        for loss in losses:
+            loss.step = lambda: self.state.global_step
+            loss.matmul_dtype = self._autocast
         # Logits of one position only: the loss makes its own, of chosen rows.
         keeps = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
         self._forward_options = {"use_cache": False, **({"logits_to_keep": 1} if keeps else {})}
         self._masks_by_position = causal_lm(model).config._attn_implementation in ("sdpa", "eager")
-        self._rollout = sampler(sides, seed=self.args.seed)
-        objective = self.distillation.objective
-        logged = active_names(objective, exact=settings.exact, in_pairs=method.in_pairs)
-        self._totals = Totals(logged, self.args.device, self._over_ranks)
+        self._rollout = sampler(self._sides, seed=self.args.seed)
+        self._totals = []
+        for loss in losses:
+            logged = active_names(loss.objective, exact=settings.exact, in_pairs=method.in_pairs)
+            self._totals.append(Totals(logged, self.args.device, self._over_ranks))
         self.add_callback(_AfterStep(self))
         target = "exact" if settings.exact else "projected"
-        self._watch = Watch(target=target if objective.in_student_space else None)
+        self._watch = Watch(target=target if losses[0].objective.in_student_space else None)
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
         for created in on_create:
             created(self)
 
     def _distillation_loss(
-        self, model: nn.Module, sides: Sides, teacher: TeacherParts | None, args: Any
+        self, model: nn.Module, place: int, teacher: TeacherParts | None, args: Any
     ) -> DistillationLoss:
-        settings, head = self.run.settings, output_head(model).weight
+        """The loss of a teacher. place: its own in their list, from 0."""
+        sides, head = self._sides[place], output_head(model).weight
+        settings = sides.run.settings
         rows, width = getattr(head, "ds_shape", head.shape)
-        self._pair_state = state.pair_state(sides, [width, None if teacher is None else teacher.width])
         overlap = events = None
         if teacher is not None:
             overlap, events = in_common(sides, teacher, rows)
@@ -118,7 +129,18 @@ class DSKDTrainer(AxolotlTrainer):
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
+            teacher_weight=self.run.settings.weights[place],
+            adds_ce=place == 0,
         )
+
+    @property
+    def teacher(self) -> HiddenStates | None:
+        """The first teacher, for most runs the only one."""
+        return self.teachers[0]
+
+    @teacher.setter
+    def teacher(self, source: HiddenStates | None) -> None:
+        self.teachers[0] = source
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The host's optimizer, with the projectors moved into a parameter group of their own learning rate."""
@@ -131,12 +153,15 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
+        ours = columns(len(self.teachers))
+        self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _asked(self, batch: StepBatch) -> StepBatch:
-        """The batch on the trainer's device with what the teacher says of it."""
+        """The batch on the trainer's device with what each teacher says of it, one after the other."""
         # The rows of the dataset have done their service: answers to their prompts are in the batch, if any.
-        return ask(replace(batch, samples=None).to(self.args.device), self.teacher)
+        moved = replace(batch, samples=None).to(self.args.device)
+        first, *others = (ask(one, teacher) for one, teacher in zip(moved.each, self.teachers, strict=True))
+        return replace(first, others=tuple(others))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -152,8 +177,7 @@ class DSKDTrainer(AxolotlTrainer):
         for batch in batches:
             batch[KEY] = self._asked(batch[KEY])
             window.append(batch[KEY])
-        if window:
-            window[0].window = window
+        as_window(window)
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
 
@@ -177,7 +201,8 @@ class DSKDTrainer(AxolotlTrainer):
         else:
             features = [*gold, *pack(answers.rows, self.cfg.sequence_len)]
         new = self.data_collator(features)
-        new[KEY].sampled = answers.tokens
+        for one in new[KEY].each:
+            one.sampled = answers.tokens
         return {key: value.to(self.args.device) for key, value in new.items()}
 
     def compute_loss(
@@ -193,20 +218,23 @@ class DSKDTrainer(AxolotlTrainer):
         training = paired.teacher_MD is not None
         if not training:
             paired = self._asked(paired)
-            paired.window = [paired]
+            as_window([paired])
         inputs.pop("labels", None)
         inputs.pop("length", None)
         if self._masks_by_position and "position_ids" in inputs:
             # With a mask, transformers does not look for packing in the position ids, and neighbours leak.
             inputs.pop("attention_mask", None)
-        self.distillation.reduce_counts = self._over_ranks if training else lambda counts: counts
-        self.distillation.micro_batch = paired
+        for one, batch in zip(self.distillation.each, paired.each, strict=True):
+            one.reduce_counts = self._over_ranks if training else lambda counts: counts
+            one.micro_batch = batch
         try:
             outputs = model(**inputs, **self._forward_options)
         finally:
-            self.distillation.micro_batch = None
+            for one in self.distillation.each:
+                one.micro_batch = None
         loss = outputs["loss"]
-        self._totals.add("train" if training else "eval", paired, loss)
+        for totals, batch in zip(self._totals, paired.each, strict=True):
+            totals.add("train" if training else "eval", batch, loss)
         if training:
             # Engines average gradients over ranks; our divisor is already that of all ranks.
             loss = loss * self.accelerator.num_processes
@@ -226,18 +254,18 @@ class DSKDTrainer(AxolotlTrainer):
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "eval_" if kind == "eval" else ""
-            means = self._totals.means(kind)
-            objective = self.distillation.objective
-            shares = objective.shares()
+            losses = self.distillation.each
+            of_each = [totals.means(kind) for totals in self._totals]
             if kind == "eval":
-                logs["eval_loss"] = sum(share * means[term] for term, share in shares.items())
-            if objective.with_kd:
-                of_kd = (share * means[term] for term, share in shares.items() if term not in CE_TERMS)
-                means["kd"] = sum(of_kd) / objective.kd_ratio
+                logs["eval_loss"] = sum(map(loss_of, of_each, (loss.objective for loss in losses)))
+            for loss, means in zip(losses, of_each, strict=True):
+                if loss.objective.with_kd:
+                    means["kd"] = kd_of(means, loss.objective)
+                if kind == "train" and loss.kd_scale is not None:
+                    means["kd_scale"] = loss.kd_scale
+            means = together(of_each, self.run.settings.weights)
             if kind == "train":
                 self._warn(means)
-                if self.distillation.kd_scale is not None:
-                    means["kd_scale"] = self.distillation.kd_scale
             if kind == "train" and self._rollout is not None:
                 means |= self._rollout_totals(self._rollout)
             for name, value in means.items():
@@ -264,14 +292,12 @@ class DSKDTrainer(AxolotlTrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             state.check(resume_from_checkpoint, self._pair_state)
-        elif (
-            not resume_from_checkpoint
-            and isinstance(self.distillation, DualSpaceLoss)
-            and self.run.settings.projector.init == "fitted"
-        ):
+        elif not resume_from_checkpoint and self.run.settings.projector.init == "fitted":
             quiet = not self.is_world_process_zero()
-            assert self.teacher is not None
-            fit_projector(self.distillation, self.teacher, self.train_dataset, seed=self.args.seed, quiet=quiet)
+            for number, (loss, teacher) in enumerate(zip(self.distillation.each, self.teachers, strict=True), start=1):
+                if isinstance(loss, DualSpaceLoss) and teacher is not None:
+                    rows = dataset_of(self.train_dataset, number)
+                    fit_projector(loss, teacher, rows, seed=self.args.seed, quiet=quiet)
         start = time.monotonic()
         with partial.unfinished(self, self.cfg.axolotl_config_path):
             result = super().train(resume_from_checkpoint, *args, **kwargs)

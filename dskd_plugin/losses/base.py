@@ -74,6 +74,11 @@ class DistillationLoss(nn.Module):
                 deepspeed.zero.register_external_parameter(self, parameter)
 
     @property
+    def each(self) -> "tuple[DistillationLoss, ...]":
+        """The loss of each teacher; see `several.SeveralTeachers`."""
+        return (self,)
+
+    @property
     def head_weight(self) -> Tensor:
         """The weight [V, d] of the student's head, as the engine holds it."""
         return cast(Tensor, self.student_and_head[1].weight)
@@ -165,6 +170,8 @@ class DistillationLoss(nn.Module):
         if self.training and self._balance is not None:
             objective = replace(objective, kd_scale=self._balance.scale)
         loss, batch.sums = self.loss_of(rows, batch, student_head, objective)
+        if batch.ce_sums is not None:
+            batch.sums["ce"] = batch.ce_sums
         if self.training and self._balance is not None:
             seen_T2 = torch.stack([torch.stack(batch.sums[term]) for term in TERMS])
             self._seen_T2 = self._seen_T2.to(seen_T2.device) + seen_T2

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
+from dskd_plugin.errors import naming
 from dskd_plugin.methods import method_of
 from dskd_plugin.plan.changes import Planned, changes
 from dskd_plugin.plan.facts import Facts, facts_of
@@ -26,7 +27,7 @@ class Plan:
 
     facts: Facts
     student: Student
-    teacher: Teacher | None
+    teachers: list[Teacher]
     memory: Memory
     work: Work
     helpful: list[Planned] = field(default_factory=list)
@@ -35,6 +36,11 @@ class Plan:
     def usable(gpu_memory: float) -> float:
         """GiB of so many that tensors can fill."""
         return USABLE * gpu_memory
+
+    def _teacher_weights(self) -> dict[str, int | list[int] | None]:
+        """How many weights each teacher has; of one teacher the number alone."""
+        counts = [teacher.counts.all for teacher in self.teachers]
+        return {"teachers": counts} if len(counts) > 1 else {"teacher": counts[0] if counts else None}
 
     def as_json(self) -> dict[str, Any]:
         """Bytes and operations by name."""
@@ -50,7 +56,7 @@ class Plan:
             "weights": {
                 "student": self.student.counts.all,
                 "trained": sum(self.student.counts.trained.values()),
-                "teacher": None if self.teacher is None else self.teacher.counts.all,
+                **self._teacher_weights(),
             },
             "memory": {**asdict(self.memory), "peak": self.memory.peak, "worst": self.memory.worst},
             "work": asdict(self.work),
@@ -73,10 +79,10 @@ def make(
     if tokens is not None:
         facts = replace(facts, tokens=tokens, teacher_tokens=tokens)
     models = _Models()
-    student, teacher = models.of(facts)
-    memory = memory_of(facts, student, teacher)
+    student, teachers = models.of(facts)
+    memory = models.memory(facts)
     states = memory.stays["optimizer's states"] * (ranks if facts.engine not in ("one process", "DDP") else 1)
-    plan = Plan(facts, student, teacher, memory, work_of(facts, student, teacher, states + memory.host))
+    plan = Plan(facts, student, teachers, memory, work_of(facts, student, teachers, states + memory.host))
     if gpu_memory is None or memory.peak <= USABLE * gpu_memory * GIB:
         return plan
     return replace(plan, helpful=_helpful(facts, models, memory, USABLE * gpu_memory * GIB))
@@ -110,16 +116,20 @@ class _Models:
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], object] = {}
 
-    def of(self, facts: Facts) -> tuple[Student, Teacher | None]:
-        """The two models of a plan; no teacher for a method that needs none."""
+    def of(self, facts: Facts) -> tuple[Student, list[Teacher]]:
+        """The models of a plan; no teacher for a method that needs none."""
         batch = (facts.rows, facts.tokens)
         ours = ("student", *batch, facts.checkpointing, facts.adapter, facts.engine == "FSDP2")
-        theirs = ("teacher", *batch, facts.settings.teacher.quantization)
-        needed = method_of(facts.settings).needs_teacher
-        return self._once(ours, student_of, facts), self._once(theirs, teacher_of, facts) if needed else None
+        teachers = []
+        for place, one in enumerate(facts.each if method_of(facts.settings).needs_teacher else []):
+            with naming(place, len(facts.each)):
+                key = ("teacher", place, *batch, one.settings.teacher.quantization)
+                teachers.append(self._once(key, teacher_of, one))
+        return self._once(ours, student_of, facts), teachers
 
     def memory(self, facts: Facts) -> Memory:
-        return memory_of(facts, *self.of(facts))
+        student, teachers = self.of(facts)
+        return memory_of(facts, student, *teachers) if teachers else memory_of(facts, student, None)
 
     def _once(self, key: tuple[object, ...], make: Callable[[Facts], Made], facts: Facts) -> Made:
         if key not in self._known:

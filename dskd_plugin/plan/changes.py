@@ -29,12 +29,15 @@ class Planned:
 
 def changes(facts: Facts) -> Iterator[Change]:
     """What the recipe does not do yet, those that cost the run least first."""
-    teacher = facts.settings.teacher
+    teachers = [one.settings.teacher for one in facts.each]
+    setting = "dskd.teacher." if len(teachers) == 1 else "each of dskd.teachers: "
+    whole = all(teacher.quantization == "none" for teacher in teachers)
     if facts.teacher_resident and facts.settings.on_policy is None:
         # auto would need the teacher in memory before the first step.
-        yield Change("dskd.teacher.cache: FOLDER, of `dskd cache build`", {"dskd": {"teacher": {"cache": "FOLDER"}}})
-    if facts.teacher_resident and facts.on_gpu and teacher.quantization == "none" and not _adapter(facts):
-        yield Change("dskd.teacher.quantization: 4bit", {"dskd": {"teacher": {"quantization": "4bit"}}})
+        yield Change(f"{setting}cache: FOLDER, of `dskd cache build`", {"dskd": {"teacher": {"cache": "FOLDER"}}})
+    adapted = any(teacher.adapter is not None for teacher in teachers)
+    if facts.teacher_resident and facts.on_gpu and whole and not adapted:
+        yield Change(f"{setting}quantization: 4bit", {"dskd": {"teacher": {"quantization": "4bit"}}})
     if facts.ranks > 1 and facts.engine in ("one process", "DDP", "ZeRO-1"):
         yield Change("deepspeed: zero2.json", {"deepspeed": _zero(facts, 2)})
     if not facts.checkpointing:
@@ -47,15 +50,11 @@ def changes(facts: Facts) -> Iterator[Change]:
         )
     if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and not facts.engine.startswith("ZeRO"):
         yield Change("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"})
-    if facts.ranks > 1 and facts.engine not in ("ZeRO-3", "FSDP2") and teacher.quantization == "none":
+    if facts.ranks > 1 and facts.engine not in ("ZeRO-3", "FSDP2") and whole:
         yield Change("deepspeed: zero3.json", {"deepspeed": _zero(facts, 3)})
     if not facts.adapter:
         lora = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}
         yield Change("adapter: lora, lora_r: 32, lora_target_linear: true", lora)
-
-
-def _adapter(facts: Facts) -> bool:
-    return facts.settings.teacher.adapter is not None
 
 
 def _zero(facts: Facts, stage: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ STATES_OF_BYTES = {
 class Facts:
     """A recipe as far as memory goes.
 
-    rows, tokens: of a micro-batch; teacher_tokens: of a row of the teacher. ranks: processes, one per device.
+    rows, tokens: of a micro-batch; teacher_tokens: of the longest row of a teacher. ranks: processes, one per device.
     weights: "bfloat16", "float16" or "float32", of the student's layers; quantized: bits of frozen weights, or None.
     offload: what DeepSpeed keeps on the CPU. optimizer_known: whether its states are in the tables above.
     """
@@ -74,21 +74,34 @@ class Facts:
 
     @property
     def teacher_resident(self) -> bool:
-        """Whether the teacher's decoder is in memory while the student trains."""
+        """Whether the decoder of the teacher, or of some teacher, is in memory while the student trains."""
         from dskd_plugin.methods import method_of
 
+        if len(self.each) > 1:
+            return any(one.teacher_resident for one in self.each)
         teacher = self.settings.teacher
         return method_of(self.settings).needs_teacher and (teacher.cache is None or self.settings.on_policy is not None)
 
+    @property
+    def each(self) -> list[Facts]:
+        """The same with each of the teachers alone."""
+        return [replace(self, settings=one) for one in self.settings.each]
+
     def with_recipe(self, **changes: Any) -> Facts:
-        """The same with other keys in the recipe; `dskd` is merged, the others are replaced."""
+        """The same with other keys in the recipe; `dskd` is merged, the others are replaced.
+
+        What it says of `dskd.teacher` holds for each of several.
+        """
         from dskd_plugin.settings import parse_settings
 
         recipe = {**self.recipe, **changes}
-        block = {key: value for key, value in self.recipe["dskd"].items() if key != "teacher"}
-        given = changes.get("dskd", {})
-        teacher = {**self.recipe["dskd"]["teacher"], **given.get("teacher", {})}
-        recipe["dskd"] = {**block, **given, "teacher": teacher}
+        block, given = self.recipe["dskd"], dict(changes.get("dskd", {}))
+        of_teacher = given.pop("teacher", {})
+        if block.get("teachers"):
+            teachers: dict[str, Any] = {"teachers": [{**one, **of_teacher} for one in block["teachers"]]}
+        else:
+            teachers = {"teacher": {**block["teacher"], **of_teacher}}
+        recipe["dskd"] = {**block, **given, **teachers}
         made = facts_of(recipe, parse_settings(recipe["dskd"]), self.ranks, self.on_gpu)
         return replace(made, tokens=self.tokens, teacher_tokens=self.teacher_tokens)
 
@@ -114,7 +127,7 @@ def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: boo
         rows=int(recipe.get("micro_batch_size") or 1),
         tokens=tokens,
         # Its limit is twice that, but the same text has about as many tokens on both sides.
-        teacher_tokens=min(settings.teacher.sequence_len or tokens, 2 * tokens),
+        teacher_tokens=max(min(one.teacher.sequence_len or tokens, 2 * tokens) for one in settings.each),
         accumulation=int(recipe.get("gradient_accumulation_steps") or 1),
         weights=weights,
         quantized=4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None,

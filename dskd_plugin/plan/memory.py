@@ -52,10 +52,11 @@ class Memory:
         return max(self.moments, key=lambda name: self.moments[name])
 
 
-def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory:
-    """Add up what a rank holds. teacher: None where the method needs none."""
-    settings, counts = facts.settings, student.counts
-    projector = _projector_weights(facts, student, teacher)
+def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memory:
+    """Add up what a rank holds. teachers: those of the recipe in their order; None where the method needs none."""
+    counts = student.counts
+    read = [(one, teacher) for one, teacher in zip(facts.each, teachers, strict=True) if teacher is not None]
+    projector = sum(_projector_weights(one, student, teacher) for one, teacher in read)
     share = {part: facts.ranks if facts.engine in engines else 1 for part, engines in SHARDED.items()}
 
     weights = student.bytes // share["weights"]
@@ -68,8 +69,10 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
         host, weights = host + weights, 0
 
     stays = {"student's weights": weights, "optimizer's states": states}
-    if teacher is not None:
-        stays |= _of_teacher(facts, teacher)
+    for one, teacher in read:
+        for name, size in _of_teacher(one, teacher).items():
+            title = name if len(read) == 1 else name.replace("teacher's", "teachers'") + "s"
+            stays[title] = stays.get(title, 0) + size
     stays |= {"projector": 4 * projector} if projector else {}
     stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
     # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
@@ -77,10 +80,15 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     if held:
         stays["gradients"] = gradients
 
-    rows = facts.rows * facts.tokens
+    states_of_teacher = sum(
+        facts.rows * facts.tokens * teacher.counts.width * _bytes_of(one.settings.teacher.dtype)
+        for one, teacher in read
+    )
     gathered = _gathered(facts, student)
     head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts, student) else 0
-    states_of_teacher = 0 if teacher is None else rows * teacher.counts.width * _bytes_of(settings.teacher.dtype)
+    # Each teacher's loss keeps one of its own for the backward.
+    kept_gradients = head_gradient * max(1, len(read))
+    logits = max([_logits(one, student, teacher) for one, teacher in read] or [_logits(facts, student, None)])
     # The head in the dtype of its products, where mixed precision makes a copy of a float32 weight.
     cast = 2 * counts.vocab * counts.width if facts.weights != "float32" and not facts.adapter else 0
 
@@ -88,17 +96,19 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     # Of the first layer, computed again or not; then tied weights have two gradients for a moment.
     last = max(lived.backward - lived.kept, head_gradient if counts.tied else 0)
     moments = {
-        "loss": lived.kept + states_of_teacher + _logits(facts, student, teacher) + head_gradient + cast + gathered,
-        "start of the backward": lived.backward + states_of_teacher + 2 * head_gradient + gathered,
+        "loss": lived.kept + states_of_teacher + logits + kept_gradients + cast + gathered,
+        "start of the backward": lived.backward + states_of_teacher + head_gradient + kept_gradients + gathered,
         # Gradients have grown while what the layers kept has gone.
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
-    if settings.on_policy is not None:
+    if facts.settings.on_policy is not None:
         # The whole student, put together before the answers; their key-value cache is not counted.
         moments["answers"] = student.bytes - weights
-    if teacher is not None and "teacher's decoder" in stays:
-        moments["teacher's forward"] = teacher.reading
+    reading = [teacher.reading for one, teacher in read if one.teacher_resident]
+    if reading:
+        # One teacher reads after the other.
+        moments["teacher's forward"] = max(reading)
     return Memory(stays, moments, host)
 
 
@@ -146,10 +156,10 @@ def _states(facts: Facts, size: int) -> int:
     return STATES_LIKE_WEIGHTS.get(facts.optimizer, 2) * size
 
 
-def _projector_weights(facts: Facts, student: Student, teacher: Teacher | None) -> int:
+def _projector_weights(facts: Facts, student: Student, teacher: Teacher) -> int:
     """Trained numbers between the two widths."""
     method = method_of(facts.settings)
-    if method.compares != "spaces" or teacher is None:
+    if method.compares != "spaces":
         return 0
     small, large = student.counts.width, teacher.counts.width
     if method.needs_embedding:  # cross-model attention: to the student, to the teacher, and the queries

@@ -83,7 +83,7 @@ def student_of(facts: Facts) -> Student:
 
 
 def teacher_of(facts: Facts) -> Teacher:
-    """The frozen teacher, counted and simulated."""
+    """The frozen teacher of a recipe with one alone, counted and simulated."""
     settings = facts.settings.teacher
     parts = parts_of(settings, fetched_adapter)
     attention = settings.attn_implementation or facts.attention

@@ -6,6 +6,7 @@ which makes the heads an upper bound.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dskd_plugin.methods import method_of
@@ -27,9 +28,9 @@ class Work:
     cache_per_million: int
 
 
-def work_of(facts: Facts, student: Student, teacher: Teacher | None, states: int) -> Work:
-    """Count a step. states: bytes that the optimizer keeps, of all ranks."""
-    settings, counts = facts.settings, student.counts
+def work_of(facts: Facts, student: Student, teachers: Sequence[Teacher], states: int) -> Work:
+    """Count a step. teachers: in the recipe's order; states: bytes that the optimizer keeps, of all ranks."""
+    counts = student.counts
     tokens = facts.rows * facts.tokens * facts.accumulation
     passes = 3 + facts.checkpointing
     if facts.adapter:
@@ -48,16 +49,26 @@ def work_of(facts: Facts, student: Student, teacher: Teacher | None, states: int
         else:
             sent = int(2 * away * trained)
     per_token = read = 0
-    if teacher is not None:
+    of_teachers: dict[str, float] = {}
+    for one, teacher in zip(facts.each if teachers else [], teachers, strict=True):
+        settings = one.settings
         products = 0.0 if settings.support is not None else 2.0
         projected = 4.0 if method_of(settings).compares == "spaces" else 0.0
-        flops["teacher's head"] = products * teacher.counts.vocab * teacher.counts.width * tokens
+        found = {"teacher's head": products * teacher.counts.vocab * teacher.counts.width * tokens}
         if projected:
-            flops["projected states through the student's head"] = projected * counts.vocab * counts.width * tokens
-        if facts.teacher_resident:
-            flops["teacher"] = _decoder(teacher.counts, tokens, facts.tokens)
-        per_token = 2 * teacher.counts.width
-        read = 0 if facts.teacher_resident else per_token * tokens
+            found["projected states through the student's head"] = projected * counts.vocab * counts.width * tokens
+        if one.teacher_resident:
+            found["teacher"] = _decoder(teacher.counts, tokens, facts.tokens)
+        else:
+            read += 2 * teacher.counts.width * tokens
+        if of_teachers:
+            # A further loss reads the student's head once more.
+            found["student's head"] = 6.0 * counts.vocab * counts.width * tokens
+        per_token += 2 * teacher.counts.width
+        for name, size in found.items():
+            of_teachers[name] = of_teachers.get(name, 0.0) + size
+    for name, size in of_teachers.items():
+        flops[name] = flops.get(name, 0.0) + size
     weights = trained if facts.adapter else student.bytes
     return Work(flops, sent, read, weights + states, per_token * 1_000_000)
 

@@ -181,6 +181,7 @@ def test_defaults():
             "sequence_len": None,
             "cache": None,
         },
+        "teachers": None,
         "method": "dskd",
         "alignment": "auto",
         "divergence": {"kind": "forward_kl"},

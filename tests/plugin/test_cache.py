@@ -56,7 +56,8 @@ def prepare(tiny, tmp_path_factory, plugins_forgotten):
         file = place / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe))
         with plugins_forgotten():
-            return prepared.prepare(file)
+            (one,) = prepared.prepare(file)
+        return one
 
     yield run
     os.environ.pop("AXOLOTL_LOG_LEVEL", None)

@@ -11,8 +11,8 @@ from accelerate.utils import send_to_device
 from axolotl.utils.dict import DictDefault
 
 from dskd_plugin.batch import KEY
+from dskd_plugin.columns import COLUMNS
 from dskd_plugin.host.collator import (
-    COLUMNS,
     PackedMaskPairCollator,
     PackedPairCollator,
     PaddedPairCollator,

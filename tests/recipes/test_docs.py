@@ -43,7 +43,8 @@ def schema(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, lis
     """Dotted name -> its fields; a knob that several divergences have is one setting with several fields."""
     found: dict[str, list] = {}
     for key, field in model.model_fields.items():
-        inside = blocks(field.annotation)
+        # A teacher of the list has the settings of the one, beside its weight.
+        inside = [] if key == "teachers" else blocks(field.annotation)
         for block in inside:
             for deeper, fields in schema(block, f"{prefix}{key}.").items():
                 found.setdefault(deeper, []).extend(fields)
@@ -110,10 +111,14 @@ def test_examples_of_the_documents_are_valid_recipes():
 
     texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
     written = [yaml.safe_load(found) for text in texts for found in re.findall(r"```yaml\n(.*?)```", text, re.S)]
-    recipes = [recipe for recipe in written if isinstance(recipe, dict) and "teacher" in (recipe.get("dskd") or {})]
-    assert len(recipes) >= 3
+    recipes = [
+        recipe
+        for recipe in written
+        if isinstance(recipe, dict) and {"teacher", "teachers"} & set(recipe.get("dskd") or {})
+    ]
+    assert len(recipes) >= 4
     for recipe in recipes:
-        assert parse_settings(recipe["dskd"]).teacher.model
+        assert all(one.teacher.model for one in parse_settings(recipe["dskd"]).each)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
