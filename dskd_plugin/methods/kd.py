@@ -23,6 +23,6 @@ class KnowledgeDistillation(Method):
         assert parts.overlap is not None
         shared = len(parts.overlap.student_ids_O)
         if shared == parts.student_ids == parts.teacher_head.vocab_size:
-            return baselines.vanilla(parts.divergence, parts.settings.temperature)
+            return baselines.SameIds(parts.divergence, parts.settings.temperature)
         # One side was given some more tokens: the others are compared.
-        return baselines.overlap(parts.divergence, parts.settings.temperature, *parts.shared_ids)
+        return baselines.SharedIds(parts.divergence, parts.settings.temperature, *parts.shared_ids)

@@ -29,4 +29,4 @@ class MinimumEditDistance(Method):
                 roles.append((student_id, teacher_id))
         images_V = nearest_ids(student, teacher, roles)[: head.vocab_size].to(head.weight_VD.device)
         images_V[images_V >= parts.student_ids] = -1  # a head may have fewer rows than the tokenizer has ids
-        return baselines.mapped(parts.settings.temperature, images_V, parts.student_ids)
+        return baselines.MappedIds(parts.settings.temperature, images_V, parts.student_ids)

@@ -41,4 +41,4 @@ class OverlapDistillation(Method):
             return EventCompare(parts.divergence, temperature, parts.events.to(device))
         if parts.settings.support is not None:
             return SupportCompare(parts.divergence, temperature, parts.settings.support, *parts.shared_ids)
-        return baselines.overlap(parts.divergence, temperature, *parts.shared_ids)
+        return baselines.SharedIds(parts.divergence, temperature, *parts.shared_ids)
