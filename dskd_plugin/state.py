@@ -86,7 +86,7 @@ def pair_state(sides: Sides, widths: list[int | None]) -> dict[str, object]:
         "shared": "events" if settings.by_events else "ids",
         "kd_weight": settings.kd_weight,
         "projector_init": settings.projector.init,
-        BLOCK: settings.model_dump(mode="json", exclude={"teacher"}),
+        BLOCK: settings.model_dump(mode="json", exclude={"teacher", "impl"}),
     }
 
 

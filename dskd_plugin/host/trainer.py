@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import advice, state
-from dskd_plugin.assemble import distillation_loss, in_common, sampler
+from dskd_plugin.assemble import backend_of, distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, ask
 from dskd_plugin.core.objective import CE_TERMS
 from dskd_plugin.fitted import fit_projector
@@ -66,6 +66,7 @@ class DSKDTrainer(AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
         settings, method = self.run.settings, self.run.method
+        self._backend = backend_of(settings, training_args.device)  # what it cannot do is said before models are loaded
         sides = self.run.with_student(tokenizer)
         rows = named(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         teacher = teacher_source(sides, model, training_args.device, rows) if method.needs_teacher else None
@@ -116,6 +117,7 @@ class DSKDTrainer(AxolotlTrainer):
             # FSDP2 wants one dtype among the trainable parameters of a group.
             projector_dtype=head.dtype if self.cfg.fsdp_config else torch.float32,
             seed=args.seed,
+            backend=self._backend,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:

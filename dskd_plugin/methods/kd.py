@@ -16,6 +16,7 @@ class KnowledgeDistillation(Method):
     name = "kd"
     ignores = ("span_weight", "shared", "support", *PROJECTING)
     needs_one_tokenizer = True
+    fused = True
 
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines

@@ -16,6 +16,7 @@ class MinimumEditDistance(Method):
     name = "mined"
     ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "warped"
+    fused = True
 
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines

@@ -4,6 +4,7 @@ R rows, N of them with a partner; V and U ids, of heads with more rows than ids;
 """
 
 import dataclasses
+from functools import cached_property
 
 import torch
 
@@ -104,6 +105,7 @@ class Case:
             del leaves["t2s"]
         return {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
 
+    @cached_property
     def rows(self):
         def where(*places, of):
             return torch.tensor([n not in places for n in range(of)], device=self.device)
@@ -129,6 +131,7 @@ class Case:
         student_V, teacher_U = (torch.tensor(side) for side in TABLES.get(name, TABLES["events"]))
         return Events(student_V, teacher_U, 10).to(torch.device(self.device))
 
+    @cached_property
     def compare(self):
         """What the two sides of a pair are compared by."""
         tau, ids = self.objective.temperature, [torch.tensor(side, device=self.device) for side in SHARED]
@@ -141,9 +144,20 @@ class Case:
             "mapped": MappedIds(tau, torch.tensor(IMAGE, device=self.device), V),
         }.get(self.what)
 
-    def loss(self, engine, *, rows=None, block_elements=10**6, **changes):
-        """The loss and its sums. changes: of the options of the loss."""
-        rows = self.rows() if rows is None else rows
+    @cached_property
+    def target(self):
+        """What the projector learns, and the exact target."""
+        exact, soft_labels = None, MappedIds(1.0, torch.tensor(IMAGE, device=self.device), V)
+        if "exact" in str(self.what):
+            exact = Exact(self.table("events"), shares_inside=self.what != "exact, own shares")
+            soft_labels = EventCompare(forward_kl, 1.0, exact.events)
+        if self.what is None or "hard" in self.what:
+            soft_labels = None
+        return {"exact": exact, "soft_labels": soft_labels}
+
+    def loss(self, engine, *, rows=None, block_elements=10**6):
+        """The loss and its sums."""
+        rows = self.rows if rows is None else rows
         scale, softcap = self.head.get("scale", 1.0), self.head.get("softcap")
         options = {
             "student_head": Head(self.weight, V, self.bias, scale, softcap),
@@ -154,22 +168,15 @@ class Case:
             "engine": engine,
         }
         if self.compares in ("nothing", "distributions"):
-            compare = None if self.compares == "nothing" else self.compare()
-            return baseline_loss(rows, **options | {"compare": compare} | changes)
+            return baseline_loss(rows, **options, compare=self.compare)
         if self.compares == "attention":
             maps = {"t2s_Nd": self.t2s, "s2t_MD": self.s2t, "teacher_MD": self.teacher}
-            return cma_loss(rows, **options | maps | changes)
-        exact, soft_labels = None, MappedIds(1.0, torch.tensor(IMAGE, device=self.device), V)
-        if "exact" in str(self.what):
-            exact = Exact(self.table("events"), shares_inside=self.what != "exact, own shares")
-            soft_labels = EventCompare(forward_kl, 1.0, exact.events)
-        if self.what is None or "hard" in self.what:
-            soft_labels = None
+            return cma_loss(rows, **options | maps)
         maps = {
             "t2s_Dd": None if self.objective.spaces == "teacher" else self.t2s,
             "s2t_dD": None if self.objective.spaces == "student" else self.s2t,
         }
-        return dskd_loss(rows, **options | maps | {"exact": exact, "soft_labels": soft_labels} | changes)
+        return dskd_loss(rows, **options | maps | self.target)
 
     def numbers(self, engine, **options):
         """The loss, the sum and count of every term, and the gradient of each leaf, by name."""
@@ -187,7 +194,8 @@ class Case:
 
     def with_nan(self):
         """The same case with NaN in every row that no term takes."""
-        masks, rows = row_masks(self.rows(), self.objective), self.rows()
+        rows = self.rows
+        masks = row_masks(rows, self.objective)
         taken_N = torch.stack([mask for mask in (masks.get("t2s_ce"), masks.get("kd")) if mask is not None]).any(0)
         with torch.no_grad():
             self.teacher[:N][~taken_N] = NAN

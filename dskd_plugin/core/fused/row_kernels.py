@@ -17,7 +17,8 @@ import triton.language as tl
 from dskd_plugin.core.fused.softmax import LOWEST, joined, log_normaliser, log_sum, logits, to_product
 
 
-@triton.jit
+# Called with parts of tensors: that these begin anywhere must not be another program each.
+@triton.jit(do_not_specialize_on_alignment=["gold", "ce_weight"])
 def cross_entropy(
     product,
     product_stride,
