@@ -115,7 +115,7 @@ def test_values_alone(name):
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("frozen", [("weight", "bias"), ("student", "weight", "bias"), ("t2s",)])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("student", "weight"), ("student", "weight", "bias"), ("t2s",)])
 def test_only_asked_gradients(frozen):
     case = Case("exact")
     for name in frozen:

@@ -99,7 +99,7 @@ class FusedWalk(Walk):
         size = len(rows) if with_gold else rows.pairs
         if not size or not (with_gold or "t2s_kd" in masks or "kd" in masks):
             return {}
-        moves = student_RD.requires_grad or "weight_VD" in self.gradients
+        moves = any(name in self.gradients for name in ("student_RD", "weight_VD", "bias_V"))
         part = Block(rows, masks, self.objective, self.student_head, self._weights(), teacher, moves)
         with torch.no_grad():
             kept_RD = keep_rows(rows.student_RD[:size], needed_rows(rows, masks, pull_R)[:size])
