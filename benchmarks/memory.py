@@ -9,7 +9,7 @@ by torch's profiler, on a GPU those of its allocator.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.options import dtype_of, parser_of
 from benchmarks.results import Row
-from benchmarks.shapes import METHODS, SIZES, Bench, Size
+from benchmarks.shapes import IMPLS, METHODS, SIZES, Bench, Size, computed, impls_on
 from benchmarks.step import dense_step
 from dskd_plugin.batch import ask
 from dskd_plugin.losses.base import DistillationLoss
@@ -116,25 +116,27 @@ def whole_step(bench: Bench, methods: list[str]) -> list[Row]:
     return rows
 
 
-def loss_alone(size: Size, device: torch.device, dtype: torch.dtype, methods: list[str], dense: int) -> list[Row]:
+def loss_alone(
+    size: Size, device: torch.device, dtype: torch.dtype, methods: list[str], dense: int, impls: Iterable[str]
+) -> list[Row]:
     """The loss at the rows of the size, and of the dense reference at as many tokens as `dense` says."""
     few = StatesAlone(of_tokens(size, dense, None), device, dtype)
     many = StatesAlone(size, device, dtype)
     few.student = many.student
     few.teacher = many.teacher
     rows = []
-    for method in methods:
+    for label, (method, backend) in computed(methods, impls).items():
         found = {}
         for name, bench in (("many", many), ("few", few)):
             bench.draw()
-            loss = bench.loss(method)
+            loss = bench.loss(method, backend)
             loss.head_checked = True  # there are no logits to check it by
             loss.step = lambda: 0
             found[name] = peak(lambda: bench.step(loss, with_teacher=method != "sft"), device)  # noqa: B023
         base = peak(lambda: dense_step(few, method, loss), device)  # noqa: B023
-        rows.append(Row(f"loss: {method}, {many.response_rows} rows, MiB", f"{found['many'] / MIB:.4g}"))
+        rows.append(Row(f"loss: {label}, {many.response_rows} rows, MiB", f"{found['many'] / MIB:.4g}"))
         name = f"dense, {base / MIB:.4g} MiB"
-        metric = f"loss: {method}, {few.response_rows} rows, MiB"
+        metric = f"loss: {label}, {few.response_rows} rows, MiB"
         rows.append(Row(metric, f"{found['few'] / MIB:.4g}", name, f"{found['few'] / base:.3f}"))
     return rows
 
@@ -144,6 +146,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tokens", type=int, help="of the batch; 4096, with --size tiny its own")
     parser.add_argument("--dense-tokens", type=int, default=512, help="of the batch of the dense reference")
+    parser.add_argument("--impl", nargs="+", choices=IMPLS, help="of the loss alone; blocks, on CUDA also fused")
     parser.add_argument("--parts", nargs="+", choices=["step", "loss"], default=["step", "loss"])
     options = parser.parse_args(words)
     device, dtype = options.device, dtype_of(options)
@@ -151,8 +154,9 @@ def main(words: list[str] | None = None) -> None:
     tokens = options.tokens or (size.rows * size.tokens if options.size == "tiny" else 4096)
     size = of_tokens(size, tokens, size.teacher[1]["vocab_size"])
     rows = []
+    dense = min(options.dense_tokens, tokens)
     if "loss" in options.parts:
-        rows += loss_alone(size, device, dtype, options.methods, min(options.dense_tokens, tokens))
+        rows += loss_alone(size, device, dtype, options.methods, dense, options.impl or impls_on(device))
     if "step" in options.parts:
         rows += whole_step(Bench(size, device, dtype), options.methods)
     setting = f"{size.text()}, {str(dtype).removeprefix('torch.')}"

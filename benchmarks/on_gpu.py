@@ -1,8 +1,8 @@
 """`python -m benchmarks.on_gpu`: every benchmark at true shapes on one GPU, within a time limit, and a plot of growth.
 
-Qwen2.5-7B -> Llama-3.2-1B with random weights: a step of each method, its memory, building and reading a cache, and how
-a step grows with tokens, with the vocabulary and with the teacher. What says most runs first; after `--minutes` nothing
-new is started, and what was left out is said. Rows are written as they are measured.
+Qwen2.5-7B -> Llama-3.2-1B with random weights: a step of each method, in blocks and fused, its memory, building and
+reading a cache, and how a step grows with tokens, with the vocabulary and with the teacher. What says most runs first;
+after `--minutes` nothing new is started, and what was left out is said. Rows are written as they are measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from benchmarks import cache, memory, results, step
 from benchmarks.options import parser_of
 from benchmarks.results import Row
-from benchmarks.shapes import SIZES, Bench, Size
+from benchmarks.shapes import SIZES, Bench, Size, impls_on
 from benchmarks.timing import Spread, taking_turns
 
 # What grows -> the sizes to measure, as shares of the size that is named.
@@ -100,11 +100,11 @@ def parts(size: str, device: torch.device, dtype: torch.dtype, repeats: int) -> 
     """What is measured, in the order in which it starts."""
     one = SIZES[size]
     tokens = one.rows * one.tokens
-    methods = list(step.METHODS)
+    methods, impls = list(step.METHODS), impls_on(device)
     wide = memory.of_tokens(one, tokens, one.teacher[1]["vocab_size"])
     made: dict[str, Callable[[], list[Row]]] = {
-        "step": lambda: step.measure(Bench(one, device, dtype), methods, repeats, ["dskd"]),
-        "memory of the loss": lambda: memory.loss_alone(wide, device, dtype, methods, min(512, tokens)),
+        "step": lambda: step.measure(Bench(one, device, dtype), methods, repeats, ["dskd"], impls),
+        "memory of the loss": lambda: memory.loss_alone(wide, device, dtype, methods, min(512, tokens), impls),
         "memory of a step": lambda: memory.whole_step(Bench(wide, device, dtype), methods),
         "cache": lambda: cached(size, device, dtype, repeats),
     }

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T tokens of a row, V and U ids of student and teacher
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from dskd_plugin.assemble import distillation_loss
 from dskd_plugin.batch import StepBatch, TeacherText, ask
 from dskd_plugin.core.backend import Backend
 from dskd_plugin.core.events import Events
+from dskd_plugin.core.fused.backend import FusedBlocks
 from dskd_plugin.core.overlap import Overlap
-from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.losses.base import FUSED_BLOCK_ELEMENTS, DistillationLoss
+from dskd_plugin.methods import method_of
 from dskd_plugin.models import decoder, output_head, read_head
-from dskd_plugin.settings import parse_settings
+from dskd_plugin.settings import Settings, parse_settings
 from dskd_plugin.student import attach
 from dskd_plugin.teachers.live import Teacher
 
@@ -37,6 +40,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "dskd": {},
     "dskd_both": {"spaces": "both"},
 }
+
+# Values of `dskd.impl`. A loss is named by its method, and by what computes it where that is not the reference.
+IMPLS = ("blocks", "fused")
+
+
+def settings_of(method: str) -> Settings:
+    """Those of a method of METHODS."""
+    return parse_settings({"teacher": {"model": "random"}, **METHODS[method]})
+
+
+def computed(methods: Iterable[str], impls: Iterable[str]) -> dict[str, tuple[str, Backend | None]]:
+    """Name -> (method, backend) of every loss to measure; a method without kernels is measured in blocks alone."""
+    found: dict[str, tuple[str, Backend | None]] = {}
+    for method in methods:
+        if "blocks" in impls:
+            found[method] = method, None
+        settings = settings_of(method)
+        if "fused" in impls and method_of(settings).fuses(settings):
+            found[f"{method}, fused"] = method, FusedBlocks(FUSED_BLOCK_ELEMENTS)
+    return found
+
+
+def impls_on(device: torch.device) -> tuple[str, ...]:
+    """Those that run on a device."""
+    return IMPLS if device.type == "cuda" else IMPLS[:1]
 
 
 @dataclass(frozen=True)
@@ -203,7 +231,7 @@ class Bench:
 
     def loss(self, method: str, backend: Backend | None = None) -> DistillationLoss:
         """The loss of a method of METHODS, inside the student."""
-        settings = parse_settings({"teacher": {"model": "random"}, **METHODS[method]})
+        settings = settings_of(method)
         sides = [SimpleNamespace(vocab_size=ids) for ids in self._ids]
         pair: Any = SimpleNamespace(student=sides[0], teacher=sides[1], identity=False)
         teacher = None if method == "sft" else self.teacher

@@ -1,5 +1,6 @@
 """Puts a run's loss together: the settings, the two models and what their vocabularies have in common."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,13 @@ from torch import nn
 from dskd_plugin.core.backend import Backend
 from dskd_plugin.core.divergences import Divergence, divergence
 from dskd_plugin.core.events import Events
+from dskd_plugin.core.fused.backend import FusedBlocks
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.overlap import Overlap
+from dskd_plugin.errors import SettingError
 from dskd_plugin.generation.rollout import Rollout
-from dskd_plugin.losses.base import DistillationLoss
+from dskd_plugin.losses.base import FUSED_BLOCK_ELEMENTS, DistillationLoss
 from dskd_plugin.methods import method_of
 from dskd_plugin.models import head_rows
 from dskd_plugin.pair import Pair, pair_events, shared_ids
@@ -130,6 +133,21 @@ def distillation_loss(
         },
     )
     return method.build(parts)
+
+
+def backend_of(settings: Settings, device: torch.device) -> Backend | None:
+    """What `dskd.impl` chooses where the student trains; None for the reference."""
+    able = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if settings.impl == "fused" and not able:
+        raise SettingError(
+            "dskd.impl",
+            "'blocks' or 'auto' without a CUDA device and Triton",
+            f"'fused', and a student on {device.type}",
+            "Set impl: auto, which takes blocks there.",
+        )
+    if settings.impl == "blocks" or not (able and method_of(settings).fuses(settings)):
+        return None
+    return FusedBlocks(FUSED_BLOCK_ELEMENTS)
 
 
 def in_common(sides: Sides, teacher: TeacherParts, rows: int) -> tuple[Overlap, Events | None]:

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dskd_plugin.core.fused.cover import COVERED
 from dskd_plugin.errors import Mistakes, SettingError
 from dskd_plugin.log import LOG
 from dskd_plugin.methods import METHODS, method_of
@@ -307,6 +308,12 @@ class Settings(_Block):
     alm: LikelihoodSettings = Field(default_factory=LikelihoodSettings)
     gold: GoldSettings = Field(default_factory=GoldSettings)
     xtoken: XTokenSettings = Field(default_factory=XTokenSettings)
+    impl: Literal["auto", "blocks", "fused"] = Field(
+        "blocks",
+        description="what computes the loss. blocks: torch, the reference; fused: Triton kernels, on CUDA alone and "
+        "not for every method; auto: fused where it can be, else blocks",
+        json_schema_extra={"see": "[fused](method.md#the-fused-backend)"},
+    )
     on_policy: OnPolicySettings | None = Field(None, description="KD terms on answers that the student samples")
 
     @property
@@ -432,6 +439,15 @@ class Settings(_Block):
                 "'fixed' beside kd_ratio: 1",
                 "'balanced': there is no cross-entropy whose size the KD part could take",
                 "Remove it, or set a lower kd_ratio.",
+            )
+        if self.impl == "fused" and not method.fuses(self):
+            known = dict.fromkeys(each.name for each in METHODS.values() if each.fused)
+            raise SettingError(
+                "dskd.impl",
+                f"'blocks' or 'auto' beside {method.chosen_by()} with these settings",
+                f"'fused', which has the methods {', '.join(known)} without support, and the divergences "
+                f"{', '.join(COVERED)}",
+                "Remove it, or set impl: auto.",
             )
         if self.unpaired == "ce" and self.on_policy is not None:
             raise SettingError(

@@ -74,7 +74,7 @@ def pair_state(each: Sequence[Sides], settings: Settings, widths: list[int | Non
 
     each: one for each teacher; settings: of the run; widths: of the student's and the teachers' hidden states.
     """
-    block = settings.model_dump(mode="json", exclude={"teacher", "teachers"})
+    block = settings.model_dump(mode="json", exclude={"teacher", "teachers", "impl"})
     if len(each) > 1:
         block["teachers"] = {"weight": settings.weights}
     return {

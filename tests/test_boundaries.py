@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ROOT / "dskd_plugin" / "core"
+PLUGIN = ROOT / "dskd_plugin"
+CORE = PLUGIN / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
 LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "exact_alignment", "attend", "events", "fitting"}
 LEAVES |= {"balance", "top_shared", "prefixes", "segments"}
@@ -33,7 +34,7 @@ ABOVE = {
     "walk": LEAVES | {"objective", "rows", "teacher_rows", "terms", "row_blocks", "readings"},
     "blockwise": LEAVES | {"objective", "rows", "teacher_rows", "terms", "row_blocks", "readings", "walk"},
     "baselines": LEAVES | {"objective"},
-    "backend": LEAVES | {"objective", "rows", "readings", "blockwise"},
+    "backend": LEAVES | {"objective", "rows", "readings", "blockwise", "walk"},
     "__init__": set(),
 }
 
@@ -74,6 +75,8 @@ def check_inwards(package, files, allowed, folder):
 
 
 CORE_FILES = sorted(CORE.glob("*.py"))
+FUSED_FILES = sorted((CORE / "fused").glob("*.py"))
+KERNELS = [CORE / "fused" / f"{name}.py" for name in ("event_kernel", "pointwise", "row_kernels", "softmax")]
 EVAL_FILES = sorted((ROOT / "eval" / "dskd_eval").rglob("*.py"))
 
 
@@ -88,6 +91,17 @@ def test_core_needs_torch_and_the_standard_library_alone(path):
     assert {top(name) for name in imports(path)} <= allowed
     outside = {name for name in imports(path) if top(name) == "dskd_plugin"}
     assert all(name.startswith("dskd_plugin.core") for name in outside)
+
+
+@pytest.mark.parametrize("path", FUSED_FILES, ids=lambda path: path.stem)
+def test_kernels_alone_import_triton_and_they_are_imported_when_they_run(path):
+    body = ast.parse(path.read_text()).body
+    at_import = {ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)}
+    if path not in KERNELS:
+        assert not [line for line in at_import if "triton" in line]
+        assert not {f"dskd_plugin.core.fused.{kernels.stem}" for kernels in KERNELS} & set(imports(path))
+    allowed = {"torch", "triton", "dskd_plugin"} | set(sys.stdlib_module_names)
+    assert {top(name) for name in imports(path)} <= allowed
 
 
 @pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
@@ -136,11 +150,11 @@ def test_files_of_the_evaluator_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 360
 
 
-PLUGIN = ROOT / "dskd_plugin"
 PLUGIN_FILES = sorted(PLUGIN.rglob("*.py"))
 # folder -> folders that it may import; what stands beside the folders is open to all of them but `core`.
 INWARDS = {
     "core": set(),
+    "fused": {"core"},
     "methods": {"core", "losses", "text"},
     "text": {"core"},
     "losses": {"core", "teachers"},

@@ -348,7 +348,7 @@ def test_the_evaluator_of_the_wheel_finds_its_tasks(installed):
 
 
 # Imported where it is present and done without where it is not.
-OPTIONAL = {"deepspeed", "psutil", "sentencepiece", "vllm"}
+OPTIONAL = {"deepspeed", "psutil", "sentencepiece", "triton", "vllm"}
 
 
 @pytest.mark.parametrize(("package", "extra"), [("dskd_plugin", "train"), ("eval/dskd_eval", "eval")])

@@ -6,6 +6,7 @@ reference calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Sums
 from dskd_plugin.core.rows import Rows
 from dskd_plugin.core.segments import SegmentCompare
+from dskd_plugin.core.walk import Walk
 
 
 class Backend(Protocol):
@@ -65,6 +67,11 @@ class TorchBlocks:
 
     block_elements: int
 
+    @property
+    def engine(self) -> Callable[..., Walk]:
+        """What computes the sums of a block and their gradients."""
+        return Walk
+
     def argmax(self, teacher_NE: Tensor, teacher_head: Head) -> Tensor:
         return readings.teacher_argmax(teacher_NE, teacher_head, block_elements=self.block_elements)
 
@@ -82,13 +89,15 @@ class TorchBlocks:
         return readings.segment_values(hidden_ND, head, ids_N, compare, block_elements=self.block_elements, of_V=of_V)
 
     def paired_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
-        return blockwise.dskd_loss(rows, block_elements=self.block_elements, **options)
+        return blockwise.dskd_loss(rows, block_elements=self.block_elements, engine=self.engine, **options)
 
     def attention_loss(self, rows: Rows, **options: Any) -> tuple[Tensor, Sums]:
-        return blockwise.cma_loss(rows, block_elements=self.block_elements, **options)
+        return blockwise.cma_loss(rows, block_elements=self.block_elements, engine=self.engine, **options)
 
     def direct_loss(self, rows: Rows, *, compare: Compare | None, **options: Any) -> tuple[Tensor, Sums]:
-        return blockwise.baseline_loss(rows, compare=compare, block_elements=self.block_elements, **options)
+        return blockwise.baseline_loss(
+            rows, compare=compare, block_elements=self.block_elements, engine=self.engine, **options
+        )
 
     def segment_loss(self, rows: Rows, *, compare: SegmentCompare, **options: Any) -> tuple[Tensor, Sums]:
         return blockwise.segment_loss(rows, compare=compare, block_elements=self.block_elements, **options)

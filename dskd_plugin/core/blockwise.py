@@ -6,6 +6,7 @@ attention), V ids of a head, T terms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.events import Exact
-from dskd_plugin.core.heads import Head, head_logits
+from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.readings import segment_values
 from dskd_plugin.core.reduce import keep_rows
 from dskd_plugin.core.rows import Rows, row_masks
 from dskd_plugin.core.segments import Others, SegmentCompare
-from dskd_plugin.core.teacher_rows import TeacherRows, teacher_rows
+from dskd_plugin.core.teacher_rows import TeacherRows
 from dskd_plugin.core.terms import projected_student, projected_teacher, span_sums
 from dskd_plugin.core.top_shared import TopSharedCompare
 from dskd_plugin.core.walk import Stage, Walk
@@ -37,6 +38,7 @@ def dskd_loss(
     block_elements: int,
     soft_labels: Compare | None = None,
     exact: Exact | None = None,
+    engine: Callable[..., Walk] = Walk,
 ) -> tuple[Tensor, Sums]:
     """Method dskd on paired rows (identity or exact token alignment), in blocks of max(1, block_elements // V) rows.
 
@@ -67,13 +69,13 @@ def dskd_loss(
     Values and gradients are both computed in the forward, one block after another, which needs the divisors
     beforehand; the backward only scales them, once per input. No second derivatives.
     Products are taken in the dtype of the weights, or in autocast's where it is on; sums in fp32 or wider.
+    engine: what computes the sums of a block, here and in the functions below.
     Source: arXiv 2504.11426, section 3 (v2), with the terms divided outside.
     """
-    walk = Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
+    walk = engine(rows, student_head, teacher_head, objective, divisors_T, block_elements, len(rows))
 
     def teacher(block: slice) -> TeacherRows | None:
-        part = walk.rows.block(block)
-        return teacher_rows(part, walk.constant_teacher_head, objective, soft_labels=soft_labels, exact=exact)
+        return walk.read_teacher(block, walk.constant_teacher_head, soft_labels=soft_labels, exact=exact)
 
     def student_space(block: slice, teacher: TeacherRows | None, *, t2s_Dd: Tensor | None, **of_student: Any) -> Sums:
         part = walk.rows.block(block)
@@ -106,6 +108,7 @@ def cma_loss(
     objective: Objective,
     divisors_T: Tensor,
     block_elements: int,
+    engine: Callable[..., Walk] = Walk,
 ) -> tuple[Tensor, Sums]:
     """Method dskd with cross-model attention, in blocks like dskd_loss and with its loss, divisors and result.
 
@@ -125,7 +128,7 @@ def cma_loss(
     Source: arXiv 2406.17328 (DSKD v1), values of the mixture as in arXiv 2504.11426.
     """
     longest = max(len(rows), len(teacher_MD))
-    walk = Walk(rows, student_head, teacher_head, objective, divisors_T, block_elements, longest, True)
+    walk = engine(rows, student_head, teacher_head, objective, divisors_T, block_elements, longest, True)
 
     walk.sweep(len(rows), walk.student_space, sliced=("student_RD", "t2s_Nd"), whole=("weight_VD", "bias_V"))
     if objective.in_teacher_space:
@@ -137,8 +140,7 @@ def cma_loss(
             )
 
         def teacher(block: slice) -> TeacherRows:
-            kept_MD = keep_rows(teacher_MD[block].detach(), s2t_M[block])
-            return TeacherRows(head_logits(kept_MD, walk.constant_teacher_head.real()))
+            return walk.read_states(keep_rows(teacher_MD[block].detach(), s2t_M[block]))
 
         def teacher_space(block: slice, teacher: TeacherRows | None, *, s2t_MD: Tensor) -> Sums:
             assert teacher is not None
@@ -157,6 +159,7 @@ def baseline_loss(
     objective: Objective,
     divisors_T: Tensor,
     block_elements: int,
+    engine: Callable[..., Walk] = Walk,
 ) -> tuple[Tensor, Sums]:
     """Methods sft, kd, overlap_kd, bpm, uld and mined, in blocks like dskd_loss and with its divisors and result.
 
@@ -169,13 +172,13 @@ def baseline_loss(
     """
     # A few rows of the teacher's head are read: neither its size nor a copy in the dtype of products matters.
     few = isinstance(compare, TopSharedCompare)
-    walk = Walk(rows, student_head, None if few else teacher_head, objective, divisors_T, block_elements, len(rows))
+    walk = engine(rows, student_head, None if few else teacher_head, objective, divisors_T, block_elements, len(rows))
     read_head = teacher_head if few else walk.teacher_head
 
     def teacher(block: slice) -> TeacherRows | None:
         if compare is None or read_head is None:
             return None
-        return teacher_rows(walk.rows.block(block), read_head, objective, compare=compare)
+        return walk.read_teacher(block, read_head, compare=compare)
 
     def student_space(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
         return walk.student_space(block, teacher, compare=compare, **of_student)
@@ -222,7 +225,7 @@ def segment_loss(
     def teacher(block: slice) -> TeacherRows | None:
         if not compare.whole_teacher:
             return TeacherRows(walk.rows.student_RD.new_zeros(block.stop - block.start, 0))
-        return teacher_rows(walk.rows.block(block), walk.constant_teacher_head, objective)
+        return walk.read_teacher(block, walk.constant_teacher_head)
 
     def of_opens(block: slice, teacher: TeacherRows | None, **of_student: Any) -> Sums:
         others_B = others_G[block].to(walk.dtype).requires_grad_(torch.is_grad_enabled())

@@ -21,6 +21,22 @@ from dskd_plugin.core.divergences import Divergence, log_probs
 
 
 @dataclass(frozen=True)
+class IdsByEvent:
+    """Ids of one vocabulary in the order of their events, and the event of each, int32: an event's ids stand together.
+
+    Ids without an event may be left out.
+    """
+
+    ids_P: Tensor
+    event_P: Tensor
+
+    @classmethod
+    def of(cls, ids_P: Tensor, event_P: Tensor) -> Self:
+        event_P, order_P = event_P.sort(stable=True)
+        return cls(ids_P[order_P].int(), event_P.int())
+
+
+@dataclass(frozen=True)
 class Events:
     """The event of each id of both vocabularies, a number from 0 to count - 1.
 
@@ -39,6 +55,14 @@ class Events:
     def sizes_K(self) -> Tensor:
         """Number of student ids of each event, int64."""
         return torch.bincount(self.student_V, minlength=self.count)
+
+    @cached_property
+    def student_ids(self) -> IdsByEvent:
+        return IdsByEvent.of(torch.arange(len(self.student_V), device=self.student_V.device), self.student_V)
+
+    @cached_property
+    def teacher_ids(self) -> IdsByEvent:
+        return IdsByEvent.of(torch.arange(len(self.teacher_U), device=self.teacher_U.device), self.teacher_U)
 
     @cached_property
     def student_lacks_last(self) -> bool:
@@ -218,10 +242,15 @@ def exact_target(
     alone; share_NK: their masses. student_NK, teacher_NK: log-masses of the two sides. None of them with a gradient.
     Returns [N, V], each row summing to 1 after exp.
     """
+    change_NK = change_inside(share_NK=share_NK, student_NK=student_NK, teacher_NK=teacher_NK, events=events)
+    return change_NK.index_select(1, events.student_V).add_(share_NV)
+
+
+def change_inside(*, share_NK: Tensor, student_NK: Tensor, teacher_NK: Tensor, events: Events) -> Tensor:
+    """log M_t(e) - log M_share(e): what is added to the log-share of each id of an event, see exact_target. [N, K]."""
     wanted_NK = teacher_masses(student_NK, teacher_NK, events)
     # The rest may be empty on the student's side: -inf - -inf is never read there.
-    change_NK = torch.where(share_NK.isneginf(), 0, wanted_NK - share_NK)
-    return change_NK.index_select(1, events.student_V).add_(share_NV)
+    return torch.where(share_NK.isneginf(), 0, wanted_NK - share_NK)
 
 
 def inside(log_weights_NV: Tensor, mass_NK: Tensor, id_N: Tensor, events: Events) -> Tensor:

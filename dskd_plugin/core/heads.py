@@ -67,17 +67,23 @@ def head_logits(hidden_ND: Tensor, head: Head, *, by_id: bool = False) -> Tensor
     by_id: in memory the rows of one id stand together, for what adds ids up (events.masses).
     Returns [N, V] in fp32, or wider where the weight is wider.
     """
+    if not by_id or head.gradient_VD is not None:
+        return capped(head_product(hidden_ND, head), head.scale, head.softcap)
+    weight_VD, hidden_ND = head.weight_VD, hidden_ND.to(head.weight_VD.dtype)
+    product_VN = weight_VD @ hidden_ND.T
+    if head.bias_V is not None:
+        product_VN = product_VN + head.bias_V.to(weight_VD.dtype)[:, None]
+    return capped(product_VN.T, head.scale, head.softcap)
+
+
+def head_product(hidden_ND: Tensor, head: Head) -> Tensor:
+    """h W^T + b in the dtype of the weight: logits before scale and soft-cap. Returns [N, V]."""
     weight_VD, hidden_ND = head.weight_VD, hidden_ND.to(head.weight_VD.dtype)
     bias_V = None if head.bias_V is None else head.bias_V.to(weight_VD.dtype)
-    if head.gradient_VD is not None:
-        apply: Callable[..., Tensor] = _AddingLinear.apply
-        product_NV = apply(hidden_ND, weight_VD, bias_V, head.gradient_VD)
-    elif by_id:
-        product_VN = weight_VD @ hidden_ND.T
-        product_NV = (product_VN if bias_V is None else product_VN + bias_V[:, None]).T
-    else:
-        product_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
-    return _capped(product_NV, head)
+    if head.gradient_VD is None:
+        return torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+    apply: Callable[..., Tensor] = _AddingLinear.apply
+    return apply(hidden_ND, weight_VD, bias_V, head.gradient_VD)
 
 
 def logits_at(hidden_ND: Tensor, head: Head, ids_NK: Tensor, *, elements: int) -> Tensor:
@@ -95,17 +101,25 @@ def logits_at(hidden_ND: Tensor, head: Head, ids_NK: Tensor, *, elements: int) -
         product_NK[start : start + step] = torch.bmm(rows_BKD, hidden_ND[start : start + step, :, None])[..., 0]
     if head.bias_V is not None:
         product_NK += head.bias_V.detach().to(weight_VD.dtype)[ids_NK]
-    return _capped(product_NK, head)
+    return capped(product_NK, head.scale, head.softcap)
 
 
-def _capped(product_NV: Tensor, head: Head) -> Tensor:
+def capped(product_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
     """What a head does after its product, in fp32 or wider."""
     logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
-    if head.scale != 1.0:
-        logits_NV = logits_NV * head.scale
-    if head.softcap is not None:
-        logits_NV = torch.tanh(logits_NV / head.softcap) * head.softcap
+    if scale != 1.0:
+        logits_NV = logits_NV * scale
+    if softcap is not None:
+        logits_NV = torch.tanh(logits_NV / softcap) * softcap
     return logits_NV
+
+
+def add_weight_gradient(gradient_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
+    """Add the gradient of the weight in h W^T, from that of the product."""
+    if gradient_VD.dtype == hidden_ND.dtype:
+        gradient_VD.addmm_(gradient_NV.T, hidden_ND)
+    else:  # products in low precision are added up in a wide one
+        gradient_VD.add_(gradient_NV.T @ hidden_ND)
 
 
 class _AddingLinear(torch.autograd.Function):
@@ -122,8 +136,5 @@ class _AddingLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient_NV: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         hidden_ND, weight_VD = ctx.saved_tensors
         to_hidden_ND = gradient_NV @ weight_VD if ctx.needs_input_grad[0] else None
-        if ctx.gradient_VD.dtype == weight_VD.dtype:
-            ctx.gradient_VD.addmm_(gradient_NV.T, hidden_ND)
-        else:  # products in low precision are added up in a wide one
-            ctx.gradient_VD.add_(gradient_NV.T @ hidden_ND)
+        add_weight_gradient(ctx.gradient_VD, gradient_NV, hidden_ND)
         return to_hidden_ND, None, gradient_NV.sum(0) if ctx.needs_input_grad[2] else None, None

@@ -78,6 +78,20 @@ class TeacherRows:
         return self._likeliest_N
 
 
+def states_read(rows: Rows, objective: Objective, *, labels: bool) -> Tensor | None:
+    """The teacher's states that some term reads, [N, E], zeros where none does; None where nothing is read.
+
+    Rows that no term takes may hold NaN: they are zeros before the product. labels: whether t2s_ce reads them too.
+    """
+    masks = row_masks(rows, objective)
+    reading = [name for name in ("s2t_kd", "kd", "t2s_ce") if name in masks and (labels or name != "t2s_ce")]
+    if not reading or rows.pairs == 0:
+        return None
+    assert rows.teacher_NE is not None
+    mask_N = torch.stack([masks[name] for name in reading]).any(0)
+    return keep_rows(rows.teacher_NE.detach(), mask_N)
+
+
 def teacher_rows(
     rows: Rows,
     teacher_head: Head,
@@ -87,18 +101,10 @@ def teacher_rows(
     exact: Exact | None = None,
     compare: Compare | None = None,
 ) -> TeacherRows | None:
-    """What the terms of paired rows read of the teacher; None where they read nothing.
-
-    Rows that no term takes may hold NaN: they are zeros before the product.
-    """
-    masks = row_masks(rows, objective)
-    reads: dict[str, bool] = {"s2t_kd": True, "kd": True, "t2s_ce": exact is not None or soft_labels is not None}
-    reading = [name for name in masks if reads.get(name)]
-    if not reading or rows.pairs == 0:
+    """What the terms of paired rows read of the teacher; None where they read nothing."""
+    kept_NE = states_read(rows, objective, labels=exact is not None or soft_labels is not None)
+    if kept_NE is None:
         return None
-    assert rows.teacher_NE is not None
-    mask_N = torch.stack([masks[name] for name in reading]).any(0)
-    kept_NE = keep_rows(rows.teacher_NE.detach(), mask_N)
     if isinstance(compare, TopSharedCompare):
         return TeacherRows(None, states=(kept_NE, teacher_head.detach()))
     if isinstance(compare, PrefixCompare):

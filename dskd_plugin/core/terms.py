@@ -68,15 +68,9 @@ def student_space_sums(
     sums: Sums = {}
     if not (with_gold or with_t2s or with_kd or others):
         return sums
-    needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
-    if objective.with_ce:
-        needed_R |= masks["ce"]
-    if pull_R is not None:
-        needed_R |= pull_R != 0
+    needed_R = needed_rows(rows, masks, pull_R)
     if others is not None:
         needed_R |= others.pull_R != 0
-    if with_t2s or with_kd:
-        needed_R[:pairs] |= masks["t2s_kd" if with_t2s else "kd"]
     # Rows are dropped before the product with the head and not only masked in its result.
     size = len(rows) if with_gold or others else pairs
     student_RV = head_logits(keep_rows(rows.student_RD[:size], needed_R[:size]), student_head)
@@ -111,6 +105,19 @@ def student_space_sums(
         assert compare is not None and teacher is not None
         sums["kd"] = masked_sum(_compared(compare, _corner(student_RV, pairs, real), teacher), masks["kd"])
     return sums
+
+
+def needed_rows(rows: Rows, masks: dict[str, Tensor], pull_R: Tensor | None) -> Tensor:
+    """Rows whose logits over the student's vocabulary some term reads, [R] bool. pull_R: see student_space_sums."""
+    needed_R = torch.zeros_like(rows.labels_R, dtype=torch.bool)
+    if "ce" in masks:
+        needed_R |= masks["ce"]
+    if pull_R is not None:
+        needed_R |= pull_R != 0
+    for term in ("t2s_kd", "kd"):
+        if term in masks:
+            needed_R[: rows.pairs] |= masks[term]
+    return needed_R
 
 
 def _compared(compare: Compare, student_NV: Tensor, teacher: TeacherRows) -> Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.heads import Head
+from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import RATES, TERMS, Objective, Sums, term_weights
 from dskd_plugin.core.readings import token_log_probs
 from dskd_plugin.core.row_blocks import blocks, for_compute, no_autocast, rows_of_block, wide
 from dskd_plugin.core.rows import Rows, Spans
-from dskd_plugin.core.teacher_rows import TeacherRows
+from dskd_plugin.core.teacher_rows import TeacherRows, teacher_rows
 from dskd_plugin.core.terms import span_term, student_space_sums, teacher_space_sums
 
 # Bounds what fp16 must hold in a block's head gradient, a sum over rows: 64 times a hidden state.
@@ -79,7 +79,11 @@ class Walk:
         self.sweeps: list[_Sweep] = []
         self.known: Sums = {}
         self.pull_R: Tensor | None = None
-        self.gradient_VD: Tensor | None = None  # of the student's head, while a run collects it
+        # While a run collects gradients: what has some so far, and what each sum of a block weighs in them.
+        self.gradients: dict[str, Tensor] = {}
+        self.relative_T = torch.zeros_like(self.weights_T)
+        # Tensors of the block with gradients that its stage knows already.
+        self.handed: list[tuple[Tensor, Tensor]] = []
         if "span_kl" in objective.terms and rows.spans is not None:
             self._measure_spans(rows.spans, block_elements)
 
@@ -105,6 +109,14 @@ class Walk:
         assert self.teacher_head is not None
         return self.teacher_head
 
+    def read_teacher(self, block: slice, head: Head, **reads: Any) -> TeacherRows | None:
+        """What the stages of a block read of the teacher, see `teacher_rows`."""
+        return teacher_rows(self.rows.block(block), head, self.objective, **reads)
+
+    def read_states(self, teacher_KD: Tensor) -> TeacherRows:
+        """All of the teacher's distributions at some states."""
+        return TeacherRows(head_logits(teacher_KD, self.constant_teacher_head.real()))
+
     def student_space(
         self,
         block: slice,
@@ -116,9 +128,10 @@ class Walk:
         **more: Any,
     ) -> Sums:
         """The sums of a block over the student's vocabulary, as functions of these tensors."""
+        gradient_VD = self.gradients.get("weight_VD")
         return student_space_sums(
             replace(self.rows.block(block), student_RD=student_RD),
-            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V, gradient_VD=self.gradient_VD),
+            student_head=replace(self.student_head, weight_VD=weight_VD, bias_V=bias_V, gradient_VD=gradient_VD),
             objective=self.objective,
             teacher=teacher,
             pull_R=None if self.pull_R is None else self.pull_R[block],
@@ -163,12 +176,12 @@ class Walk:
             for name, x in self.inputs.items()
             if flags[name] and x is not None
         }
-        self.gradient_VD = gradients.get("weight_VD")
+        self.gradients = gradients
         computed = self.inputs | {"weight_VD": self.student_head.weight_VD, "bias_V": self.student_head.bias_V}
         leaves = {name: _leaf(x, flags[name]) for name, x in computed.items()}
         # Weights of order 1 in the blocks, the small rest in wide precision: fp16 gradients would underflow.
         scale = self.weights_T.max() * max(1.0, self.block_rows / _ROWS_AT_FULL_WEIGHT)
-        relative_T = self.weights_T / torch.where(scale > 0, scale, 1)
+        self.relative_T = self.weights_T / torch.where(scale > 0, scale, 1)
         sums_K2 = self.weights_T.new_zeros(len(TERMS + RATES), 2)
         for name, pair in self.known.items():
             sums_K2[TERMS.index(name)] = torch.stack(pair)
@@ -186,10 +199,12 @@ class Walk:
                             if name in sums:
                                 sums_K2[i] += torch.stack(sums[name]).detach()
                                 if name in self.moving:
-                                    total = total + relative_T[i] * sums[name][0]
+                                    total = total + self.relative_T[i] * sums[name][0]
                         if total.requires_grad:
-                            _add_gradients(total, given, gradients, sweep.sliced, block)
-        self.gradient_VD = None
+                            self.handed.append((total, torch.ones_like(total)))
+                        _add_gradients(self.handed, given, gradients, sweep.sliced, block)
+                        self.handed = []
+        self.gradients = {}
         sums_T = sums_K2[: len(TERMS), 0]
         loss = torch.where(self.weights_T > 0, self.weights_T * sums_T, 0).sum()
         return loss, sums_K2, scale, [gradients.get(name) for name in self.inputs]
@@ -215,7 +230,7 @@ class _BlockwiseLoss(torch.autograd.Function):
 
 
 def _add_gradients(
-    total: Tensor,
+    handed: list[tuple[Tensor, Tensor]],
     given: Mapping[str, Tensor | None],
     gradients: Mapping[str, Tensor],
     sliced: tuple[str, ...],
@@ -226,7 +241,10 @@ def _add_gradients(
     That of the student's head is there already, see `Head.gradient_VD`.
     """
     leaves = {name: leaf for name, leaf in given.items() if name in gradients and leaf is not None}
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    if not handed or not leaves:
+        return
+    known = [gradient for _, gradient in handed]
+    found = torch.autograd.grad([x for x, _ in handed], list(leaves.values()), known, allow_unused=True)
     for name, part in zip(leaves, found, strict=True):
         if part is not None:
             (gradients[name][block] if name in sliced else gradients[name]).add_(part)

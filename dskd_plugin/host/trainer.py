@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dskd_plugin import pair_advice, state
-from dskd_plugin.assemble import distillation_loss, in_common, sampler
+from dskd_plugin.assemble import backend_of, distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, as_window, ask
 from dskd_plugin.columns import columns, dataset_of
 from dskd_plugin.errors import naming
@@ -70,6 +70,7 @@ class DSKDTrainer(AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model, tokenizer, training_args = kwargs["model"], kwargs["processing_class"], kwargs["args"]
         settings, method = self.run.settings, self.run.method
+        self._backend = backend_of(settings, training_args.device)  # what it cannot do is said before models are loaded
         self._sides = self.run.sides(tokenizer)
         self.teachers, losses, widths = [], [], []
         for place, one in enumerate(self._sides):
@@ -131,6 +132,7 @@ class DSKDTrainer(AxolotlTrainer):
             seed=args.seed,
             teacher_weight=self.run.settings.weights[place],
             adds_ce=place == 0,
+            backend=self._backend,
         )
 
     @property

@@ -22,6 +22,8 @@ from dskd_plugin.models import as_read, check_head, drops_out, is_partitioned, o
 # Logits computed at a time: enough rows for a product with a head to run at full speed. Up to 10 fp32 tensors of this
 # size live at the peak (1.3 GiB, on a CPU 0.6 GiB where both vocabularies are large).
 BLOCK_ELEMENTS = {"cuda": 2**25, "cpu": 2**24}
+# For the fused backend, which holds half as much of each: two logits in the heads' dtype and five fp32 of events.
+FUSED_BLOCK_ELEMENTS = 2**26
 _MEMORY = "kd_balance"
 
 

@@ -59,7 +59,7 @@ class DualSpaceLoss(Projecting):
             self._soft_labels = EventCompare(forward_kl, 1.0, self._events)
         elif soft_labels:
             # The teacher's distribution over the ids that the student has too.
-            self._soft_labels = baselines.mapped(1.0, self._to_student_V, student_ids)
+            self._soft_labels = baselines.MappedIds(1.0, self._to_student_V, student_ids)
         if self._events is not None:
             # (lead in nats, rows) inside events: of the steps so far, and of the step that runs.
             self._inside = torch.zeros(2, dtype=torch.float64)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dskd_plugin.core.fused.cover import COVERED
+
 if TYPE_CHECKING:
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
@@ -27,7 +29,8 @@ class Method:
     of the same name; None for all others. ignores: settings that mean nothing to it. own: those that mean something
     to it alone. compares: what its KD terms compare, see `core.objective.Objective`. pairs_by: which tokens of two
     answers belong together, see `align`. needs_teacher: whether the teacher's states are compared. needs_embedding:
-    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone.
+    whether its input embeddings are read too. needs_one_tokenizer: whether it works with one alone. fused: whether
+    there are kernels for its loss, see `core.fused`.
     """
 
     name: ClassVar[str]
@@ -39,6 +42,7 @@ class Method:
     needs_teacher: ClassVar[bool] = True
     needs_embedding: ClassVar[bool] = False
     needs_one_tokenizer: ClassVar[bool] = False
+    fused: ClassVar[bool] = False
 
     def pairing(self, settings: Settings) -> Pairing:
         """Which tokens of two answers belong together, see `align`."""
@@ -61,6 +65,10 @@ class Method:
     def with_spans(self, settings: Settings) -> bool:
         """Whether it compares spans of text beside pairs of tokens."""
         return False
+
+    def fuses(self, settings: Settings) -> bool:
+        """Whether there are kernels for its loss with these settings."""
+        return self.fused and ("divergence" in self.ignores or settings.divergence.kind in COVERED)
 
     def ignored(self, settings: Settings) -> list[str]:
         """Settings in the recipe that mean nothing to the method."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class DualSpace(Method):
     name = "dskd"
     compares = "spaces"
+    fused = True
 
     def exact(self, settings: Settings) -> bool:
         return settings.spaces != "teacher" and settings.target == "exact"

@@ -16,6 +16,7 @@ class KnowledgeDistillation(Method):
     name = "kd"
     ignores = ("span_weight", "shared", "support", *PROJECTING)
     needs_one_tokenizer = True
+    fused = True
 
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines
@@ -23,6 +24,6 @@ class KnowledgeDistillation(Method):
         assert parts.overlap is not None
         shared = len(parts.overlap.student_ids_O)
         if shared == parts.student_ids == parts.teacher_head.vocab_size:
-            return baselines.vanilla(parts.divergence, parts.settings.temperature)
+            return baselines.SameIds(parts.divergence, parts.settings.temperature)
         # One side was given some more tokens: the others are compared.
-        return baselines.overlap(parts.divergence, parts.settings.temperature, *parts.shared_ids)
+        return baselines.SharedIds(parts.divergence, parts.settings.temperature, *parts.shared_ids)

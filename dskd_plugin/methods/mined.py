@@ -16,6 +16,7 @@ class MinimumEditDistance(Method):
     name = "mined"
     ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "warped"
+    fused = True
 
     def compare(self, parts: Parts) -> Compare | None:
         from dskd_plugin.core import baselines
@@ -29,4 +30,4 @@ class MinimumEditDistance(Method):
                 roles.append((student_id, teacher_id))
         images_V = nearest_ids(student, teacher, roles)[: head.vocab_size].to(head.weight_VD.device)
         images_V[images_V >= parts.student_ids] = -1  # a head may have fewer rows than the tokenizer has ids
-        return baselines.mapped(parts.settings.temperature, images_V, parts.student_ids)
+        return baselines.MappedIds(parts.settings.temperature, images_V, parts.student_ids)

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 class OverlapDistillation(Method):
     name = "overlap_kd"
     ignores = PROJECTING
+    fused = True
 
     def by_events(self, settings: Settings) -> bool:
         return settings.shared == "events"
+
+    def fuses(self, settings: Settings) -> bool:
+        return settings.support is None and super().fuses(settings)
 
     def check(self, settings: Settings) -> None:
         if settings.support is not None and self.by_events(settings):
@@ -41,4 +45,4 @@ class OverlapDistillation(Method):
             return EventCompare(parts.divergence, temperature, parts.events.to(device))
         if parts.settings.support is not None:
             return TopSharedCompare(parts.divergence, temperature, parts.settings.support, *parts.shared_ids)
-        return baselines.overlap(parts.divergence, temperature, *parts.shared_ids)
+        return baselines.SharedIds(parts.divergence, temperature, *parts.shared_ids)

@@ -31,6 +31,7 @@ class FineTuning(Method):
     )
     compares = "nothing"
     needs_teacher = False
+    fused = True
 
     def compare(self, parts: Parts) -> Compare | None:
         return None

@@ -1,17 +1,31 @@
+import importlib.util
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dskd_plugin.core.baselines import mapped
+from dskd_plugin.core.baselines import MappedIds
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective
 from dskd_plugin.core.rows import Rows
 
 NAN = float("nan")
+
+
+def _import_cases() -> None:
+    """fused_cases.py, loaded by path because test folders are not packages, for tests that import its helpers."""
+    spec = importlib.util.spec_from_file_location("fused_cases", Path(__file__).with_name("fused_cases.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+_import_cases()
 
 
 class Largest(TorchDispatchMode):
@@ -106,7 +120,7 @@ class Case:
             "t2s_Dd": self.t2s,
             "s2t_dD": self.s2t,
             "objective": self.objective(**changes),
-            "soft_labels": mapped(1.0, torch.tensor(self.settings["image"]), self.ids)
+            "soft_labels": MappedIds(1.0, torch.tensor(self.settings["image"]), self.ids)
             if self.settings["image"]
             else None,
         }

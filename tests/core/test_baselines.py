@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.core.baselines import mapped, overlap, uld, vanilla
+from dskd_plugin.core.baselines import MappedIds, SameIds, SharedIds, uld
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
@@ -43,7 +43,7 @@ def shared_ids():
 def method_of(kind):
     return Method(
         "kd",
-        lambda tau=TAU: vanilla(divergence(kind), tau),
+        lambda tau=TAU: SameIds(divergence(kind), tau),
         lambda o: lambda s, t: o.compare_vanilla(s, t, TAU, kind),
         teacher_ids=9,
     )
@@ -52,7 +52,7 @@ def method_of(kind):
 def overlap_of(kind):
     return Method(
         "overlap_kd",
-        lambda tau=TAU: overlap(divergence(kind), tau, *shared_ids()),
+        lambda tau=TAU: SharedIds(divergence(kind), tau, *shared_ids()),
         lambda o: lambda s, t: o.compare_overlap(s, t, TAU, kind, SHARED),
     )
 
@@ -71,7 +71,7 @@ METHODS = {
     "uld": Method("uld", lambda tau=TAU: uld(tau), lambda o: lambda s, t: o.compare_uld(s, t, TAU)),
     "mined": Method(
         "mined",
-        lambda tau=TAU: mapped(tau, torch.tensor(IMAGE), 9),
+        lambda tau=TAU: MappedIds(tau, torch.tensor(IMAGE), 9),
         lambda o: lambda s, t: o.compare_mapped(s, t, TAU, IMAGE),
     ),
 }
@@ -300,8 +300,8 @@ def test_overlap_of_everything_is_plain_distillation():
     student, teacher = draw(4, 9), draw(4, 9, seed=1)
     everything = torch.arange(9)
     for kind in ("forward_kl", "js", "adaptive_kl"):
-        one = vanilla(divergence(kind), 1.5)(student_NV=student, teacher_NV=teacher)
-        other = overlap(divergence(kind), 1.5, everything, everything)(student_NV=student, teacher_NV=teacher)
+        one = SameIds(divergence(kind), 1.5)(student_NV=student, teacher_NV=teacher)
+        other = SharedIds(divergence(kind), 1.5, everything, everything)(student_NV=student, teacher_NV=teacher)
         assert torch.equal(one, other)
 
 
@@ -330,8 +330,8 @@ def test_uld_knows_no_ids():
 
 def test_mined_with_each_token_its_own_image_is_plain_distillation():
     student, teacher = draw(4, 9).requires_grad_(), draw(4, 9, seed=1)
-    one = vanilla(divergence("forward_kl"), 1.5)(student_NV=student, teacher_NV=teacher)
-    other = mapped(1.5, torch.arange(9), 9)(student_NV=student, teacher_NV=teacher)
+    one = SameIds(divergence("forward_kl"), 1.5)(student_NV=student, teacher_NV=teacher)
+    other = MappedIds(1.5, torch.arange(9), 9)(student_NV=student, teacher_NV=teacher)
     torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
 
 
@@ -367,13 +367,13 @@ def test_every_comparison_is_a_distance(student, teacher, name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: overlap(divergence("js"), 1.0, torch.arange(3), torch.arange(2)), "got 3 and 2"),
-        (lambda: overlap(divergence("js"), 1.0, torch.arange(0), torch.arange(0)), "got 0 and 0"),
-        (lambda: mapped(1.0, torch.tensor([0, 9]), 9), "below 9 .* got 2 up to 9"),
-        (lambda: mapped(1.0, torch.tensor([-1, -1]), 9), "got 0 up to -1"),
+        (lambda: SharedIds(divergence("js"), 1.0, torch.arange(3), torch.arange(2)), "got 3 and 2"),
+        (lambda: SharedIds(divergence("js"), 1.0, torch.arange(0), torch.arange(0)), "got 0 and 0"),
+        (lambda: MappedIds(1.0, torch.tensor([0, 9]), 9), "below 9 .* got 2 up to 9"),
+        (lambda: MappedIds(1.0, torch.tensor([-1, -1]), 9), "got 0 up to -1"),
         (lambda: uld(0.0)(student_NV=draw(1, 3), teacher_NV=draw(1, 3)), r"temperature: .* got 0.0"),
         (
-            lambda: vanilla(divergence("js"), 1.0)(student_NV=draw(2, 3), teacher_NV=draw(2, 4)),
+            lambda: SameIds(divergence("js"), 1.0)(student_NV=draw(2, 3), teacher_NV=draw(2, 4)),
             r"got \(2, 3\) and \(2, 4\)",
         ),
     ],
@@ -391,11 +391,11 @@ VOCABULARY, TEACHER_VOCABULARY = 400, 460
 def larger_compare(name):
     ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))
     if name == "kd":
-        return vanilla(divergence("forward_kl"), 2.0)
+        return SameIds(divergence("forward_kl"), 2.0)
     if name == "overlap_kd":
-        return overlap(divergence("forward_kl"), 2.0, ids[:300], ids.flip(0)[:300])
+        return SharedIds(divergence("forward_kl"), 2.0, ids[:300], ids.flip(0)[:300])
     image_V = torch.arange(TEACHER_VOCABULARY) % 350
-    return {"uld": uld(2.0), "mined": mapped(2.0, image_V, VOCABULARY)}[name]
+    return {"uld": uld(2.0), "mined": MappedIds(2.0, image_V, VOCABULARY)}[name]
 
 
 def larger(name, dtype, *, rows=96, pairs=64, block=20, truth=False, plain=False):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.counting import VocabularyWork
-from dskd_plugin.core.baselines import overlap, uld
+from dskd_plugin.core.baselines import SharedIds, uld
 from dskd_plugin.core.blockwise import baseline_loss, segment_loss
 from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
@@ -509,7 +509,7 @@ def test_a_pair_is_a_pair_of_shared_ids(make):
         dataclasses.replace(rows_of(case, CASES["pairs"], compare), segments=None),
         student_head=case.student_head(),
         teacher_head=case.teacher_head(),
-        compare=overlap(divergence("js"), TAU, *IDS),
+        compare=SharedIds(divergence("js"), TAU, *IDS),
         objective=objective_of(),
         divisors_T=torch.tensor([12, 0, 0, 0, 2, 0, 0]),
         block_elements=WHOLE,

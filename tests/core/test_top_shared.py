@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dskd_plugin.core.baselines import overlap
+from dskd_plugin.core.baselines import SharedIds
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits, logits_at
@@ -79,7 +79,7 @@ def test_the_size_moves_the_loss_and_all_shared_ids_are_the_overlap(make_case):
     losses = [run(case, size, divisors=None)[0].item() for size in (2, 3, 6, 100)]
     assert abs(losses[0] - losses[1]) > 1e-3 < abs(losses[1] - losses[2])
     student, teacher = torch.randn(4, 9).double().requires_grad_(), torch.randn(4, 11).double()
-    plain = overlap(divergence("js"), 1.7, *IDS)(student_NV=student, teacher_NV=teacher)
+    plain = SharedIds(divergence("js"), 1.7, *IDS)(student_NV=student, teacher_NV=teacher)
     for size in (6, 100):
         found = TopSharedCompare(divergence("js"), 1.7, size, *IDS)(student_NV=student, teacher_NV=teacher)
         torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)

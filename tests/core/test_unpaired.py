@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dskd_plugin.core.baselines import vanilla
+from dskd_plugin.core.baselines import SameIds
 from dskd_plugin.core.blockwise import baseline_loss, cma_loss, dskd_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
@@ -119,7 +119,7 @@ def test_two_distributions_compared(oracle, make_case):
         rows,
         student_head=case.student_head(),
         teacher_head=case.teacher_head(),
-        compare=vanilla(divergence(kind), 2.0),
+        compare=SameIds(divergence(kind), 2.0),
         objective=objective,
         divisors_T=counts(rows, objective),
         block_elements=24,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dskd_plugin.core.baselines import overlap
+from dskd_plugin.core.baselines import SharedIds
 from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.objective import Objective
@@ -89,7 +89,7 @@ def test_a_matrix_of_shared_ids_alone_is_the_overlap():
     found = MatrixCompare(divergence("js"), 1.7, vocabulary_matrix(SHARED, {}), 99)(
         student_NV=student, teacher_NV=teacher
     )
-    plain = overlap(divergence("js"), 1.7, *ids)(student_NV=student, teacher_NV=teacher)
+    plain = SharedIds(divergence("js"), 1.7, *ids)(student_NV=student, teacher_NV=teacher)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)
 
 
@@ -99,7 +99,7 @@ def test_mass_of_a_token_reaches_its_pieces():
     student = torch.tensor([[-9.0, -9.0, 9.0]]).double().requires_grad_()
     teacher = torch.tensor([[0.0, 10.0]]).double()
     compare = MatrixCompare(divergence("forward_kl"), 1.0, matrix, 2)
-    by_ids = overlap(divergence("forward_kl"), 1.0, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    by_ids = SharedIds(divergence("forward_kl"), 1.0, torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert compare(student_NV=student, teacher_NV=teacher).item() < 0.11 < 0.6
     assert by_ids(student_NV=student, teacher_NV=teacher).item() > 0.6
     compare(student_NV=student, teacher_NV=teacher).sum().backward()

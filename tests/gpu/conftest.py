@@ -1,9 +1,19 @@
 """Tests that need a GPU. DSKD_GPU_DEVICE=cpu runs them on a CPU: that tries the tests, not a GPU."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# tests/core/fused_cases.py, loaded by path because test folders are not packages, for tests that import its helpers.
+_CASES = Path(__file__).parents[1] / "core" / "fused_cases.py"
+_SPEC = importlib.util.spec_from_file_location("fused_cases", _CASES)
+assert _SPEC is not None and _SPEC.loader is not None
+sys.modules["fused_cases"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(sys.modules["fused_cases"])
 
 DEVICE = os.environ.get("DSKD_GPU_DEVICE", "cuda")
 

@@ -27,6 +27,16 @@ BAD = [
     ({**TEACHER, "temperature": "hot"}, ["dskd.temperature: expected a number, got 'hot'"]),
     ({**TEACHER, "method": "GOLD"}, ["dskd.method", "Did you mean 'gold'?"]),
     ({**TEACHER, "method": "SeqKD"}, ["dskd.method", "got 'SeqKD'", "dskd generate RECIPE --plain-recipe"]),
+    (
+        {**TEACHER, "method": "uld", "impl": "fused"},
+        ["dskd.impl: expected 'blocks' or 'auto' beside method: uld", "methods sft, kd, overlap_kd, mined, dskd"],
+    ),
+    (
+        {**TEACHER, "divergence": {"kind": "adaptive_kl"}, "impl": "fused"},
+        ["dskd.impl", "divergences forward_kl, reverse_kl, js,", "impl: auto"],
+    ),
+    ({**TEACHER, "method": "overlap_kd", "shared": "ids", "support": 8, "impl": "fused"}, ["dskd.impl", "support"]),
+    ({**TEACHER, "impl": "triton"}, ["dskd.impl: expected 'auto', 'blocks' or 'fused', got 'triton'"]),
     ({**TEACHER, "kd_ratio": 1.5}, ["dskd.kd_ratio: expected less than or equal to 1, got 1.5"]),
     ({**TEACHER, "kd_ratio": 0}, ["dskd.kd_ratio: expected greater than 0, got 0"]),
     ({**TEACHER, "temperature": -2.0}, ["dskd.temperature: expected greater than 0, got -2.0"]),
@@ -207,6 +217,7 @@ def test_defaults():
         "alm": {"bias_threshold": 0.1},
         "xtoken": {"loss": "projected", "top_k": 8192},
         "gold": {"beta": 0.5, "matched_weight": None, "unmatched_weight": None},
+        "impl": "blocks",
         "on_policy": None,
     }
 

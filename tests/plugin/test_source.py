@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dskd_plugin.core import segments
-from dskd_plugin.core.baselines import overlap
+from dskd_plugin.core.baselines import SharedIds
 from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import forward_kl, log_probs
 from dskd_plugin.core.events import EventCompare, exact_target, masses
@@ -201,7 +201,7 @@ def distance(student, teacher, method, clear):
     if method.startswith("bpm"):
         mine, weights, loss_N, _ = by_bytes(student, teacher, by_events if "events" in method else None, clear)
     elif method == "overlap_kd, ids":
-        compare = overlap(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
+        compare = SharedIds(forward_kl, 1.0, shared.student_ids_O, shared.teacher_ids_O)
         loss_N = compare(student_NV=mine, teacher_NV=yours)
     elif method == "xtoken":
         matrix = respelling_matrix(student.table, (teacher.tokenizer, teacher.table), shared, sizes)

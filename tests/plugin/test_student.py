@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd_plugin.assemble import distillation_loss
+from dskd_plugin.assemble import backend_of, distillation_loss
 from dskd_plugin.batch import KEY, ask
 from dskd_plugin.core.backend import TorchBlocks
+from dskd_plugin.core.fused import launch
+from dskd_plugin.core.fused.backend import FusedBlocks
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
 from dskd_plugin.methods.base import METHODS, Method, SegmentMethod, register
@@ -819,3 +821,63 @@ def test_another_backend_is_one_class(tiny, rows):
     other = Setup(tiny["student"], tiny["teacher"], backend=Counted(TorchBlocks(700)), **settings)
     close(other.run([padded(other, other.samples(rows))]), expected)
     assert set(calls) == {"argmax", "agreement", "token_log_probs", "paired_loss"}
+
+
+# Settings -> whether the fused backend has kernels for them.
+FUSES = [
+    ({"method": "sft"}, True),
+    ({"method": "kd"}, True),
+    ({"method": "kd", "divergence": {"kind": "adaptive_kl"}}, False),
+    ({"method": "overlap_kd"}, True),
+    ({"method": "overlap_kd", "shared": "ids"}, True),
+    ({"method": "overlap_kd", "shared": "ids", "support": 8}, False),
+    ({"method": "mined"}, True),
+    ({"method": "uld"}, False),
+    ({"method": "bpm"}, False),
+    ({"method": "span_kd"}, False),
+    ({"method": "alm"}, False),
+    ({"method": "xtoken"}, False),
+    ({}, True),
+    ({"divergence": {"kind": "js"}, "projector": {"labels": "hard"}}, True),
+    ({"divergence": {"kind": "adaptive_kl"}}, False),
+    ({"target": "projected", "spaces": "both"}, True),
+    ({"spaces": "teacher"}, True),
+    ({"alignment": "cma"}, True),
+]
+
+
+@pytest.mark.parametrize(("settings", "fuses"), FUSES, ids=str)
+def test_settings_know_what_the_kernels_have(tiny, rows, settings, fuses, monkeypatch):
+    class KernelRan(Exception):
+        pass
+
+    def kernel(*_, **__):
+        raise KernelRan
+
+    for name in ("event_masses", "cross_entropy", "compare"):
+        monkeypatch.setattr(launch, name, kernel)
+    teacher = tiny["sibling" if settings.get("method") == "kd" else "teacher"]
+    setup = Setup(tiny["student"], teacher, backend=FusedBlocks(3000), **settings)
+    batch = padded(setup, setup.samples(rows[:2]))
+    if fuses:
+        with pytest.raises(KernelRan):
+            setup.run([batch])
+        parse_settings({"teacher": {"model": "t"}, **settings, "impl": "fused"})
+    else:
+        setup.run([batch])
+        with pytest.raises(ValueError, match=r"dskd.impl"):
+            parse_settings({"teacher": {"model": "t"}, **settings, "impl": "fused"})
+
+
+def test_impl_chooses_by_device_and_method():
+    def chosen(impl, device, **block):
+        settings = parse_settings({"teacher": {"model": "t"}, "impl": impl, **block})
+        return backend_of(settings, torch.device(device))
+
+    assert chosen("blocks", "cuda") is None
+    assert isinstance(chosen("auto", "cuda"), FusedBlocks)
+    assert isinstance(chosen("fused", "cuda"), FusedBlocks)
+    assert chosen("auto", "cuda", method="uld") is None
+    assert chosen("auto", "cpu") is None
+    with pytest.raises(ValueError, match=r"dskd.impl: expected 'blocks' or 'auto' without .* a student on cpu. Set"):
+        chosen("fused", "cpu")
