@@ -66,7 +66,10 @@ class DSKDPlugin(BasePlugin):
         return collator_class(cfg, is_eval), options
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if self.run is not None:
+        from dskd_plugin.host.trainer import DSKDTrainer
+
+        # A process that trains a plain recipe after one of ours still has this plugin registered.
+        if isinstance(trainer, DSKDTrainer):
             self._trainer, self._post_train_calls = trainer, 0
 
     def post_train(self, cfg: Any, model: Any) -> None:

@@ -130,18 +130,18 @@ def test_the_whole_command_on_tiny_models(tiny, tmp_path):
     (folder / "results.json").write_text(json.dumps(results))
     kept, page = tmp_path / "records.jsonl", tmp_path / "page.md"
     command = [sys.executable, "-m", "benchmarks.scarce", "--out", str(tmp_path / "out"), "--seeds", "1"]
-    command += ["--recipes", "seqkd", "two_stage", "--records", str(kept), "--page", str(page)]
+    command += ["--recipes", "seqkd", "two_stage_sft", "--records", str(kept), "--page", str(page)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "two_stage-1" not in done.stdout, "a finished run was made again"
+    assert "two_stage_sft-1" not in done.stdout, "a finished run was made again"
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     runs = {one["recipe"]: one for one in lines if one["kind"] == "run"}
-    assert set(runs) == {"seqkd", "two_stage"} and len(runs["two_stage"]["cpu_seconds"]) == 2
+    assert set(runs) == {"seqkd", "two_stage_sft"} and len(runs["two_stage_sft"]["cpu_seconds"]) == 2
     for one in runs.values():
         assert len(one["bits"]) == len(one["bytes"]) == len(one["right"]) == 5
         assert all(math.isfinite(bits) and bits > 0 for bits in one["bits"])
-    assert runs["seqkd"]["bits"] != runs["two_stage"]["bits"]
-    assert cells(page.read_text(), table.RECIPES["two_stage"].title)[1] == "1"
+    assert runs["seqkd"]["bits"] != runs["two_stage_sft"]["bits"]
+    assert cells(page.read_text(), table.RECIPES["two_stage_sft"].title)[1] == "1"
     assert not list((folder / "scarce").iterdir()), "models were left"
