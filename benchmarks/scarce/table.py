@@ -64,6 +64,7 @@ RECIPES: dict[str, Recipe] = {
     "overlap_kd": one("`overlap_kd`", method="overlap_kd"),
     "overlap_kd_ids": one("`overlap_kd`, `shared: ids`", method="overlap_kd", shared="ids"),
     "overlap_kd_16": one("`overlap_kd`, `shared: ids`, `support: 16`", method="overlap_kd", shared="ids", support=16),
+    "overlap_kd_spans": one("`overlap_kd`, `span_weight: 1`", method="overlap_kd", span_weight=1.0),
     "bpm": one("`bpm`", method="bpm"),
     "bpm_published": one("`bpm` as published", method="bpm", shared="ids", bpm={"mask_whitespace": True}),
     "span_kd": one("`span_kd`", method="span_kd"),
