@@ -19,11 +19,20 @@ from dskd_plugin.cache.rows import wanted
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
 from dskd_plugin.run import Run, Sides
+from dskd_plugin.teachers.devices import is_offloaded, teacher_device
 from dskd_plugin.teachers.live import Teacher
 
 
-def live(run: Run, *, device: torch.device | str, packed: bool, attn_implementation: str | None) -> Teacher:
-    """The teacher of a run, in memory. attn_implementation: of the student."""
+def live(
+    run: Run,
+    *,
+    device: torch.device | str,
+    packed: bool,
+    attn_implementation: str | None,
+    student: torch.device | None = None,
+    offload: bool = False,
+) -> Teacher:
+    """The teacher of a run, in memory, see `Teacher`. attn_implementation: of the student."""
     return Teacher(
         run.settings.teacher,
         vocab_size=run.teacher.table.vocab_size,
@@ -31,6 +40,8 @@ def live(run: Run, *, device: torch.device | str, packed: bool, attn_implementat
         attn_implementation=attn_implementation,
         packed=packed,
         trust_remote_code=run.trust_remote_code,
+        student=student,
+        offload=offload,
     )
 
 
@@ -43,7 +54,12 @@ def teacher_source(
     attention = causal_lm(student).config._attn_implementation
 
     def in_memory(packed: bool) -> Teacher:
-        return live(run, device=device, packed=packed, attn_implementation=attention)
+        at = teacher_device(run.settings.teacher, device)
+        offload = is_offloaded(run.settings.teacher, at)
+        if offload or at != device:
+            waits = ", and its weights wait on the CPU between uses" if offload else ""
+            LOG.info("dskd: the teacher computes on %s, the student on %s%s", at, device, waits)
+        return live(run, device=at, packed=packed, attn_implementation=attention, student=device, offload=offload)
 
     cache = run.settings.teacher.cache
     if cache is None:

@@ -31,7 +31,7 @@ from dskd_plugin.losses.dual_space import DualSpaceLoss
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.run import Run, Sides
 from dskd_plugin.student import attach
-from dskd_plugin.teachers.base import HiddenStates, TeacherParts
+from dskd_plugin.teachers.base import HiddenStates, TeacherParts, staying
 
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
@@ -153,9 +153,10 @@ class DSKDTrainer(AxolotlTrainer):
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
         window = []
-        for batch in batches:
-            batch[KEY] = self._asked(batch[KEY])
-            window.append(batch[KEY])
+        with staying(self.teacher):
+            for batch in batches:
+                batch[KEY] = self._asked(batch[KEY])
+                window.append(batch[KEY])
         if window:
             window[0].window = window
         # Not None, or the host would divide by the number of accumulation steps.

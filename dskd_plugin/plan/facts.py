@@ -80,6 +80,19 @@ class Facts:
         teacher = self.settings.teacher
         return method_of(self.settings).needs_teacher and (teacher.cache is None or self.settings.on_policy is not None)
 
+    @property
+    def teacher_at(self) -> Literal["student", "cpu", "device"]:
+        """Where the teacher computes: where the student is, on the CPU beside a GPU, or on another device."""
+        named = self.settings.teacher.device
+        if not self.on_gpu or named is None:
+            return "student"
+        return "cpu" if named in ("cpu", ["cpu"]) else "device"
+
+    @property
+    def teacher_waits(self) -> bool:
+        """Whether its weights are on the CPU between uses."""
+        return self.on_gpu and self.settings.teacher.offload
+
     def with_recipe(self, **changes: Any) -> Facts:
         """The same with other keys in the recipe; `dskd` is merged, the others are replaced."""
         from dskd_plugin.settings import parse_settings

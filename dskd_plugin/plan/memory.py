@@ -76,7 +76,11 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
     if teacher is not None:
         stays["teacher's output head"] = teacher.head_bytes
         if facts.teacher_resident:
-            stays["teacher's decoder"] = teacher.decoder_bytes
+            on_cpu = facts.teacher_at == "cpu" or facts.teacher_waits
+            # The loss has a head of its own then.
+            host += teacher.decoder_bytes + teacher.head_bytes if on_cpu else 0
+            if facts.teacher_at == "student" and not facts.teacher_waits:
+                stays["teacher's decoder"] = teacher.decoder_bytes
         elif method_of(settings).needs_embedding:
             stays["teacher's embedding"] = (
                 teacher.counts.vocab * teacher.counts.width * _bytes_of(settings.teacher.dtype)
@@ -105,8 +109,9 @@ def memory_of(facts: Facts, student: Student, teacher: Teacher | None) -> Memory
         "end of the backward": growing + states_of_teacher + last + gathered,
         "optimizer's step": growing,
     }
-    if teacher is not None and "teacher's decoder" in stays:
-        moments["teacher's forward"] = teacher.reading
+    if teacher is not None and facts.teacher_resident and facts.teacher_at == "student":
+        arriving = teacher.decoder_bytes + (teacher.head_bytes if teacher.counts.tied else 0)
+        moments["teacher's forward"] = teacher.reading + (arriving if facts.teacher_waits else 0)
     return Memory(stays, moments, host)
 
 
