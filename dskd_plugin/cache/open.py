@@ -59,7 +59,7 @@ def open_cache(
 
 def _checked(folder: Path, sides: Sides, advice: str) -> Manifest:
     found = manifests.read(folder, advice)
-    now = manifests.teacher_of(sides)
+    now = manifests.teacher_of(sides.run)
     manifests.check_teacher(folder, found.teacher, now, advice)
     if found.head_file is None:
         raise SettingError(folder / MANIFEST, "a finished build", "one that was stopped", advice)

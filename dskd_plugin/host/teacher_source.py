@@ -11,7 +11,7 @@ import torch
 
 from dskd_plugin.cache.build import Order, build
 from dskd_plugin.cache.cached import CachedTeacher
-from dskd_plugin.cache.manifest import made_for, teacher_of
+from dskd_plugin.cache.manifest import made_for, states_in, teacher_of
 from dskd_plugin.cache.open import open_cache
 from dskd_plugin.cache.place import AUTO, check_there, command, folder_of
 from dskd_plugin.cache.ranks import Ranks
@@ -93,19 +93,17 @@ def order_of(
     states: str | None = None,
     batch_tokens: int | None = None,
 ) -> Order:
-    """What is to be built for a run. states: None for half precision, that of the teacher where it has it."""
-    run, teacher = sides.run, sides.run.settings.teacher
-    config = run.teacher.config.get_text_config()
+    """What is to be built for a run. states: None for `states_dtype`."""
+    run = sides.run
     return Order(
         folder=folder,
-        teacher=lambda: teacher_of(sides),
+        teacher=lambda: teacher_of(run),
         made_for=made_for(sides),
-        # OPT's head reads another width than its decoder works in.
-        width=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        width=_width(run),
         embedding=run.method.needs_embedding,
         wanted=wanted(datasets.values()),
         datasets=list(datasets.values()),
-        states=states or ("float16" if teacher.dtype == "float16" else "bfloat16"),
+        states=states or states_dtype(run, folder),
         batch_tokens=batch_tokens,
         load=load,
         say=say,
@@ -113,9 +111,26 @@ def order_of(
     )
 
 
+def states_dtype(run: Run, folder: Path) -> str:
+    """The dtype of states unless one is named: that of the folder, else half precision, the teacher's own if it has."""
+    return states_in(folder) or ("float16" if run.settings.teacher.dtype == "float16" else "bfloat16")
+
+
+def bytes_of_state(run: Run, states: str) -> int:
+    """What the state at one position takes in a cache of this dtype."""
+    dtype: torch.dtype = getattr(torch, states)
+    return _width(run) * dtype.itemsize
+
+
+def _width(run: Run) -> int:
+    config = run.teacher.config.get_text_config()
+    # OPT's head reads another width than its decoder works in.
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
 def automatic_folder(sides: Sides) -> Path:
     """The folder of ``cache: auto``, beside the prepared rows: one for each teacher, whatever it is read for."""
-    who = teacher_of(sides)
+    who = teacher_of(sides.run)
     content = {key: who[key] for key in ("dtype", "quantization", "fingerprint")}
     digest = hashlib.sha256(json.dumps([AUTO, content], sort_keys=True).encode()).hexdigest()[:16]
     # The plugin has given the prepared rows a folder of their own inside that of the recipe.
