@@ -132,11 +132,25 @@ def states_of_steps(teacher: Teacher, row: Tensor, answer: int) -> Tensor:
     return torch.stack(kept)
 
 
-def apart(bench: Bench, dtype: str) -> float:
-    """Norm of the difference between the two passes' states of a row, of that of the states."""
-    teacher, row = bench.load(dtype), bench.rows()[0]
-    whole, steps = states(teacher, [row], bench.size.tokens).double(), states_of_steps(teacher, row, bench.size.tokens)
-    return float((steps.double() - whole).norm() / whole.norm())
+def distances(bench: Bench) -> list[Row]:
+    """Norms of differences between states of one row, of that of the states."""
+    row, answer = bench.rows()[0], bench.size.tokens
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        teacher = bench.load(dtype)
+        found[dtype] = states(teacher, [row], answer), states_of_steps(teacher, row, answer)
+    teacher.model.float()  # the weights of the half, and no other rounding
+    truth = states(teacher, [row], answer)
+    rows = [
+        Row(f"states of steps from the row's, {name}", f"{_apart(*both[::-1]):.2g}") for name, both in found.items()
+    ]
+    for name, of_pass in zip(("row", "steps"), found["bfloat16"], strict=True):
+        rows.append(Row(f"states of the {name}, bfloat16, from float32's", f"{_apart(of_pass, truth):.3g}"))
+    return rows
+
+
+def _apart(states_ND: Tensor, others_ND: Tensor) -> float:
+    return float((states_ND.double() - others_ND.double()).norm() / others_ND.double().norm())
 
 
 def command_seconds(words: list[str], folder: Path) -> float:
@@ -169,9 +183,7 @@ def measure(bench: Bench, repeats: int) -> list[Row]:
     found = [Row(f"{name}, s", str(Spread.of(values))) for name, values in seconds.items()]
     again = ratios(seconds["reading again"], seconds["writing"])
     found.append(Row("reading again, s", f"{Spread.of(seconds['reading again']).median:.3g}", "writing", str(again)))
-    for dtype in ("float32", "bfloat16"):
-        found.append(Row(f"states of steps and of rows apart, {dtype}", f"{apart(bench, dtype):.2g}"))
-    return [*found, *commands(bench)]
+    return [*found, *distances(bench), *commands(bench)]
 
 
 def main(words: list[str] | None = None) -> None:

@@ -84,7 +84,8 @@ class Facts:
     def teacher_at(self) -> Literal["student", "cpu", "device"]:
         """Where the teacher computes: where the student is, on the CPU beside a GPU, or on another device."""
         named = self.settings.teacher.device
-        if not self.on_gpu or named is None:
+        beside = self.ranks == 1 and named in ("cuda:0", ["cuda:0"])
+        if not self.on_gpu or named is None or beside:
             return "student"
         return "cpu" if named in ("cpu", ["cpu"]) else "device"
 

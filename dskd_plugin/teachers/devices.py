@@ -1,6 +1,7 @@
 """On which device a process has its teacher: where the student is, unless ``dskd.teacher.device`` names another one."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def _of_this_process(named: str | list[str]) -> str:
             "Name as many devices, such as [cuda:2, cuda:3], or start fewer processes.",
         )
     return devices[number]
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a CUDA device is the one that kernels are started on, whatever their tensors say: Triton's need that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_offloaded(settings: Any, device: torch.device) -> bool:

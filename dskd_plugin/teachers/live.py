@@ -17,7 +17,7 @@ from dskd_plugin.log import LOG
 from dskd_plugin.models import check_head, decoder, output_head, read_head
 from dskd_plugin.settings import TeacherSettings
 from dskd_plugin.teachers import adapted
-from dskd_plugin.teachers.devices import suited_attention
+from dskd_plugin.teachers.devices import current, suited_attention
 from dskd_plugin.teachers.offloaded import Offloaded
 from dskd_plugin.teachers.outside_engines import outside_engines
 from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
@@ -108,12 +108,16 @@ class Teacher:
         if isinstance(device, torch.device):
             self.head = self.head.to(student or device)
         self._offloaded = Offloaded(self.model, device) if offload and isinstance(device, torch.device) else None
-        with self.staying():
+        with self.staying(), current(self.input_device):
             self._arrive()
             self._try_out(settings, packed)
-        if self._offloaded is not None:
-            # The loss has a head of its own.
-            self._offloaded = Offloaded(self.decoder, self._offloaded.device)
+        if offload and isinstance(device, torch.device):
+            self.offload(device)
+
+    def offload(self, device: torch.device) -> None:
+        """Let the decoder wait on the CPU from now on, and read on the device. The loss has a head of its own."""
+        self.decoder.to("cpu")
+        self._offloaded = Offloaded(self.decoder, device)
 
     @property
     def width(self) -> int:
@@ -201,7 +205,7 @@ class Teacher:
             return torch.zeros(0, self.width, dtype=self.head.weight_VD.dtype, device=ids_T.device)
         at = self.input_device
         ids, rows = ids_T.to(at), rows_N.to(at)
-        with self.staying():
+        with self.staying(), current(at):
             self._arrive()
             return self._every(ids, lengths, bins)[rows].to(ids_T.device)
 

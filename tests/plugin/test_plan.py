@@ -200,6 +200,7 @@ def test_a_teacher_elsewhere_leaves_its_head_and_one_that_waits_comes_to_read(re
     here = of(recipe)
     held = here.memory.stays["teacher's decoder"]
     head = here.memory.stays["teacher's output head"]
+    assert of(recipe, dskd={"teacher": {**teacher, "device": "cuda:0"}}).memory == here.memory
     for device, on_the_cpu in (("cpu", held + head), (["cuda:1"], 0)):
         away = of(recipe, dskd={"teacher": {**teacher, "device": device}})
         assert away.memory.host - here.memory.host == on_the_cpu
