@@ -21,7 +21,7 @@ from benchmarks import cache, memory, results, step
 from benchmarks.options import parser_of
 from benchmarks.results import Row
 from benchmarks.shapes import SIZES, Bench, Size, impls_on
-from benchmarks.timing import Spread, taking_turns
+from benchmarks.timing import Spread, ratios, taking_turns
 
 # What grows -> the sizes to measure, as shares of the size that is named.
 GROWTH = {"tokens": (0.25, 0.5, 1.0, 2.0), "vocabulary": (0.25, 0.5, 1.0), "teacher layers": (0.25, 0.5, 1.0)}
@@ -63,6 +63,20 @@ def cached(size: str, device: torch.device, dtype: torch.dtype, repeats: int) ->
     """Building a teacher cache and a step that reads it."""
     with tempfile.TemporaryDirectory() as folder:
         return cache.measure(cache.Bench(cache.SIZES[size], device, dtype, Path(folder)), repeats)
+
+
+def offloaded(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:
+    """A step of dskd whose teacher comes to the device to read, against one whose teacher stays there."""
+    bench = Bench(size, device, dtype)
+    loss = bench.loss("dskd")
+    name = "dskd, teacher on the device"
+    stays = taking_turns({name: lambda: bench.step(loss)}, repeats, device)[name]
+    bench.teacher.offload(device)
+    waits = taking_turns({name: lambda: bench.step(loss)}, repeats, device)[name]
+    return [
+        Row(f"{name}, s", str(Spread.of(stays))),
+        Row("dskd, teacher offloaded, s", str(Spread.of(waits)), name, str(ratios(waits, stays))),
+    ]
 
 
 def free(device: torch.device) -> None:
@@ -107,6 +121,7 @@ def parts(size: str, device: torch.device, dtype: torch.dtype, repeats: int) -> 
         "memory of the loss": lambda: memory.loss_alone(wide, device, dtype, methods, min(512, tokens), impls),
         "memory of a step": lambda: memory.whole_step(Bench(wide, device, dtype), methods),
         "cache": lambda: cached(size, device, dtype, repeats),
+        "offload": lambda: offloaded(one, device, dtype, repeats),
     }
     for what in GROWTH:
         made[f"growth with {what}"] = lambda what=what: growth(one, what, device, dtype, repeats)

@@ -12,7 +12,7 @@ from dskd_plugin.core.fitting import Fit, NotFalling
 from dskd_plugin.errors import SettingError
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.dual_space import DualSpaceLoss
-from dskd_plugin.teachers.base import HiddenStates
+from dskd_plugin.teachers.base import HiddenStates, staying
 
 LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
 
@@ -58,7 +58,7 @@ def _read(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     parts: list[Tensor] = []
     wanted, got = UNSEEN_ROWS + LEARNED_ROWS, 0
-    with tqdm(total=wanted, desc="Reading teacher states", unit="row", disable=quiet) as bar:
+    with tqdm(total=wanted, desc="Reading teacher states", unit="row", disable=quiet) as bar, staying(teacher):
         for states_ND in _states(teacher, dataset, order, device):
             parts.append(states_ND)
             got += len(states_ND)

@@ -7,6 +7,7 @@ are for that table alone.
 """
 
 import functools
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -54,6 +55,18 @@ class TeacherSettings(_Block):
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="bitsandbytes weights of the teacher; its output head stays whole"
     )
+    device: str | list[str] | None = Field(
+        None,
+        description="where the teacher is while the student trains; null: where the student is; a list: one for each "
+        "process of a machine",
+        json_schema_extra={
+            "values": "`cpu`, `cuda:N`, list of these",
+            "see": "[another device](runs.md#the-teacher-on-another-device)",
+        },
+    )
+    offload: bool = Field(
+        False, description="the teacher's weights wait in the CPU's memory and are on the device while it reads"
+    )
     attn_implementation: str | None = Field(
         None, description="attention kernel; null: as the student", json_schema_extra={"values": "as in transformers"}
     )
@@ -85,6 +98,37 @@ class TeacherSettings(_Block):
         "loaded. auto: they are computed before the first step and kept beside the prepared rows",
         json_schema_extra={"values": "folder, `auto`"},
     )
+
+    @field_validator("device")
+    @classmethod
+    def known_device(cls, device: str | list[str] | None) -> str | list[str] | None:
+        names = [device] if isinstance(device, str) else device
+        if names is not None and (not names or not all(re.fullmatch(r"cpu|cuda:\d+", name) for name in names)):
+            raise SettingError(
+                "dskd.teacher.device",
+                "'cpu', 'cuda:0' and so on, or a list of these with one for each process",
+                repr(device),
+                "Write one of them, or leave it out: the teacher is then where the student is.",
+            )
+        return device
+
+    @model_validator(mode="after")
+    def whole_weights_to_offload(self) -> "TeacherSettings":
+        if self.offload and self.device == "cpu":
+            raise SettingError(
+                "dskd.teacher.offload",
+                "false beside device: cpu",
+                "true: the weights never leave the CPU",
+                "Remove one of the two.",
+            )
+        if self.offload and self.quantization != "none":
+            raise SettingError(
+                "dskd.teacher.offload",
+                "false beside a quantised teacher",
+                f"true with quantization: {self.quantization}, whose weights have parts that do not move with them",
+                "Remove one of the two, or use dskd.teacher.cache.",
+            )
+        return self
 
 
 class WeightedTeacher(TeacherSettings):

@@ -30,6 +30,7 @@ from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.cache.shards import Computed, File
 from dskd_plugin.cache.store import Store
 from dskd_plugin.errors import SettingError
+from dskd_plugin.teachers.base import staying
 from dskd_plugin.teachers.live import Teacher
 
 SHARD_BYTES = 256 << 20
@@ -184,7 +185,7 @@ def _compute(order: Order, missing: dict[bytes, Want], teacher: Teacher, ranks: 
     collected: list[Computed] = []
     started, told, done, held = time.monotonic(), False, 0, 0
     bar = tqdm(total=total, desc="Teacher states", unit=" tokens", unit_scale=True, disable=not ranks.first)
-    with ThreadPoolExecutor(1) as writer, bar:
+    with ThreadPoolExecutor(1) as writer, bar, staying(teacher):
         try:
             for number, batch in enumerate(mine):
                 states = _states(order, [missing[key] for key in batch], teacher, device)

@@ -12,7 +12,7 @@ from dskd_plugin.cache.layout import MANIFEST, write_json
 from dskd_plugin.cache.shards import File
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import read_json
-from dskd_plugin.run import Sides
+from dskd_plugin.run import Run, Sides
 from dskd_plugin.text.align import RULES
 
 FORMAT = 1
@@ -91,9 +91,14 @@ def read(folder: Path, advice: str) -> Manifest:
         ) from error
 
 
-def teacher_of(sides: Sides) -> dict[str, Any]:
+def states_in(folder: Path) -> str | None:
+    """The dtype of the states in a folder; None where it holds no cache."""
+    found: str | None = read_json(folder / MANIFEST).get("states")
+    return found
+
+
+def teacher_of(run: Run) -> dict[str, Any]:
     """What decides the teacher's states, and the name that it goes by."""
-    run = sides.run
     settings = run.settings.teacher
     return {
         "model": settings.model,

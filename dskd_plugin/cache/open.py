@@ -59,7 +59,7 @@ def open_cache(
 
 def _checked(folder: Path, sides: Sides, advice: str) -> Manifest:
     found = manifests.read(folder, advice)
-    now = manifests.teacher_of(sides)
+    now = manifests.teacher_of(sides.run)
     elsewhere = f"{advice} Give it --out <another folder>, and name that as dskd.teacher.cache."
     manifests.check_teacher(folder, found.teacher, now, elsewhere)
     if found.head_file is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dskd_plugin.cli.generated_files import chat_entries
+from dskd_plugin.cli.generated_files import chat_entries, earlier_result
 from dskd_plugin.errors import SettingError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def check_target(path: Path, overwrite: bool, recipe: Path) -> None:
     if path.exists() and path.samefile(recipe):
         raise SettingError(path, "another file than the recipe", "the recipe itself", "Choose another name.")
     if path.exists() and not overwrite:
-        raise SettingError(
-            path,
-            "no file of this name",
-            "an earlier result",
-            "Name another file with --out, or replace it with --overwrite.",
-        )
+        raise earlier_result(path)
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``ValueError`` where the file could not be written."""
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         got = "one without permission to write" if nearest.is_dir() else "a file"

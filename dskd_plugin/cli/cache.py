@@ -35,7 +35,7 @@ def cache() -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of the states. [default: float16 for a teacher in float16, else bfloat16]",
+    help="Of the states. [default: as in the folder, else float16 for a teacher in float16, else bfloat16]",
 )
 @click.option(
     "--batch-tokens",
@@ -92,7 +92,7 @@ def build(recipe: Path, out: Path | None, dtype: str | None, batch_tokens: int |
         except KeyboardInterrupt:
             click.echo("\nStopped; the same command goes on from here.", err=True)
             sys.exit(1)
-        say(f"Done: {_contents(done)} in {folder}")
+        say(f"Done: {contents(done)} in {folder}")
         if folder != named and settings.teacher.cache != "auto":
             lines = f"  teacher:\n    cache: {folder}"
             if len(every) > 1:
@@ -108,7 +108,7 @@ def info(folder: Path) -> None:
 
     found = manifest.read(folder, "Build it again.")
     teacher = found.teacher
-    click.echo(f"{folder}: {_contents(found)}")
+    click.echo(f"{folder}: {contents(found)}")
     adapter = f" with adapter {teacher['adapter']}" if teacher["adapter"] else ""
     click.echo(f"teacher: {teacher['model']}{adapter}, {teacher['dtype']}, quantization {teacher['quantization']}")
     click.echo(f"states: {found.states}, {found.width} wide, in {len(found.shards)} shards")
@@ -128,10 +128,10 @@ def verify(folder: Path) -> None:
 
     found = manifest.read(folder, "Build it again.")
     check_whole(folder, found, "Run `dskd cache build RECIPE` again: it makes what is damaged anew.", afresh=True)
-    click.echo(f"{folder}: {len(found.files)} files are as they were written: {_contents(found)}")
+    click.echo(f"{folder}: {len(found.files)} files are as they were written: {contents(found)}")
 
 
-def _contents(found: "Manifest") -> str:
+def contents(found: "Manifest") -> str:
     return f"{found.samples:,} samples, {found.rows:,} rows, {found.bytes / 2**20:,.1f} MiB"
 
 

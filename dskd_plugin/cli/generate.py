@@ -1,12 +1,15 @@
 """``dskd generate``: sequence-level distillation, the teacher's answers as an ordinary Axolotl dataset."""
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
+from dskd_plugin.cli.answers_cache import build_cache, check_cache, reads_from
 from dskd_plugin.cli.asked_prompts import (
     answerable_rows,
     asked_rows,
@@ -17,6 +20,7 @@ from dskd_plugin.cli.asked_prompts import (
 )
 from dskd_plugin.cli.device import device_named
 from dskd_plugin.cli.generated_files import (
+    check_same,
     conditions_of,
     dataset_entry,
     manifest_of,
@@ -32,6 +36,7 @@ from dskd_plugin.generation.messages import as_message, check_reasoning
 if TYPE_CHECKING:
     from dskd_plugin.generation.answers import Partial, Sampling
     from dskd_plugin.host.prompts import Source
+    from dskd_plugin.teachers.live import Teacher
 
 
 @click.command()
@@ -48,6 +53,11 @@ if TYPE_CHECKING:
     help="In the written recipe: the entries that have answers and the generated rows, or these alone. [default: both]",
 )
 @click.option("--plain-recipe", is_flag=True, help="The written recipe without `dskd:`: plain fine-tuning, no teacher.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="With --write-recipe: also build that recipe's teacher cache into this folder, with the teacher in memory.",
+)
 @click.option(
     "--ask",
     type=click.Choice(["all", "unanswered"]),
@@ -87,6 +97,7 @@ def generate(
     write_recipe: Path | None,
     recipe_rows: str | None,
     plain_recipe: bool,
+    cache: Path | None,
     ask: str,
     teacher: int | None,
     max_new_tokens: int,
@@ -110,18 +121,28 @@ def generate(
     unused = [name for name, value in given.items() if value is not None and temperature == 0]
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --temperature above 0 beside it, got 0. Set it.")
-    of_recipe = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None}
+    of_recipe = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None, "--cache": cache}
     unused = [name for name, value in of_recipe.items() if value is not None and write_recipe is None]
     if unused:
         raise click.UsageError(f"{', '.join(unused)}: expected --write-recipe FILE beside it, got none. Set it.")
+    if plain_recipe and cache is not None:
+        raise click.UsageError("--cache: expected a recipe that distils, got --plain-recipe. Leave one of them out.")
 
     from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     written = read_recipe(recipe)
+    if cache is not None and "teachers" in written["dskd"]:
+        raise click.UsageError(
+            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each of them in the written recipe and "
+            "run `dskd cache build` on that."
+        )
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
+    answers_file = out.with_name(out.name + ".partial")
+    # Only while a cache is built are answers kept beside the dataset that was made of them.
+    goes_on = cache is not None and answers_file.exists() and out.exists()
     for path in (out, write_recipe):
         if path is not None:
-            check_target(path, overwrite, recipe)
+            check_target(path, overwrite or goes_on, recipe)
 
     from dskd_plugin.generation.answers import Partial, Sampling, batches
 
@@ -136,16 +157,22 @@ def generate(
     student = student_rendering(source, written, template)
     if student is not None:
         tell_one_sided(kept, source, student)
+    if cache is not None:
+        check_cache(cache, source, len(kept), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
     size = batch_size or (32 if target.startswith("cuda") else 8)
     lengths = [len(ids) for ids in kept["prompt_ids"]]
     made_with = conditions_of(source, sampling, size, target, kept)
+    written_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
+    if goes_on and not overwrite:
+        check_same(out, written_with)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Partial(out.with_name(out.name + ".partial"), made_with, batches(lengths, size), overwrite=overwrite)
+    partial = Partial(answers_file, made_with, batches(lengths, size), overwrite=overwrite)
+    click.get_current_context().call_on_close(partial.close)
+    load = functools.cache(lambda: _teacher(source, target))
     try:
-        speed = _generate(source, sampling, target, partial, kept)
+        speed = _generate(source, sampling, target, partial, kept, load)
     except KeyboardInterrupt:
-        partial.close()
         click.echo(
             f"\nStopped after {len(partial.answers)} of {len(kept)} answers; the same command goes on from there.",
             err=True,
@@ -153,9 +180,9 @@ def generate(
         sys.exit(1)
     field, asked = thinking_field(written), kept["messages"]
     answers = [as_message(answer, source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
-    made_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
-    counts = write_dataset(out, made_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
-    partial.remove()
+    counts = write_dataset(out, written_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
+    if cache is None:
+        partial.remove()
     _report(
         *(counts, speed, out, max_new_tokens, keep_unfinished),
         reasoning=reasoning,
@@ -170,28 +197,44 @@ def generate(
         click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
         return
     own = [] if recipe_rows == "generated" else with_answers(written["datasets"], every)
-    write_new_recipe(write_recipe, out, written, {"datasets": [*own, entry], **template}, plain_recipe)
+    changes = {"datasets": [*own, entry], **template, **({} if cache is None else reads_from(written, cache))}
+    write_new_recipe(write_recipe, out, written, changes, plain=plain_recipe, overwrite=overwrite)
+    if cache is not None:
+        try:
+            build_cache(write_recipe, cache, load)
+        except KeyboardInterrupt:
+            click.echo("\nStopped; the same command goes on with the cache.", err=True)
+            sys.exit(1)
+        partial.remove()
+    click.echo(f"Next: axolotl train {write_recipe}")
 
 
-def _generate(source: "Source", sampling: "Sampling", device: str, partial: "Partial", rows: Any) -> float | None:
+def _teacher(source: "Source", device: str) -> "Teacher":
+    import torch
+
+    from dskd_plugin.host.teacher_source import live
+
+    return live(source.run, device=torch.device(device), packed=False, attn_implementation=None)
+
+
+def _generate(
+    source: "Source",
+    sampling: "Sampling",
+    device: str,
+    partial: "Partial",
+    rows: Any,
+    load: Callable[[], "Teacher"],
+) -> float | None:
     """Answer what is missing; returns tokens per second, None when nothing was."""
     import torch
 
     from dskd_plugin.cli.progress import Progress
     from dskd_plugin.generation.answers import Writer
-    from dskd_plugin.teachers.live import Teacher
 
     remaining = list(partial.remaining())
     if not remaining:
         return None
-    teacher = Teacher(
-        source.run.settings.teacher,
-        vocab_size=source.teacher.table.vocab_size,
-        device=torch.device(device),
-        attn_implementation=None,
-        packed=False,
-        trust_remote_code=source.run.trust_remote_code,
-    )
+    teacher = load()
     writer = Writer(
         teacher.model,
         source.teacher.tokenizer,

@@ -11,6 +11,7 @@ import click
 import yaml
 
 from dskd_plugin.errors import SettingError
+from dskd_plugin.folders import read_json
 from dskd_plugin.generation.messages import FIELD, Written
 
 if TYPE_CHECKING:
@@ -183,8 +184,27 @@ def template_setting(recipe: dict[str, object], source: "Source") -> dict[str, o
     return {"chat_template": "alpaca"} if needed else {}
 
 
-def write_new_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], plain: bool) -> None:
-    """The recipe with the new rows, as it is or without what distils."""
+def check_same(out: Path, made_with: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a dataset that another run of the command than this one has written."""
+    kept = {key: value for key, value in read_json(manifest_of(out)).items() if key not in ("recipe", "counts")}
+    if kept != json.loads(json.dumps(made_with)):
+        raise earlier_result(out)
+
+
+def earlier_result(path: Path) -> SettingError:
+    """The error about a file that the command would replace."""
+    return SettingError(
+        path,
+        "no file of this name",
+        "an earlier result",
+        "Name another file with --out, or replace it with --overwrite.",
+    )
+
+
+def write_new_recipe(
+    path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], *, plain: bool, overwrite: bool
+) -> None:
+    """The recipe with the new rows, as it is or without what distils; an equal one may be there."""
     from dskd_plugin.generation.answers import write_whole
 
     digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
@@ -197,9 +217,12 @@ def write_new_recipe(path: Path, out: Path, recipe: dict[str, Any], changes: dic
     new["output_dir"] = f"{str(recipe.get('output_dir') or './model-out').rstrip('/')}-{name}"
     # Axolotl knows prepared data by its path, not by its content.
     new["dataset_prepared_path"] = f"{recipe.get('dataset_prepared_path') or 'last_run_prepared'}/generated-{digest}"
-    write_whole(path, iter([yaml.safe_dump(new, sort_keys=False, allow_unicode=True)]))
+    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+    if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
+        raise earlier_result(path)
+    write_whole(path, iter([text]))
     sources = ", ".join(str(entry["path"]) for entry in new["datasets"])
-    click.echo(f"The recipe trains on: {sources}\nNext: axolotl train {path}")
+    click.echo(f"The recipe trains on: {sources}")
 
 
 def _student_has_template(source: "Source") -> bool:

@@ -53,6 +53,11 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V, gradient_VD=None)
 
+    def to(self, device: torch.device) -> Head:
+        """The same head on a device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
+
     def real(self) -> Head:
         """The head of the tokenizer's ids alone: a view without the padding rows."""
         bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]

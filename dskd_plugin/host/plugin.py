@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class DSKDPlugin(BasePlugin):
         without_gpu_kernels(cfg)
         for option in unheeded(cfg):
             LOG.info("dskd: %s has no effect: distillation computes its own cross-entropy, a block at a time", option)
+        on_one_device(cfg, self.run)
         cfg["dataset_prepared_path"] = _prepared_path(self.run)
         dataset.install(self.run)
 
@@ -150,6 +152,15 @@ def without_gpu_kernels(cfg: Any) -> None:
         for key in unset:
             cfg[key] = False
         LOG.info("dskd: no GPU here, so LoRA trains without Axolotl's fused kernels: %s: false", ", ".join(unset))
+
+
+def on_one_device(cfg: Any, run: "Run") -> None:
+    """Keep a student in one process off the devices that are for the teacher: Axolotl would spread it over all."""
+    import torch
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not cfg.get("device_map")
+    if alone and run.settings.teacher.device is not None and torch.cuda.device_count() > 1:
+        cfg["device_map"] = {"": 0}
 
 
 def _tokenizer_files(model: str) -> str:

@@ -12,18 +12,27 @@ import torch
 from dskd_plugin.cache.build import Order, build
 from dskd_plugin.cache.cached_teacher import CachedTeacher
 from dskd_plugin.cache.layout import AUTO, check_there, command, folder_of
-from dskd_plugin.cache.manifest import made_for, teacher_of
+from dskd_plugin.cache.manifest import made_for, states_in, teacher_of
 from dskd_plugin.cache.needs import wanted
 from dskd_plugin.cache.open import open_cache
 from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
 from dskd_plugin.run import Run, Sides
+from dskd_plugin.teachers.devices import is_offloaded, teacher_device
 from dskd_plugin.teachers.live import Teacher
 
 
-def live(run: Run, *, device: torch.device | str, packed: bool, attn_implementation: str | None) -> Teacher:
-    """The teacher of a run, in memory. attn_implementation: of the student."""
+def live(
+    run: Run,
+    *,
+    device: torch.device | str,
+    packed: bool,
+    attn_implementation: str | None,
+    student: torch.device | None = None,
+    offload: bool = False,
+) -> Teacher:
+    """The teacher of a run, in memory, see `Teacher`. attn_implementation: of the student."""
     return Teacher(
         run.settings.teacher,
         vocab_size=run.teacher.table.vocab_size,
@@ -31,6 +40,8 @@ def live(run: Run, *, device: torch.device | str, packed: bool, attn_implementat
         attn_implementation=attn_implementation,
         packed=packed,
         trust_remote_code=run.trust_remote_code,
+        student=student,
+        offload=offload,
     )
 
 
@@ -43,7 +54,12 @@ def teacher_source(
     attention = causal_lm(student).config._attn_implementation
 
     def in_memory(packed: bool) -> Teacher:
-        return live(run, device=device, packed=packed, attn_implementation=attention)
+        at = teacher_device(run.settings.teacher, device)
+        offload = is_offloaded(run.settings.teacher, at)
+        if offload or at != device:
+            waits = ", and its weights wait on the CPU between uses" if offload else ""
+            LOG.info("dskd: the teacher computes on %s, the student on %s%s", at, device, waits)
+        return live(run, device=at, packed=packed, attn_implementation=attention, student=device, offload=offload)
 
     cache = run.settings.teacher.cache
     if cache is None:
@@ -77,19 +93,17 @@ def order_of(
     states: str | None = None,
     batch_tokens: int | None = None,
 ) -> Order:
-    """What is to be built for a run. states: None for half precision, that of the teacher where it has it."""
-    run, teacher = sides.run, sides.run.settings.teacher
-    config = run.teacher.config.get_text_config()
+    """What is to be built for a run. states: None for `states_dtype`."""
+    run = sides.run
     return Order(
         folder=folder,
-        teacher=lambda: teacher_of(sides),
+        teacher=lambda: teacher_of(run),
         made_for=made_for(sides),
-        # OPT's head reads another width than its decoder works in.
-        width=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        width=_width(run),
         embedding=run.method.needs_embedding,
         wanted=wanted(datasets.values()),
         datasets=list(datasets.values()),
-        states=states or ("float16" if teacher.dtype == "float16" else "bfloat16"),
+        states=states or states_dtype(run, folder),
         batch_tokens=batch_tokens,
         load=load,
         say=say,
@@ -97,9 +111,26 @@ def order_of(
     )
 
 
+def states_dtype(run: Run, folder: Path) -> str:
+    """The dtype of states unless one is named: that of the folder, else half precision, the teacher's own if it has."""
+    return states_in(folder) or ("float16" if run.settings.teacher.dtype == "float16" else "bfloat16")
+
+
+def bytes_of_state(run: Run, states: str) -> int:
+    """What the state at one position takes in a cache of this dtype."""
+    dtype: torch.dtype = getattr(torch, states)
+    return _width(run) * dtype.itemsize
+
+
+def _width(run: Run) -> int:
+    config = run.teacher.config.get_text_config()
+    # OPT's head reads another width than its decoder works in.
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
 def automatic_folder(sides: Sides) -> Path:
     """The folder of ``cache: auto``, beside the prepared rows: one for each teacher, whatever it is read for."""
-    who = teacher_of(sides)
+    who = teacher_of(sides.run)
     content = {key: who[key] for key in ("dtype", "quantization", "fingerprint")}
     digest = hashlib.sha256(json.dumps([AUTO, content], sort_keys=True).encode()).hexdigest()[:16]
     # The plugin has given the prepared rows a folder of their own inside that of the recipe.

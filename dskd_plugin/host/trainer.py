@@ -1,5 +1,6 @@
 """Axolotl's trainer with the distillation loss: batches in, one scalar and exact metrics out."""
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from dskd_plugin.losses.several import Loss, SeveralTeachers
 from dskd_plugin.models import causal_lm, output_head
 from dskd_plugin.run import Run
 from dskd_plugin.student import attach
-from dskd_plugin.teachers.base import HiddenStates, TeacherParts
+from dskd_plugin.teachers.base import HiddenStates, TeacherParts, staying
 
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
@@ -176,9 +177,12 @@ class DSKDTrainer(AxolotlTrainer):
             mask = batch.get("attention_mask")
             self._student_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
         window = []
-        for batch in batches:
-            batch[KEY] = self._asked(batch[KEY])
-            window.append(batch[KEY])
+        with contextlib.ExitStack() as stack:
+            for teacher in self.teachers:
+                stack.enter_context(staying(teacher))
+            for batch in batches:
+                batch[KEY] = self._asked(batch[KEY])
+                window.append(batch[KEY])
         as_window(window)
         # Not None, or the host would divide by the number of accumulation steps.
         return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)

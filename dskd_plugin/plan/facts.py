@@ -87,6 +87,25 @@ class Facts:
         """The same with each of the teachers alone."""
         return [replace(self, settings=one) for one in self.settings.each]
 
+    @property
+    def teacher_at(self) -> Literal["student", "cpu", "device"]:
+        """Where the teacher computes: where the student is, on the CPU beside a GPU, or on another device."""
+        named = self.settings.teacher.device
+        beside = self.ranks == 1 and named in ("cuda:0", ["cuda:0"])
+        if not self.on_gpu or named is None or beside:
+            return "student"
+        return "cpu" if named in ("cpu", ["cpu"]) else "device"
+
+    @property
+    def teacher_waits(self) -> bool:
+        """Whether its weights are on the CPU between uses."""
+        return self.on_gpu and self.settings.teacher.offload
+
+    @property
+    def teacher_on_cpu(self) -> bool:
+        """Whether the CPU of a machine with a GPU holds its decoder, always or between uses."""
+        return self.teacher_resident and (self.teacher_at == "cpu" or self.teacher_waits)
+
     def with_recipe(self, **changes: Any) -> Facts:
         """The same with other keys in the recipe; `dskd` is merged, the others are replaced.
 

@@ -73,6 +73,8 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         for name, size in _of_teacher(one, teacher).items():
             title = name if len(read) == 1 else name.replace("teacher's", "teachers'") + "s"
             stays[title] = stays.get(title, 0) + size
+        # The loss has a head of its own beside a teacher on the CPU.
+        host += teacher.decoder_bytes + teacher.head_bytes if one.teacher_on_cpu else 0
     stays |= {"projector": 4 * projector} if projector else {}
     stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
     # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
@@ -105,7 +107,7 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
     if facts.settings.on_policy is not None:
         # The whole student, put together before the answers; their key-value cache is not counted.
         moments["answers"] = student.bytes - weights
-    reading = [teacher.reading for one, teacher in read if one.teacher_resident]
+    reading = [_reading(one, teacher) for one, teacher in read if one.teacher_resident and one.teacher_at == "student"]
     if reading:
         # One teacher reads after the other.
         moments["teacher's forward"] = max(reading)
@@ -124,11 +126,18 @@ def _of_teacher(facts: Facts, teacher: Teacher) -> dict[str, int]:
     """What of the teacher is in memory for the whole run."""
     stays = {"teacher's output head": teacher.head_bytes}
     if facts.teacher_resident:
-        stays["teacher's decoder"] = teacher.decoder_bytes
+        if facts.teacher_at == "student" and not facts.teacher_waits:
+            stays["teacher's decoder"] = teacher.decoder_bytes
     elif method_of(facts.settings).needs_embedding:
         size = _bytes_of(facts.settings.teacher.dtype)
         stays["teacher's embedding"] = teacher.counts.vocab * teacher.counts.width * size
     return stays
+
+
+def _reading(facts: Facts, teacher: Teacher) -> int:
+    """What the teacher's forward takes beside what stays; with its weights, where they come for it."""
+    arriving = teacher.decoder_bytes + (teacher.head_bytes if teacher.counts.tied else 0)
+    return teacher.reading + (arriving if facts.teacher_waits else 0)
 
 
 def _logits(facts: Facts, student: Student, teacher: Teacher | None) -> int:

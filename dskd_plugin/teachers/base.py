@@ -1,5 +1,6 @@
 """Where a teacher's hidden states come from: the model itself, or whatever has kept them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
@@ -31,3 +32,10 @@ class TeacherParts(HiddenStates, Protocol):
 
     @property
     def embedding(self) -> Tensor: ...
+
+
+def staying(teacher: HiddenStates | None) -> AbstractContextManager[None]:
+    """Inside, weights that wait elsewhere between uses stay where they are used, for several questions in a row."""
+    stay = getattr(teacher, "staying", None)
+    found: AbstractContextManager[None] = nullcontext() if stay is None else stay()
+    return found

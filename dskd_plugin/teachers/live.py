@@ -3,6 +3,7 @@
 Shapes: T teacher tokens of a batch, N rows that the student needs, E teacher width.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from dskd_plugin.log import LOG
 from dskd_plugin.models import check_head, decoder, output_head, read_head
 from dskd_plugin.settings import TeacherSettings
 from dskd_plugin.teachers import adapted
+from dskd_plugin.teachers.devices import current, suited_attention
+from dskd_plugin.teachers.offloaded import Offloaded
 from dskd_plugin.teachers.outside_engines import outside_engines
 from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
 
@@ -58,8 +61,11 @@ def _load(
 class Teacher:
     """A frozen decoder that answers with the hidden states of chosen positions, never with logits.
 
-    device: where it is, or a device map of transformers, such as ``auto``.
+    device: where it computes, or a device map of transformers, such as ``auto``. student: where its head, its embedding
+    and its answers are wanted; None: where it computes. offload: whether its decoder waits on the CPU between uses.
     """
+
+    _offloaded: Offloaded | None = None
 
     def __init__(
         self,
@@ -70,15 +76,15 @@ class Teacher:
         attn_implementation: str | None,
         packed: bool,
         trust_remote_code: bool,
+        student: torch.device | None = None,
+        offload: bool = False,
     ) -> None:
+        at = torch.device("cpu") if offload else device
+        attn_implementation = suited_attention(attn_implementation, settings.dtype, device)
         with outside_engines():
             try:
-                if attn_implementation and attn_implementation.startswith("flash") and settings.dtype == "float32":
-                    attn_implementation = None  # FlashAttention computes in half precision only
                 try:
-                    model = _load(
-                        settings, settings.attn_implementation or attn_implementation, device, trust_remote_code
-                    )
+                    model = _load(settings, settings.attn_implementation or attn_implementation, at, trust_remote_code)
                 except ValueError as error:
                     if settings.attn_implementation is not None or "attention" not in str(error):
                         raise
@@ -86,7 +92,7 @@ class Teacher:
                         "dskd: the teacher does not know the student's %s; using its default",
                         attn_implementation,
                     )
-                    model = _load(settings, None, device, trust_remote_code)
+                    model = _load(settings, None, at, trust_remote_code)
             except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
                 raise DSKDSetupError(
                     "dskd.teacher",
@@ -99,8 +105,19 @@ class Teacher:
         head = output_head(self.model)
         with align_module_device(head):  # of weights that a device map keeps elsewhere
             self.head: Head = read_head(self.model, head, vocab_size).detach()
-        self.packed = packed and self._packing_is_exact()
-        self._check_head()
+        if isinstance(device, torch.device):
+            self.head = self.head.to(student or device)
+        self._offloaded = Offloaded(self.model, device) if offload and isinstance(device, torch.device) else None
+        with self.staying(), current(self.input_device):
+            self._arrive()
+            self._try_out(settings, packed)
+        if offload and isinstance(device, torch.device):
+            self.offload(device)
+
+    def offload(self, device: torch.device) -> None:
+        """Let the decoder wait on the CPU from now on, and read on the device. The loss has a head of its own."""
+        self.decoder.to("cpu")
+        self._offloaded = Offloaded(self.decoder, device)
 
     @property
     def width(self) -> int:
@@ -112,14 +129,39 @@ class Teacher:
         embedding = self.model.get_input_embeddings()
         with align_module_device(embedding):
             weight: Tensor = embedding.weight
-        return weight.detach()
+        return weight.detach().to(self.head.weight_VD.device)
 
     @property
     def input_device(self) -> torch.device:
-        """Where it expects its tokens."""
+        """Where it reads its tokens."""
+        if self._offloaded is not None:
+            return self._offloaded.device
         embedding = self.model.get_input_embeddings()
         at = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         return embedding.weight.device if at is None else torch.device(at)
+
+    def staying(self) -> AbstractContextManager[None]:
+        """See `base.staying`."""
+        return nullcontext() if self._offloaded is None else self._offloaded.staying()
+
+    def _arrive(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.arrive()
+
+    def _try_out(self, settings: TeacherSettings, packed: bool) -> None:
+        """Let it read a few tokens: whether its layers compute there, packed rows stay apart and the head is known."""
+        try:
+            self.packed = packed and self._packing_is_exact()
+            self._check_head()
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, DSKDSetupError) or settings.device is None:
+                raise
+            raise DSKDSetupError(
+                "dskd.teacher.device",
+                f"a teacher whose layers compute on {self.input_device}",
+                f"{settings.model!r}: {str(error).splitlines()[0]}",
+                "Leave out kernels that need a GPU (such as liger_*), or dskd.teacher.device.",
+            ) from error
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -131,7 +173,7 @@ class Teacher:
     @torch.no_grad()
     def _packing_is_exact(self) -> bool:
         """Whether this architecture keeps packed neighbours apart by position ids alone; measured, not assumed."""
-        ids = torch.arange(3, 15, device=self.model.device) % self.head.vocab_size
+        ids = torch.arange(3, 15, device=self.input_device) % self.head.vocab_size
         lengths = torch.tensor([7, 5])
         together = self._packed_hidden(ids, lengths)
         apart = self.padded_hidden(ids, lengths)
@@ -162,12 +204,20 @@ class Teacher:
         """
         if not len(rows_N):
             return torch.zeros(0, self.width, dtype=self.head.weight_VD.dtype, device=ids_T.device)
+        at = self.input_device
+        ids, rows = ids_T.to(at), rows_N.to(at)
+        with self.staying(), current(at):
+            self._arrive()
+            return self._every(ids, lengths, bins)[rows].to(ids_T.device)
+
+    def _every(self, ids_T: Tensor, lengths: Tensor, bins: Tensor) -> Tensor:
+        """Hidden states [T, E] of all tokens."""
         if not self.packed:
-            return self.padded_hidden(ids_T, lengths)[rows_N]
+            return self.padded_hidden(ids_T, lengths)
         hidden, start, sample = [], 0, 0
         for count in bins.tolist():
             inside = lengths[sample : sample + count]
             end = start + int(inside.sum())
             hidden.append(self._packed_hidden(ids_T[start:end], inside))
             start, sample = end, sample + count
-        return torch.cat(hidden)[rows_N]
+        return torch.cat(hidden)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,46 @@ def test_few_gold_answers_and_many_prompts(generated, recipe, tiny, run_axolotl,
     assert all(math.isfinite(entry["dskd/kd"]) for entry in run.log if "loss" in entry)
     for rows_of_entry in (len(gold), written):
         assert f": {rows_of_entry} rows, " in run.output
+
+
+def test_answers_and_their_cache_in_one_command_that_is_killed(recipe, tiny, run_axolotl, tmp_path):
+    """kill -9 while the cache is built, the same command again, then a training that has no weights of the teacher."""
+    teacher = Path(shutil.copytree(recipe["dskd"]["teacher"]["model"], tmp_path / "teacher"))
+    rows = [json.loads(line) for line in Path(tiny["data"]).read_text(encoding="utf-8").splitlines()[:32]]
+    data = tmp_path / "rows.jsonl"
+    short = [{"messages": row["messages"][: 2 if number < 8 else 1]} for number, row in enumerate(rows)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+    block = {**recipe["dskd"], "teacher": {**recipe["dskd"]["teacher"], "model": str(teacher)}}
+    entry = {"path": str(data), "ds_type": "json", "type": "chat_template"}
+    file, new, states = tmp_path / "recipe.yaml", tmp_path / "new.yaml", tmp_path / "states"
+    file.write_text(yaml.safe_dump({**recipe, "datasets": [entry], "dskd": block}))
+    options = ["--max-new-tokens", "24", "--keep-unfinished", "--write-recipe", str(new), "--cache", str(states)]
+    command = [str(Path(sys.executable).parent / "dskd"), "generate", str(file), *options]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+        deadline = time.monotonic() + 300
+        while not (states / "shards").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    assert new.exists() and not list(states.glob("shards/*.json")), (tmp_path / "log.txt").read_text()[-3000:]
+    dataset = Path(yaml.safe_load(new.read_text())["datasets"][-1]["path"])
+    written = dataset.read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Generating:" not in again.stderr and dataset.read_bytes() == written
+    assert f"Next: axolotl train {new}" in again.stdout
+    distilled = {**yaml.safe_load(new.read_text()), "output_dir": str(tmp_path / "cached")}
+    assert distilled["dskd"]["teacher"]["cache"] == str(states)
+    alone = {key: value for key, value in distilled["dskd"]["teacher"].items() if key != "cache"}
+    live = run_axolotl(
+        {**distilled, "output_dir": str(tmp_path / "live"), "dskd": {**distilled["dskd"], "teacher": alone}}
+    )
+    assert live.code == 0, live.output[-3000:]
+    (teacher / "model.safetensors").unlink()
+    run = run_axolotl(distilled)
+    assert run.code == 0, run.output[-3000:]
+    assert "its decoder is not loaded" in run.output and len(run.curve()) == 4
+    # States in bfloat16 of a teacher in float32, see test_cache.py.
+    names = ("loss", "dskd/ce", "dskd/kd")
+    assert run.curve(*names) == [pytest.approx(step, rel=5e-3) for step in live.curve(*names)]

@@ -10,6 +10,7 @@ from benchmarks.cache import Bench as CacheBench
 from benchmarks.tiny import make_pair
 from dskd_plugin.batch import ask
 from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teachers.base import staying
 from dskd_plugin.teachers.live import Teacher
 
 ATTENTIONS = ["eager", "sdpa", "flex_attention", "flash_attention_2"]
@@ -20,10 +21,17 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-def teacher(pair, device, *, attention=None, packed=False, **settings):
+def teacher(pair, device, *, attention=None, packed=False, student=None, offload=False, **settings):
     made = TeacherSettings(model=pair["teacher"], **settings)
     return Teacher(
-        made, vocab_size=460, device=device, attn_implementation=attention, packed=packed, trust_remote_code=False
+        made,
+        vocab_size=460,
+        device=device,
+        attn_implementation=attention,
+        packed=packed,
+        trust_remote_code=False,
+        student=student,
+        offload=offload,
     )
 
 
@@ -73,3 +81,37 @@ def test_a_cache_holds_what_the_live_teacher_says(device, tmp_path):
     _, batch = bench.batch
     live, kept = (ask(batch, teacher).teacher_states for teacher in (bench.teacher, bench.cached))
     assert error(kept.double().cpu(), live.double().cpu()) < 0.02
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "the next device"])
+def test_a_teacher_elsewhere_answers_where_the_student_is(pair, device, where, packed):
+    if where != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device or none here")
+    at = torch.device("cpu" if where == "cpu" else "cuda:1")
+    made = teacher(pair, at, dtype="float32", packed=packed, student=device)
+    truth = teacher(pair, device, dtype="float32", packed=packed)
+    assert made.input_device.type == at.type and made.packed == packed
+    asked = torch.arange(3, 12, device=device), torch.tensor([9]), torch.tensor([1]), torch.tensor([8], device=device)
+    found = made.rows(*asked)
+    assert found.device.type == device.type == made.head.weight_VD.device.type == made.embedding.device.type
+    assert error(states(made, device), states(truth, device)) < 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_that_wait_on_the_cpu_are_on_the_device_while_it_reads(pair, device, packed):
+    if device.type == "cpu":
+        pytest.skip("there is no other memory to wait in")
+    truth = states(teacher(pair, device, dtype="bfloat16", packed=packed), device)
+    before = torch.cuda.memory_allocated(device)
+    made = teacher(pair, device, dtype="bfloat16", packed=packed, offload=True)
+    size = sum(weight.numel() * weight.element_size() for weight in made.decoder.parameters())
+    head = made.head.weight_VD.numel() * made.head.weight_VD.element_size()
+    held = torch.cuda.memory_allocated(device) - before
+    assert head <= held < head + size // 2
+    assert next(made.decoder.parameters()).is_pinned()
+    torch.cuda.reset_peak_memory_stats(device)
+    with staying(made):
+        assert torch.equal(states(made, device), truth) and torch.equal(states(made, device), truth)
+        assert torch.cuda.memory_allocated(device) - before >= head + size
+    assert torch.cuda.memory_allocated(device) - before < head + size // 2

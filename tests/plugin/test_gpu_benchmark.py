@@ -25,6 +25,11 @@ def test_rows_and_plot_are_written(tmp_path):
     assert (tmp_path / "out" / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_teacher_that_waits_is_timed_beside_one_that_stays():
+    rows = on_gpu.offloaded(SIZES["tiny"], torch.device("cpu"), torch.float32, 1)
+    assert [row.baseline for row in rows] == ["", "dskd, teacher on the device"] and rows[1].ratio
+
+
 def test_nothing_starts_after_the_limit(tmp_path, capsys):
     words = ["--size", "tiny", "--device", "cpu", "--repeats", "1", "--minutes", "0.00001"]
     on_gpu.main([*words, "--results", str(tmp_path / "r.csv"), "--plot", str(tmp_path / "p.png")])

@@ -195,6 +195,26 @@ def test_a_cache_and_sft_need_no_decoder_of_the_teacher(recipe):
     assert not any("teacher" in name for name in [*sft.memory.stays, *sft.memory.moments, *sft.work.flops])
 
 
+def test_a_teacher_elsewhere_leaves_its_head_and_one_that_waits_comes_to_read(recipe):
+    teacher = recipe["dskd"]["teacher"]
+    here = of(recipe)
+    held = here.memory.stays["teacher's decoder"]
+    head = here.memory.stays["teacher's output head"]
+    assert of(recipe, dskd={"teacher": {**teacher, "device": "cuda:0"}}).memory == here.memory
+    for device, on_the_cpu in (("cpu", held + head), (["cuda:1"], 0)):
+        away = of(recipe, dskd={"teacher": {**teacher, "device": device}})
+        assert away.memory.host - here.memory.host == on_the_cpu
+        assert "teacher's decoder" not in away.memory.stays and "teacher's forward" not in away.memory.moments
+        assert away.memory.stays["teacher's output head"] == head
+    waits = of(recipe, dskd={"teacher": {**teacher, "offload": True}})
+    assert "teacher's decoder" not in waits.memory.stays and waits.memory.host == held + head
+    # Embedding and head are one there: it comes along with the decoder.
+    longer = waits.memory.moments["teacher's forward"] - here.memory.moments["teacher's forward"]
+    assert longer == held + head
+    on_cpu = make({**recipe, "dskd": {"teacher": {**teacher, "offload": True}}}, ranks=1, on_gpu=False)
+    assert on_cpu.memory.stays["teacher's decoder"] == held  # nothing to leave for
+
+
 def test_longer_rows_need_more(recipe):
     short, long = (make(recipe, ranks=1, on_gpu=True, tokens=tokens) for tokens in (64, 192))
     assert long.student.lived.kept == pytest.approx(3 * short.student.lived.kept, rel=0.02)
