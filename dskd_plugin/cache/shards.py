@@ -25,6 +25,7 @@ from dskd_plugin.folders import read_json
 from dskd_plugin.log import LOG
 
 _CHUNK = 1 << 22
+_UNNAMED = ".tmp??????"  # what safetensors writes before it gives a file the name that it was asked for
 SILENT_SECONDS = 2.0
 
 
@@ -109,8 +110,9 @@ def remove(folder: Path, file: str) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what a process that died has left: half-written files, and shards without their checksum."""
-    for partial in [*folder.glob(f"*{PARTIAL}"), *(folder / SHARDS).glob(f"*{PARTIAL}")]:
-        partial.unlink(missing_ok=True)
+    for place in (folder, folder / SHARDS):
+        for partial in [*place.glob(f"*{PARTIAL}"), *place.glob(_UNNAMED)]:
+            partial.unlink(missing_ok=True)
     whole = {info.file for info in finished(folder)}
     for shard in (folder / SHARDS).glob("*.safetensors"):
         if str(shard.relative_to(folder)) not in whole:

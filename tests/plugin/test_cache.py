@@ -316,6 +316,18 @@ def test_another_method_of_the_same_teacher_adds_what_it_needs_and_reads_the_res
     assert len(manifest.read(one.folder, DO).made_for) == 2
 
 
+def test_what_a_killed_process_was_writing_is_removed(order):
+    """The names are those of our half-written files and of the ones that safetensors writes first."""
+    one = order()
+    done = build(one, ALONE)
+    names = (".tmpHlBXna", "head.safetensors.7.partial", "shards/.tmp3aQ9zB", "shards/ab.safetensors.7.partial")
+    left = [one.folder / name for name in names]
+    for file in left:
+        file.write_bytes(b"half of it")
+    assert build(one, ALONE) == done
+    assert not [file for file in left if file.exists()]
+
+
 def in_a_fork(work):
     def with_a_lock_of_its_own():
         # A process that is killed while it draws a bar would keep the lock that its parent's bars wait for.
