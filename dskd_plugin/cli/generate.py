@@ -131,11 +131,6 @@ def generate(
     from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
 
     written = read_recipe(recipe)
-    if cache is not None and "teachers" in written["dskd"]:
-        raise click.UsageError(
-            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each of them in the written recipe and "
-            "run `dskd cache build` on that."
-        )
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
     answers_file = out.with_name(out.name + ".partial")
     # Only while a cache is built are answers kept beside the dataset that was made of them.
@@ -157,6 +152,11 @@ def generate(
     student = student_rendering(source, written, template)
     if student is not None:
         tell_one_sided(kept, source, student)
+    if cache is not None and written["dskd"].get("teachers"):
+        raise click.UsageError(
+            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each in the written recipe and run "
+            "`dskd cache build` on that."
+        )
     if cache is not None:
         check_cache(cache, source, len(kept), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
