@@ -185,6 +185,8 @@ def test_defaults():
             "adapter": None,
             "dtype": "bfloat16",
             "quantization": "none",
+            "device": None,
+            "offload": False,
             "attn_implementation": None,
             "chat_template": "tokenizer_default",
             "chat_template_kwargs": None,

@@ -243,3 +243,14 @@ def test_the_cache_of_another_teacher_is_refused_before_an_answer_is_written(rec
 )
 def test_wrong_usage(recipe_file, options, told):
     assert told in run("generate", recipe_file(), *options, code=2)
+
+
+def test_the_benchmark_compares_the_two_passes_over_one_row(tmp_path):
+    """A teacher that writes a row token by token is where one is that reads it at once, up to rounding."""
+    from benchmarks.answers import SIZES, Bench, distances
+
+    bench = Bench(SIZES["tiny"], tmp_path)
+    bench.write()
+    bench.read()
+    found = {row.metric: float(row.value) for row in distances(bench)}
+    assert len(found) == 4 and found["states of steps from the row's, float32"] < 1e-5
