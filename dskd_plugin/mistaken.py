@@ -5,7 +5,7 @@ Nothing here knows a setting by name: what may stand where is read from the sche
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -20,7 +20,9 @@ def explain(item: Any, root: str, schema: type[BaseModel]) -> SettingError:
     kinds = {kind: model for _, model in _blocks(schema) for kind in _kinds(model)}
     path = [str(part) for part in item["loc"]]
     keys = [part for part in path if part not in kinds]
-    name = root + "".join(f"[{key}]" if key.isdigit() else f".{key}" for key in keys)
+    # A number is a place in a list, or a key of a mapping, of which pydantic says so.
+    of_mapping = keys[-1:] == ["[key]"]
+    name = root + "".join(f"[{key}]" if key.isdigit() and not of_mapping else f".{key}" for key in keys)
     got = item.get("input")
     if item["type"] == "extra_forbidden":
         known = sorted(_model_at(path[:-1], schema).model_fields)
@@ -74,6 +76,12 @@ def _blocks(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
             yield key, model
 
 
+def _is_list(schema: type[BaseModel], key: str) -> bool:
+    """Whether a setting holds several blocks."""
+    annotation = schema.model_fields[key].annotation
+    return any(get_origin(part) is list for part in (annotation, *get_args(annotation)))
+
+
 def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
     """The values of ``kind`` that choose this block among several."""
     field = model.model_fields.get("kind")
@@ -109,7 +117,8 @@ def _nearest(got: object, choices: Any) -> str:
 
 def _instead(given: str, known: list[str], root: str, schema: type[BaseModel]) -> str:
     """What to do about a setting that is not known where it stands, at the path ``given``."""
-    inner = [(f"{block}.{key}", model) for block, model in _blocks(schema) for key in model.model_fields]
+    single = [(block, model) for block, model in _blocks(schema) if not _is_list(schema, block)]
+    inner = [(f"{block}.{key}", model) for block, model in single for key in model.model_fields]
     kinds = [kind for place, model in inner if place == given for kind in _kinds(model)]
     if kinds:
         return f"Remove it, or set kind: {' or '.join(kinds)}."

@@ -159,7 +159,7 @@ def on_one_device(cfg: Any, run: "Run") -> None:
     import torch
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not cfg.get("device_map")
-    if alone and run.settings.teacher.device is not None and torch.cuda.device_count() > 1:
+    if alone and torch.cuda.device_count() > 1 and any(one.teacher.device is not None for one in run.settings.each):
         cfg["device_map"] = {"": 0}
 
 

@@ -645,7 +645,7 @@ def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path, plugins_f
     assert "states: bfloat16, 48 wide, in 1 shards" in told and "made for: rules " in told
     assert CliRunner().invoke(main, ["cache", "verify", str(folder)]).exit_code == 0
     result = CliRunner().invoke(main, ["cache", "info", str(tmp_path)])
-    assert result.exit_code == 1 and "expected a teacher cache of format 1, got none" in result.output
+    assert result.exit_code == 1 and "expected the folder of a teacher cache, got one without" in result.output
 
 
 def test_the_benchmark_runs(tmp_path):

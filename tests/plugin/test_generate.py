@@ -985,7 +985,7 @@ REFUSED = {
     ),
     "too long": (
         with_options("--max-new-tokens", "500"),
-        ["--max-new-tokens 500 in the 512 positions of the teacher", "--skip-long"],
+        ["--max-new-tokens 500 in the 512 positions of the teacher", "Lower --max-new-tokens"],
     ),
     "all too long": (
         with_options("--max-new-tokens", "511", "--skip-long"),
