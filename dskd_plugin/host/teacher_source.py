@@ -19,8 +19,8 @@ from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
 from dskd_plugin.run import Run, Sides
-from dskd_plugin.teachers.devices import is_offloaded, teacher_device
 from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.teachers.placement import is_offloaded, teacher_device
 
 
 def live(

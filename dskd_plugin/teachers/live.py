@@ -17,9 +17,9 @@ from dskd_plugin.log import LOG
 from dskd_plugin.models import check_head, decoder, output_head, read_head
 from dskd_plugin.settings import TeacherSettings
 from dskd_plugin.teachers import adapted
-from dskd_plugin.teachers.devices import current, suited_attention
 from dskd_plugin.teachers.offloaded import Offloaded
 from dskd_plugin.teachers.outside_engines import outside_engines
+from dskd_plugin.teachers.placement import current, suited_attention
 from dskd_plugin.teachers.resolve import fetched_adapter, parts_of
 
 

@@ -6,8 +6,8 @@ import torch
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.teachers.base import staying
-from dskd_plugin.teachers.devices import is_offloaded, suited_attention, teacher_device
 from dskd_plugin.teachers.live import Teacher
+from dskd_plugin.teachers.placement import is_offloaded, suited_attention, teacher_device
 
 CPU, FIRST = torch.device("cpu"), torch.device("cuda:0")
 QUESTION = torch.arange(3, 30), torch.tensor([15, 12]), torch.tensor([2]), torch.tensor([0, 7, 26])

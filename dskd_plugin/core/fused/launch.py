@@ -139,7 +139,7 @@ def event_masses(logits: Logits, ids: IdsByEvent, count: int) -> Masses:
     return Masses(log_NK.sub_(normaliser_N[:, None]), normaliser_N, likeliest_N)
 
 
-def cross_entropy(
+def cross_entropy_of(
     logits: Logits,
     gold: Gold | None,
     *,

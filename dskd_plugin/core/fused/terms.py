@@ -86,7 +86,7 @@ def kd(part: Block, own: Logits, gold: Gold | None, compare: Compare) -> tuple[T
         masses = launch.event_masses(own, events.student_ids, events.count)
         target_NK = teacher_masses(masses.log_NK, teacher.of_events(compare.temperature), events)
         kd_N, handed = _between_events(compare, masses, target_NK, weight_N, part.moves)
-        return kd_N, launch.cross_entropy(own, gold, handed=handed, write=part.moves)
+        return kd_N, launch.cross_entropy_of(own, gold, handed=handed, write=part.moves)
     if isinstance(compare, MappedIds):
         return launch.compare(own, _moved(compare, teacher), forward_kl, weight_N, gold=gold, write=part.moves)
     partner_V = compare.partner_V if isinstance(compare, SharedIds) else None
@@ -167,7 +167,7 @@ def _label_distance(part: Block, theirs: Logits, soft_labels: Compare | None, mo
     assert part.rows.label_N is not None
     weight_N = part.weight("t2s_ce")
     if soft_labels is None:
-        return launch.cross_entropy(theirs, Gold(part.rows.label_N.clamp(min=0), weight_N), write=moves)
+        return launch.cross_entropy_of(theirs, Gold(part.rows.label_N.clamp(min=0), weight_N), write=moves)
     assert isinstance(soft_labels, MappedIds)
     other = _moved(soft_labels, part.of_teacher)
     return launch.compare(theirs.at(soft_labels.temperature), other, forward_kl, weight_N, write=moves)[0]
@@ -186,10 +186,10 @@ def _event_distance(
         label_N, slope_NK = teacher.likeliest_event_N, torch.empty_like(masses.log_NK)
         known_N = events.sizes_K[label_N] > 0
         gold = Gold(label_N, weight_N * known_N)
-        nll_N = launch.cross_entropy(Logits(masses.log_NK, events.count), gold, write=moves, out_NV=slope_NK)
+        nll_N = launch.cross_entropy_of(Logits(masses.log_NK, events.count), gold, write=moves, out_NV=slope_NK)
         distance_N, handed = torch.where(known_N, nll_N, 0), Handed(masses, slope_NK, events.student_V)
     if moves:
-        launch.cross_entropy(theirs, None, handed=handed, write=True)
+        launch.cross_entropy_of(theirs, None, handed=handed, write=True)
     return distance_N
 
 

@@ -144,11 +144,11 @@ class FusedWalk(Walk):
             if learns:
                 self._hand_on(t2s_Nd, theirs.product_NV, self.student_head)
         else:
-            nll_N = launch.cross_entropy(of_pairs, gold_of_pairs, write=part.moves)
+            nll_N = launch.cross_entropy_of(of_pairs, gold_of_pairs, write=part.moves)
         if gold is None:
             return sums, nll_N
         rest = pairs, len(part.rows)
-        return sums, torch.cat([nll_N, launch.cross_entropy(own.part(*rest), gold.part(*rest), write=part.moves)])
+        return sums, torch.cat([nll_N, launch.cross_entropy_of(own.part(*rest), gold.part(*rest), write=part.moves)])
 
     def teacher_space(self, s2t_KD: Tensor, teacher: TeacherRows, mask_K: Tensor) -> Sums:
         if not isinstance(teacher, TeacherLogits):
