@@ -120,6 +120,17 @@ def test_the_worst_window_is_that_of_the_means():
     assert report.worst_window(one[:2], other[:2], 5) == pytest.approx((1.0, 0.0))
 
 
+def test_steps_are_compared_on_the_same_rows_alone():
+    """Prepared rows keep the order of whoever prepared them first: another one shows at the first step."""
+
+    def run(seed, ce):
+        return {"seed": seed, "curve": {"dskd/ce": ce}}
+
+    base = [run(1, [1.0, 1.0]), run(2, [2.0, 2.0])]
+    assert report.worst([run(1, [1.001, 1.2]), run(2, [1.5, 9.0])], base) == pytest.approx((1.1005, 0.1005))
+    assert report.worst([run(2, [1.5, 9.0]), run(3, [1.0, 1.0])], base) is None
+
+
 def test_the_wilson_interval_of_a_share():
     low, high = report.wilson(20, 40)
     assert (low, high) == pytest.approx((0.3520, 0.6480), abs=1e-4)
