@@ -27,7 +27,7 @@ from benchmarks.results import Row
 from benchmarks.timing import Spread, ratios, taking_turns
 from benchmarks.tiny import make_pair, save_model, small_recipe
 from dskd_plugin.generation.answers import Sampling, Writer
-from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers.live import Teacher
 
 CPU = torch.device("cpu")

@@ -7,12 +7,10 @@ are for that table alone.
 """
 
 import functools
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -28,241 +26,18 @@ from dskd_plugin.log import LOG
 from dskd_plugin.methods import METHODS, method_of
 from dskd_plugin.methods import names as method_names
 from dskd_plugin.mistaken import explain
-
-
-class _Block(BaseModel):
-    """A settings block that knows its keys. Only these blocks forbid unknown keys, not the recipe around them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class TeacherSettings(_Block):
-    model: str = Field(
-        min_length=1,
-        description="a decoder-only causal language model with its tokenizer, or a PEFT adapter that names its base",
-        json_schema_extra={"values": "hub id or folder"},
-    )
-    revision: str | None = Field(
-        None, description="of a hub model", json_schema_extra={"values": "branch, tag or commit"}
-    )
-    adapter: str | None = Field(
-        None,
-        description="PEFT adapter, merged into the teacher; tokenizer, chat template, ends of turn and embeddings are "
-        "the adapter's where it has its own",
-        json_schema_extra={"values": "hub id or folder"},
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="of the teacher's weights")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="bitsandbytes weights of the teacher; its output head stays whole"
-    )
-    device: str | list[str] | None = Field(
-        None,
-        description="where the teacher is while the student trains; null: where the student is; a list: one for each "
-        "process of a machine",
-        json_schema_extra={
-            "values": "`cpu`, `cuda:N`, list of these",
-            "see": "[another device](runs.md#the-teacher-on-another-device)",
-        },
-    )
-    offload: bool = Field(
-        False, description="the teacher's weights wait in the CPU's memory and are on the device while it reads"
-    )
-    attn_implementation: str | None = Field(
-        None, description="attention kernel; null: as the student", json_schema_extra={"values": "as in transformers"}
-    )
-    chat_template: str = Field(
-        "tokenizer_default",
-        description="the teacher reads conversations in it; of several that a tokenizer has under names, `default`, "
-        "and `tool_use` for rows with tools",
-        json_schema_extra={
-            "values": "`tokenizer_default`, a name of one of the tokenizer's own, a name from Axolotl's list, "
-            "a jinja file"
-        },
-    )
-    chat_template_kwargs: dict[str, object] | None = Field(
-        None,
-        description="such as `{enable_thinking: false}`, for the teacher alone; null: the recipe's own "
-        "`chat_template_kwargs`",
-        json_schema_extra={"values": "variables of the template"},
-    )
-    sequence_len: int | None = Field(
-        None,
-        ge=8,
-        description="longest teacher row in tokens; null: twice the student's `sequence_len`, at most the positions "
-        "the teacher knows",
-    )
-    cache: str | None = Field(
-        None,
-        min_length=1,
-        description="states of the teacher that [`dskd cache build`](cache.md) has computed; the teacher itself is not "
-        "loaded. auto: they are computed before the first step and kept beside the prepared rows",
-        json_schema_extra={"values": "folder, `auto`"},
-    )
-
-    @field_validator("device")
-    @classmethod
-    def known_device(cls, device: str | list[str] | None) -> str | list[str] | None:
-        names = [device] if isinstance(device, str) else device
-        if names is not None and (not names or not all(re.fullmatch(r"cpu|cuda:\d+", name) for name in names)):
-            raise SettingError(
-                "dskd.teacher.device",
-                "'cpu', 'cuda:0' and so on, or a list of these with one for each process",
-                repr(device),
-                "Write one of them, or leave it out: the teacher is then where the student is.",
-            )
-        return device
-
-    @model_validator(mode="after")
-    def whole_weights_to_offload(self) -> "TeacherSettings":
-        if self.offload and self.device == "cpu":
-            raise SettingError(
-                "dskd.teacher.offload",
-                "false beside device: cpu",
-                "true: the weights never leave the CPU",
-                "Remove one of the two.",
-            )
-        if self.offload and self.quantization != "none":
-            raise SettingError(
-                "dskd.teacher.offload",
-                "false beside a quantised teacher",
-                f"true with quantization: {self.quantization}, whose weights have parts that do not move with them",
-                "Remove one of the two, or use dskd.teacher.cache.",
-            )
-        return self
-
-
-class WeightedTeacher(TeacherSettings):
-    """One of several teachers."""
-
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of its KD terms beside those of the others")
-
-    @property
-    def alone(self) -> TeacherSettings:
-        return TeacherSettings(**self.model_dump(exclude={"weight"}, exclude_unset=True))
-
-
-class ForwardKL(_Block):
-    kind: Literal["forward_kl"]
-
-
-class ReverseKL(_Block):
-    kind: Literal["reverse_kl"]
-
-
-class JensenShannon(_Block):
-    kind: Literal["js"]
-    teacher_share: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
-
-
-class SkewedForwardKL(_Block):
-    kind: Literal["skewed_forward_kl"]
-    skew: float = Field(0.1, gt=0, lt=1, description="share of the teacher mixed into the student")
-
-
-class SkewedReverseKL(_Block):
-    kind: Literal["skewed_reverse_kl"]
-    skew: float = Field(0.1, gt=0, lt=1, description="share of the student mixed into the teacher")
-
-
-class AdaptiveKL(_Block):
-    kind: Literal["adaptive_kl"]
-    head_mass: float = Field(0.5, gt=0, lt=1, description="cumulative teacher mass that counts as the head")
-
-
-class TotalVariation(_Block):
-    kind: Literal["tvd"]
-
-
-_AnyDivergence = ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TotalVariation
-Divergence = Annotated[_AnyDivergence, Field(discriminator="kind")]
-
-
-class ProjectorSettings(_Block):
-    init: Literal["ideal", "random", "fitted"] = Field(
-        "ideal",
-        description="ideal: least squares from the two heads; fitted: that, then trained on teacher states of training "
-        "rows before the first step",
-    )
-    learning_rate: float = Field(
-        5e-4, gt=0, le=1, description="of the teacher-to-student projector; it follows the recipe's schedule"
-    )
-    labels: Literal["hard", "soft"] = Field(
-        "soft",
-        description="what the projector learns: the teacher's most likely token, or its distribution over the tokens "
-        "that the student has too; not with `alignment: cma`, which learns the gold tokens",
-    )
-    top_vocab: int | None = Field(
-        None, ge=1, description="initialise from the k most frequent shared tokens (lowest student ids); null: all"
-    )
-    warmup_steps: int = Field(
-        0,
-        ge=0,
-        description="first steps in which the KD terms train the projectors alone; the student learns from the gold "
-        "tokens meanwhile",
-    )
-
-
-class BytePrefixSettings(_Block):
-    mask_whitespace: bool = Field(
-        True,
-        description="`bpm` with `shared: ids`: tokens of white space alone have no KD term, as published; to the two "
-        "sides they do not mean the same",
-        json_schema_extra={"see": "[bytes](method.md#bytes)"},
-    )
-
-
-class LikelihoodSettings(_Block):
-    bias_threshold: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="`alm`: leave out a pair or span after which the teacher gives white space and special tokens "
-        "together less than this probability: to it the text there is the start of something longer; 0: none",
-    )
-
-
-class GoldSettings(_Block):
-    beta: float = Field(
-        0.5, gt=0, lt=1, description="`gold`: weight of the teacher in the mixture of its Jensen-Shannon divergence"
-    )
-    matched_weight: float | None = Field(
-        None,
-        ge=0,
-        description="`gold`: weight of the tokens that both vocabularies have; null, with the next: their share of the "
-        "teacher's ids",
-    )
-    unmatched_weight: float | None = Field(
-        None, ge=0, description="`gold`: weight of all others, compared by rank; null: 1 minus that share"
-    )
-
-
-class XTokenSettings(_Block):
-    loss: Literal["projected", "hybrid"] = Field(
-        "projected",
-        description="`xtoken`: compare in the teacher's vocabulary, to which a matrix takes the student's distribution "
-        "(P-KL); or as `gold`, each token matched with the largest entry of the matrix (H-KL)",
-    )
-    top_k: int = Field(
-        8192,
-        ge=1,
-        description="`xtoken.loss: projected`: compare the teacher's k likeliest tokens at a row, renormalised",
-    )
-
-
-class OnPolicySettings(_Block):
-    fraction: float = Field(
-        gt=0,
-        le=1,
-        description="share of steps whose KD terms are taken on answers that the student samples",
-        json_schema_extra={"see": "[On-policy](#on-policy)"},
-    )
-    start_epoch: float = Field(0.0, ge=0, description="epochs before the first such step")
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in student tokens")
-    temperature: float = Field(1.0, gt=0, le=100, description="of the sampling")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens of this total probability")
-    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
-    log_samples: int = Field(0, ge=0, description="answers written to the log at each such step")
-
+from dskd_plugin.setting_blocks import (
+    Block,
+    BytePrefixSettings,
+    Divergence,
+    ForwardKL,
+    GoldSettings,
+    LikelihoodSettings,
+    OnPolicySettings,
+    ProjectorSettings,
+    XTokenSettings,
+)
+from dskd_plugin.teacher_settings import TeacherSettings, WeightedTeacher
 
 _RENAMED = {"chunk_ratio": "span_weight"}
 
@@ -272,7 +47,7 @@ def _notice(old: str, new: str) -> None:
     LOG.warning("dskd: dskd.%s is now called dskd.%s. Rename it: the next release refuses the old name.", old, new)
 
 
-class Settings(_Block):
+class Settings(Block):
     if TYPE_CHECKING:
         teacher: TeacherSettings
         """None beside `teachers`: what reads a teacher takes the settings of one, see `each`."""

@@ -19,7 +19,7 @@ from dskd_plugin.generation.answer_text import PlainReader, control_tokens, deco
 from dskd_plugin.generation.sampling import WithinVocabulary, batches_exactly, generating, left_padded, prompt_parts
 from dskd_plugin.log import LOG
 from dskd_plugin.models import causal_lm
-from dskd_plugin.settings import OnPolicySettings
+from dskd_plugin.setting_blocks import OnPolicySettings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.reasoning import KNOWN, Markers
 from dskd_plugin.text.responses import answers

@@ -15,7 +15,7 @@ from dskd_plugin.core.heads import Head
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.log import LOG
 from dskd_plugin.models import check_head, decoder, output_head, read_head
-from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers import adapted
 from dskd_plugin.teachers.offloaded import Offloaded
 from dskd_plugin.teachers.outside_engines import outside_engines

@@ -9,7 +9,8 @@ from typing import Any
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import network_advice
 from dskd_plugin.pair import read_table
-from dskd_plugin.settings import Settings, TeacherSettings
+from dskd_plugin.settings import Settings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers import adapted
 from dskd_plugin.teachers.files import check_default, check_teacher, unknown_choice
 from dskd_plugin.teachers.outside_engines import outside_engines

@@ -9,7 +9,7 @@ from benchmarks.cache import SIZES
 from benchmarks.cache import Bench as CacheBench
 from benchmarks.tiny import make_pair
 from dskd_plugin.batch import ask
-from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers.base import staying
 from dskd_plugin.teachers.live import Teacher
 

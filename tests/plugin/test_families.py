@@ -6,7 +6,7 @@ import torch
 from dskd_plugin.core.heads import head_logits
 from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.models import check_head, decoder, output_head, read_head
-from dskd_plugin.settings import TeacherSettings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers.live import Teacher
 
 TIED = {"tie_word_embeddings": True}

@@ -15,7 +15,7 @@ from dskd_plugin.generation import rollout
 from dskd_plugin.generation.answer_text import PlainReader
 from dskd_plugin.generation.rollout import Rollout, pack
 from dskd_plugin.generation.sampling import batches_exactly, generating, prompt_parts
-from dskd_plugin.settings import OnPolicySettings
+from dskd_plugin.setting_blocks import OnPolicySettings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.turn_ends import end_of_turn
 from dskd_plugin.text.vocabularies import token_table

@@ -16,8 +16,8 @@ from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
 from dskd_plugin.methods.base import METHODS, Method, SegmentMethod, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
-from dskd_plugin.settings import TeacherSettings, parse_settings
 from dskd_plugin.student import attach
+from dskd_plugin.teacher_settings import TeacherSettings, parse_settings
 from dskd_plugin.teachers.live import Teacher
 from dskd_plugin.text.respelled import respelling_matrix
 from dskd_plugin.text.turn_ends import end_of_turn
