@@ -16,8 +16,9 @@ from dskd_plugin.host.collator import PackedMaskPairCollator, PaddedPairCollator
 from dskd_plugin.methods.base import METHODS, Method, SegmentMethod, register
 from dskd_plugin.models import output_head
 from dskd_plugin.pair import aligner, make_pair, pair_events, shared_ids
+from dskd_plugin.settings import parse_settings
 from dskd_plugin.student import attach
-from dskd_plugin.teacher_settings import TeacherSettings, parse_settings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers.live import Teacher
 from dskd_plugin.text.respelled import respelling_matrix
 from dskd_plugin.text.turn_ends import end_of_turn
@@ -854,7 +855,7 @@ def test_settings_know_what_the_kernels_have(tiny, rows, settings, fuses, monkey
     def kernel(*_, **__):
         raise KernelRan
 
-    for name in ("event_masses", "cross_entropy", "compare"):
+    for name in ("event_masses", "cross_entropy_of", "compare"):
         monkeypatch.setattr(launch, name, kernel)
     teacher = tiny["sibling" if settings.get("method") == "kd" else "teacher"]
     setup = Setup(tiny["student"], teacher, backend=FusedBlocks(3000), **settings)

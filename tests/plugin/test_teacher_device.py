@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.teacher_settings import TeacherSettings, parse_settings
+from dskd_plugin.settings import parse_settings
+from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers.base import staying
 from dskd_plugin.teachers.live import Teacher
 from dskd_plugin.teachers.placement import is_offloaded, suited_attention, teacher_device
