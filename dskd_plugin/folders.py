@@ -155,6 +155,11 @@ def check_optimizer(checkpoint: Path) -> None:
         )
 
 
+def nearest(path: Path) -> Path:
+    """The path, or the nearest of the folders above it, that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing or holds something else."""
     try:

@@ -68,6 +68,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_pair(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def third(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a teacher with a third vocabulary and a template of its own."""
+    tokenizer = build.byte_level_tokenizer(330, 9)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    return build.save_model(tmp_path_factory.mktemp("third") / "teacher", tokenizer, "llama", width=40, seed=5)
+
+
 @pytest.fixture
 def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """A complete small recipe; tests change what they need."""

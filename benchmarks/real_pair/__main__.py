@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from benchmarks.options import add_stages, stages_of
 from benchmarks.real_pair import data, easy, records, report, runs
 from benchmarks.real_pair.measures import MEASURES
 from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, Run, planned
@@ -23,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Methods on a pair of real models. Repeat the command to go on after a stop.",
     )
     add = parser.add_argument
-    add("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
+    add_stages(parser, STAGES)
     add("--teacher", type=Path, required=True, metavar="DIR", help="folder of the teacher")
     add("--student", type=Path, required=True, metavar="DIR", help="folder of the student")
     add("--data", type=Path, required=True, metavar="DIR", help="folder with mbpp/, gsm8k/ and humaneval/")
@@ -42,10 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     add("--minutes", type=float, help="start no further run after so many minutes")
     options = parser.parse_args(arguments)
-    unknown = [stage for stage in options.stages if stage not in STAGES]
-    if unknown:
-        parser.error(f"STAGE: expected {', '.join(STAGES)}, got {', '.join(unknown)}. Leave it out to do everything.")
-    options.stages = options.stages or list(STAGES)
+    options.stages = stages_of(parser, options, STAGES)
     options.out = options.out.resolve()
     return options
 
@@ -78,16 +76,11 @@ def jobs(options: argparse.Namespace, place: runs.Place) -> list[launch.Job]:
 
 def in_turn(made: list[launch.Job], options: argparse.Namespace, title: str) -> bool:
     """Run the jobs, one line each; none starts after --minutes. Returns whether all of them succeeded."""
-    started, good = time.monotonic(), 0
+    started = time.monotonic()
     limit = float("inf") if options.minutes is None else 60 * options.minutes
     waiting = (job for job in made if time.monotonic() - started < limit)
-    for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
-        good += outcome.ok
-        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
-        elapsed = (time.monotonic() - started) / 60
-        print(f"{title} {done}/{len(made)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")
-        sys.stdout.flush()
-    return good == len(made)
+    shown = launch.shown(waiting, len(made), at_once=options.jobs, title=title)
+    return sum(outcome.ok for outcome in shown) == len(made)
 
 
 def main(arguments: list[str] | None = None) -> int:

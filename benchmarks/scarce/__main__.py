@@ -3,10 +3,10 @@
 import argparse
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
+from benchmarks.options import add_stages, stages_of
 from benchmarks.scarce import records, report, runs
 from benchmarks.scarce.table import RECIPES, SEEDS
 from benchmarks.scarce.table import runs as planned
@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Every method where gold answers are few. Repeat the command to go on after a stop.",
     )
     add = parser.add_argument
-    add("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
+    add_stages(parser, STAGES)
     add("--out", type=Path, default=Path("out") / "scarce", help="default: out/scarce")
     add("--records", type=Path, default=RECORDS, metavar="FILE", help="default: the committed file")
     add("--page", type=Path, default=report.PAGE, metavar="FILE", help="default: docs/scarce.md")
@@ -32,10 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 1 2 3")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     options = parser.parse_args(arguments)
-    unknown = [stage for stage in options.stages if stage not in STAGES]
-    if unknown:
-        parser.error(f"STAGE: expected {', '.join(STAGES)}, got {', '.join(unknown)}. Leave it out to do everything.")
-    options.stages = options.stages or list(STAGES)
+    options.stages = stages_of(parser, options, STAGES)
     options.out = options.out.resolve()
     return options
 
@@ -47,14 +44,9 @@ def train(options: argparse.Namespace) -> bool:
         launch.Job(run.name, options.out / "logs" / f"{run.name}.log", partial(runs.work, options.out, run))
         for run in left
     ]
-    started, good = time.monotonic(), 0
     launch.preload()
-    for done, outcome in enumerate(launch.run(jobs, at_once=options.jobs), start=1):
-        good += outcome.ok
-        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
-        elapsed = (time.monotonic() - started) / 60
-        print(f"{done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}", flush=True)
-    return good == len(jobs)
+    shown = launch.shown(jobs, len(jobs), at_once=options.jobs, title="runs")
+    return sum(outcome.ok for outcome in shown) == len(jobs)
 
 
 def main(arguments: list[str] | None = None) -> int:

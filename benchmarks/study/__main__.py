@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.options import add_stages, stages_of
 from benchmarks.study import launch, plan, prepare, records, report
 from benchmarks.study.table import METHODS, SIZES, Size
 
@@ -19,7 +20,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.study",
         description="Distillation methods over seeds on pairs of models. Repeat the command to go on after a stop.",
     )
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all of them)")
+    add_stages(parser, STAGES)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--out", type=Path, help="default: out/study-SIZE")
     parser.add_argument("--tasks", nargs="+", choices=("qa", "text"), help="default: what the size names")
@@ -28,26 +29,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--minutes", type=float, help="start no further run after so many minutes")
     options = parser.parse_args(arguments)
-    unknown = [stage for stage in options.stages if stage not in STAGES]
-    if unknown:
-        parser.error(f"STAGE: expected {', '.join(STAGES)}, got {', '.join(unknown)}. Leave it out to do everything.")
-    options.stages = options.stages or list(STAGES)
+    options.stages = stages_of(parser, options, STAGES)
     options.out = (options.out or Path("out") / f"study-{options.size}").resolve()
     return options
 
 
 def in_parallel(jobs: list[launch.Job], options: argparse.Namespace, deadline: float, title: str) -> bool:
     """Run the jobs, one line each; a job past the deadline is not started. Returns whether all of them succeeded."""
-    started, succeeded = time.monotonic(), 0
+    succeeded = 0
     waiting = (job for job in jobs if time.monotonic() < deadline)
-    for done, outcome in enumerate(launch.run(waiting, at_once=options.jobs), start=1):
+    for outcome in launch.shown(waiting, len(jobs), at_once=options.jobs, title=title):
         mark = plan.failure(options.out, outcome.job.name)
         mark.unlink(missing_ok=True) if outcome.ok else mark.touch()
         succeeded += outcome.ok
-        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
-        elapsed = (time.monotonic() - started) / 60
-        print(f"{title} {done}/{len(jobs)} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}")
-        sys.stdout.flush()
     return succeeded == len(jobs)
 
 

@@ -50,6 +50,18 @@ def axolotl(arguments: list[str], folder: Path) -> None:
     cli.main(args=arguments, prog_name="axolotl", standalone_mode=False)
 
 
+def shown(jobs: Iterable[Job], count: int, *, at_once: int, title: str) -> Iterator[Outcome]:
+    """`run`, with a line for each job that has ended. count: of all jobs."""
+    started = time.monotonic()
+    for done, outcome in enumerate(run(jobs, at_once=at_once), start=1):
+        said = "" if outcome.ok else f"  FAILED, see {outcome.job.log}"
+        elapsed = (time.monotonic() - started) / 60
+        print(
+            f"{title} {done}/{count} {elapsed:5.1f} min  {outcome.seconds:4.0f} s  {outcome.job.name}{said}", flush=True
+        )
+        yield outcome
+
+
 def run(jobs: Iterable[Job], *, at_once: int) -> Iterator[Outcome]:
     """Every job in a child process, at most `at_once` of them; outcomes as they come. A failure stops no other."""
     waiting = iter(jobs)

@@ -14,6 +14,7 @@ from dskd_plugin.cache.layout import MANIFEST
 from dskd_plugin.cli.asked_prompts import check_writable
 from dskd_plugin.cli.cache import contents
 from dskd_plugin.errors import DSKDSetupError, SettingError
+from dskd_plugin.folders import nearest
 
 if TYPE_CHECKING:
     from dskd_plugin.host.prompts import Source
@@ -43,7 +44,7 @@ def check_cache(folder: Path, source: "Source", answers: int, longest: int) -> N
         kept = manifest.read(folder, "Or name another folder with --cache.")
         manifest.check_teacher(folder, kept.teacher, manifest.teacher_of(run), "Name another folder with --cache.")
     size = bytes_of_state(run, states_dtype(run, folder))
-    most, free = answers * longest * size, shutil.disk_usage(_there(folder)).free
+    most, free = answers * longest * size, shutil.disk_usage(nearest(folder)).free
     told = f"{folder}: {size:,} bytes for each token of an answer, at most {most / 2**30:,.1f} GiB for all of them"
     if most > free:
         told += f"; {free / 2**30:,.1f} GiB are free, and what does not fit is refused once the answers are written"
@@ -77,7 +78,3 @@ def reads_from(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What changes in a recipe that reads its teacher's states from the folder."""
     block = recipe["dskd"]
     return {"dskd": {**block, "teacher": {**block["teacher"], "cache": str(folder)}}}
-
-
-def _there(folder: Path) -> Path:
-    return next(one for one in (folder, *folder.absolute().parents) if one.exists())

@@ -10,6 +10,7 @@ import click
 
 from dskd_plugin.cli.generated_files import chat_entries, earlier_result
 from dskd_plugin.errors import SettingError
+from dskd_plugin.folders import nearest
 
 if TYPE_CHECKING:
     from dskd_plugin.host.prompts import Source
@@ -26,10 +27,10 @@ def check_target(path: Path, overwrite: bool, recipe: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise ``ValueError`` where the file could not be written."""
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        got = "one without permission to write" if nearest.is_dir() else "a file"
-        raise SettingError(path, "a folder to write to", f"{got} at {nearest}", "Choose another file.")
+    folder = nearest(path.absolute().parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        got = "one without permission to write" if folder.is_dir() else "a file"
+        raise SettingError(path, "a folder to write to", f"{got} at {folder}", "Choose another file.")
 
 
 def asked_rows(rows: Any, ask: str, limit: int | None) -> Any:

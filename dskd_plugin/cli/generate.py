@@ -142,6 +142,11 @@ def generate(
     from dskd_plugin.generation.answers import Partial, Sampling, batches
 
     source = load_recipe(recipe, written, teacher)
+    if cache is not None and written["dskd"].get("teachers"):
+        raise click.UsageError(
+            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each in the written recipe and run "
+            "`dskd cache build` on that."
+        )
     check_reasoning(source.form, reasoning)
     target = device_named(device)
     every = read_prompts(source, limit if ask == "all" else None)
@@ -152,11 +157,6 @@ def generate(
     student = student_rendering(source, written, template)
     if student is not None:
         tell_one_sided(kept, source, student)
-    if cache is not None and written["dskd"].get("teachers"):
-        raise click.UsageError(
-            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each in the written recipe and run "
-            "`dskd cache build` on that."
-        )
     if cache is not None:
         check_cache(cache, source, len(kept), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)

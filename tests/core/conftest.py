@@ -9,10 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd_plugin.core.baselines import MappedIds
+from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Objective
-from dskd_plugin.core.rows import Rows
+from dskd_plugin.core.rows import Rows, counts
 
 NAN = float("nan")
 
@@ -105,6 +106,35 @@ class Case:
             agreement_mask=settings["agreement_mask"],
             compares="spaces",
         )
+
+    def compared(self, compare, kind, tau, *, rows=None, divisors, block_elements, **options):
+        """What baseline_loss makes of two distributions. rows: None for pairs alone; divisors: None for counts."""
+        if rows is None:
+            rows = Rows(student_RD=self.student, labels_R=torch.tensor(self.gold), teacher_NE=self.teacher)
+        objective = Objective(
+            divergence=divergence(kind),
+            temperature=tau,
+            kd_ratio=0.4,
+            spaces="student",
+            agreement_mask=False,
+            compares="distributions",
+            **options,
+        )
+        return baseline_loss(
+            rows,
+            student_head=self.student_head(),
+            teacher_head=self.teacher_head(),
+            compare=compare,
+            objective=objective,
+            divisors_T=counts(rows, objective) if divisors is None else divisors,
+            block_elements=block_elements,
+        )
+
+    def whole(self):
+        """The case without a teacher's state that is not a number."""
+        with torch.no_grad():
+            self.teacher.nan_to_num_(0.4)
+        return self
 
     def student_head(self):
         return Head(self.weight, self.ids, self.bias, self.scale, self.softcap)

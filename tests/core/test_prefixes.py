@@ -14,7 +14,7 @@ from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.prefixes import PrefixCompare
-from dskd_plugin.core.rows import Rows, counts
+from dskd_plugin.core.rows import Rows
 from dskd_plugin.text.align import align
 from dskd_plugin.text.prefix_maps import PrefixMaps, maps_by_ids
 from dskd_plugin.text.tokens import TokenTable
@@ -64,9 +64,7 @@ def maps():
 
 def make(make_case, **settings):
     """A case of 8 pairs among 10 rows, and the teacher's further states."""
-    case = make_case(rows=10, pairs=len(PLACED), **settings)
-    with torch.no_grad():
-        case.teacher.nan_to_num_(0.4)
+    case = make_case(rows=10, pairs=len(PLACED), **settings).whole()
     case.gold[: len(PLACED)] = [gold for gold, *_ in PLACED]
     count = sum(len(further) for *_, further in PLACED)
     generator = torch.Generator().manual_seed(7)
@@ -85,24 +83,8 @@ def given(case, further, maps, **changes):
 
 
 def run(case, rows, maps, *, kind="js", tau=1.7, block_elements=WHOLE, divisors=DIVISORS, **options):
-    objective = Objective(
-        divergence=divergence(kind),
-        temperature=tau,
-        kd_ratio=0.4,
-        spaces="student",
-        agreement_mask=False,
-        compares="distributions",
-        **options,
-    )
-    return baseline_loss(
-        rows,
-        student_head=case.student_head(),
-        teacher_head=case.teacher_head(),
-        compare=PrefixCompare(divergence(kind), tau, maps.together, maps.residual + 1),
-        objective=objective,
-        divisors_T=counts(rows, objective) if divisors is None else divisors,
-        block_elements=block_elements,
-    )
+    compare = PrefixCompare(divergence(kind), tau, maps.together, maps.residual + 1)
+    return case.compared(compare, kind, tau, rows=rows, divisors=divisors, block_elements=block_elements, **options)
 
 
 def masses_of(oracle, floats, further, tau):

@@ -19,30 +19,8 @@ DIVISORS = torch.tensor([9, 0, 0, 0, 7, 0, 0])
 
 
 def run(case, size, *, kind="forward_kl", tau=1.7, block_elements=40, divisors=DIVISORS):
-    rows = Rows(student_RD=case.student, labels_R=torch.tensor(case.gold), teacher_NE=case.teacher)
-    objective = Objective(
-        divergence=divergence(kind),
-        temperature=tau,
-        kd_ratio=0.4,
-        spaces="student",
-        agreement_mask=False,
-        compares="distributions",
-    )
-    return baseline_loss(
-        rows,
-        student_head=case.student_head(),
-        teacher_head=case.teacher_head(),
-        compare=TopSharedCompare(divergence(kind), tau, size, *IDS),
-        objective=objective,
-        divisors_T=counts(rows, objective) if divisors is None else divisors,
-        block_elements=block_elements,
-    )
-
-
-def whole(case):
-    with torch.no_grad():
-        case.teacher.nan_to_num_(0.4)
-    return case
+    compare = TopSharedCompare(divergence(kind), tau, size, *IDS)
+    return case.compared(compare, kind, tau, divisors=divisors, block_elements=block_elements)
 
 
 LEAVES = ("student", "weight", "bias")
@@ -53,7 +31,7 @@ HEADS = [{}, {"scale": 1.3, "softcap": 4.0}, {"bias": False, "padding": 0}, {"sc
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "tau"), [(2, 1.0), (3, 1.7), (6, 1.0)])
 def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, size, tau, dtype, tolerance):
-    case = whole(make_case(seed=1, dtype=dtype, **HEADS[size % len(HEADS)]))
+    case = make_case(seed=1, dtype=dtype, **HEADS[size % len(HEADS)]).whole()
     loss, sums = run(case, size, kind=kind, tau=tau)
     floats, live = case.floats() | {"ce_rows": [True] * 7}, case.live()
     # The weights of adaptive_kl are constants of the derivative: only its value is compared.
@@ -75,7 +53,7 @@ def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, size, tau,
 
 
 def test_the_size_moves_the_loss_and_all_shared_ids_are_the_overlap(make_case):
-    case = whole(make_case(seed=2))
+    case = make_case(seed=2).whole()
     losses = [run(case, size, divisors=None)[0].item() for size in (2, 3, 6, 100)]
     assert abs(losses[0] - losses[1]) > 1e-3 < abs(losses[1] - losses[2])
     student, teacher = torch.randn(4, 9).double().requires_grad_(), torch.randn(4, 11).double()

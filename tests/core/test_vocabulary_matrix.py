@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from dskd_plugin.core.baselines import SharedIds
-from dskd_plugin.core.blockwise import baseline_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
-from dskd_plugin.core.objective import Objective
-from dskd_plugin.core.rows import Rows, counts
 from dskd_plugin.core.vocabulary_matrix import MatrixCompare, VocabularyMatrix, vocabulary_matrix
 
 KINDS = sorted(DIVERGENCES)
@@ -22,30 +19,8 @@ HEADS = [{}, {"scale": 1.3, "softcap": 4.0}, {"bias": False, "padding": 0}]
 
 
 def run(case, size, *, kind="forward_kl", tau=1.7, block_elements=40, divisors=DIVISORS, matrix=None):
-    rows = Rows(student_RD=case.student, labels_R=torch.tensor(case.gold), teacher_NE=case.teacher)
-    objective = Objective(
-        divergence=divergence(kind),
-        temperature=tau,
-        kd_ratio=0.4,
-        spaces="student",
-        agreement_mask=False,
-        compares="distributions",
-    )
-    return baseline_loss(
-        rows,
-        student_head=case.student_head(),
-        teacher_head=case.teacher_head(),
-        compare=MatrixCompare(divergence(kind), tau, matrix or vocabulary_matrix(SHARED, PIECES), size),
-        objective=objective,
-        divisors_T=counts(rows, objective) if divisors is None else divisors,
-        block_elements=block_elements,
-    )
-
-
-def whole(case):
-    with torch.no_grad():
-        case.teacher.nan_to_num_(0.4)
-    return case
+    compare = MatrixCompare(divergence(kind), tau, matrix or vocabulary_matrix(SHARED, PIECES), size)
+    return case.compared(compare, kind, tau, divisors=divisors, block_elements=block_elements)
 
 
 def test_entries_are_those_of_the_shared_ids_and_of_the_pieces():
@@ -61,7 +36,7 @@ def test_entries_are_those_of_the_shared_ids_and_of_the_pieces():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "tau"), [(3, 1.0), (4, 1.7), (100, 1.0)])
 def test_loss_and_gradients_equal_the_floats(oracle, make_case, kind, size, tau, block_elements):
-    case = whole(make_case(seed=1, **HEADS[size % len(HEADS)]))
+    case = make_case(seed=1, **HEADS[size % len(HEADS)]).whole()
     loss, sums = run(case, size, kind=kind, tau=tau, block_elements=block_elements)
     floats, live = case.floats() | {"ce_rows": [True] * 7}, case.live()
 

@@ -11,16 +11,6 @@ EVALUATED = {"val_set_size": 0.25, "eval_steps": 2}
 TERMS = ("kd", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement", "align_ratio")
 
 
-@pytest.fixture(scope="module")
-def third(build, tmp_path_factory):
-    """A teacher with a vocabulary that is neither the student's nor the other teacher's, and its own template."""
-    tokenizer = build.byte_level_tokenizer(330, 9)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
-    )
-    return build.save_model(tmp_path_factory.mktemp("third") / "teacher", tokenizer, "llama", width=40, seed=5)
-
-
 @pytest.fixture
 def teachers(tiny, third):
     """teachers(weights, **more): the list of both, in place of the recipe's one."""

@@ -16,16 +16,6 @@ from dskd_plugin.preflight import check_started
 pytestmark = pytest.mark.usefixtures("fresh_plugin_manager")
 
 
-@pytest.fixture(scope="module")
-def third(build, tmp_path_factory):
-    """A teacher with a third vocabulary and a template of its own."""
-    tokenizer = build.byte_level_tokenizer(330, 9)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
-    )
-    return build.save_model(tmp_path_factory.mktemp("third") / "teacher", tokenizer, "llama", width=40, seed=5)
-
-
 @pytest.fixture
 def of(recipe):
     """of(models, **block): the recipe with these teachers, in the form that suits their number."""
