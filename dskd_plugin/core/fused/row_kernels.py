@@ -81,6 +81,23 @@ def cross_entropy(
 
 
 @triton.jit
+def partners(partner_of, at, real, PAIRED: tl.constexpr):
+    """Where the other side has these ids, and which of them have a place there. PAIRED: else at the same place."""
+    takes = at < real
+    partner = at
+    if PAIRED:
+        partner = tl.load(partner_of + at, takes, -1)
+        takes = partner >= 0
+    return partner, takes
+
+
+@triton.jit
+def of_events(event_of, of_row, at, takes):
+    """The row's number for the event of each id."""
+    return tl.load(of_row + tl.load(event_of + at, takes, 0), takes, 0.0)
+
+
+@triton.jit
 def compare(
     product,
     product_stride,
@@ -123,6 +140,7 @@ def compare(
     place = tl.program_id(0)
     row = product + place.to(tl.int64) * product_stride
     theirs = other + place.to(tl.int64) * other_stride
+    of_row = change + place.to(tl.int64) * change_stride
     lanes = tl.arange(0, TILE)
     own_peak = tl.full((TILE,), LOWEST, WIDE)
     own_total = tl.zeros((TILE,), WIDE)
@@ -130,11 +148,7 @@ def compare(
     other_total = tl.zeros((TILE,), WIDE)
     for start in range(0, real, TILE):
         at = start + lanes
-        takes = at < real
-        partner = at
-        if PAIRED:
-            partner = tl.load(partner_of + at, takes, -1)
-            takes = partner >= 0
+        partner, takes = partners(partner_of, at, real, PAIRED)
         z = logits(tl.load(row + at, takes, 0.0).to(WIDE), SCALE, CAP) / TEMPERATURE
         t = logits(tl.load(theirs + partner, takes, 0.0).to(WIDE), OTHER_SCALE, OTHER_CAP) / OTHER_TEMPERATURE
         own_peak, own_total = joined(own_peak, own_total, tl.where(takes, z, float("-inf")))
@@ -146,17 +160,12 @@ def compare(
     slopes = tl.zeros((TILE,), WIDE)
     for start in range(0, real, TILE):
         at = start + lanes
-        takes = at < real
-        partner = at
-        if PAIRED:
-            partner = tl.load(partner_of + at, takes, -1)
-            takes = partner >= 0
+        partner, takes = partners(partner_of, at, real, PAIRED)
         z = logits(tl.load(row + at, takes, 0.0).to(WIDE), SCALE, CAP) / TEMPERATURE
         t = logits(tl.load(theirs + partner, takes, 0.0).to(WIDE), OTHER_SCALE, OTHER_CAP) / OTHER_TEMPERATURE
         log_p = t - other_whole
         if CHANGED:
-            event = tl.load(event_of + at, takes, 0)
-            log_p += tl.load(change + place.to(tl.int64) * change_stride + event, takes, 0.0)
+            log_p += of_events(event_of, of_row, at, takes)
         added, slope = DIVERGENCE(z - own_whole, log_p, KNOB)
         value += tl.where(takes, added, 0.0)
         slopes += tl.where(takes, slope, 0.0)
@@ -175,17 +184,12 @@ def compare(
         for start in range(0, size, TILE):
             at = start + lanes
             there = at < size
-            takes = at < real
-            partner = at
-            if PAIRED:
-                partner = tl.load(partner_of + at, takes, -1)
-                takes = partner >= 0
+            partner, takes = partners(partner_of, at, real, PAIRED)
             z = logits(tl.load(row + at, there, 0.0).to(WIDE), SCALE, CAP)
             t = logits(tl.load(theirs + partner, takes, 0.0).to(WIDE), OTHER_SCALE, OTHER_CAP) / OTHER_TEMPERATURE
             log_p = t - other_whole
             if CHANGED:
-                event = tl.load(event_of + at, takes, 0)
-                log_p += tl.load(change + place.to(tl.int64) * change_stride + event, takes, 0.0)
+                log_p += of_events(event_of, of_row, at, takes)
             log_q = z / TEMPERATURE - own_whole
             added, slope = DIVERGENCE(log_q, log_p, KNOB)
             pull = share * (slope - tl.exp(log_q) * slope_of_row)
