@@ -155,8 +155,8 @@ def train(run: Run, place: Place) -> None:
     assert dskd is not None
     file = out / "data" / f"{rows_name(run)}.jsonl"
     made = recipe(run, dskd, len(read(file)))
-    # Axolotl names its prepared rows after their path, not their content.
-    made["dataset_prepared_path"] = f"prepared/{digest(file)}-{run.pair}"
+    # Axolotl names its prepared rows after their path, not their content, and keeps the order of the first seed.
+    made["dataset_prepared_path"] = f"prepared/{digest(file)}-{run.pair}-{run.seed}"
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     on_create.append(states.in_folder(out / "states"))
     started, processor = time.monotonic(), time.process_time()
