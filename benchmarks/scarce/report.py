@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dskd_eval import stats
 
+from benchmarks.scarce.students import OWN, STUDENTS
 from benchmarks.scarce.table import RECIPES, SEQKD
 from benchmarks.study.records import Record
 from benchmarks.study.report import markdown
@@ -17,9 +18,10 @@ INTRO = """# Few gold answers, many questions
 
 Which method is worth most where answers are few? Every recipe starts from the student of `make quickstart` and learns
 from the same rows: {gold} gold answers, which the teacher was tuned on too, and the teacher's answers to {prompts} more
-questions. `python -m benchmarks.scarce` makes this page ([how](../benchmarks/scarce/README.md)).
+questions. The student comes with three tokenizers, because a method stands or falls with what the two tokenizers have
+in common. `python -m benchmarks.scarce` makes this page ([how](../benchmarks/scarce/README.md)).
 
-How to read the table:
+How to read the tables:
 
 - *bits per byte*: of the gold answers to {heldout} held-out questions, one number for each seed; lower is better.
 - *to the best SFT*: the difference to plain fine-tuning on the gold answers alone, the best of three rates; below 0 is
@@ -33,16 +35,22 @@ How to read the table:
 
 
 class Found:
-    """The records by recipe and seed; `sft`, `sft_all` and `teacher` are the quickstart's."""
+    """The records of a student by recipe and seed; `sft`, `sft_all` and `teacher` are the quickstart's."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], student: str) -> None:
+        self.student = student
         self.runs: dict[str, dict[int, Record]] = {}
         self.rows: dict[str, int] = {}
+        self.overlaps: list[tuple[float, float]] = []
         for one in records:
+            if one["student"] != student:
+                continue
             if one["kind"] == "run":
                 self.runs.setdefault(one["recipe"], {})[one["seed"]] = one
                 continue
             self.rows = one["rows"]
+            if "shared_ids" in one:
+                self.overlaps.append((one["shared_ids"], one["align_ratio"]))
             for name in ("sft", "sft_all", "teacher"):
                 self.runs.setdefault(name, {})[one["seed"]] = one[name]
 
@@ -101,17 +109,30 @@ def table(found: Found) -> str:
     return markdown(["recipe", "seeds", "bits per byte", "to the best SFT", "to SeqKD", "p", "exact", "CPU s"], rows)
 
 
+def section(found: Found) -> str:
+    """What a student is, its table, and what has not run."""
+    parts = [f"## {STUDENTS[found.student].title}"]
+    if found.overlaps:
+        shared, aligned = (stats.mean([(each, 1.0) for each in column]) for column in zip(*found.overlaps, strict=True))
+        parts.append(
+            f"The teacher's tokenizer has {100 * shared:.0f} % of the student's ids. {100 * aligned:.0f} % of the "
+            "answers' tokens have a partner of the same text."
+        )
+    parts.append(table(found))
+    missing = [recipe.title for name, recipe in RECIPES.items() if name not in found.runs]
+    if missing:
+        parts.append("Not run: " + "; ".join(missing) + ".")
+    return "\n\n".join(parts)
+
+
 def page(records: list[Record]) -> str:
-    found = Found(records)
     runs = [one for one in records if one["kind"] == "run"]
     dates = sorted({one["date"] for one in runs})
     commits = sorted({one["environment"]["commit"][:7] for one in runs})
     packages = sorted({f"{name} {version}" for one in runs for name, version in one["environment"]["packages"].items()})
     said = f"Command: `python -m benchmarks.scarce`. CPU, {', '.join(dates)}; commits {', '.join(commits)}; "
-    missing = [recipe.title for name, recipe in RECIPES.items() if name not in found.runs]
-    parts = [INTRO.format(**found.rows), said + ", ".join(packages) + ".", table(found)]
-    if missing:
-        parts.append("Not run: " + "; ".join(missing) + ".")
+    parts = [INTRO.format(**Found(records, OWN).rows), said + ", ".join(packages) + "."]
+    parts += [section(Found(records, name)) for name in STUDENTS if any(one["student"] == name for one in runs)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.scarce.students import OWN, STUDENTS
 from benchmarks.scarce.table import ROWS, Run, Step
 from benchmarks.study import launch, states
 from benchmarks.study.runs import environment, read_json, write_json
@@ -18,23 +19,29 @@ from quickstart import measure
 RESULTS = "results.json"  # of a finished quickstart
 
 
-def questions(out: Path, seed: int) -> Path:
-    """The folder of the quickstart that has the rows and models of a seed."""
-    return out / f"seed-{seed}"
+def questions(out: Path, student: str, seed: int) -> Path:
+    """The folder of the quickstart that has the rows and models of a student and a seed."""
+    return out / f"{student}-{seed}"
 
 
 def result(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.name}.json"
 
 
-def make_questions(out: Path, seed: int) -> None:
-    """`python -m quickstart`, unless it has ended."""
-    from quickstart.__main__ import main
+def make_questions(out: Path, student: str, seed: int) -> None:
+    """`python -m quickstart` with this student, unless it has ended; questions and teacher are those of OWN."""
+    from quickstart.__main__ import run as quickstart
 
-    if not (questions(out, seed) / RESULTS).is_file():
-        code = main(["--out", str(questions(out, seed)), "--seed", str(seed)])
-        if code != 0:
-            raise RuntimeError(f"quickstart, seed {seed}: expected exit code 0, got {code}. Its output says why.")
+    folder = questions(out, student, seed)
+    if (folder / RESULTS).is_file():
+        return
+    if student != OWN:
+        make_questions(out, OWN, seed)
+        for name in ("data", "teacher", "teacher-tuned", "answers"):
+            # Links to the files, so that a stage that is done again replaces its own folder alone.
+            if not (folder / name).is_dir():
+                shutil.copytree(questions(out, OWN, seed) / name, folder / name, copy_function=os.link)
+    quickstart(folder, None, seed, tokenizer_of=STUDENTS[student].tokenizer_of)
 
 
 def finished(out: Path, run: Run) -> bool:
@@ -69,7 +76,7 @@ def work(out: Path, run: Run) -> None:
     """Train step after step, measure the last model, free the disk. Called in a process of its own."""
     from dskd_plugin.host.trainer import on_create
 
-    folder = questions(out, run.seed)
+    folder = questions(out, run.student, run.seed)
     # A teacher reads the same rows in every recipe. What a student samples is read once and not kept.
     if not any("on_policy" in (step.dskd or {}) for step in run.steps):
         on_create.append(states.in_folder(folder / "states"))

@@ -1,6 +1,7 @@
 """What is compared, as data: a recipe is one training after another; a new one is one line.
 
-The rows, the student and the teacher are the quickstart's: 84 gold answers, and the teacher's answers to 490 questions.
+The rows and the teacher are the quickstart's: 84 gold answers, and the teacher's answers to 490 questions. So is the
+student, with its tokenizer or with another one of `students.py`.
 """
 
 from dataclasses import dataclass, field
@@ -84,17 +85,18 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe from a table above with one seed: of the questions, the student and the training."""
+    """A recipe from a table above for one student with one seed: of the questions, the student and the training."""
 
+    student: str
     recipe: str
     seed: int
     steps: tuple[Step, ...] = field(repr=False)
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}-{self.seed}"
+        return f"{self.student}-{self.recipe}-{self.seed}"
 
 
-def runs(recipes: list[str], seeds: list[int]) -> list[Run]:
-    """Every recipe of the first seed, then of the next."""
-    return [Run(name, seed, RECIPES[name].steps) for seed in seeds for name in recipes]
+def runs(students: list[str], recipes: list[str], seeds: list[int]) -> list[Run]:
+    """Every recipe of the first student and seed, then of the next seed, then of the next student."""
+    return [Run(student, name, seed, RECIPES[name].steps) for student in students for seed in seeds for name in recipes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from dskd_eval.models import ModelRef, default_name
 
 
 def models_of(path: Path) -> list[ModelRef]:
-    """Teacher (`dskd.teacher.model`), base (`base_model`), student (`output_dir`), and sft when there is one.
+    """Teacher or teachers (of the `dskd:` block), base (`base_model`), student (`output_dir`), and sft if there is one.
 
     The SFT output is the `output_dir` of a recipe `sft.yaml` in the same folder, once it holds a model.
     Relative folders are looked up from the working directory, as Axolotl does, then from the recipe's
@@ -45,25 +46,44 @@ def models_of(path: Path) -> list[ModelRef]:
 
 
 def _teachers(recipe: dict[str, object], path: Path) -> list[ModelRef]:
-    """The teacher, where the recipe has one."""
-    where = f"recipe {path.name}"
+    """The teacher or teachers, where the recipe has any; of two with one name the later ones get a number."""
     block = recipe.get("dskd")
-    teacher = block.get("teacher") if isinstance(block, dict) else None
-    if isinstance(teacher, str):
-        teacher = {"model": teacher}
-    if not teacher:
+    if not isinstance(block, dict):
         return []
+    several = block.get("teachers")
+    if not several:
+        one = block.get("teacher")
+        return [_teacher(one, "dskd.teacher", recipe, path)] if one else []
+    if not isinstance(several, list):
+        raise UserError(
+            f"recipe {path.name}, dskd.teachers",
+            expected="a list of teachers",
+            got=repr(several),
+            fix="Write `- model: HUB_ID_OR_FOLDER` for each.",
+        )
+    found: list[ModelRef] = []
+    for number, entry in enumerate(several, start=1):
+        made = _teacher(entry, f"dskd.teachers[{number - 1}]", recipe, path)
+        taken = any(made.name == other.name for other in found)
+        found.append(replace(made, name=f"{made.name} ({number})") if taken else made)
+    return found
+
+
+def _teacher(entry: object, setting: str, recipe: dict[str, object], path: Path) -> ModelRef:
+    """A teacher as a recipe names it: a mapping, or its hub id or folder alone."""
+    where = f"recipe {path.name}"
+    teacher = {"model": entry} if isinstance(entry, str) else entry
     if not isinstance(teacher, dict) or not isinstance(teacher.get("model"), str):
         raise UserError(
-            f"{where}, dskd.teacher.model",
+            f"{where}, {setting}.model",
             expected="a hub id or folder",
-            got=repr(teacher),
+            got=repr(entry),
             fix="Name the teacher.",
         )
     source = _place(teacher["model"], path)
     adapter = teacher.get("adapter")
     own = teacher.get("chat_template_kwargs")
-    found = ModelRef(
+    return ModelRef(
         f"teacher {default_name(source)}",
         source,
         "teacher",
@@ -72,7 +92,6 @@ def _teachers(recipe: dict[str, object], path: Path) -> list[ModelRef]:
         _template(teacher.get("chat_template"), path),
         _pairs(recipe.get("chat_template_kwargs") if own is None else own, where),
     )
-    return [found]
 
 
 def _template(choice: object, path: Path) -> str:

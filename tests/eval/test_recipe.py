@@ -62,12 +62,41 @@ def test_hub_ids_stay(pair: Path) -> None:
     assert recipe.models_of(pair)[0].source == "org/big"
 
 
+def test_several_teachers_are_all_there_and_one_is_to_be_named_for_the_gap(
+    pair: Path, own_task: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """One of the two weighs other than the first, so that no gap is closed before one of them is named."""
+    other = pair.parent / "more" / "teacher"
+    shutil.copytree(pair.parent / "teacher", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    entries = "teachers: [{model: teacher, weight: 2.0, revision: v1}, {model: more/teacher, chat_template: chatml}]"
+    pair.write_text(pair.read_text().replace("teacher: {model: teacher, revision: v1}", entries))
+    refs = recipe.models_of(pair)
+    assert [ref.name for ref in refs[:3]] == ["teacher teacher", "teacher teacher (2)", "base base"]
+    assert [ref.source for ref in refs[:2]] == [str(pair.parent / "teacher"), str(other)]
+    assert [(ref.role, ref.revision, ref.chat_template) for ref in refs[:2]] == [
+        ("teacher", "v1", "tokenizer_default"), ("teacher", None, "chatml"),
+    ]  # fmt: skip
+
+    run = ["--recipe", pair, "--task-file", own_task(), "--limit", 4]
+    done = invoke(*run, "--output", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["comparisons"]
+    assert "teacher teacher (2)" in [made["model"] for made in found["pairs"]]
+    assert found["gaps"] == [] and "several models have the role teacher" in done.output
+    named = invoke("compare", tmp_path / "run", "--teacher", "teacher teacher (2)")
+    assert named.exit_code == 0 and "teacher not above base" in named.output, named.output
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
         ("base_model: ./base\n", "", r"expected base_model"),
         ("out/dskd", "out/none", r"output_dir: expected the folder of a trained student.*axolotl train"),
         ("{model: teacher, revision: v1}", "{modell: teacher}", r"dskd.teacher.model"),
+        ("teacher: {model: teacher, revision: v1}", "teachers: org/big", r"dskd.teachers: expected a list"),
+        ("teacher: {model: teacher, revision: v1}", "teachers: [org/a, {}]", r"dskd.teachers\[1\].model"),
         ("plugins: [dskd]", "plugins: [", r"readable YAML recipe"),
     ],
 )

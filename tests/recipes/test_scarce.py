@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.scarce import records, report, table
+from benchmarks.scarce import records, report, students, table
 from benchmarks.scarce.__main__ import parse
 from dskd_plugin.methods import names as method_names
 from dskd_plugin.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "quickstart"
+NOUNS = [(noun, owner) for noun in ("apple", "wagon", "lantern") for owner in ("Ann", "Tom", "Zoe", "Kim")]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def made(recipe: str, seed: int, bits: list[float], right: list[int], cost: floa
         "date": "2026-01-02",
         "environment": {"commit": "a" * 40, "packages": {"dskd": "1"}},
     }
-    return {"kind": "run", "recipe": recipe, "seed": seed, **answered(bits, right), **facts}
+    return {"kind": "run", "student": "own", "recipe": recipe, "seed": seed, **answered(bits, right), **facts}
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def found() -> list[dict]:
     all_records = []
     for seed, bits in level.items():
         others = {name: answered([bits] * 8, [0] * 8) for name in records.OTHERS}
-        all_records.append({"kind": "quickstart", "seed": seed, "rows": rows, **others})
+        shares = {"shared_ids": 0.6 + seed / 10, "align_ratio": 0.5}
+        all_records.append({"kind": "quickstart", "student": "own", "seed": seed, "rows": rows, **shares, **others})
         all_records.append(made("seqkd", seed, [bits - 1 - 0.1 * k for k in range(8)], [0] * 8, 10.0))
         all_records.append(made("bpm", seed, [bits - 2 - 0.1 * k for k in range(8)], [1, 0] * 4, 20.0 * seed))
     return all_records
@@ -96,6 +98,27 @@ def test_the_table_holds_each_seed_and_the_differences_over_all_questions(found)
     assert cells(page, table.RECIPES["seqkd"].title)[4:6] == ["", ""]
     assert cells(page, "the teacher")[2] == "0.600, 0.800"
     assert "2 gold answers" in page and "Not run: `dskd`, defaults;" in page
+    assert "has 75 % of the student's ids. 50 % of the answers' tokens" in page
+
+
+def test_each_student_has_a_table_of_its_own(found):
+    other = [one | {"student": "coarse"} for one in found if one.get("recipe") != "bpm"]
+    page = report.page([*found, *other])
+    own, coarse = page.split(f"## {students.STUDENTS['coarse'].title}")
+    assert cells(own, "`bpm`") and "| `bpm` |" not in coarse
+    assert cells(coarse, table.RECIPES["seqkd"].title) == cells(own, table.RECIPES["seqkd"].title)
+
+
+@pytest.mark.parametrize("name", students.STUDENTS)
+def test_a_student_cuts_text_as_its_title_says(name):
+    """Coarse tokens hold spaces inside, fine ones are short; all of them keep the text and its bytes."""
+    texts = [f"the {noun} of {owner} weighs {k} pounds and is {k} feet long" for k, (noun, owner) in enumerate(NOUNS)]
+    tokenizer = students.STUDENTS[name].tokenizer_of(texts * 20)
+    ids = tokenizer.encode(texts[3], add_special_tokens=False)
+    assert tokenizer.decode(ids) == texts[3]
+    pieces = [tokenizer.decode([number]) for number in ids]
+    assert any(" " in piece.strip() for piece in pieces) is (name == "coarse")
+    assert max(len(piece) for piece in pieces) <= 24
 
 
 def test_newer_records_take_the_place_of_older_ones_and_others_stay(found):
@@ -111,10 +134,10 @@ def test_newer_records_take_the_place_of_older_ones_and_others_stay(found):
 @pytest.mark.axolotl
 def test_the_whole_command_on_tiny_models(tiny, tmp_path):
     """What a quickstart leaves, over tiny models: two recipes, one of two steps, and the page."""
-    folder = tmp_path / "out" / "seed-1"
+    folder = tmp_path / "out" / "own-1"
     (folder / "data").mkdir(parents=True)
     (folder / "answers").mkdir()
-    for name, place in (("student", "student"), ("teacher", "teacher-tuned")):
+    for name, place in (("student", "student"), ("teacher", "teacher"), ("teacher", "teacher-tuned")):
         (folder / place).symlink_to(tiny[name], target_is_directory=True)
     for name in ("dskd", "seqkd"):
         (folder / f"{name}.yaml").write_bytes((RECIPES / f"{name}.yaml").read_bytes())
@@ -127,10 +150,23 @@ def test_the_whole_command_on_tiny_models(tiny, tmp_path):
     answers = [{"bits": 5.0, "bytes": 10, "right": False}] * 5
     counts = {"gold": 4, "gold_all": 9, "prompts": 6, "validation": 1, "heldout": 5}
     results = {"rows": counts, "models": {name: {"answers": answers} for name in records.OTHERS}}
+    results["dskd"] = {"align_ratio": 0.5}
     (folder / "results.json").write_text(json.dumps(results))
     kept, page = tmp_path / "records.jsonl", tmp_path / "page.md"
-    command = [sys.executable, "-m", "benchmarks.scarce", "--out", str(tmp_path / "out"), "--seeds", "1"]
-    command += ["--recipes", "seqkd", "two_stage_sft", "--records", str(kept), "--page", str(page)]
+    command = [sys.executable, "-m", "benchmarks.scarce", "--out", str(tmp_path / "out")]
+    command += [
+        "--students",
+        "own",
+        "--seeds",
+        "1",
+        "--recipes",
+        "seqkd",
+        "two_stage_sft",
+        "--records",
+        str(kept),
+        "--page",
+        str(page),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path)
