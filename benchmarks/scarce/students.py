@@ -10,17 +10,23 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class Student:
-    """title: what the tables call it; tokenizer_of: makes the tokenizer from the texts that a student may see."""
+    """title, short: what tables and figures call it; tokenizer_of: the tokenizer, from texts that it may see."""
 
     title: str
+    short: str
     tokenizer_of: TokenizerOf
 
 
 STUDENTS: dict[str, Student] = {
-    OWN: Student("the quickstart's tokenizer: 2,048 ids, tokens within words", train_tokenizer),
+    OWN: Student("The quickstart's tokenizer, tokens within words", "similar tokenizers", train_tokenizer),
     "coarse": Student(
-        "a coarse tokenizer: 2,048 ids, tokens over words of up to 24 characters",
+        "A coarse tokenizer: tokens of up to 24 characters, over several words",
+        "the student's tokenizer coarser",
         partial(train_tokenizer, over_words=True, longest=24),
     ),
-    "fine": Student("a fine tokenizer: 384 ids, tokens of few characters", partial(train_tokenizer, vocab_size=384)),
+    "fine": Student(
+        "A fine tokenizer: 384 ids, tokens of few characters",
+        "the student's tokenizer finer",
+        partial(train_tokenizer, vocab_size=384),
+    ),
 }

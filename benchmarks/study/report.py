@@ -1,4 +1,4 @@
-"""Tables and plots from the committed records; the tables of docs/results.md stand between marker comments."""
+"""Tables and plots from the committed records; the tables of docs/study.md stand between marker comments."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from benchmarks.study.statistics import Difference, Floats, paired, score
 from benchmarks.study.table import ABLATIONS, METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "study.md"
 PLOTS = ROOT / "docs" / "plots"
 TASKS = {"qa": "short questions", "text": "GSM8K and Dolly"}
 PAIRS = {"one": "one tokenizer", "two": "two tokenizers"}
@@ -374,15 +374,15 @@ def draw(study: Study, folder: Path, prefix: str) -> list[Path]:
 
 
 def write(file: Path, size: str) -> dict[str, Any]:
-    """Refresh docs/results.md and the plots from the records of one size; prints what was missing."""
+    """Refresh docs/study.md and the plots from the records of one size; prints what was missing."""
     study = Study(records.read(file))
     made = sections(study)
-    if RESULTS.is_file():
-        text = RESULTS.read_text(encoding="utf-8")
-        RESULTS.write_text(insert(text, made, size), encoding="utf-8")
+    if PAGE.is_file():
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(insert(text, made, size), encoding="utf-8")
         missing = [name for name in made if f"<!-- {size}-{name} -->" not in text]
         if missing:
-            print(f"{RESULTS.name}: no marker for {', '.join(missing)}")
+            print(f"{PAGE.name}: no marker for {', '.join(missing)}")
     for plot in draw(study, PLOTS, size):
         print(plot.relative_to(ROOT))
     return made

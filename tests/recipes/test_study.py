@@ -352,8 +352,8 @@ def strings(value) -> list[str]:
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
-def test_the_tables_of_the_results_are_those_of_the_records():
-    text = report.RESULTS.read_text(encoding="utf-8")
+def test_the_tables_of_the_page_are_those_of_the_records():
+    text = report.PAGE.read_text(encoding="utf-8")
     for file in COMMITTED:
         made = report.sections(report.Study(records.read(file)))
         assert report.insert(text, made, file.stem) == text

@@ -1,0 +1,177 @@
+"""`python -m benchmarks.summary`: the figure and the table of docs/results.md, from the records of three benchmarks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import real_pair, scarce, study
+from benchmarks.real_pair import report as real_pair_report
+from benchmarks.scarce import report as scarce_report
+from benchmarks.scarce import students
+from benchmarks.study import report as study_report
+from benchmarks.study.data import read
+from benchmarks.study.statistics import score
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+PLOT = ROOT / "docs" / "plots" / "summary.svg"
+FEW = "Few gold answers, the teacher answers more questions"
+PLENTY = "Plenty of gold answers"
+# What is shown of each benchmark, under names that are the same in all of them.
+SCARCE = {
+    "seqkd": "SFT on the same rows (SeqKD)",
+    "dskd": "dskd, defaults",
+    "dskd_spans": "dskd, span_weight: 1",
+    "overlap_kd": "overlap_kd",
+    "bpm": "bpm",
+    "csd": "csd, kd_weight: balanced",
+}
+REAL = {"overlap_kd_ids": "overlap_kd, shared: ids", "dskd_default": "dskd, defaults"}
+STUDY = {
+    "kd": "kd",
+    "overlap_kd": "overlap_kd, shared: ids",
+    "dskd": "dskd, target: projected",
+    "dskd_default": "dskd, defaults",
+    "dskd_v2": "dskd, as published",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A recipe against plain fine-tuning, in per cent of its bits per byte: below 0 is better.
+
+    where: what the recipe was tried on; page: of docs/, where it stands in full; sft: bits per byte of the fine-tuning.
+    """
+
+    where: str
+    recipe: str
+    seeds: int
+    sft: float
+    value: float
+    low: float
+    high: float
+    page: str
+
+
+def records_of(benchmark: object, name: str) -> Path:
+    """A file of a benchmark's committed records."""
+    folder = Path(str(benchmark.__file__)).parent  # type: ignore[attr-defined]
+    return folder / "records" / f"{name}.jsonl"
+
+
+def relative(where: str, recipe: str, seeds: int, sft: float, gap: tuple[float, float, float], page: str) -> Line:
+    """gap: difference, low and high in bits per byte."""
+    value, low, high = (100 * each / sft for each in gap)
+    return Line(where, recipe, seeds, sft, value, low, high, page)
+
+
+def few() -> Iterator[Line]:
+    """Each student where gold answers are few, against the best fine-tuning on them."""
+    records = read(records_of(scarce, "scarce"))
+    for student in students.STUDENTS:
+        found = scarce_report.Found(records, student)
+        for name, title in SCARCE.items():
+            gap = found.against(name, scarce_report.SFT) if name in found.runs else None
+            if gap is None or gap.low is None or gap.high is None:
+                continue
+            seeds = found.seeds(name, scarce_report.SFT)
+            sft = scarce_report.stats.mean(found.bits(scarce_report.SFT, seeds))
+            span = (gap.difference, gap.low, gap.high)
+            where = f"{FEW}: {students.STUDENTS[student].short}"
+            yield relative(where, title, len(seeds), sft, span, "scarce.md")
+
+
+def pretrained() -> Iterator[Line]:
+    """The real pair, student and teacher as in the names, against fine-tuning on the same rows."""
+    found = real_pair_report.Runs(real_pair_report.records.read(records_of(real_pair, "real_pair")))
+    for key in found.sections():
+        _, data, _, steps = key
+        sft, sizes = found.of(key, "sft"), found.sizes[data]
+        for name, title in REAL.items():
+            runs = found.of(key, name)
+            gap = real_pair_report.difference(runs, sft, sizes)
+            if gap is None:
+                continue
+            seeds = {made["seed"] for made in runs} & {made["seed"] for made in sft}
+            base = score(real_pair_report.bits(made for made in sft if made["seed"] in seeds), sizes)
+            where = f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
+            yield relative(where, title, len(seeds), base, (gap.value, gap.low, gap.high), "real_pair.md")
+
+
+def studied() -> Iterator[Line]:
+    """The study's pairs, both sizes, against fine-tuning on the same rows."""
+    metric = study_report.METRICS[0]
+    for size in ("gpu", "small"):
+        found = study_report.Study(study_report.records.read(records_of(study, size)))
+        for task, pair in found.settings():
+            sft = found.chosen(task, pair, study_report.BASE, None, "heldout")
+            for name, title in STUDY.items():
+                runs = found.chosen(task, pair, name, None, "heldout")
+                gap = study_report.against(found, sft, runs, "heldout", metric)
+                if gap is None:
+                    continue
+                values = found.values(sft, "heldout", metric)
+                base = score(values, found.sizes(task, "heldout", metric, values.shape[1]))
+                where = f"{PLENTY}, 126 steps, {study_report.TASKS[task]}, {study_report.PAIRS[pair]}"
+                yield relative(where, title, len(runs), base, (gap.value, gap.low, gap.high), "study.md")
+
+
+def lines() -> list[Line]:
+    return [*few(), *pretrained(), *studied()]
+
+
+def table(found: list[Line]) -> str:
+    """One row for each recipe; the place and its SFT stand in its first row alone."""
+    rows, last = [], ""
+    for line in found:
+        difference = f"{line.value:+.1f} % [{line.low:+.1f}, {line.high:+.1f}]"
+        said = ("", "") if line.where == last else (f"[{line.where}]({line.page})", f"{line.sft:.3f}")
+        rows.append([*said, f"`{line.recipe}`", str(line.seeds), difference])
+        last = line.where
+    return study_report.markdown(["where", "SFT, bits per byte", "recipe", "seeds", "recipe to SFT"], rows)
+
+
+def draw(found: list[Line], file: Path) -> None:
+    """One point with its interval for each line, in a panel for each place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "summary"
+    from matplotlib import pyplot as plt
+
+    places = list(dict.fromkeys(line.where for line in found))
+    counts = [sum(line.where == place for line in found) for place in places]
+    height = 0.24 * len(found) + 0.5 * len(places) + 0.6
+    figure, axes = plt.subplots(
+        len(places), 1, figsize=(9, height), sharex=True, height_ratios=counts, layout="constrained", squeeze=False
+    )
+    for axis, place in zip(axes[:, 0], places, strict=True):
+        here = [line for line in found if line.where == place]
+        heights = np.arange(len(here))[::-1]
+        for at, line in zip(heights, here, strict=True):
+            colour = "C2" if line.high < 0 else "C3" if line.low > 0 else "grey"
+            whiskers = [[line.value - line.low], [line.high - line.value]]
+            axis.errorbar([line.value], [at], xerr=whiskers, fmt="o", markersize=4, color=colour, capsize=2)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(heights, [line.recipe for line in here], fontsize=8)
+        axis.set_ylim(-0.6, len(here) - 0.4)
+        axis.set_title(place, fontsize=9, loc="left")
+        axis.grid(axis="x", alpha=0.3)
+    axes[-1, 0].set_xlabel("bits per byte of held-out gold answers, to SFT, % (left is better; 95 % intervals)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    found = lines()
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(study_report.insert(text, {"table": table(found)}, "summary"), encoding="utf-8")
+    draw(found, PLOT)
+    print(f"{PAGE}, {PLOT}")
+
+
+if __name__ == "__main__":
+    main()
