@@ -1,5 +1,7 @@
 """What a pair of tokenizers means for distillation, in one line each for the pair and for a dataset."""
 
+from pathlib import Path
+
 from dskd_plugin.methods import method_of
 from dskd_plugin.pair import Pair
 from dskd_plugin.settings import Settings
@@ -16,6 +18,18 @@ def of_pair(pair: Pair, settings: Settings, student_share: float) -> str:
     return (
         f"two tokenizers ({ids}), {100 * student_share:.0f} % of the student's ids shared ({_amount(student_share)}); "
         f"recommended: {_recommended('dskd', settings)}; see {DOCS}"
+    )
+
+
+def of_one_model(base_model: str, settings: Settings) -> str | None:
+    """The warning about a teacher that is the student before training; None for any other."""
+    teacher = settings.teacher
+    same = Path(teacher.model).expanduser().resolve() == Path(base_model).expanduser().resolve()
+    if not same or teacher.adapter or teacher.revision:
+        return None
+    return (
+        f"dskd.teacher.model is base_model itself, {base_model!r}: such a teacher only keeps the student near where it "
+        "began. Name a larger model, or one that is better at the task, unless that is meant."
     )
 
 

@@ -120,6 +120,8 @@ class DSKDTrainer(AxolotlTrainer):
             overlap, events = in_common(sides, teacher, rows)
             told = pair_advice.of_pair(sides.pair, settings, overlap.student_share)
             LOG.info("dskd: method %s; widths %d and %d; %s", settings.method, width, teacher.width, told)
+            if warning := pair_advice.of_one_model(self.cfg.base_model, settings):
+                LOG.warning("dskd: %s", warning)
         return distillation_loss(
             settings,
             model,

@@ -32,6 +32,23 @@ def test_the_pair(zoo, student, changes, said):
 
 
 @pytest.mark.parametrize(
+    ("base", "teacher", "warned"),
+    [
+        ("org/one", {"model": "org/one"}, True),
+        ("./one", {"model": "{here}/one"}, True),
+        ("org/one", {"model": "org/two"}, False),
+        ("org/one", {"model": "org/one", "adapter": "tuned"}, False),
+        ("org/one", {"model": "org/one", "revision": "v2"}, False),
+    ],
+)
+def test_a_teacher_that_is_the_student(base, teacher, warned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teacher | {"model": teacher["model"].format(here=tmp_path)}
+    told = pair_advice.of_one_model(base, parse_settings({"teacher": teacher}))
+    assert (told is not None and repr(base) in told) is warned
+
+
+@pytest.mark.parametrize(
     ("share", "said"), [(1.0, "(much)"), (0.8, "(much;"), (0.6, "(about average;"), (0.1, "(little;")]
 )
 def test_a_dataset(share, said):
