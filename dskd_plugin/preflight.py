@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin import last_words, recipe_file
+from dskd_plugin import kept_settings, last_words, recipe_file
 from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError, naming
-from dskd_plugin.folders import check_optimizer, check_student, looks_local
+from dskd_plugin.folders import check_optimizer, check_student, looks_local, read_json
 from dskd_plugin.recipe_options import REFUSED, tiled_batches
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
@@ -125,8 +125,8 @@ def check_datasets(recipe: Any) -> None:
                 )
 
 
-def check_checkpoint(recipe: Any) -> None:
-    """Raise ``ValueError`` for a checkpoint folder that is not there, or without the state of the optimizer."""
+def check_checkpoint(recipe: Any, settings: Any) -> None:
+    """Raise ``ValueError`` for a checkpoint folder that is not there, lacks the optimizer, or is of other settings."""
     checkpoint = recipe.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise SettingError(
@@ -137,6 +137,10 @@ def check_checkpoint(recipe: Any) -> None:
         )
     if isinstance(checkpoint, str):
         check_optimizer(Path(checkpoint))
+        file = Path(checkpoint) / kept_settings.STATE
+        # Half a file, of a run that was killed, is told with the other files of the checkpoint.
+        if read_json(file):
+            kept_settings.check_same(file, kept_settings.of(settings))
 
 
 def check_listed(recipe: Any) -> None:
@@ -276,7 +280,7 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
         for place, (one, parts) in enumerate(zip(views, found, strict=True)):
             with naming(place, len(views)):
                 check_pair(str(recipe.get("base_model")), one, parts)
-    check_checkpoint(recipe)
+    check_checkpoint(recipe, settings)
     if trains_by is not None:
         for place, one in enumerate(views):
             with naming(place, len(views)):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dskd_plugin import __version__
+from dskd_plugin import __version__, kept_settings
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import check_optimizer, read_json
+from dskd_plugin.kept_settings import STATE
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.several import Loss
 from dskd_plugin.models import gathered
@@ -21,25 +21,6 @@ from dskd_plugin.run import Sides
 from dskd_plugin.settings import Settings
 
 WEIGHTS = "dskd_projectors.safetensors"
-STATE = "dskd_state.json"
-# Where the recipe sets what the file keeps under another name.
-SETTINGS = {
-    "teacher": "teacher.model",
-    "teacher_revision": "teacher.revision",
-    "teacher_adapter": "teacher.adapter",
-    "teachers": "teachers",
-    "method": "method",
-    "alignment": "alignment",
-    "spaces": "spaces",
-    "target": "target",
-    "shared": "shared",
-    "kd_weight": "kd_weight",
-    "projector_init": "projector.init",
-}
-# The whole `dskd:` block as it was resolved: what of it may change in the middle of a run is told, not refused.
-BLOCK = "settings"
-# What a run did before the setting was there to be kept.
-BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 
 
 def projector_state(loss: Loss) -> dict[str, Tensor]:
@@ -74,39 +55,15 @@ def pair_state(each: Sequence[Sides], settings: Settings, widths: list[int | Non
 
     each: one for each teacher; settings: of the run; widths: of the student's and the teachers' hidden states.
     """
-    block = settings.model_dump(mode="json", exclude={"teacher", "teachers", "impl"})
+    digests = [sides.pair.teacher.digest for sides in each]
+    tokenizers: dict[str, object] = {"teacher_tokenizer": digests[0] if len(each) == 1 else None}
     if len(each) > 1:
-        block["teachers"] = {"weight": settings.weights}
+        tokenizers["teacher_tokenizers"] = digests
     return {
-        **_teachers(each),
+        **kept_settings.of(settings),
+        **tokenizers,
         "student_tokenizer": each[0].pair.student.digest,
         "widths": widths,
-        "method": settings.method,
-        "alignment": settings.alignment,
-        "spaces": settings.spaces,
-        "target": "exact" if settings.exact else "projected",
-        "shared": "events" if settings.by_events else "ids",
-        "kd_weight": settings.kd_weight,
-        "projector_init": settings.projector.init,
-        BLOCK: block,
-    }
-
-
-def _teachers(each: Sequence[Sides]) -> dict[str, object]:
-    """One teacher by its own keys, several as a list in their order."""
-    given = [sides.run.settings.teacher for sides in each]
-    digests = [sides.pair.teacher.digest for sides in each]
-    if len(each) > 1:
-        keys = {"model", "revision", "adapter"}
-        listed = [teacher.model_dump(include=keys, exclude_none=True) for teacher in given]
-        one = dict.fromkeys(("teacher", "teacher_revision", "teacher_adapter", "teacher_tokenizer"))
-        return {**one, "teachers": listed, "teacher_tokenizers": digests}
-    return {
-        "teacher": given[0].model,
-        "teacher_revision": given[0].revision,
-        "teacher_adapter": given[0].adapter,
-        "teacher_tokenizer": digests[0],
-        "teachers": None,
     }
 
 
@@ -122,39 +79,14 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
     if found.get("projectors", True):
         _expect(source, WEIGHTS)
-    # A setting that does not apply to the method is None here, and may not have been kept.
-    now, then = _flat(pair.get(BLOCK, {})), _flat(found.pop(BLOCK, {}))
-    expected = {key: value for key, value in pair.items() if key != BLOCK and (key in found or value is not None)}
-    found = {**BEFORE, **found}
-    different = [key for key, value in expected.items() if found.get(key) != value]
-    if different:
-        kept = {key: found.get(key) for key in different if key in SETTINGS}
-        # A recipe has one of the two forms.
-        other_form = ("teacher", "teacher_revision", "teacher_adapter") if kept.get("teachers") else ("teachers",)
-        lines = _recipe_lines({key: value for key, value in kept.items() if key not in other_form})
-        told = ", ".join(f"{key} {found.get(key)!r} instead of {pair[key]!r}" for key in different)
-        advice = "Resume with the teacher and settings of that run, or start a new output_dir."
-        raise SettingError(
-            source / STATE,
-            "the projectors of this pair",
-            f"those of another: {told}",
-            f"{advice} The lines of that run's recipe:\n{lines}" if lines else advice,
-        )
-    changed = [f"dskd.{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+    kept_settings.check_same(source / STATE, pair)
+    changed = kept_settings.changed(found, pair)
     if changed:
         LOG.warning(
             "dskd: %s goes on with other settings than it was trained with: %s. The loss curve may jump.",
             source,
             ", ".join(changed),
         )
-
-
-def _flat(block: dict[str, object], above: str = "") -> dict[str, object]:
-    """The block with its inner keys as `outer.inner`."""
-    flat: dict[str, object] = {}
-    for key, value in block.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
 
 
 def _expect(source: Path, file: str) -> None:
@@ -168,18 +100,6 @@ def _expect(source: Path, file: str) -> None:
             found,
             "Resume from another checkpoint, or remove this one.",
         )
-
-
-def _recipe_lines(kept: dict[str, object]) -> str:
-    """The part of a `dskd:` block that restores what a checkpoint was trained with."""
-    block: dict[str, Any] = {}
-    for key, value in kept.items():
-        inner = block
-        *above, last = SETTINGS[key].split(".")
-        for name in above:
-            inner = inner.setdefault(name, {})
-        inner[last] = value
-    return str(yaml.safe_dump({"dskd": block}, sort_keys=False)).rstrip() if block else ""
 
 
 @torch.no_grad()

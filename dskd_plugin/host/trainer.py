@@ -29,6 +29,7 @@ from dskd_plugin.host.parameter_group import give_own_group
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
 from dskd_plugin.host.watch import Watch
+from dskd_plugin.kept_settings import STATE
 from dskd_plugin.log import LOG
 from dskd_plugin.losses.base import DistillationLoss
 from dskd_plugin.losses.dual_space import DualSpaceLoss
@@ -342,7 +343,7 @@ class DSKDTrainer(AxolotlTrainer):
         """At the end, with ``load_best_model_at_end``: the projectors are those of the student's checkpoint."""
         super()._load_best_model()
         best = Path(self.state.best_model_checkpoint)
-        if (best / state.STATE).is_file():  # else the host has not found the student's weights either, and says so
+        if (best / STATE).is_file():  # else the host has not found the student's weights either, and says so
             state.load(best, self.distillation, weights=not self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from dskd_plugin import state
+from dskd_plugin import kept_settings, preflight, state
+from dskd_plugin.settings import parse_settings
 
 PAIR = {
     "teacher": "org/teacher",
@@ -23,6 +24,7 @@ PAIR = {
 }
 
 
+BLOCK = {"teacher": {"model": "./teacher"}}
 FILES = ["rng_state.pth", "optimizer.pt", "scheduler.pt"]
 
 
@@ -42,7 +44,7 @@ def checkpoint(tmp_path):
 
 
 def without(folder, *keys):
-    file = folder / state.STATE
+    file = folder / kept_settings.STATE
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in keys}))
 
 
@@ -119,7 +121,7 @@ def test_nested_settings_are_written_as_the_recipe_has_them(checkpoint):
     assert lines_of(error) == {"dskd": block}
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", state.STATE])
+@pytest.mark.parametrize("file", ["trainer_state.json", kept_settings.STATE])
 def test_half_a_checkpoint_is_refused(checkpoint, file):
     folder = checkpoint()
     (folder / file).unlink()
@@ -128,7 +130,7 @@ def test_half_a_checkpoint_is_refused(checkpoint, file):
 
 
 @pytest.mark.parametrize("left", ["", '{"global_st'])
-@pytest.mark.parametrize("file", [state.STATE, "trainer_state.json"])
+@pytest.mark.parametrize("file", [kept_settings.STATE, "trainer_state.json"])
 def test_a_file_that_was_cut_while_it_was_written_is_refused(checkpoint, file, left):
     folder = checkpoint()
     (folder / file).write_text(left)
@@ -147,14 +149,27 @@ def test_weights_alone_are_refused(checkpoint):
 @pytest.mark.parametrize("file", FILES)
 def test_a_part_of_the_optimizers_state_that_was_removed_is_missed(file, checkpoint):
     """transformers skips optimizer and schedule where one of the two is gone, without a word."""
-    from dskd_plugin import preflight
-
     folder = checkpoint()
     (folder / file).unlink()
     with pytest.raises(ValueError, match=r"expected a checkpoint with the optimizer's state, got .*were removed"):
         state.check(folder, PAIR)
     with pytest.raises(ValueError, match="expected a checkpoint with the optimizer's state"):
-        preflight.check_checkpoint({"resume_from_checkpoint": str(folder)})
+        preflight.check_checkpoint({"resume_from_checkpoint": str(folder)}, parse_settings(BLOCK))
+
+
+def test_other_settings_are_told_before_anything_loads(checkpoint):
+    now = parse_settings(BLOCK)
+    folder = checkpoint(**kept_settings.of(now))
+    recipe = {"resume_from_checkpoint": str(folder)}
+    preflight.check_checkpoint(recipe, now)
+    preflight.check_checkpoint(recipe, parse_settings(BLOCK | {"temperature": 2.0}))
+    with pytest.raises(ValueError, match="method 'dskd' instead of 'uld'") as error:
+        preflight.check_checkpoint(recipe, parse_settings(BLOCK | {"method": "uld"}))
+    assert lines_of(error)["dskd"]["method"] == "dskd"
+    with pytest.raises(ValueError, match=r"teacher '\./teacher' instead of '\./other'"):
+        preflight.check_checkpoint(recipe, parse_settings({"teacher": {"model": "./other"}}))
+    (folder / kept_settings.STATE).write_text('{"meth')
+    preflight.check_checkpoint(recipe, parse_settings(BLOCK | {"method": "uld"}))  # told later, as half a file
 
 
 @pytest.mark.parametrize(
