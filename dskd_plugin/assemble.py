@@ -109,7 +109,7 @@ def distillation_loss(
         agreement_mask=settings.agreement_mask,
         compares=method.compares,
         span_weight=settings.span_weight,
-        unpaired_ce=settings.unpaired == "ce",
+        unpaired_ce=settings.unpaired_ce,
         teacher_weight=teacher_weight,
         adds_ce=adds_ce,
     )

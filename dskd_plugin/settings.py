@@ -82,11 +82,12 @@ class Settings(Block):
         "ratio of the two over about twenty steps before; needs a kd_ratio below 1",
         json_schema_extra={"see": "[balanced](method.md#kd_weight-balanced)"},
     )
-    unpaired: Literal["share", "ce"] = Field(
-        "share",
-        description="cross-entropy of response tokens that no KD term takes, mostly those without a partner. share: "
-        "(1 - kd_ratio) of it, as of all others; ce: the whole of it; not with `on_policy`, where no gold token has a "
-        "partner",
+    unpaired: Literal["auto", "share", "ce"] = Field(
+        "auto",
+        description="cross-entropy of response tokens of which the teacher says nothing (those without a partner) or "
+        "not all (one of several tokens of an *event*). ce: the whole of it; share: (1 - kd_ratio) of it, as of all "
+        "others, as published; auto: ce, and share with `on_policy`, where no gold token has a partner",
+        json_schema_extra={"see": "[which rows](method.md#which-rows-a-term-takes)"},
     )
     spaces: Literal["both", "student", "teacher"] = Field(
         "student",
@@ -164,6 +165,13 @@ class Settings(Block):
     def with_spans(self) -> bool:
         """Whether spans of text are compared, beside pairs or as a term of their own."""
         return self.span_weight > 0 or method_of(self).with_spans(self)
+
+    @property
+    def unpaired_ce(self) -> bool:
+        """Whether tokens of which the teacher does not say all keep their whole cross-entropy."""
+        if self.unpaired == "auto":
+            return self.on_policy is None and method_of(self).compares != "nothing"
+        return self.unpaired == "ce"
 
     @property
     def by_events(self) -> bool:

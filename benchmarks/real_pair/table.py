@@ -26,15 +26,18 @@ class Setting:
     rows: str = "gold"
 
 
-PROJECTED: Block = {"target": "projected"}
-IDS: Block = {"target": "exact", "shared": "ids"}
-EVENTS: Block = {"target": "exact", "shared": "events"}
+# Settings of earlier defaults, so that their runs stay what they are.
+SHARE: Block = {"unpaired": "share"}
+PROJECTED: Block = SHARE | {"target": "projected"}
+IDS: Block = SHARE | {"target": "exact", "shared": "ids"}
+EVENTS: Block = SHARE | {"target": "exact", "shared": "events"}
 
 SETTINGS: dict[str, Setting] = {
     "sft": Setting("SFT", {"method": "sft"}),
-    "overlap_kd_ids": Setting("overlap_kd, ids", {"method": "overlap_kd", "shared": "ids"}),
-    "overlap_kd_events": Setting("overlap_kd, events", {"method": "overlap_kd", "shared": "events"}),
+    "overlap_kd_ids": Setting("overlap_kd, ids", SHARE | {"method": "overlap_kd", "shared": "ids"}),
+    "overlap_kd_events": Setting("overlap_kd, events", SHARE | {"method": "overlap_kd", "shared": "events"}),
     "dskd_default": Setting("DSKD, defaults", {}),
+    "dskd_share": Setting("DSKD, defaults, `unpaired: share`", SHARE),
     "dskd_projected": Setting("DSKD, projected", PROJECTED),
     "dskd_exact_events": Setting("DSKD, exact, events", EVENTS),
     "dskd_exact_ids": Setting("DSKD, exact, ids", IDS),
@@ -45,7 +48,7 @@ SETTINGS: dict[str, Setting] = {
     "seqkd": Setting("SeqKD", {"method": "sft"}, rows="generated"),
 }
 # How a plugin behaves that does not have the setting yet.
-IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids"}
+IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids", "unpaired": "share"}
 
 DATA_SETS = ("mbpp", "gsm8k", "few")
 PAIRS = {"forward": "teacher -> student", "turned": "turned round, the better model learns"}

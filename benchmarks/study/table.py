@@ -37,9 +37,9 @@ class Method:
     title: str = ""
 
 
-TEMPERATURE = {"temperature": 1.0}
 # The rows of the first study; the plugin's defaults have changed since and are a row of their own.
-DSKD: Block = TEMPERATURE | {
+FIRST: Block = {"temperature": 1.0, "unpaired": "share"}
+DSKD: Block = FIRST | {
     "target": "projected",
     "spaces": "student",
     "agreement_mask": False,
@@ -49,10 +49,11 @@ PUBLISHED: Block = {
     "target": "projected",
     "spaces": "both",
     "temperature": 2.0,
+    "unpaired": "share",
     "agreement_mask": True,
     "projector": {"labels": "hard", "learning_rate": 5e-3},
 }
-CMA: Block = TEMPERATURE | {
+CMA: Block = FIRST | {
     "alignment": "cma",
     "spaces": "both",
     "agreement_mask": True,
@@ -62,10 +63,10 @@ ON_POLICY = {"fraction": 0.5, "start_epoch": 1.0, "max_new_tokens": 24}
 
 METHODS: dict[str, Method] = {
     "sft": Method({"method": "sft"}, title="SFT"),
-    "kd": Method({"method": "kd"} | TEMPERATURE, pairs=("one",), title="KD"),
-    "overlap_kd": Method({"method": "overlap_kd"} | TEMPERATURE, pairs=("two",), title="KD, shared vocabulary"),
-    "uld": Method({"method": "uld"} | TEMPERATURE, title="ULD"),
-    "mined": Method({"method": "mined"} | TEMPERATURE, pairs=("two",), title="MinED"),
+    "kd": Method({"method": "kd"} | FIRST, pairs=("one",), title="KD"),
+    "overlap_kd": Method({"method": "overlap_kd"} | FIRST, pairs=("two",), title="KD, shared vocabulary"),
+    "uld": Method({"method": "uld"} | FIRST, title="ULD"),
+    "mined": Method({"method": "mined"} | FIRST, pairs=("two",), title="MinED"),
     "dskd": Method(DSKD, title="DSKD, projected target"),
     "dskd_default": Method({}, title="DSKD, defaults"),
     "dskd_v2": Method(PUBLISHED, title="DSKD, as published"),

@@ -57,6 +57,11 @@ class Events:
         return torch.bincount(self.student_V, minlength=self.count)
 
     @cached_property
+    def open_V(self) -> Tensor:
+        """Student ids whose event has others beside them, bool: the teacher does not decide between these."""
+        return (self.sizes_K > 1)[self.student_V]
+
+    @cached_property
     def student_ids(self) -> IdsByEvent:
         return IdsByEvent.of(torch.arange(len(self.student_V), device=self.student_V.device), self.student_V)
 

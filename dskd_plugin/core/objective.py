@@ -55,8 +55,8 @@ class Objective:
         both sides in a space of one of them, terms t2s_kd, t2s_ce, s2t_kd.
     span_weight: c >= 0, the weight of the span term beside the other KD terms.
     span_temperature: > 0, divides the log-likelihood of a span (divergences.binary_kl).
-    unpaired_ce: rows that no KD term of pairs takes keep their whole cross-entropy: term ce_unpaired, the sum of ce
-        over these rows, of weight r and with the divisor of ce.
+    unpaired_ce: rows that no KD term of pairs takes, and those of `Rows.open_N`, keep their whole cross-entropy: term
+        ce_unpaired, the sum of ce over these rows, of weight r and with the divisor of ce.
     kd_scale: >= 0, multiplies the KD terms that move the student, `scaled`; see balance.Balance.
     teacher_weight, adds_ce: of one of several teachers, whose losses are added up:
 

@@ -48,6 +48,7 @@ class Rows:
     kd_N: bool, rows of kd; None for all N.
     places: where the pairs stand in the teacher's text, for a comparison by bytes; None for all others.
     segments: where segments are compared: the first N rows are their open tokens, see segments.Segments.
+    open_N: bool, gold tokens of an event that has others of the student's, see events.Events.open_V; None for none.
     taken_R: bool, rows beside the first N that kd takes; None for none.
     The baselines read teacher_NE alone of the tensors over N, and cross-entropy alone none of them.
     A teacher row may hold NaN where label_N is -1 and s2t_N is False, and where kd_N is False; a student row where no
@@ -66,6 +67,7 @@ class Rows:
     kd_N: Tensor | None = None
     places: Places | None = None
     segments: Segments | None = None
+    open_N: Tensor | None = None
     taken_R: Tensor | None = None
 
     def __len__(self) -> int:
@@ -79,7 +81,8 @@ class Rows:
 
     def block(self, rows: slice) -> Rows:
         """These response rows with whatever partners they have; without spans and segments, which cross the bounds."""
-        parts = ("student_RD", "labels_R", "ce_R", "teacher_NE", "label_N", "agree_N", "s2t_N", "kd_N", "taken_R")
+        over_N = ("teacher_NE", "label_N", "agree_N", "s2t_N", "kd_N", "open_N")
+        parts = ("student_RD", "labels_R", "ce_R", *over_N, "taken_R")
         places = self.places and self.places.block(rows)
         changes: dict[str, Any] = {"spans": None, "segments": None, "places": places}
         for name in parts:
@@ -120,7 +123,8 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
     if "ce_unpaired" in objective.terms:
         masks["ce_unpaired"] = masks["ce"].clone()
-        masks["ce_unpaired"][: rows.pairs] &= ~_taken(rows, masks)
+        taken_N = _taken(rows, masks)
+        masks["ce_unpaired"][: rows.pairs] &= ~taken_N if rows.open_N is None else ~taken_N | rows.open_N
         if rows.taken_R is not None:
             masks["ce_unpaired"] &= ~rows.taken_R
     return masks

@@ -168,7 +168,7 @@ def _t2s_sums(
             t2s_NV = t2s_NV / temperature
             share_NK = masses(t2s_NV, events.student_V, events.count)
         gold_N = rows.labels_R[: rows.pairs]
-        several_N = labelled_N & (events.sizes_K[events.student_V[gold_N]] > 1)
+        several_N = labelled_N & events.open_V[gold_N]
         lead_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)
         # Of rows whose event has one id there is nothing to say.
         sums["t2s_inside"] = masked_sum(lead_N, several_N)

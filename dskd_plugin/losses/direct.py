@@ -1,10 +1,12 @@
 """The loss of sft and of all methods that compare the two distributions of a pair without a projector."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from dskd_plugin.batch import StepBatch
+from dskd_plugin.core.events import EventCompare
 from dskd_plugin.core.heads import Head
 from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.rows import Rows
@@ -18,6 +20,12 @@ class Direct(DistillationLoss):
         super().__init__(student, objective, **options)
         self._compare = compare
         self._read_with(self.student_and_head[1])
+
+    def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
+        rows = super().labelled(batch, student_head)
+        if isinstance(self._compare, EventCompare):
+            return replace(rows, open_N=self._compare.events.open_V[rows.labels_R[: rows.pairs]])
+        return rows
 
     def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         return self.backend.direct_loss(

@@ -150,7 +150,7 @@ def _exact_target(
     own_masses = launch.event_masses(own, events.student_ids, events.count)
     if theirs.temperature != 1.0:
         masses = launch.event_masses(theirs, events.student_ids, events.count)
-    several_N = part.masks["t2s_ce"] & (events.sizes_K[events.student_V[gold_N]] > 1)
+    several_N = part.masks["t2s_ce"] & events.open_V[gold_N]
     lead_N = _inside(theirs, masses, gold_N, events) - _inside(own, own_masses, gold_N, events)
     change_NK = change_inside(
         share_NK=(masses if exact.shares_inside else own_masses).log_NK,
