@@ -87,7 +87,7 @@ class Settings(Block):
         description="cross-entropy of response tokens of which the teacher says nothing (those without a partner) or "
         "not all (one of several tokens of an *event*). ce: the whole of it; share: (1 - kd_ratio) of it, as of all "
         "others, as published; auto: ce, and share with `on_policy`, where no gold token has a partner",
-        json_schema_extra={"see": "[which rows](method.md#which-rows-a-term-takes)"},
+        json_schema_extra={"see": "[which rows](method.md#which-rows-count)"},
     )
     spaces: Literal["both", "student", "teacher"] = Field(
         "student",

@@ -26,7 +26,8 @@ MEANINGS = {
     "span_kl": "divergence of the likelihoods of a span, per span; enters `dskd/kd` with its weight",
     "kd_scale": "`kd_weight: balanced`: what the KD terms but `dskd/t2s_ce` were multiplied with in the last step; "
     "`dskd/kd` and its terms are logged without it",
-    "ce_unpaired": "`unpaired: ce`: the part of `dskd/ce` that rows without a partner make up, their sum divided by "
+    "ce_unpaired": "`unpaired: ce`, the default without `on_policy`: the part of `dskd/ce` of tokens of which the "
+    "teacher does not say all, mostly those without a partner, their sum divided by "
     "all response tokens",
     "t2s_agreement": "share of aligned rows where the projected teacher predicts its own token; with `target: exact` "
     "the event of it",

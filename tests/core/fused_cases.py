@@ -49,6 +49,7 @@ LOSSES = {
     "shared ids": ("distributions", "shared", {}),
     "mined": ("distributions", "mapped", {}),
     "events": ("distributions", "events", {}),
+    "events, open rows whole": ("distributions", "events", {"unpaired_ce": True}),
     "rest of the student alone": ("distributions", "rest of the student alone", {}),
     "rest of the teacher alone": ("distributions", "rest of the teacher alone", {}),
     "projected, hard labels": ("spaces", None, {"agreement_mask": True}),
@@ -60,6 +61,7 @@ LOSSES = {
     "exact at temperature 1": ("spaces", "exact", {"temperature": 1.0}),
     "exact, own shares": ("spaces", "exact, own shares", {}),
     "exact, hard labels": ("spaces", "exact, hard labels", {}),
+    "exact, open rows whole": ("spaces", "exact", {"unpaired_ce": True}),
     "exact, both spaces": ("spaces", "exact", {"spaces": "both"}),
     "attention": ("attention", None, {"spaces": "both"}),
 }
@@ -121,6 +123,8 @@ class Case:
             given["s2t_M"] = where(1, 3, of=M)
         if self.what == "masked":
             given["kd_N"], given["ce_R"] = where(1, 4, of=N), where(1, 8, of=R)
+        if self.objective.unpaired_ce and self.what in ("events", "exact"):
+            given["open_N"] = ~where(1, 3, of=N)
         if self.objective.span_weight:
             rows_P, of_P = torch.tensor([6, 7, 8], device=self.device), torch.tensor([0, 0, 1], device=self.device)
             teacher_C = torch.tensor([-3.0, -1.0], dtype=torch.float64, device=self.device)

@@ -34,18 +34,21 @@ def close(found, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("kd_ratio", [0.4, 1.0])
-@pytest.mark.parametrize("ce_rows", [None, [0, 2, 4, 5]])
+@pytest.mark.parametrize(("ce_rows", "open_rows"), [(None, []), ([0, 2, 4, 5], []), (None, [0, 2]), ([0, 4], [0, 1])])
 @pytest.mark.parametrize("spaces", WITHOUT)
-def test_loss_and_gradients_equal_the_floats(oracle, make_case, spaces, ce_rows, kd_ratio):
-    """Row by row: weight 1 without a partner, 1 - r with one, over all rows of the cross-entropy."""
+def test_loss_and_gradients_equal_the_floats(oracle, make_case, spaces, ce_rows, open_rows, kd_ratio):
+    """Row by row: weight 1 without a partner or with an open one, else 1 - r, over all rows of the cross-entropy."""
     case = make_case(seed=1, spaces=spaces, kd_ratio=kd_ratio, scale=1.3, softcap=4.0)
     counted = range(7) if ce_rows is None else ce_rows
     rows = case.rows()
     if ce_rows is not None:
         rows = dataclasses.replace(rows, ce_R=torch.tensor([r in ce_rows for r in range(7)]))
+    if open_rows:
+        rows = dataclasses.replace(rows, open_N=torch.tensor([r in open_rows for r in range(5)]))
+    without = {*WITHOUT[spaces], *open_rows}
     divisors = {"ce": 9, "t2s_kd": 4, "t2s_ce": 5, "s2t_kd": 7, "kd": 0, "span_kl": 0, "ce_unpaired": 9}
     loss, sums = run(case, rows, torch.tensor(list(divisors.values())))
-    weights = [(1.0 if r in WITHOUT[spaces] else 1 - kd_ratio) if r in counted else 0.0 for r in range(7)]
+    weights = [(1.0 if r in without else 1 - kd_ratio) if r in counted else 0.0 for r in range(7)]
     floats, live = case.floats(divisors | {"ce": 0}), case.live()
 
     def expected(live):
@@ -55,7 +58,7 @@ def test_loss_and_gradients_equal_the_floats(oracle, make_case, spaces, ce_rows,
     for name, got in zip(case.leaves(), gradients(case, loss), strict=True):
         wanted = torch.tensor(oracle.gradient(expected, live, name), dtype=torch.float64)
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
-    whole = [float(r in WITHOUT[spaces] and r in counted) for r in range(7)]
+    whole = [float(r in without and r in counted) for r in range(7)]
     all_of = [float(r in counted) for r in range(7)]
     for name, which in (("ce", all_of), ("ce_unpaired", whole)):
         value = oracle.weighted_cross_entropy(floats, live, which)

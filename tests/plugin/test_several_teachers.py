@@ -144,7 +144,8 @@ def both_alone(one, rows):
 
 
 def test_the_cross_entropy_is_computed_once(tiny, third, rows):
-    alone = [Setup(tiny["student"], teacher, method="overlap_kd") for teacher in (tiny["teacher"], third)]
+    settings = {"method": "overlap_kd", "unpaired": "share"}
+    alone = [Setup(tiny["student"], teacher, **settings) for teacher in (tiny["teacher"], third)]
     first, second = (loss.objective for loss in Several(alone, (0.5, 0.5)).loss.each)
     assert first.terms == ("ce", "kd") and second.terms == ("kd",)
     assert first.shares() == {"ce": 0.5, "kd": 0.25} and second.shares() == {"kd": 0.25}

@@ -147,6 +147,7 @@ def close(found, expected, tolerance=2e-5):
 
 PUBLISHED = {
     "target": "projected",
+    "unpaired": "share",
     "spaces": "both",
     "temperature": 2.0,
     "agreement_mask": True,
@@ -246,7 +247,7 @@ def softmax(logits, temperature=1.0):
 def test_loss_is_the_formula_of_the_method(tiny, rows, labels):
     """Float loops over the models' own logits and heads; nothing shared with the product but the rows."""
     settings = {"target": "projected", "spaces": "both", "agreement_mask": labels == "hard"}
-    settings |= {"projector": {"labels": labels}}
+    settings |= {"projector": {"labels": labels}, "unpaired": "share"}
     setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3, **settings)
     samples = setup.samples(rows[:2])
     loss, sums, _ = setup.run([padded(setup, samples)])
@@ -463,8 +464,9 @@ def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
     [{"spaces": "both", "span_weight": 0.5}, {"method": "overlap_kd"}, {"alignment": "cma"}, {"method": "span_kd"}],
 )
 def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode):
-    setup = Setup(tiny["student"], tiny["teacher"], kd_weight="balanced", kd_ratio=0.3, **mode)
-    fixed = Setup(tiny["student"], tiny["teacher"], kd_ratio=0.3, **mode)
+    mode = mode | {"kd_ratio": 0.3, "unpaired": "share"}
+    setup = Setup(tiny["student"], tiny["teacher"], kd_weight="balanced", **mode)
+    fixed = Setup(tiny["student"], tiny["teacher"], **mode)
     samples = setup.samples(rows)
     batches = [padded(setup, samples[:1]), padded(setup, samples[1:])]
     expected = fixed.run(batches)
@@ -513,7 +515,7 @@ def test_a_resumed_loss_is_balanced_as_it_was(tiny, rows, tmp_path):
 def test_warm_up_trains_the_projectors_alone(tiny, rows):
     """The student gets the gradient of ce, the projectors that of the KD terms they are learned from."""
     for mode in ({"projector": {"warmup_steps": 3}}, {"alignment": "cma", "projector": {"warmup_steps": 3}}):
-        setup = Setup(tiny["student"], tiny["teacher"], spaces="both", **mode)
+        setup = Setup(tiny["student"], tiny["teacher"], spaces="both", unpaired="share", **mode)
         batch = [padded(setup, setup.samples(rows))]
         step = [2]
         setup.loss.step = lambda step=step: step[0]
@@ -534,7 +536,7 @@ def test_warm_up_trains_the_projectors_alone(tiny, rows):
 
 def test_gold_rows_and_answers_of_an_on_policy_step(tiny, rows):
     """ce comes from the gold rows and the KD terms from the answers, as two batches of their own would give."""
-    setup = Setup(tiny["student"], tiny["teacher"], span_weight=0.5, spaces="both")
+    setup = Setup(tiny["student"], tiny["teacher"], span_weight=0.5, spaces="both", unpaired="share")
     gold, answers = setup.samples(rows[:3]), setup.samples(rows[3:])
     mixed = padded(setup, [{**s, "on_policy": False} for s in gold] + [{**s, "on_policy": True} for s in answers])
     total, sums, _ = setup.run([mixed])
@@ -565,7 +567,7 @@ def test_no_aligned_row_keeps_the_graph(tiny, rows, method):
     samples = setup.samples(rows)
     samples = [{**sample, **{name: [] for name in sample if name.startswith("aligned_")}} for sample in samples]
     loss, sums, gradients = setup.run([padded(setup, samples)])
-    assert loss == pytest.approx(0.5 * sums["ce"][0] / sums["ce"][1])
+    assert loss == pytest.approx(sums["ce"][0] / sums["ce"][1])  # no token has a partner: fine-tuning
     assert method == "bpm" or gradients["dskd.t2s.linear.weight"].abs().sum() == 0
     silent = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in samples]
     loss, _, gradients = setup.run([padded(setup, silent)])
@@ -687,7 +689,8 @@ BY_BYTES = {
 @pytest.mark.parametrize("name", BY_BYTES)
 def test_loss_by_bytes_is_the_formula_of_the_method(oracle, tiny, name):
     """Loops over the models' own logits and all their tokens' bytes."""
-    setup = Setup(tiny["student"], tiny["teacher"], temperature=1.7, kd_ratio=0.3, **BY_BYTES[name])
+    settings = {"temperature": 1.7, "kd_ratio": 0.3, "unpaired": "share"}
+    setup = Setup(tiny["student"], tiny["teacher"], **settings, **BY_BYTES[name])
     sample = setup.sample(UNEVEN)
     loss, sums, _ = setup.run([padded(setup, [sample])])
     student, teacher = setup.student.double(), setup.teacher.model.double()
@@ -803,7 +806,7 @@ def test_a_new_method_is_one_class(toy, tiny, rows):
         parse_settings({"teacher": {"model": "t"}, "method": toy, "divergence": {"kind": "js"}})
     with pytest.raises(ValueError, match=r"method: expected .*'dskd' or 'nearness', got 'nearnes'. Did you mean 'near"):
         parse_settings({"teacher": {"model": "t"}, "method": "nearnes"})
-    setup = Setup(tiny["student"], tiny["teacher"], method=toy, kd_ratio=1.0)
+    setup = Setup(tiny["student"], tiny["teacher"], method=toy, kd_ratio=1.0, unpaired="share")
     loss, sums, gradients = setup.run([padded(setup, setup.samples(rows))])
     assert loss == pytest.approx(sums["kd"][0] / sums["kd"][1]) and loss > 0
     assert sums["kd"][1] > 0 and sums["ce"][1] == 0
