@@ -83,12 +83,13 @@ def block(recipe, changes, teacher=None):
 
 
 def check(run, terms, warm_up=0):
-    """warm_up: steps whose loss leaves out the terms that would move the student."""
+    """terms: beside those of every run; warm_up: steps whose loss leaves out the terms that would move the student."""
     steps = [entry for entry in run.log if "loss" in entry]
     assert len(steps) == 4
     for step, entry in enumerate(steps):
         logged = {name for name in TERMS if f"dskd/{name}" in entry}
-        assert logged - {"kd"} == terms - {"kd"}
+        alone = terms == {"ce"} or "dskd/rollout_answers" in entry
+        assert logged - {"kd"} == (terms if alone else terms | {"ce_unpaired"}) - {"kd"}
         assert all(math.isfinite(entry[f"dskd/{name}"]) for name in logged)
         kd = entry["dskd/t2s_ce"] if step < warm_up else entry.get("dskd/kd", 0.0)
         if "dskd/kd_scale" in entry:

@@ -42,7 +42,8 @@ def test_two_teachers_give_the_weighted_sum_of_each_alone(train, run_axolotl, te
     # Before the first step of the optimizer all students are the same.
     start, (one, other) = steps(both)[0], [steps(run)[0] for run in alone]
     assert start["dskd/ce"] == pytest.approx(one["dskd/ce"], rel=1e-6) == pytest.approx(other["dskd/ce"], rel=1e-6)
-    expected = 0.5 * one["dskd/ce"] + 0.5 * (0.7 * one["dskd/kd"] + 0.3 * other["dskd/kd"])
+    of_each = [entry["dskd/kd"] + entry["dskd/ce_unpaired"] for entry in (one, other)]
+    expected = 0.5 * one["dskd/ce"] + 0.5 * (0.7 * of_each[0] + 0.3 * of_each[1])
     assert start["loss"] == pytest.approx(expected, rel=1e-5)
     assert one["dskd/kd"] != pytest.approx(other["dskd/kd"], rel=0.01)
     for name in TERMS:
@@ -52,7 +53,8 @@ def test_two_teachers_give_the_weighted_sum_of_each_alone(train, run_axolotl, te
         assert len(entries) >= 2
         for entry in entries:
             ce, kd = entry[f"{prefix}dskd/ce"], entry[f"{prefix}dskd/kd"]
-            assert entry[f"{prefix}loss"] == pytest.approx(0.5 * ce + 0.5 * kd, abs=1e-5)
+            unpaired = entry[f"{prefix}dskd/ce_unpaired"]
+            assert entry[f"{prefix}loss"] == pytest.approx(0.5 * ce + 0.5 * (kd + unpaired), abs=1e-5)
             parts = [entry[f"{prefix}dskd/teacher{number}/kd"] for number in (1, 2)]
             assert kd == pytest.approx(0.7 * parts[0] + 0.3 * parts[1], abs=2e-6)
             assert f"{prefix}dskd/teacher1/ce" not in entry

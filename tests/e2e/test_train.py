@@ -30,7 +30,8 @@ def test_distillation_across_tokenizers(train, recipe):
         assert entry["dskd/kd"] == pytest.approx(
             sum(entry[f"dskd/{name}"] for name in ("t2s_kd", "t2s_ce", "s2t_kd")), abs=1e-5
         )
-        assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * entry["dskd/kd"], rel=1e-5)
+        kd = entry["dskd/kd"] + entry["dskd/ce_unpaired"]
+        assert entry["loss"] == pytest.approx(0.5 * entry["dskd/ce"] + 0.5 * kd, rel=1e-5)
         assert 0.7 < entry["dskd/align_ratio"] <= 1  # the first words do not pair
         assert "ppl" not in entry
     # The projector learns (t2s_ce), and so does the student (ce).
@@ -101,7 +102,8 @@ def test_packed_with_evaluation(train):
     evaluations = [entry for entry in run.log if "eval_loss" in entry]
     assert len(evaluations) >= 2
     for entry in evaluations:
-        assert entry["eval_loss"] == pytest.approx(0.5 * entry["eval_dskd/ce"] + 0.5 * entry["eval_dskd/kd"], abs=1e-5)
+        kd = entry["eval_dskd/kd"] + entry["eval_dskd/ce_unpaired"]
+        assert entry["eval_loss"] == pytest.approx(0.5 * entry["eval_dskd/ce"] + 0.5 * kd, abs=1e-5)
     assert evaluations[-1]["eval_dskd/ce"] < evaluations[0]["eval_dskd/ce"]
     assert "\n  a validation prompt: " in run.output
     from safetensors.torch import load_file
