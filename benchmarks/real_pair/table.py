@@ -38,6 +38,7 @@ SETTINGS: dict[str, Setting] = {
     "overlap_kd_events": Setting("overlap_kd, events", SHARE | {"method": "overlap_kd", "shared": "events"}),
     "dskd_default": Setting("DSKD, defaults", {}),
     "dskd_share": Setting("DSKD, defaults, `unpaired: share`", SHARE),
+    "csd": Setting("csd, `kd_weight: balanced`", {"method": "csd", "kd_weight": "balanced"}),
     "dskd_projected": Setting("DSKD, projected", PROJECTED),
     "dskd_exact_events": Setting("DSKD, exact, events", EVENTS),
     "dskd_exact_ids": Setting("DSKD, exact, ids", IDS),
