@@ -98,7 +98,7 @@ def test_the_table_holds_each_seed_and_the_differences_over_all_questions(found)
     assert cells(page, table.RECIPES["seqkd"].title)[4:6] == ["", ""]
     assert cells(page, "the teacher")[2] == "0.600, 0.800"
     assert "2 gold answers" in page and "Not run: `dskd`, defaults;" in page
-    assert "has 75 % of the student's ids. 50 % of the answers' tokens" in page
+    assert "has 75 % of the student's ids. 50 % of the answers' tokens begin" in page
 
 
 def test_each_student_has_a_table_of_its_own(found):
