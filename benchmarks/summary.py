@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from dskd_eval import stats
 
-from benchmarks import real_pair, scarce, study
+from benchmarks.real_pair import records as real_pair_records
 from benchmarks.real_pair import report as real_pair_report
 from benchmarks.scarce import report as scarce_report
 from benchmarks.scarce import students
+from benchmarks.study import records as study_records
 from benchmarks.study import report as study_report
 from benchmarks.study.data import read
 from benchmarks.study.statistics import score
@@ -28,7 +30,11 @@ SCARCE = {
     "bpm": "bpm",
     "csd": "csd, kd_weight: balanced",
 }
-REAL = {"overlap_kd_ids": "overlap_kd, shared: ids", "dskd_default": "dskd, defaults"}
+REAL = {
+    "overlap_kd_ids": "overlap_kd, shared: ids",
+    "dskd_default": "dskd, defaults",
+    "dskd_share": "dskd, unpaired: share",
+}
 STUDY = {
     "kd": "kd",
     "overlap_kd": "overlap_kd, shared: ids",
@@ -55,10 +61,9 @@ class Line:
     page: str
 
 
-def records_of(benchmark: object, name: str) -> Path:
+def records_of(benchmark: str, name: str) -> Path:
     """A file of a benchmark's committed records."""
-    folder = Path(str(benchmark.__file__)).parent  # type: ignore[attr-defined]
-    return folder / "records" / f"{name}.jsonl"
+    return ROOT / "benchmarks" / benchmark / "records" / f"{name}.jsonl"
 
 
 def relative(where: str, recipe: str, seeds: int, sft: float, gap: tuple[float, float, float], page: str) -> Line:
@@ -69,7 +74,7 @@ def relative(where: str, recipe: str, seeds: int, sft: float, gap: tuple[float, 
 
 def few() -> Iterator[Line]:
     """Each student where gold answers are few, against the best fine-tuning on them."""
-    records = read(records_of(scarce, "scarce"))
+    records = read(records_of("scarce", "scarce"))
     for student in students.STUDENTS:
         found = scarce_report.Found(records, student)
         for name, title in SCARCE.items():
@@ -77,7 +82,7 @@ def few() -> Iterator[Line]:
             if gap is None or gap.low is None or gap.high is None:
                 continue
             seeds = found.seeds(name, scarce_report.SFT)
-            sft = scarce_report.stats.mean(found.bits(scarce_report.SFT, seeds))
+            sft = stats.mean(found.bits(scarce_report.SFT, seeds))
             span = (gap.difference, gap.low, gap.high)
             where = f"{FEW}: {students.STUDENTS[student].short}"
             yield relative(where, title, len(seeds), sft, span, "scarce.md")
@@ -85,7 +90,7 @@ def few() -> Iterator[Line]:
 
 def pretrained() -> Iterator[Line]:
     """The real pair, student and teacher as in the names, against fine-tuning on the same rows."""
-    found = real_pair_report.Runs(real_pair_report.records.read(records_of(real_pair, "real_pair")))
+    found = real_pair_report.Runs(real_pair_records.read(records_of("real_pair", "real_pair")))
     for key in found.sections():
         _, data, _, steps = key
         sft, sizes = found.of(key, "sft"), found.sizes[data]
@@ -104,7 +109,7 @@ def studied() -> Iterator[Line]:
     """The study's pairs, both sizes, against fine-tuning on the same rows."""
     metric = study_report.METRICS[0]
     for size in ("gpu", "small"):
-        found = study_report.Study(study_report.records.read(records_of(study, size)))
+        found = study_report.Study(study_records.read(records_of("study", size)))
         for task, pair in found.settings():
             sft = found.chosen(task, pair, study_report.BASE, None, "heldout")
             for name, title in STUDY.items():

@@ -1,13 +1,14 @@
 """The settings that a checkpoint keeps, and whether a recipe may go on from it, told before torch loads."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dskd_plugin.errors import SettingError
-from dskd_plugin.folders import read_json
-from dskd_plugin.settings import Settings
+
+if TYPE_CHECKING:
+    from dskd_plugin.settings import Settings  # which loads pydantic, in every command of Axolotl
 
 STATE = "dskd_state.json"
 # Where the recipe sets what the file keeps under another name.
@@ -30,7 +31,7 @@ BLOCK = "settings"
 BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 
 
-def of(settings: Settings) -> dict[str, object]:
+def of(settings: "Settings") -> dict[str, object]:
     """What of a run the recipe alone decides."""
     block = settings.model_dump(mode="json", exclude={"teacher", "teachers", "impl"})
     if len(settings.each) > 1:
@@ -48,7 +49,7 @@ def of(settings: Settings) -> dict[str, object]:
     }
 
 
-def _teachers(settings: Settings) -> dict[str, object]:
+def _teachers(settings: "Settings") -> dict[str, object]:
     """One teacher by its own keys, several as a list in their order."""
     given = [one.teacher for one in settings.each]
     if len(given) > 1:
@@ -63,9 +64,11 @@ def _teachers(settings: Settings) -> dict[str, object]:
     }
 
 
-def check_same(file: Path, now: dict[str, Any]) -> None:
-    """Raise ``ValueError`` where a checkpoint's file says of a key of `now`, other than BLOCK, something else."""
-    found = read_json(file)
+def check_same(file: Path, found: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a checkpoint's file says of a key of `now`, other than BLOCK, something else.
+
+    found: what the file holds.
+    """
     # A setting that does not apply to the method is None here, and may not have been kept.
     expected = {key: value for key, value in now.items() if key != BLOCK and (key in found or value is not None)}
     found = {**BEFORE, **found}

@@ -1,4 +1,4 @@
-"""What a pair of tokenizers means for distillation, in one line each for the pair and for a dataset."""
+"""What a pair of models means for distillation, in one line each for the pair and for a dataset."""
 
 from pathlib import Path
 

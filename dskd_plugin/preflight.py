@@ -139,8 +139,8 @@ def check_checkpoint(recipe: Any, settings: Any) -> None:
         check_optimizer(Path(checkpoint))
         file = Path(checkpoint) / kept_settings.STATE
         # Half a file, of a run that was killed, is told with the other files of the checkpoint.
-        if read_json(file):
-            kept_settings.check_same(file, kept_settings.of(settings))
+        if found := read_json(file):
+            kept_settings.check_same(file, found, kept_settings.of(settings))
 
 
 def check_listed(recipe: Any) -> None:

@@ -79,7 +79,7 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
     if found.get("projectors", True):
         _expect(source, WEIGHTS)
-    kept_settings.check_same(source / STATE, pair)
+    kept_settings.check_same(source / STATE, found, pair)
     changed = kept_settings.changed(found, pair)
     if changed:
         LOG.warning(

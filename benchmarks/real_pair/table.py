@@ -156,6 +156,8 @@ def same_behaviour(then: Block, now: Block) -> bool:
     """
     then, now = ({**IMPLIED, **side} for side in (then, now))
     idle = set()
+    if now["method"] == "sft":
+        idle.add("unpaired")
     if now["method"] != "dskd":
         idle.add("target")
     if now["method"] != "overlap_kd" and (now["method"], now["target"]) != ("dskd", "exact"):

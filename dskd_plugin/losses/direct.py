@@ -1,6 +1,5 @@
 """The loss of sft and of all methods that compare the two distributions of a pair without a projector."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +22,7 @@ class Direct(DistillationLoss):
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
         rows = super().labelled(batch, student_head)
-        if isinstance(self._compare, EventCompare):
-            return replace(rows, open_N=self._compare.events.open_V[rows.labels_R[: rows.pairs]])
-        return rows
+        return rows.opened(self._compare.events) if isinstance(self._compare, EventCompare) else rows
 
     def loss_of(self, rows: Rows, batch: StepBatch, student_head: Head, objective: Objective) -> tuple[Tensor, Sums]:
         return self.backend.direct_loss(

@@ -66,6 +66,8 @@ def test_a_run_of_old_defaults_is_made_again_and_one_that_the_change_does_not_to
     assert table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "ids"})
     assert not table.same_behaviour(overlap, overlap | {"target": "exact", "shared": "events"})
     assert table.same_behaviour({"method": "sft"}, {"method": "sft", "target": "exact", "shared": "events"})
+    assert table.same_behaviour({"method": "sft", "unpaired": "share"}, {"method": "sft", "unpaired": "auto"})
+    assert not table.same_behaviour(overlap, overlap | {"unpaired": "auto"})
     for name in table.SETTINGS:
         made = table.accepted(table.block(name, "mbpp"))
         assert made is None or table.same_behaviour(table.resolved(made), table.resolved(made))
