@@ -35,9 +35,13 @@ def dense_loss(
     shared: ids, the first of both sides, that are the same token. t2s_Dd, s2t_dD: for dskd, s2t_dD for both spaces.
     """
     logits_RV = wide(student_Rd @ student_head_Vd.T)
-    ce = cross_entropy(logits_RV, gold_R)
     if method == "sft":
-        return ce
+        return cross_entropy(logits_RV, gold_R)
+    whole_R = torch.arange(len(gold_R), device=gold_R.device) >= len(teacher_ND)
+    if method != "overlap_kd_support":
+        whole_R |= event_V.bincount()[event_V[gold_R]] > 1  # one of several ids of its event
+    weight_R = torch.where(whole_R, 1.0, 1 - RATIO)
+    ce = (weight_R * cross_entropy(logits_RV, gold_R, reduction="none")).mean()
     student_NV = logits_RV[: len(teacher_ND)].log_softmax(-1)
     teacher_NU = wide(teacher_ND @ teacher_head_UD.T).log_softmax(-1)
     count = int(torch.maximum(event_V.max(), event_U.max())) + 1
@@ -45,9 +49,9 @@ def dense_loss(
     if method == "overlap_kd_support":
         likeliest_NK = student_NV.detach()[:, :shared].topk(SUPPORT).indices
         of_both = [log_NV.gather(1, likeliest_NK).log_softmax(-1) for log_NV in (teacher_NU, student_NV)]
-        return (1 - RATIO) * ce + RATIO * kl(*of_both)
+        return ce + RATIO * kl(*of_both)
     if method == "overlap_kd":
-        return (1 - RATIO) * ce + RATIO * kl(teacher_NK, student_NK)
+        return ce + RATIO * kl(teacher_NK, student_NK)
     assert t2s_Dd is not None
     projected_NV = wide(project(teacher_ND, t2s_Dd) @ student_head_Vd.detach().T).log_softmax(-1)
     t2s_ce = kl(teacher_NK, mass(projected_NV, event_V, count))
@@ -59,7 +63,7 @@ def dense_loss(
         assert s2t_dD is not None
         read_NU = wide(project(student_Rd[: len(teacher_ND)], s2t_dD) @ teacher_head_UD.T).log_softmax(-1)
         kd = kd + kl(teacher_NU, read_NU)
-    return (1 - RATIO) * ce + RATIO * kd
+    return ce + RATIO * kd
 
 
 def wide(x: Tensor) -> Tensor:
