@@ -34,6 +34,7 @@ REAL = {
     "overlap_kd_ids": "overlap_kd, shared: ids",
     "dskd_default": "dskd, defaults",
     "dskd_share": "dskd, unpaired: share",
+    "csd": "csd, kd_weight: balanced",
 }
 STUDY = {
     "kd": "kd",
@@ -94,14 +95,19 @@ def pretrained() -> Iterator[Line]:
     for key in found.sections():
         _, data, _, steps = key
         sft, sizes = found.of(key, "sft"), found.sizes[data]
-        for name, title in REAL.items():
+        shown, where = REAL, f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
+        if data.startswith("few"):
+            if data == "few_gold":
+                continue  # what the others are compared with
+            sft = found.best_gold(key)
+            shown, where = {"sft": SCARCE["seqkd"]} | REAL, f"{FEW}: pretrained models, MBPP"
+        for name, title in shown.items():
             runs = found.of(key, name)
             gap = real_pair_report.difference(runs, sft, sizes)
             if gap is None:
                 continue
             seeds = {made["seed"] for made in runs} & {made["seed"] for made in sft}
             base = score(real_pair_report.bits(made for made in sft if made["seed"] in seeds), sizes)
-            where = f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
             yield relative(where, title, len(seeds), base, (gap.value, gap.low, gap.high), "real_pair.md")
 
 

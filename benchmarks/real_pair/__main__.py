@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.options import add_stages, stages_of
 from benchmarks.real_pair import data, easy, records, report, runs
-from benchmarks.real_pair.measures import MEASURES
+from benchmarks.real_pair.measures import HUMANEVAL, MBPP, MEASURES
 from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, Run, planned
 from benchmarks.study import launch
 from benchmarks.study.records import merged
@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", nargs="+", type=int, help="only these (default: all)")
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="only these (default: all)")
     add("--humaneval", type=int, default=0, metavar="N", help="so many documents of HumanEval (default: all)")
+    add("--mbpp", type=int, default=160, metavar="N", help="so many documents of MBPP's test split (default: 160)")
     add("--keep-models", action="store_true", help="do not delete a model when it is measured")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     add("--minutes", type=float, help="start no further run after so many minutes")
@@ -86,9 +87,8 @@ def in_turn(made: list[launch.Job], options: argparse.Namespace, title: str) -> 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    place = runs.Place(
-        options.out, options.data.resolve(), options.humaneval, tuple(options.measures), options.keep_models
-    )
+    limits = {HUMANEVAL: options.humaneval, MBPP: options.mbpp}
+    place = runs.Place(options.out, options.data.resolve(), limits, tuple(options.measures), options.keep_models)
     ok = True
     if "prepare" in options.stages:
         runs.link_models(place.out, options.teacher, options.student)

@@ -56,6 +56,8 @@ def prepare(folder: Path, to: Path) -> None:
         "gsm8k-gold": gsm8k(folder / "gsm8k" / "train.jsonl", GSM8K_TRAIN),
         "gsm8k-heldout": gsm8k(folder / "gsm8k" / "test.jsonl", GSM8K_HELDOUT),
         "few-heldout": [tasks[number] for number in HELDOUT],
+        "few_gold-gold": [tasks[number] for number in FEW],
+        "few_gold-heldout": [tasks[number] for number in HELDOUT],
     }
     for name, rows in splits.items():
         write(rows, to / f"{name}.jsonl")

@@ -13,8 +13,9 @@ COMMENT = "# the rest follows from what is known here"
 PROBES = 30  # solutions that are asked for the bare newline
 _BLOCK = re.compile(r"```(?:python|py)?[ ]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
-HELDOUT, NEWLINE, EASY, HUMANEVAL = "heldout", "newline", "easy", "humaneval"
-MEASURES = (HELDOUT, NEWLINE, EASY, HUMANEVAL)
+HELDOUT, NEWLINE, EASY, HUMANEVAL, MBPP = "heldout", "newline", "easy", "humaneval", "mbpp"
+PROGRAMS = (EASY, HUMANEVAL, MBPP)
+MEASURES = (HELDOUT, NEWLINE, *PROGRAMS)
 
 
 def measure(kind: str, model: Path, rows: dict[str, list[Row]], work: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +126,9 @@ def programs(kind: str, model: Path, work: Path, options: dict[str, Any]) -> dic
     if kind == EASY:
         arguments += ["--task-file", str(options["easy"])]
     else:
-        arguments += ["--tasks", HUMANEVAL, "--data-dir", str(options["data"])]
-        arguments += ["--limit", str(options["humaneval"])] if options.get("humaneval") else []
+        arguments += ["--tasks", kind, "--data-dir", str(options["data"])]
+        limit = options["limits"].get(kind)
+        arguments += ["--limit", str(limit)] if limit else []
     if (output / "run.json").is_file():
         arguments.append("--resume")
     main.main(args=arguments, prog_name="dskd-eval", standalone_mode=False)

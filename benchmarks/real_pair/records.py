@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, MEASURES, NEWLINE
+from benchmarks.real_pair.measures import HELDOUT, MEASURES, NEWLINE, PROGRAMS
 from benchmarks.real_pair.runs import Place
 from benchmarks.real_pair.table import BASE, DATA_SETS, Run, block
 from benchmarks.study.data import read as read_lines
@@ -55,7 +55,7 @@ def scores(kind: str, found: dict[str, Any]) -> Record:
         made["gold_bits"] = [round(pair[0], 2) for pair in found["gold"]]
     if kind == NEWLINE:
         made["probability"] = [float(f"{value:.3g}") for value in found["probability"]]
-    if kind in (EASY, HUMANEVAL):
+    if kind in PROGRAMS:
         made |= {key: found[key] for key in ("passed", "lost")}
     return made
 

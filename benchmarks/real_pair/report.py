@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.real_pair import records
-from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, NEWLINE
-from benchmarks.real_pair.table import BASE, DATA_SETS, PAIRS, SETTINGS, STOPS
+from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, MBPP, NEWLINE
+from benchmarks.real_pair.table import BASE, DATA_SETS, GOLD_STEPS, PAIRS, SETTINGS, STOPS, planned
 from benchmarks.study.records import Record
 from benchmarks.study.report import markdown
 from benchmarks.study.statistics import Difference, Floats, paired, score
@@ -22,7 +22,9 @@ TITLES = {
     "mbpp": "MBPP, 374 gold rows",
     "gsm8k": "GSM8K, 374 gold rows",
     "few": "MBPP, 60 gold rows and the teacher's answers to the other prompts",
+    "few_gold": "MBPP, 60 gold rows",
 }
+PROGRAM_SETS = {EASY: "easy", HUMANEVAL: "HumanEval", MBPP: "MBPP"}
 Key = tuple[str, str, float, int]
 
 INTRO = """# A real pair
@@ -43,8 +45,10 @@ How to read the tables:
 - *bare newline*: an indented comment is put before the last statement of held-out MBPP solutions. Shown is the mean
   probability that the next token is a newline alone. The tokenizer of SmolLM2 writes a newline and its indentation as
   one token, so a bare newline there ends the function. Where a tokenizer never does so the cell is empty.
-- *easy*, *HumanEval*: programs that pass their tests, `dskd-eval`, greedy, with 95 % Wilson intervals over programs.
-- *lost*: answers in which Python misses the indentation of a block, of all programs of both sets.
+- *easy*, *HumanEval*, *MBPP*: programs that pass their tests, `dskd-eval`, greedy, with 95 % Wilson intervals over
+  programs. *MBPP*: 160 tasks of its test split, none of which is trained on. *programs to SFT*: the difference in the
+  share of all these programs, with the interval of the bits.
+- *lost*: answers in which Python misses the indentation of a block, of all programs of these sets.
 """
 
 
@@ -71,6 +75,13 @@ class Runs:
         found = [made for made in self.trained if key_of(made) == key and made["setting"] == setting]
         return sorted(found, key=lambda made: made["seed"])
 
+    def best_gold(self, key: Key) -> list[Record]:
+        """SFT on the gold rows of `few` alone, of the length that is best on the held-out rows; empty without runs."""
+        sizes = self.sizes["few"]
+        lengths = [self.of((key[0], "few_gold", key[2], steps), "sft") for steps in GOLD_STEPS]
+        every = [runs for runs in lengths if runs and all(HELDOUT in made for made in runs)]
+        return min(every, key=lambda runs: score(bits(runs), sizes), default=[])
+
 
 def key_of(made: Record) -> Key:
     return made["pair"], made["data"], made["rate"], made["steps"]
@@ -86,11 +97,27 @@ def bits(runs: Iterable[Record]) -> Floats:
 
 def difference(runs: list[Record], others: list[Record], sizes: Floats) -> Difference | None:
     """runs - others in bits per byte over the seeds that both have."""
-    both = {made["seed"] for made in runs if HELDOUT in made} & {made["seed"] for made in others if HELDOUT in made}
+    measured = ({made.get("seed") for made in side if HELDOUT in made} for side in (runs, others))
+    both = set.intersection(*measured)
     if not both:
         return None
-    one, other = ([made for made in side if made["seed"] in both] for side in (runs, others))
+    one, other = ([made for made in side if made.get("seed") in both] for side in (runs, others))
     return paired(bits(one), bits(other), sizes)
+
+
+def solved(runs: list[Record], others: list[Record]) -> Difference | None:
+    """runs - others in programs that pass, of those that both were asked, over the seeds that both have."""
+    flags = ({made.get("seed"): _flags(made) for made in side} for side in (runs, others))
+    one, other = ({seed: found for seed, found in side.items() if found} for side in flags)
+    seeds = sorted(seed for seed in one.keys() & other.keys() if len(one[seed]) == len(other[seed]))
+    if not seeds:
+        return None
+    values = [np.array([side[seed] for seed in seeds], dtype=float) for side in (one, other)]
+    return paired(*values, np.ones(values[0].shape[1]))
+
+
+def _flags(made: Record) -> list[int]:
+    return [flag for kind in PROGRAM_SETS if kind in made for flag in made[kind]["passed"]]
 
 
 def gold_ce(made: Record) -> list[float]:
@@ -138,6 +165,11 @@ def gap(found: Difference | None) -> str:
     return "" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
+def more(found: Difference | None) -> str:
+    """A difference of shares, in per cent of the programs."""
+    return "" if found is None else f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
 def passed(runs: list[Record], kind: str) -> str:
     flags = [flag for made in runs if kind in made for flag in made[kind]["passed"]]
     if not flags:
@@ -147,7 +179,7 @@ def passed(runs: list[Record], kind: str) -> str:
 
 
 def lost(runs: list[Record]) -> str:
-    flags = [flag for made in runs for kind in (EASY, HUMANEVAL) if kind in made for flag in made[kind]["lost"]]
+    flags = [flag for made in runs for kind in PROGRAM_SETS if kind in made for flag in made[kind]["lost"]]
     return f"{sum(flags)}/{len(flags)}" if flags else ""
 
 
@@ -164,45 +196,55 @@ def mean_bits(runs: list[Record], sizes: Floats) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
+HEAD = [
+    *("setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"),
+    *(*PROGRAM_SETS.values(), "programs to SFT, %", "lost", "CPU s"),
+]
+
+
 def table(found: Runs, key: Key) -> str:
     """What each setting did to the student."""
     sizes = found.sizes[key[1]]
-    base = [found.base[key[:2]]] if key[:2] in found.base else []
-    rows = []
-    if base:
-        rows.append(["untrained", "", mean_bits(base, sizes), "", "", "", newline(base)])
-        rows[0] += [passed(base, EASY), passed(base, HUMANEVAL), lost(base), ""]
     sft, overlap = (found.of(key, name) for name in REFERENCES)
+
+    def row(title: str, runs: list[Record], *, steps_compared: bool) -> list[str]:
+        window = worst(runs, sft) if steps_compared and runs is not sft else None
+        spent = [made["seconds"]["cpu"] for made in runs if "seconds" in made]
+        return [
+            title,
+            " ".join(str(made["seed"]) for made in runs if "seed" in made),
+            mean_bits(runs, sizes),
+            "" if runs is sft else gap(difference(runs, sft, sizes)),
+            "" if runs is overlap else gap(difference(runs, overlap, sizes)),
+            "" if window is None else f"{window[0]:.2f} x, {window[1]:+.3f}",
+            newline(runs),
+            *(passed(runs, kind) for kind in PROGRAM_SETS),
+            "" if runs is sft else more(solved(runs, sft)),
+            lost(runs),
+            f"{np.mean(spent):.0f}" if spent else "",
+        ]
+
+    rows = []
+    if base := found.base.get(key[:2]):
+        rows.append(row("untrained", [base], steps_compared=False))
+    if key[1] == "few" and (gold := found.best_gold(key)):
+        rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold, steps_compared=False))
     for name, setting in SETTINGS.items():
-        runs = found.of(key, name)
-        if not runs:
-            continue
-        window = None if name == "sft" or setting.rows != "gold" else worst(runs, sft)
-        rows.append(
-            [
-                setting.title,
-                " ".join(str(made["seed"]) for made in runs),
-                mean_bits(runs, sizes),
-                "" if name == "sft" else gap(difference(runs, sft, sizes)),
-                "" if name == "overlap_kd_ids" else gap(difference(runs, overlap, sizes)),
-                "" if window is None else f"{window[0]:.2f} x, {window[1]:+.3f}",
-                newline(runs),
-                passed(runs, EASY),
-                passed(runs, HUMANEVAL),
-                lost(runs),
-                f"{np.mean([made['seconds']['cpu'] for made in runs]):.0f}",
-            ]
-        )
-    head = ["setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"]
-    head += ["easy", "HumanEval", "lost", "CPU s"]
-    return markdown(head, rows)
+        if runs := {"sft": sft, "overlap_kd_ids": overlap}.get(name) or found.of(key, name):
+            rows.append(row(title_of(name, key[1]), runs, steps_compared=setting.rows == "gold"))
+    return markdown(HEAD, rows)
+
+
+def title_of(setting: str, data: str) -> str:
+    """With few gold rows, SFT trains on the teacher's answers too."""
+    return "SFT on the same rows (SeqKD)" if (setting, data) == ("sft", "few") else SETTINGS[setting].title
 
 
 def terms(found: Runs, key: Key) -> str:
     """Gold cross-entropy, KD term and agreement at chosen steps, mean over seeds."""
     stops = [stop for stop in STOPS if stop <= key[3]] + ([key[3]] if key[3] > max(STOPS) else [])
     rows = []
-    for name, setting in SETTINGS.items():
+    for name in SETTINGS:
         runs = found.of(key, name)
         if not runs:
             continue
@@ -212,7 +254,7 @@ def terms(found: Runs, key: Key) -> str:
         for term in ("dskd/ce", kd, "dskd/t2s_agreement"):
             at = [[made["curve"][term][stop - 1] for made in runs] for stop in stops if term in logged]
             cells.append(" ".join(f"{np.mean(values):.2f}" for values in at))
-        rows.append([setting.title, *cells])
+        rows.append([title_of(name, key[1]), *cells])
     names = ", ".join(str(stop) for stop in stops)
     return markdown([f"steps {names}", "gold CE, nats", "KD term, nats", "agreement"], rows)
 
@@ -244,11 +286,13 @@ def page(found: Runs) -> str:
         if implied:
             names = sorted({SETTINGS[made["setting"]].title for made in implied})
             parts.append(f"Run by a plugin that had no other way to behave: {'; '.join(names)}.")
-    lacking = [
-        f"- {TITLES[data]}, {steps} steps, rate {rate:g}, {PAIRS[pair]}: {', '.join(names)}"
-        for pair, data, rate, steps in found.sections()
-        if (names := [s.title for n, s in SETTINGS.items() if not found.of((pair, data, rate, steps), n)])
-    ]
+    lacking = []
+    for key in found.sections():
+        asked = {run.setting for run in planned() if (run.pair, run.data, run.rate, run.steps) == key}
+        names = [setting.title for name, setting in SETTINGS.items() if name in asked and not found.of(key, name)]
+        if names:
+            pair, data, rate, steps = key
+            lacking.append(f"- {TITLES[data]}, {steps} steps, rate {rate:g}, {PAIRS[pair]}: {', '.join(names)}")
     parts += ["## What has not run", "Every pair, data set, rate and length without a section above, and:"]
     parts += ["\n".join(lacking) or "nothing else."]
     if found.failed:

@@ -24,11 +24,14 @@ ANSWER_TOKENS = 300
 
 @dataclass(frozen=True)
 class Place:
-    """out: the benchmark's folder; data: the public data sets; humaneval: documents of HumanEval, 0 for all."""
+    """out: the benchmark's folder; data: the public data sets; limits: documents of a measure that `dskd-eval` makes.
+
+    A measure without a limit, or with 0, takes all documents.
+    """
 
     out: Path
     data: Path
-    humaneval: int
+    limits: dict[str, int]
     measures: tuple[str, ...]
     keep_models: bool
 
@@ -134,7 +137,7 @@ def work(run: Run, place: Place) -> None:
         "heldout": read(place.out / "data" / f"{held}-heldout.jsonl"),
         "code": read(place.out / "data" / "mbpp-heldout.jsonl"),
     }
-    options = {"data": place.data, "humaneval": place.humaneval, "easy": place.out / "tasks" / "easy_functions.yaml"}
+    options = {"data": place.data, "limits": place.limits, "easy": place.out / "tasks" / "easy_functions.yaml"}
     for kind in missing(run, place):
         started = time.process_time()
         found = measures.measure(kind, place.model(run), rows, folder, options)

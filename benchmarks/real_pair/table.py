@@ -12,6 +12,7 @@ SEEDS = (1, 2, 3)
 RATES = (5e-5, 2e-4)
 STEPS = (25, 100)
 LONG_STEPS = 170
+GOLD_STEPS = (15, 30, 60)  # of SFT on the gold answers of `few` alone: 1, 2 and 4 epochs
 BATCH = 4
 BASE = "base"  # the untrained student
 STOPS = (1, 5, 10, 20, 25)  # steps whose terms the tables show
@@ -51,7 +52,7 @@ SETTINGS: dict[str, Setting] = {
 # How a plugin behaves that does not have the setting yet.
 IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids", "unpaired": "share"}
 
-DATA_SETS = ("mbpp", "gsm8k", "few")
+DATA_SETS = ("mbpp", "gsm8k", "few", "few_gold")
 PAIRS = {"forward": "teacher -> student", "turned": "turned round, the better model learns"}
 
 
@@ -112,7 +113,8 @@ GROUPS: tuple[Group, ...] = (
         for data in ("mbpp", "gsm8k")
         for pair in PAIRS
     ),
-    Group("forward", "few", ALL, 5e-5, LONG_STEPS, SEEDS),
+    *(Group("forward", "few_gold", ("sft",), 5e-5, steps, SEEDS) for steps in GOLD_STEPS),
+    Group("forward", "few", tuple(name for name in ALL if SETTINGS[name].rows == "gold"), 5e-5, LONG_STEPS, SEEDS),
 )
 
 # Written over the block of every distillation on a data set: with few gold answers the teacher says nearly all.

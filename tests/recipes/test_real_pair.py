@@ -122,6 +122,43 @@ def test_the_worst_window_is_that_of_the_means():
     assert report.worst_window(one[:2], other[:2], 5) == pytest.approx((1.0, 0.0))
 
 
+def test_programs_are_compared_over_the_seeds_and_sets_that_both_have():
+    def run(seed, easy, mbpp=()):
+        return {"seed": seed, "easy": {"passed": list(easy)}} | ({"mbpp": {"passed": list(mbpp)}} if mbpp else {})
+
+    one, other = [run(1, [1, 1], [1, 0]), run(2, [1, 1])], [run(1, [0, 1], [0, 0]), run(3, [0, 0])]
+    found = report.solved(one, other)
+    assert found.value == pytest.approx(0.5) and found.low <= 0.5 <= found.high
+    assert report.more(found).startswith("+50.0 [")
+    assert report.solved([run(1, [1])], other) is None and report.more(None) == ""
+    assert report.solved([{"easy": {"passed": [1]}}], one) is None
+
+
+def test_few_gold_rows_stand_beside_the_best_fine_tuning_on_them():
+    """Shown first, of the length that is best on the held-out rows; SFT on the answers has its own name there."""
+
+    def run(data, setting, steps, bits, seed=1):
+        made = {"kind": "run", "pair": "forward", "data": data, "setting": setting, "rate": 5e-5, "steps": steps}
+        made |= {"seed": seed, "seconds": {"cpu": 1.0}, "curve": {"dskd/ce": [1.0]}}
+        return made | {"heldout": {"gold_bits": bits}}
+
+    records = [{"kind": "documents", "data": "few", "gold_bytes": [10, 10]}]
+    lengths = {15: [9.0, 9.0], 30: [4.0, 6.0], 60: [7.0, 8.0]}
+    records += [run("few_gold", "sft", steps, bits) for steps, bits in lengths.items()]
+    records += [run("few", "sft", 170, [4.0, 4.0]), run("few", "dskd_default", 170, [3.0, 3.0])]
+    found = report.Runs(records)
+    key = ("forward", "few", 5e-5, 170)
+    assert [made["steps"] for made in found.best_gold(key)] == [30]
+    lines = report.table(found, key).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "SFT on the gold rows alone, best: 30 steps",
+        "SFT on the same rows (SeqKD)",
+        "DSKD, defaults",
+    ]
+    assert [line.split("|")[3].strip() for line in lines] == ["0.500", "0.400", "0.300"]
+    assert "-0.100" in lines[2] and "+0.100" in lines[0]
+
+
 def test_steps_are_compared_on_the_same_rows_alone():
     """Prepared rows keep the order of whoever prepared them first: another one shows at the first step."""
 
@@ -262,6 +299,7 @@ def test_rows_have_one_form_and_few_rows_are_gold_first(folder, tmp_path):
     assert gold[0]["messages"][0]["content"].endswith("tests:\nassert f(0) == 601")
     assert gold[0]["messages"][1]["content"] == "def f(x):\n    y = x + 601\n    return y"
     assert "<<" not in (tmp_path / "gsm8k-gold.jsonl").read_text()
+    assert data.read(tmp_path / "few_gold-gold.jsonl") == gold[:60]
     answers = [data.conversation("t", row["messages"][0]["content"], "answer") for row in gold]
     data.write(answers, tmp_path / "generated.jsonl")
     data.few(tmp_path / "mbpp-gold.jsonl", tmp_path / "generated.jsonl", tmp_path / "few.jsonl")
@@ -300,7 +338,7 @@ def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path):
     assert (tmp_path / "out" / "runs" / found_name("sft") / "train.json").stat().st_mtime_ns == before
     assert "runs 1/" not in again.stdout
     run = Run("forward", "mbpp", "dskd_projected", 5e-5, 2, 1)
-    place = runs.Place(tmp_path / "out", folder, 0, ("heldout", "newline"), False)
+    place = runs.Place(tmp_path / "out", folder, {}, ("heldout", "newline"), False)
     assert runs.finished(run, place)
     trained = tmp_path / "out" / "runs" / run.name / "train.json"
     facts = json.loads(trained.read_text())
@@ -328,7 +366,7 @@ def logs(out: Path) -> str:
 
 
 def test_a_run_without_its_rows_or_setting_says_what_it_lacks(tmp_path, monkeypatch):
-    place = runs.Place(tmp_path, tmp_path, 0, measures.MEASURES, False)
+    place = runs.Place(tmp_path, tmp_path, {}, measures.MEASURES, False)
     seqkd = Run("forward", "mbpp", "seqkd", 5e-5, 25, 1)
     assert "mbpp-generated-forward.jsonl are not there, see the stage generate" in runs.obstacle(seqkd, place)
     monkeypatch.setitem(table.SETTINGS, "new", table.Setting("new", {"made_up": True}))
