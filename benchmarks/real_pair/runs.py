@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.real_pair import data, measures
-from benchmarks.real_pair.table import BASE, BATCH, SETTINGS, Run, accepted, block, resolved, same_behaviour
+from benchmarks.real_pair.table import BASE, BATCH, RATES, SETTINGS, Run, accepted, block, resolved, same_behaviour
 from benchmarks.study import launch, states
 from benchmarks.study.data import Row, read
 from benchmarks.study.runs import environment, read_json, write_json
@@ -178,7 +178,9 @@ def generate(pair: str, source: str, out: Path) -> None:
 
     target = out / "data" / f"{source}-generated-{pair}.jsonl"
     if not target.is_file():
-        made = common(pair, {}, f"{source}-gold", f"./generated-{pair}")
+        # Axolotl takes no recipe that could not train.
+        training = {"micro_batch_size": BATCH, "num_epochs": 1, "learning_rate": RATES[0]}
+        made = common(pair, {}, f"{source}-gold", f"./generated-{pair}") | training
         file = out / f"generate-{source}-{pair}.yaml"
         file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
         os.chdir(out)

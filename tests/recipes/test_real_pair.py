@@ -347,10 +347,24 @@ def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path):
     assert runs.stale(run, place) and not runs.finished(run, place)
 
 
+@pytest.mark.axolotl
+def test_the_teacher_answers_the_prompts_that_have_no_gold_answer(tiny, folder, tmp_path):
+    words = ["--teacher", tiny["teacher"], "--student", tiny["student"], "--data", str(folder)]
+    words += ["--out", str(tmp_path / "out"), "--pairs", "forward", "--data-sets", "few"]
+    made = small_command(["prepare", "generate", *words])
+    assert made.returncode == 0, made.stderr + logs(tmp_path / "out")
+    files = sorted(file.name for file in (tmp_path / "out" / "data").glob("*forward.jsonl"))
+    assert files == ["few-forward.jsonl", "mbpp-generated-forward.jsonl"]
+    rows = data.read(tmp_path / "out" / "data" / "few-forward.jsonl")
+    assert rows[:60] == data.read(tmp_path / "out" / "data" / "few_gold-gold.jsonl")
+    assert {row["source"] for row in rows[60:]} == {"teacher"}  # an empty answer of the random teacher is left out
+
+
 def small_command(words: list[str]) -> subprocess.CompletedProcess:
     """The command with one small group for its table, in a process of its own: Axolotl replaces its streams."""
     text = (
-        "import sys\nfrom benchmarks.real_pair import table\nfrom benchmarks.real_pair.__main__ import main\n"
+        "import sys\nfrom benchmarks.real_pair import runs, table\nfrom benchmarks.real_pair.__main__ import main\n"
+        "runs.ANSWER_TOKENS = 4\n"
         "small = table.Group('forward', 'mbpp', ('sft', 'dskd_projected'), 5e-5, 2, (1,))\n"
         "table.GROUPS = (small,)\nsys.exit(main(sys.argv[1:]))\n"
     )
