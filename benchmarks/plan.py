@@ -61,9 +61,10 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def pair(folder: Path, size: str, rows: int, tokens: int) -> tuple[dict[str, Any], int]:
-    """A recipe over models of a size, and the tokens of its longest row."""
-    student_tokenizer, teacher_tokenizer = tiny.byte_level_tokenizer(420, 1), tiny.sentencepiece_tokenizer(460, 2)
+def pair(folder: Path, size: str, rows: int, tokens: int, teacher_tokenizer: Any = None) -> tuple[dict[str, Any], int]:
+    """A recipe over models of a size, and the tokens of its longest row. The teacher's tokenizer: SentencePiece."""
+    student_tokenizer = tiny.byte_level_tokenizer(420, 1)
+    teacher_tokenizer = teacher_tokenizer or tiny.sentencepiece_tokenizer(460, 2)
     student, teacher = SIZES[size]
     made = [" ".join(row["text"] for row in tiny.conversations(20, seed)) for seed in range(4 * rows)]
     longest, lines = 0, []

@@ -1,11 +1,11 @@
-"""The benchmarks of a step and of memory on tiny shapes, and the dense reference that they compare with."""
+"""The benchmarks of a step and of memory on tiny shapes, and what they compare with."""
 
 import csv
 
 import pytest
 import torch
 
-from benchmarks import memory, results, step
+from benchmarks import memory, results, step, trl_gold
 from benchmarks.counting import VocabularyWork
 from benchmarks.shapes import METHODS, SIZES, Bench
 from dskd_plugin.core.backend import TorchBlocks
@@ -85,3 +85,22 @@ def test_the_count_of_products():
     assert (work.products["a"].logits, work.products["a"].back, work.products["a"].calls) == (7, 7, 1)
     assert (work.products["b"].logits, work.products["b"].back, work.products["b"].weight) == (7, 7, 0)
     assert work.largest == 7 * 60
+
+
+@pytest.mark.axolotl
+def test_a_step_is_measured_beside_that_of_trl(tmp_path):
+    """Both trainers really train: on a pair of no size neither number says anything."""
+    file = tmp_path / "results.csv"
+    trl_gold.main(["--size", "none", "--steps", "1", "--methods", "dskd", "--results", str(file)])
+    rows = {row["metric"]: row for row in table(file)}
+    assert set(rows) == {f"{name}, {what}" for name in ("TRL GOLD", "dskd") for what in ("s a step", "resident MiB")}
+    for what in ("s a step", "resident MiB"):
+        ours, base = rows[f"dskd, {what}"], rows[f"TRL GOLD, {what}"]
+        assert ours["baseline"] == "TRL GOLD" and not base["ratio"]
+        assert float(ours["ratio"]) == pytest.approx(float(ours["value"]) / float(base["value"]), rel=0.02)
+
+
+def test_the_pair_beside_trl_is_named_whole_or_not_at_all(capsys):
+    with pytest.raises(SystemExit):
+        trl_gold.main(["--teacher", "x"])
+    assert "--teacher, --student and --rows: expected all three or none" in capsys.readouterr().err
