@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.events import Events
 from dskd_plugin.core.objective import TERMS, Objective
 from dskd_plugin.core.prefixes import Places
 from dskd_plugin.core.segments import Segments
@@ -80,9 +79,9 @@ class Rows:
         given = self.teacher_NE if self.label_N is None else self.label_N
         return 0 if given is None else given.shape[0]
 
-    def opened(self, events: Events) -> Rows:
-        """The same with open_N, where these events are compared."""
-        return replace(self, open_N=events.open_V[self.labels_R[: self.pairs]])
+    def opened(self, open_V: Tensor) -> Rows:
+        """The same with open_N. open_V: student ids that the comparison does not tell from others, bool."""
+        return replace(self, open_N=open_V[self.labels_R[: self.pairs]])
 
     def block(self, rows: slice) -> Rows:
         """These response rows with whatever partners they have; without spans and segments, which cross the bounds."""

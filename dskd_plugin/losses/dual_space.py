@@ -164,7 +164,7 @@ class DualSpaceLoss(Projecting):
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:
         rows = super().labelled(batch, student_head)
         if self._events is not None:
-            rows = rows.opened(self._events)
+            rows = rows.opened(self._events.open_V)
         exact, t2s_Dd, teacher_ND = self._events, self._t2s_Dd(), batch.teacher_states
         masked = t2s_Dd is not None and self.objective.agreement_mask
         if exact is not None and not masked:

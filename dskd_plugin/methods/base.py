@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from dskd_plugin.core.fused.cover import COVERED
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dskd_plugin.assemble import Parts
     from dskd_plugin.core.objective import Compare
     from dskd_plugin.core.segments import SegmentCompare
@@ -90,7 +92,14 @@ class Method:
         """The loss, as a module for the student."""
         from dskd_plugin.losses.direct import Direct
 
-        return Direct(parts.student, parts.objective, self.compare(parts), **parts.options)
+        return Direct(parts.student, parts.objective, self.compare(parts), open_V=self.open_ids(parts), **parts.options)
+
+    def open_ids(self, parts: Parts) -> Tensor | None:
+        """Which student ids are one of several of their event, where events are compared."""
+        if not self.by_events(parts.settings):
+            return None
+        assert parts.events is not None
+        return parts.events.open_V.to(parts.teacher_head.weight_VD.device)
 
     def compare(self, parts: Parts) -> Compare | None:
         """The distance of the two distributions at a pair, for a method without projectors."""

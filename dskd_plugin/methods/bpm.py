@@ -66,4 +66,12 @@ class BytePrefixes(Method):
         compare = PrefixCompare(
             parts.divergence, parts.settings.temperature, maps.together, maps.residual + 1, student_V
         )
-        return ByBytes(parts.student, parts.objective, compare, places=maps.places, silent_V=silent_V, **parts.options)
+        return ByBytes(
+            parts.student,
+            parts.objective,
+            compare,
+            places=maps.places,
+            silent_V=silent_V,
+            open_V=self.open_ids(parts),
+            **parts.options,
+        )
