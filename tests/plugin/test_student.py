@@ -431,10 +431,10 @@ def test_a_projected_student_is_compared_where_both_begin_a_token(oracle, tiny, 
     assert len(found) > 10 and sums["kd"] == (pytest.approx(sum(found), rel=1e-4), len(found))
 
 
-MODES = [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}, {"method": "bpm"}]
+WITH_UNPAIRED = [{}, {"method": "overlap_kd"}, {"method": "uld"}, {"kd_ratio": 1.0}, {"method": "bpm"}]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", WITH_UNPAIRED)
 def test_rows_without_a_partner_keep_their_cross_entropy(tiny, rows, mode):
     """Each of them counts 1 and each of the others 1 - kd_ratio, over all response rows."""
     share, whole = (Setup(tiny["student"], tiny["teacher"], unpaired=value, **mode) for value in ("share", "ce"))
