@@ -191,12 +191,14 @@ def main(words: list[str] | None = None) -> None:
             found.append(Row(f"{method}, s a step", f"{seconds:.3g}", TRL, f"{seconds / base:.3f}"))
             found.append(Row(f"{method}, resident MiB", f"{size / MIB:.0f}", TRL, f"{size / most:.3f}"))
     setting = f"{what}; {options.steps} steps of 4 rows, float32"
+    command = results.command_of("benchmarks.trl_gold", words)
     results.append(
         "trl_gold",
         torch.device("cpu"),
         setting,
         found,
-        results.command_of("benchmarks.trl_gold", words),
+        # Names in place of paths, which hold on one machine alone.
+        [Path(word).name if Path(word).exists() else word for word in command],
         options.results,
     )
 
