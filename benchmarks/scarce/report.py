@@ -28,9 +28,11 @@ How to read the tables:
   better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. In brackets the 95 % interval over the
   questions of all seeds. A seed has its own questions, student and teacher; the interval says nothing of further seeds.
 - *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
-- `unpaired`: runs of commits before 6a057b4 had `share`, which was the default then. With the quickstart's tokenizer
-  that makes no difference: all tokens have a partner. With the other two the old default, tried once (seed 1), gave
-  `dskd` 0.926 and 0.488.
+- `unpaired`: recipes with three seeds have `ce`, today's default; the others are older and had `share`, the default
+  then. It moves numbers: with the quickstart's tokenizer `dskd` had 0.329 and 0.403 with `share` (seeds 1 and 2), with
+  the coarse and the fine one 0.926 and 0.488 (seed 1).
+- Seeds differ, and so do two runs of one: on another machine seed 1 of the coarse student gave `csd` 0.639 and `dskd`
+  0.690. Intervals over questions do not hold that.
 - *exact*: held-out answers that are exactly right. So weak a student solves few.
 - *CPU s*: of the recipe's trainings, one thread, the mean over seeds; the teacher's states of the rows were kept from
   run to run, so the time of a first run is longer.

@@ -59,7 +59,6 @@ RECIPES: dict[str, Recipe] = {
     "dskd_both": one("`dskd`, `spaces: both`", spaces="both"),
     "dskd_projected": one("`dskd`, `target: projected`", target="projected"),
     "dskd_ids": one("`dskd`, `shared: ids`", shared="ids"),
-    "dskd_unpaired": one("`dskd`, `unpaired: ce`", unpaired="ce"),
     "dskd_balanced": one("`dskd`, `kd_weight: balanced`", kd_weight="balanced"),
     "dskd_spans": one("`dskd`, `span_weight: 1`", span_weight=1.0),
     "overlap_kd": one("`overlap_kd`", method="overlap_kd"),
