@@ -94,11 +94,11 @@ def pretrained() -> Iterator[Line]:
     found = real_pair_report.Runs(real_pair_records.read(records_of("real_pair", "real_pair")))
     for key in found.sections():
         _, data, _, steps = key
+        if data == "few_gold":
+            continue  # what those of `few` are compared with
         sft, sizes = found.of(key, "sft"), found.sizes[data]
         shown, where = REAL, f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
-        if data.startswith("few"):
-            if data == "few_gold":
-                continue  # what the others are compared with
+        if data == "few":
             sft = found.best_gold(key)
             shown, where = {"sft": SCARCE["seqkd"]} | REAL, f"{FEW}: pretrained models, MBPP"
         for name, title in shown.items():

@@ -34,33 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gold of this plugin": {"method": "gold"},
 }
 PASSES = 2
-
-
-def recipe_of(teacher: str, student: str, rows: Path, count: int, folder: Path) -> dict[str, Any]:
-    """A recipe over a pair of real models and the first `count` conversations of a file, copied into the folder."""
-    kept = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    data = folder / "train.jsonl"
-    data.write_text("".join(kept), encoding="utf-8")
-    return {
-        "base_model": student,
-        "plugins": ["dskd"],
-        "dskd": {"teacher": {"model": teacher, "dtype": "float32"}},
-        "chat_template": "tokenizer_default",
-        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "dataset_num_proc": 1,
-        "output_dir": str(folder / "out"),
-        "sequence_len": 1024,
-        "micro_batch_size": 4,
-        "learning_rate": 1e-5,
-        "optimizer": "adamw_torch",
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-    }
+ROWS = 4  # of a step
 
 
 # -- in the process of a candidate -------------------------------------------------------------------------------------
@@ -171,16 +145,18 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if all(given):
-            sides = [str(Path(side).resolve()) for side in given[:2]]
-            recipe = recipe_of(*sides, options.rows, 4 * options.steps, folder)
-            what = " -> ".join(Path(side).name for side in sides)
+            sides = {"student": options.student, "teacher": options.teacher}
+            places = {side: str(Path(place).resolve()) for side, place in sides.items()}
+            recipe = tiny.small_recipe(places | {"data": str(folder / "train.jsonl")}, folder)
+            recipe |= {"micro_batch_size": ROWS, "sequence_len": 1024, "learning_rate": 1e-5}
+            rows, what = options.rows, " -> ".join(Path(sides[side]).name for side in ("teacher", "student"))
         else:
             # GOLD takes tokenizers alone that are byte-level.
-            recipe, tokens = pair(folder, options.size, 4, 512, tiny.byte_level_tokenizer(460, 2))
-            data = Path(recipe["datasets"][0]["path"])
-            lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-            data.write_text("".join(lines[: 4 * options.steps]), encoding="utf-8")
+            recipe, tokens = pair(folder, options.size, ROWS, 512, tiny.byte_level_tokenizer(460, 2))
+            rows = Path(recipe["datasets"][0]["path"])
             what = f"{options.size}: {SIZES[options.size][1]} -> {SIZES[options.size][0]}, {tokens} tokens a row"
+        kept = rows.read_text(encoding="utf-8").splitlines(keepends=True)[: ROWS * options.steps]
+        Path(recipe["datasets"][0]["path"]).write_text("".join(kept), encoding="utf-8")
         recipe |= {"num_epochs": PASSES, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         recipe.pop("max_steps", None)
         recipe.pop("save_steps", None)
@@ -190,7 +166,7 @@ def main(words: list[str] | None = None) -> None:
             seconds, size = run(method, recipe, folder)
             found.append(Row(f"{method}, s a step", f"{seconds:.3g}", TRL, f"{seconds / base:.3f}"))
             found.append(Row(f"{method}, resident MiB", f"{size / MIB:.0f}", TRL, f"{size / most:.3f}"))
-    setting = f"{what}; {options.steps} steps of 4 rows, float32"
+    setting = f"{what}; {options.steps} steps of {ROWS} rows, float32"
     command = results.command_of("benchmarks.trl_gold", words)
     results.append(
         "trl_gold",

@@ -50,14 +50,15 @@ def prepare(folder: Path, to: Path) -> None:
         )
     to.mkdir(parents=True, exist_ok=True)
     tasks = mbpp(folder)
+    heldout = [tasks[number] for number in HELDOUT]
     splits = {
         "mbpp-gold": [tasks[number] for number in TRAIN],
-        "mbpp-heldout": [tasks[number] for number in HELDOUT],
+        "mbpp-heldout": heldout,
         "gsm8k-gold": gsm8k(folder / "gsm8k" / "train.jsonl", GSM8K_TRAIN),
         "gsm8k-heldout": gsm8k(folder / "gsm8k" / "test.jsonl", GSM8K_HELDOUT),
-        "few-heldout": [tasks[number] for number in HELDOUT],
+        "few-heldout": heldout,
         "few_gold-gold": [tasks[number] for number in FEW],
-        "few_gold-heldout": [tasks[number] for number in HELDOUT],
+        "few_gold-heldout": heldout,
     }
     for name, rows in splits.items():
         write(rows, to / f"{name}.jsonl")

@@ -14,7 +14,7 @@ PROBES = 30  # solutions that are asked for the bare newline
 _BLOCK = re.compile(r"```(?:python|py)?[ ]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 HELDOUT, NEWLINE, EASY, HUMANEVAL, MBPP = "heldout", "newline", "easy", "humaneval", "mbpp"
-PROGRAMS = (EASY, HUMANEVAL, MBPP)
+PROGRAMS = {EASY: "easy", HUMANEVAL: "HumanEval", MBPP: "MBPP"}  # measures that run programs, as tables call them
 MEASURES = (HELDOUT, NEWLINE, *PROGRAMS)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.real_pair import records
-from benchmarks.real_pair.measures import EASY, HELDOUT, HUMANEVAL, MBPP, NEWLINE
+from benchmarks.real_pair.measures import HELDOUT, NEWLINE, PROGRAMS
 from benchmarks.real_pair.table import BASE, DATA_SETS, GOLD_STEPS, PAIRS, SETTINGS, STOPS, planned
 from benchmarks.study.records import Record
 from benchmarks.study.report import markdown
@@ -24,7 +24,6 @@ TITLES = {
     "few": "MBPP, 60 gold rows and the teacher's answers to the other prompts",
     "few_gold": "MBPP, 60 gold rows",
 }
-PROGRAM_SETS = {EASY: "easy", HUMANEVAL: "HumanEval", MBPP: "MBPP"}
 Key = tuple[str, str, float, int]
 
 INTRO = """# A real pair
@@ -95,29 +94,35 @@ def bits(runs: Iterable[Record]) -> Floats:
     return np.array([made[HELDOUT]["gold_bits"] for made in runs], dtype=float)
 
 
+def both(runs: list[Record], others: list[Record], kinds: Iterable[str]) -> tuple[list[Record], list[Record]]:
+    """Of each side the runs of the seeds with which both have one of the measures; the untrained has no seed."""
+    one, other = (
+        {made["seed"]: made for made in side if "seed" in made and any(kind in made for kind in kinds)}
+        for side in (runs, others)
+    )
+    seeds = sorted(one.keys() & other.keys())
+    return [one[seed] for seed in seeds], [other[seed] for seed in seeds]
+
+
 def difference(runs: list[Record], others: list[Record], sizes: Floats) -> Difference | None:
     """runs - others in bits per byte over the seeds that both have."""
-    measured = ({made.get("seed") for made in side if HELDOUT in made} for side in (runs, others))
-    both = set.intersection(*measured)
-    if not both:
-        return None
-    one, other = ([made for made in side if made.get("seed") in both] for side in (runs, others))
-    return paired(bits(one), bits(other), sizes)
+    one, other = both(runs, others, (HELDOUT,))
+    return paired(bits(one), bits(other), sizes) if one else None
 
 
 def solved(runs: list[Record], others: list[Record]) -> Difference | None:
-    """runs - others in programs that pass, of those that both were asked, over the seeds that both have."""
-    flags = ({made.get("seed"): _flags(made) for made in side} for side in (runs, others))
-    one, other = ({seed: found for seed, found in side.items() if found} for side in flags)
-    seeds = sorted(seed for seed in one.keys() & other.keys() if len(one[seed]) == len(other[seed]))
-    if not seeds:
+    """runs - others in programs that pass, of the sets that all runs were asked, over the seeds that both have."""
+    one, other = both(runs, others, PROGRAMS)
+    asked = [kind for kind in PROGRAMS if all(kind in made for made in one + other)]
+    # With another --limit a set has other documents.
+    kinds = [kind for kind in asked if len({len(made[kind]["passed"]) for made in one + other}) == 1]
+    if not kinds:
         return None
-    values = [np.array([side[seed] for seed in seeds], dtype=float) for side in (one, other)]
-    return paired(*values, np.ones(values[0].shape[1]))
-
-
-def _flags(made: Record) -> list[int]:
-    return [flag for kind in PROGRAM_SETS if kind in made for flag in made[kind]["passed"]]
+    one_SN, other_SN = (
+        np.hstack([np.array([made[kind]["passed"] for made in side], dtype=float) for kind in kinds])
+        for side in (one, other)
+    )
+    return paired(one_SN, other_SN, np.ones(one_SN.shape[1]))
 
 
 def gold_ce(made: Record) -> list[float]:
@@ -179,7 +184,7 @@ def passed(runs: list[Record], kind: str) -> str:
 
 
 def lost(runs: list[Record]) -> str:
-    flags = [flag for made in runs for kind in PROGRAM_SETS if kind in made for flag in made[kind]["lost"]]
+    flags = [flag for made in runs for kind in PROGRAMS if kind in made for flag in made[kind]["lost"]]
     return f"{sum(flags)}/{len(flags)}" if flags else ""
 
 
@@ -198,7 +203,7 @@ def mean_bits(runs: list[Record], sizes: Floats) -> str:
 
 HEAD = [
     *("setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"),
-    *(*PROGRAM_SETS.values(), "programs to SFT, %", "lost", "CPU s"),
+    *(*PROGRAMS.values(), "programs to SFT, %", "lost", "CPU s"),
 ]
 
 
@@ -207,31 +212,32 @@ def table(found: Runs, key: Key) -> str:
     sizes = found.sizes[key[1]]
     sft, overlap = (found.of(key, name) for name in REFERENCES)
 
-    def row(title: str, runs: list[Record], *, steps_compared: bool) -> list[str]:
-        window = worst(runs, sft) if steps_compared and runs is not sft else None
+    def row(title: str, runs: list[Record], name: str = "") -> list[str]:
+        compared = name in SETTINGS and name != "sft" and SETTINGS[name].rows == "gold"
+        window = worst(runs, sft) if compared else None
         spent = [made["seconds"]["cpu"] for made in runs if "seconds" in made]
         return [
             title,
             " ".join(str(made["seed"]) for made in runs if "seed" in made),
             mean_bits(runs, sizes),
-            "" if runs is sft else gap(difference(runs, sft, sizes)),
-            "" if runs is overlap else gap(difference(runs, overlap, sizes)),
+            "" if name == "sft" else gap(difference(runs, sft, sizes)),
+            "" if name == "overlap_kd_ids" else gap(difference(runs, overlap, sizes)),
             "" if window is None else f"{window[0]:.2f} x, {window[1]:+.3f}",
             newline(runs),
-            *(passed(runs, kind) for kind in PROGRAM_SETS),
-            "" if runs is sft else more(solved(runs, sft)),
+            *(passed(runs, kind) for kind in PROGRAMS),
+            "" if name == "sft" else more(solved(runs, sft)),
             lost(runs),
             f"{np.mean(spent):.0f}" if spent else "",
         ]
 
     rows = []
     if base := found.base.get(key[:2]):
-        rows.append(row("untrained", [base], steps_compared=False))
+        rows.append(row("untrained", [base]))
     if key[1] == "few" and (gold := found.best_gold(key)):
-        rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold, steps_compared=False))
-    for name, setting in SETTINGS.items():
-        if runs := {"sft": sft, "overlap_kd_ids": overlap}.get(name) or found.of(key, name):
-            rows.append(row(title_of(name, key[1]), runs, steps_compared=setting.rows == "gold"))
+        rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold))
+    for name in SETTINGS:
+        if runs := found.of(key, name):
+            rows.append(row(title_of(name, key[1]), runs, name))
     return markdown(HEAD, rows)
 
 

@@ -132,6 +132,10 @@ def test_programs_are_compared_over_the_seeds_and_sets_that_both_have():
     assert report.more(found).startswith("+50.0 [")
     assert report.solved([run(1, [1])], other) is None and report.more(None) == ""
     assert report.solved([{"easy": {"passed": [1]}}], one) is None
+    # A set that one of them was not asked has no part, whatever its size.
+    other_set = {"seed": 1, "easy": {"passed": [1, 1]}, "humaneval": {"passed": [0, 0]}}
+    assert report.solved([other_set], other[:1]).value == pytest.approx(0.5)
+    assert report.solved([{"seed": 1, "humaneval": {"passed": [1, 1]}}], [run(1, [0, 0])]) is None
 
 
 def test_few_gold_rows_stand_beside_the_best_fine_tuning_on_them():
