@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
                 place.out / "logs" / f"generate-{source}-{pair}.log",
                 partial(runs.generate, pair, source, place.out),
             )
-            for source in ("mbpp", "gsm8k")
+            for source in ("few", "mbpp", "gsm8k")
             for pair in options.pairs or PAIRS
-            if options.data_sets is None or {source, "few" if source == "mbpp" else source} & set(options.data_sets)
+            if options.data_sets is None or source in options.data_sets
         ]
         ok &= in_turn(asked, options, "generate")
     if "runs" in options.stages:

@@ -1,16 +1,23 @@
 """Rows: MBPP, GSM8K, and few gold answers beside many of the teacher's. None is kept in the repository.
 
 An MBPP prompt is the task and its tests, as published for models that follow instructions. Its solutions get Unix line
-ends, four spaces for a tab and no trailing white space, so that they say what a model would write.
+ends, four spaces for a tab and no trailing white space, so that they say what a model would write. The rows of `few`
+ask and answer in the words of `dskd-eval`, so that what they teach is what is measured: a teacher that may answer as
+it likes repeats the tests and explains, most of it beyond the limit of tokens.
 """
 
 import re
 from pathlib import Path
+from typing import Any
+
+import dskd_eval
+import jinja2
+import yaml
 
 from benchmarks.study.data import Row, read, write
 
 TRAIN, HELDOUT = range(601, 975), range(511, 571)  # task_id; 60 held-out rows
-FEW = range(601, 661)  # the gold answers of `few`
+FEW = range(601, 661)  # the gold answers of `few`; the teacher answers the rest of TRAIN
 GSM8K_TRAIN, GSM8K_HELDOUT = 374, 60
 
 
@@ -25,14 +32,22 @@ def plain_code(code: str) -> str:
     return "\n".join(line.rstrip() for line in lines).strip()
 
 
-def mbpp(folder: Path) -> dict[int, Row]:
-    """Conversations by task_id."""
-    found = {}
-    for row in read(folder / "mbpp" / "mbpp.jsonl"):
-        tests = "\n".join(row["test_list"])
-        question = f"{row['text']}\nYour code should pass these tests:\n{tests}"
-        found[row["task_id"]] = conversation("mbpp", question, plain_code(row["code"]))
+def mbpp(tasks: dict[int, dict[str, Any]], numbers: range) -> list[Row]:
+    """Conversations of so many tasks."""
+    found = []
+    for task in (tasks[number] for number in numbers):
+        tests = "\n".join(task["test_list"])
+        question = f"{task['text']}\nYour code should pass these tests:\n{tests}"
+        found.append(conversation("mbpp", question, task["code"]))
     return found
+
+
+def mbpp_as_evaluated(tasks: dict[int, dict[str, Any]], numbers: range) -> list[Row]:
+    """The same in the words of `dskd-eval`, which asks for one code block."""
+    file = Path(dskd_eval.__file__).parent / "tasks" / "mbpp.yaml"
+    chat = yaml.safe_load(file.read_text(encoding="utf-8"))["styles"]["chat"]
+    question, answer = (jinja2.Template(chat[part]) for part in ("doc_to_text", "reference_answer"))
+    return [conversation("mbpp", question.render(tasks[number]), answer.render(tasks[number])) for number in numbers]
 
 
 def gsm8k(file: Path, count: int) -> list[Row]:
@@ -49,26 +64,26 @@ def prepare(folder: Path, to: Path) -> None:
             "Name the folder that docs/eval.md describes."
         )
     to.mkdir(parents=True, exist_ok=True)
-    tasks = mbpp(folder)
-    heldout = [tasks[number] for number in HELDOUT]
+    rows = read(folder / "mbpp" / "mbpp.jsonl")
+    tasks = {row["task_id"]: row | {"code": plain_code(row["code"])} for row in rows}
+    few_heldout = mbpp_as_evaluated(tasks, HELDOUT)
     splits = {
-        "mbpp-gold": [tasks[number] for number in TRAIN],
-        "mbpp-heldout": heldout,
+        "mbpp-gold": mbpp(tasks, TRAIN),
+        "mbpp-heldout": mbpp(tasks, HELDOUT),
         "gsm8k-gold": gsm8k(folder / "gsm8k" / "train.jsonl", GSM8K_TRAIN),
         "gsm8k-heldout": gsm8k(folder / "gsm8k" / "test.jsonl", GSM8K_HELDOUT),
-        "few-heldout": heldout,
-        "few_gold-gold": [tasks[number] for number in FEW],
-        "few_gold-heldout": heldout,
+        "few-prompts": mbpp_as_evaluated(tasks, range(FEW.stop, TRAIN.stop)),
+        "few-heldout": few_heldout,
+        "few_gold-gold": mbpp_as_evaluated(tasks, FEW),
+        "few_gold-heldout": few_heldout,
     }
-    for name, rows in splits.items():
-        write(rows, to / f"{name}.jsonl")
+    for name, made in splits.items():
+        write(made, to / f"{name}.jsonl")
 
 
 def few(gold: Path, generated: Path, to: Path) -> None:
-    """The gold rows of the first tasks, then the teacher's answers to all other prompts."""
-    rows = read(gold)
-    known = {row["messages"][0]["content"] for row in rows[: len(FEW)]}
-    answers = [row for row in read(generated) if row["messages"][0]["content"] not in known]
+    """The few gold rows, then the teacher's answers to the other prompts."""
     # The training flag of generated turns has no match in the gold rows; all answers are trained on.
-    kept = [conversation("teacher", row["messages"][0]["content"], row["messages"][-1]["content"]) for row in answers]
-    write(rows[: len(FEW)] + kept, to)
+    turns = [row["messages"] for row in read(generated)]
+    answers = [conversation("teacher", asked[0]["content"], asked[-1]["content"]) for asked in turns]
+    write(read(gold) + answers, to)

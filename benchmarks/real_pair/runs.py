@@ -20,6 +20,7 @@ from quickstart.stages import digest
 
 SEQUENCE = 768
 ANSWER_TOKENS = 300
+ANSWERS = 32  # of the teacher at a time
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,8 @@ def work(run: Run, place: Place) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not place.model(run).is_dir() or (run.setting != BASE and not (folder / "train.json").is_file()):
         train(run, place)
-    held = "gsm8k" if run.data == "gsm8k" else "mbpp"
     rows: dict[str, list[Row]] = {
-        "heldout": read(place.out / "data" / f"{held}-heldout.jsonl"),
+        "heldout": read(place.out / "data" / f"{run.data}-heldout.jsonl"),
         "code": read(place.out / "data" / "mbpp-heldout.jsonl"),
     }
     options = {"data": place.data, "limits": place.limits, "easy": place.out / "tasks" / "easy_functions.yaml"}
@@ -176,18 +176,20 @@ def generate(pair: str, source: str, out: Path) -> None:
     """`dskd generate`: the teacher's answers to the prompts of a data set; goes on where an earlier one stopped."""
     from dskd_plugin.cli import main
 
-    target = out / "data" / f"{source}-generated-{pair}.jsonl"
+    folder = out / "data"
+    target = folder / f"{source}-generated-{pair}.jsonl"
     if not target.is_file():
         # Axolotl takes no recipe that could not train.
         training = {"micro_batch_size": BATCH, "num_epochs": 1, "learning_rate": RATES[0]}
-        made = common(pair, {}, f"{source}-gold", f"./generated-{pair}") | training
+        prompts = "few-prompts" if source == "few" else f"{source}-gold"
+        made = common(pair, {}, prompts, f"./generated-{pair}") | training
         file = out / f"generate-{source}-{pair}.yaml"
         file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
         os.chdir(out)
-        arguments = ["generate", file.name, "--out", str(target.relative_to(out))]
+        arguments = ["generate", file.name, "--out", str(target.relative_to(out)), "--batch-size", str(ANSWERS)]
         main.main(args=[*arguments, "--max-new-tokens", str(ANSWER_TOKENS)], prog_name="dskd", standalone_mode=False)
-    if source == "mbpp":
-        data.few(out / "data" / "mbpp-gold.jsonl", target, out / "data" / f"few-{pair}.jsonl")
+    if source == "few":
+        data.few(folder / "few_gold-gold.jsonl", target, folder / f"few-{pair}.jsonl")
 
 
 def link_models(out: Path, teacher: Path, student: Path) -> None:

@@ -303,13 +303,19 @@ def test_rows_have_one_form_and_few_rows_are_gold_first(folder, tmp_path):
     assert gold[0]["messages"][0]["content"].endswith("tests:\nassert f(0) == 601")
     assert gold[0]["messages"][1]["content"] == "def f(x):\n    y = x + 601\n    return y"
     assert "<<" not in (tmp_path / "gsm8k-gold.jsonl").read_text()
-    assert data.read(tmp_path / "few_gold-gold.jsonl") == gold[:60]
-    answers = [data.conversation("t", row["messages"][0]["content"], "answer") for row in gold]
+    few, prompts = (data.read(tmp_path / f"{name}.jsonl") for name in ("few_gold-gold", "few-prompts"))
+    assert (len(few), len(prompts)) == (60, 314)
+    # The tests of a task name its number: gold rows and prompts are the two parts of the same tasks.
+    for number, row in enumerate([*few, *prompts], start=601):
+        assert f"assert f(0) == {number}\n```\n\nAnswer with one" in row["messages"][0]["content"]
+    assert few[0]["messages"][1]["content"] == f"```python\n{gold[0]['messages'][1]['content']}\n```"
+    answers = [data.conversation("t", row["messages"][0]["content"], "answer") for row in prompts]
     data.write(answers, tmp_path / "generated.jsonl")
-    data.few(tmp_path / "mbpp-gold.jsonl", tmp_path / "generated.jsonl", tmp_path / "few.jsonl")
+    data.few(tmp_path / "few_gold-gold.jsonl", tmp_path / "generated.jsonl", tmp_path / "few.jsonl")
     rows = data.read(tmp_path / "few.jsonl")
-    assert rows[:60] == gold[:60] and len(rows) == 374
+    assert rows[:60] == few and len(rows) == 374
     assert {row["messages"][1]["content"] for row in rows[60:]} == {"answer"}
+    assert [row["messages"][0] for row in rows[60:]] == [row["messages"][0] for row in prompts]
     with pytest.raises(ValueError, match=r"--data: expected a folder with mbpp/ .* got .*nowhere"):
         data.prepare(tmp_path / "nowhere", tmp_path)
 
@@ -358,7 +364,7 @@ def test_the_teacher_answers_the_prompts_that_have_no_gold_answer(tiny, folder, 
     made = small_command(["prepare", "generate", *words])
     assert made.returncode == 0, made.stderr + logs(tmp_path / "out")
     files = sorted(file.name for file in (tmp_path / "out" / "data").glob("*forward.jsonl"))
-    assert files == ["few-forward.jsonl", "mbpp-generated-forward.jsonl"]
+    assert files == ["few-forward.jsonl", "few-generated-forward.jsonl"]
     rows = data.read(tmp_path / "out" / "data" / "few-forward.jsonl")
     assert rows[:60] == data.read(tmp_path / "out" / "data" / "few_gold-gold.jsonl")
     assert {row["source"] for row in rows[60:]} == {"teacher"}  # an empty answer of the random teacher is left out
