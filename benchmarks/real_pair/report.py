@@ -45,8 +45,8 @@ How to read the tables:
   probability that the next token is a newline alone. The tokenizer of SmolLM2 writes a newline and its indentation as
   one token, so a bare newline there ends the function. Where a tokenizer never does so the cell is empty.
 - *easy*, *HumanEval*, *MBPP*: programs that pass their tests, `dskd-eval`, greedy, with 95 % Wilson intervals over
-  programs. *MBPP*: 160 tasks of its test split, none of which is trained on. *programs to SFT*: the difference in the
-  share of all these programs, with the interval of the bits.
+  programs. *MBPP*: 160 tasks of its test split, none of which is trained on. *programs to …*: the
+  difference in the share of all these programs, with the interval of the bits.
 - *lost*: answers in which Python misses the indentation of a block, of all programs of these sets.
 """
 
@@ -203,7 +203,7 @@ def mean_bits(runs: list[Record], sizes: Floats) -> str:
 
 HEAD = [
     *("setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"),
-    *(*PROGRAMS.values(), "programs to SFT, %", "lost", "CPU s"),
+    *(*PROGRAMS.values(), "programs to SFT, %"),
 ]
 
 
@@ -211,14 +211,18 @@ def table(found: Runs, key: Key) -> str:
     """What each setting did to the student."""
     sizes = found.sizes[key[1]]
     sft, overlap = (found.of(key, name) for name in REFERENCES)
+    base = found.base.get(key[:2])
+    gold = found.best_gold(key) if key[1] == "few" else []
 
     def row(title: str, runs: list[Record], name: str = "") -> list[str]:
         compared = name in SETTINGS and name != "sft" and SETTINGS[name].rows == "gold"
         window = worst(runs, sft) if compared else None
         spent = [made["seconds"]["cpu"] for made in runs if "seconds" in made]
+        seeds = [made["seed"] for made in runs if "seed" in made]
+        without = gold or ([base | {"seed": seed} for seed in seeds] if base else [])
         return [
             title,
-            " ".join(str(made["seed"]) for made in runs if "seed" in made),
+            " ".join(map(str, seeds)),
             mean_bits(runs, sizes),
             "" if name == "sft" else gap(difference(runs, sft, sizes)),
             "" if name == "overlap_kd_ids" else gap(difference(runs, overlap, sizes)),
@@ -226,19 +230,19 @@ def table(found: Runs, key: Key) -> str:
             newline(runs),
             *(passed(runs, kind) for kind in PROGRAMS),
             "" if name == "sft" else more(solved(runs, sft)),
+            "" if runs is gold else more(solved(runs, without)),
             lost(runs),
             f"{np.mean(spent):.0f}" if spent else "",
         ]
 
-    rows = []
-    if base := found.base.get(key[:2]):
-        rows.append(row("untrained", [base]))
-    if key[1] == "few" and (gold := found.best_gold(key)):
+    rows = [row("untrained", [base])] if base else []
+    if gold:
         rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold))
     for name in SETTINGS:
         if runs := found.of(key, name):
             rows.append(row(title_of(name, key[1]), runs, name))
-    return markdown(HEAD, rows)
+    reference = "SFT on the gold rows" if gold else "untrained"
+    return markdown([*HEAD, f"programs to {reference}, %", "lost", "CPU s"], rows)
 
 
 def title_of(setting: str, data: str) -> str:

@@ -20,7 +20,6 @@ from quickstart.stages import digest
 
 SEQUENCE = 768
 ANSWER_TOKENS = 300
-ANSWERS = 32  # of the teacher at a time
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def generate(pair: str, source: str, out: Path) -> None:
         file = out / f"generate-{source}-{pair}.yaml"
         file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
         os.chdir(out)
-        arguments = ["generate", file.name, "--out", str(target.relative_to(out)), "--batch-size", str(ANSWERS)]
+        arguments = ["generate", file.name, "--out", str(target.relative_to(out))]
         main.main(args=[*arguments, "--max-new-tokens", str(ANSWER_TOKENS)], prog_name="dskd", standalone_mode=False)
     if source == "few":
         data.few(folder / "few_gold-gold.jsonl", target, folder / f"few-{pair}.jsonl")

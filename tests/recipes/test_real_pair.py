@@ -141,15 +141,15 @@ def test_programs_are_compared_over_the_seeds_and_sets_that_both_have():
 def test_few_gold_rows_stand_beside_the_best_fine_tuning_on_them():
     """Shown first, of the length that is best on the held-out rows; SFT on the answers has its own name there."""
 
-    def run(data, setting, steps, bits, seed=1):
+    def run(data, setting, steps, bits, passed):
         made = {"kind": "run", "pair": "forward", "data": data, "setting": setting, "rate": 5e-5, "steps": steps}
-        made |= {"seed": seed, "seconds": {"cpu": 1.0}, "curve": {"dskd/ce": [1.0]}}
-        return made | {"heldout": {"gold_bits": bits}}
+        made |= {"seed": 1, "seconds": {"cpu": 1.0}, "curve": {"dskd/ce": [1.0]}}
+        return made | {"heldout": {"gold_bits": bits}, "mbpp": {"passed": passed, "lost": [0, 0]}}
 
     records = [{"kind": "documents", "data": "few", "gold_bytes": [10, 10]}]
     lengths = {15: [9.0, 9.0], 30: [4.0, 6.0], 60: [7.0, 8.0]}
-    records += [run("few_gold", "sft", steps, bits) for steps, bits in lengths.items()]
-    records += [run("few", "sft", 170, [4.0, 4.0]), run("few", "dskd_default", 170, [3.0, 3.0])]
+    records += [run("few_gold", "sft", steps, bits, [0, 0]) for steps, bits in lengths.items()]
+    records += [run("few", "sft", 170, [4.0, 4.0], [0, 1]), run("few", "dskd_default", 170, [3.0, 3.0], [1, 1])]
     found = report.Runs(records)
     key = ("forward", "few", 5e-5, 170)
     assert [made["steps"] for made in found.best_gold(key)] == [30]
@@ -161,6 +161,27 @@ def test_few_gold_rows_stand_beside_the_best_fine_tuning_on_them():
     ]
     assert [line.split("|")[3].strip() for line in lines] == ["0.500", "0.400", "0.300"]
     assert "-0.100" in lines[2] and "+0.100" in lines[0]
+    head, *rows = ([cell.strip() for cell in line.split("|")] for line in report.table(found, key).splitlines())
+    to_sft, to_gold = (head.index(f"programs to {title}, %") for title in ("SFT", "SFT on the gold rows"))
+    assert [row[to_sft].split(" ")[0] for row in rows[1:]] == ["-50.0", "", "+50.0"]
+    assert [row[to_gold].split(" ")[0] for row in rows[1:]] == ["", "+50.0", "+100.0"]
+
+
+def test_programs_stand_beside_those_of_the_untrained_student():
+    """Measured once, it is compared with every seed."""
+    base = {
+        "kind": "run",
+        "pair": "forward",
+        "data": "mbpp",
+        "setting": BASE,
+        "easy": {"passed": [0, 1], "lost": [0, 0]},
+    }
+    made = base | {"setting": "sft", "rate": 5e-5, "steps": 25, "curve": {"dskd/ce": [1.0]}, "seconds": {"cpu": 1.0}}
+    runs = [made | {"seed": seed, "easy": {"passed": [1, 1], "lost": [0, 0]}} for seed in (1, 2)]
+    found = report.Runs([{"kind": "documents", "data": "mbpp", "gold_bytes": [10]}, base, *runs])
+    head, _, *rows = report.table(found, ("forward", "mbpp", 5e-5, 25)).splitlines()
+    column = [cell.strip() for cell in head.split("|")].index("programs to untrained, %")
+    assert [row.split("|")[column].strip().split(" ")[0] for row in rows] == ["", "+50.0"]
 
 
 def test_steps_are_compared_on_the_same_rows_alone():
