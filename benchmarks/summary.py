@@ -24,7 +24,7 @@ PLENTY = "Plenty of gold answers"
 # What is shown of each benchmark, under names that are the same in all of them.
 SCARCE = {
     "seqkd": "SFT on the same rows (SeqKD)",
-    "dskd": "dskd, defaults",
+    "dskd": "dskd, kd_ratio: 0.9",
     "dskd_spans": "dskd, span_weight: 1",
     "overlap_kd": "overlap_kd",
     "bpm": "bpm",
@@ -100,7 +100,7 @@ def pretrained() -> Iterator[Line]:
         shown, where = REAL, f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
         if data == "few":
             sft = found.best_gold(key)
-            shown, where = {"sft": SCARCE["seqkd"]} | REAL, f"{FEW}: pretrained models, MBPP"
+            shown, where = {"sft": SCARCE["seqkd"]} | REAL, f"{FEW}: pretrained models, MBPP, kd_ratio: 0.9"
         for name, title in shown.items():
             runs = found.of(key, name)
             gap = real_pair_report.difference(runs, sft, sizes)

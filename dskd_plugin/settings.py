@@ -115,7 +115,7 @@ class Settings(Block):
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
         "drop",
         description="aligned rows whose teacher argmax has no student id: drop from all KD terms, or keep in s2t_kd; "
-        "needs `target: projected` or `spaces: teacher`",
+        "needs `spaces: teacher`, or `spaces: both` with `target: projected`",
     )
     span_weight: float = Field(
         0.0,

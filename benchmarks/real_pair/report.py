@@ -21,7 +21,7 @@ KD_TERMS = ("dskd/t2s_kd", "dskd/kd")  # the first that a run logs
 TITLES = {
     "mbpp": "MBPP, 374 gold rows",
     "gsm8k": "GSM8K, 374 gold rows",
-    "few": "MBPP, 60 gold rows and the teacher's answers to the other prompts",
+    "few": "MBPP, 60 gold rows and the teacher's answers to the other prompts, `kd_ratio: 0.9`",
     "few_gold": "MBPP, 60 gold rows",
 }
 Key = tuple[str, str, float, int]
@@ -45,9 +45,12 @@ How to read the tables:
   probability that the next token is a newline alone. The tokenizer of SmolLM2 writes a newline and its indentation as
   one token, so a bare newline there ends the function. Where a tokenizer never does so the cell is empty.
 - *easy*, *HumanEval*, *MBPP*: programs that pass their tests, `dskd-eval`, greedy, with 95 % Wilson intervals over
-  programs. *MBPP*: 160 tasks of its test split, none of which is trained on. *programs to …*: the
-  difference in the share of all these programs, with the interval of the bits.
+  programs. *easy*: forty short generated tasks. *MBPP*: 160 tasks of its test split, none of which is trained on.
+  *programs to …*: the difference in the share of all these programs, with the interval of the bits.
 - *lost*: answers in which Python misses the indentation of a block, of all programs of these sets.
+- *KD term*, *agreement*: `dskd/kd`, or with DSKD `dskd/t2s_kd`, and `dskd/t2s_agreement` of [the log](metrics.md).
+
+All distillations but *DSKD, defaults* and *csd* have `unpaired: share`, a default of earlier versions.
 """
 
 

@@ -41,7 +41,6 @@ SETTINGS: dict[str, Setting] = {
     "dskd_share": Setting("DSKD, defaults, `unpaired: share`", SHARE),
     "csd": Setting("csd, `kd_weight: balanced`", {"method": "csd", "kd_weight": "balanced"}),
     "dskd_projected": Setting("DSKD, projected", PROJECTED),
-    "dskd_exact_events": Setting("DSKD, exact, events", EVENTS),
     "dskd_exact_ids": Setting("DSKD, exact, ids", IDS),
     "dskd_fitted": Setting("DSKD, projected, fitted start", PROJECTED | {"projector": {"init": "fitted"}}),
     "dskd_exact_fitted": Setting("DSKD, exact, events, fitted start", EVENTS | {"projector": {"init": "fitted"}}),
@@ -94,8 +93,8 @@ class Group:
 
 
 LEADING = ("sft", "overlap_kd_ids", "dskd_projected")
-EXACT = ("dskd_exact_events", "dskd_exact_ids", "overlap_kd_events", "dskd_fitted", "dskd_exact_fitted")
-SHORT = ("sft", "overlap_kd_ids", "overlap_kd_events", "dskd_exact_events")
+EXACT = ("dskd_default", "dskd_exact_ids", "overlap_kd_events", "dskd_fitted", "dskd_exact_fitted")
+SHORT = ("sft", "overlap_kd_ids", "overlap_kd_events", "dskd_default")
 ALL = tuple(SETTINGS)
 
 # The first groups say most; later ones repeat their runs, which are done once.

@@ -54,8 +54,8 @@ def sampled(title: str, **block: Any) -> Recipe:
 SEQKD = "seqkd"  # what every recipe is compared with
 RECIPES: dict[str, Recipe] = {
     SEQKD: Recipe("SeqKD: SFT on the same rows", (Step(None),)),
-    "dskd": one("`dskd`, defaults"),
-    "dskd_half": one("`dskd`, `kd_ratio: 0.5`", kd_ratio=0.5),
+    "dskd": one("`dskd`, `kd_ratio: 0.9`"),
+    "dskd_half": one("`dskd`, all defaults (`kd_ratio: 0.5`)", kd_ratio=0.5),
     "dskd_both": one("`dskd`, `spaces: both`", spaces="both"),
     "dskd_projected": one("`dskd`, `target: projected`", target="projected"),
     "dskd_ids": one("`dskd`, `shared: ids`", shared="ids"),

@@ -16,7 +16,7 @@ NAMES = (*TERMS, *RATES, "align_ratio")
 
 # What each name under ``dskd/`` says, in the order of docs/metrics.md (`make docs`).
 MEANINGS = {
-    "ce": "cross-entropy of the gold tokens, nats per response token",
+    "ce": "cross-entropy of the gold tokens, nats (1.44 bits each) per response token",
     "t2s_kd": "divergence in the student's space, per row that takes part",
     "t2s_ce": "how far the projected teacher is from its labels, the teacher's distribution "
     "(`projector.labels: soft`, a divergence) or argmax (`hard`, a cross-entropy): how good the "

@@ -53,6 +53,15 @@ def test_the_recipes_are_found():
     assert [engine.name for engine in ENGINES] == ["zero1.json", "zero2.json", "zero3.json"]
 
 
+def test_of_the_teachers_answers_only_the_last_turn_is_trained_on():
+    """`dskd generate` keeps the earlier turns of a conversation, which are the data set's, and marks them."""
+    entries = [(file, entry) for file in FILES for entry in read(file)["datasets"] if "answers/" in entry["path"]]
+    chats = [(file, entry) for file, entry in entries if "quickstart" not in file.parts]  # its questions have one turn
+    assert len(chats) >= 4
+    for file, entry in chats:
+        assert entry.get("message_field_training") == "training", name(file)
+
+
 # -- Axolotl's own schema ------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def test_the_table_holds_each_seed_and_the_differences_over_all_questions(found)
     assert float(p) < 0.05
     assert cells(page, table.RECIPES["seqkd"].title)[4:6] == ["", ""]
     assert cells(page, "the teacher")[2] == "0.600, 0.800"
-    assert "2 gold answers" in page and "Not run: `dskd`, defaults;" in page
+    assert "2 gold answers" in page and "Not run: `dskd`, `kd_ratio: 0.9`;" in page
     assert "has 75 % of the student's ids. 50 % of the answers' tokens begin" in page
 
 
