@@ -28,8 +28,8 @@ How to read the tables:
   better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. In brackets the 95 % interval over the
   questions of all seeds. A seed has its own questions, student and teacher; the interval says nothing of further seeds.
 - *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
-- A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the setting's default
-  is 0.5.
+- A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the default of the
+  setting is 0.5.
 - `unpaired`: recipes with three seeds have `ce`, today's default; the others are older and had `share`, the default
   then. It moves numbers: with the quickstart's tokenizer `dskd` had 0.329 and 0.403 with `share` (seeds 1 and 2), with
   the coarse and the fine one 0.926 and 0.488 (seed 1).
