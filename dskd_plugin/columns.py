@@ -5,6 +5,8 @@ from typing import Any
 
 from dskd_plugin.text.align import REACH
 
+IGNORE = -100  # in the column `labels`: a token that is not trained on
+
 # Of the first teacher; those behind the first three only where the settings ask for them.
 COLUMNS = ("teacher_input_ids", "aligned_student", "aligned_teacher", *REACH, "spans", "teacher_prompt")
 

@@ -5,6 +5,7 @@ The messages about a teacher are those of `teachers` and `pair`, which see hub m
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,13 @@ def network_advice(name: str, model: str) -> str:
     )
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run by their steps; a copy that the user made of one has another name."""
+    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    steps = {path: int(found[1]) for path, found in named.items() if found}
+    return sorted(steps, key=steps.__getitem__)
+
+
 def check_optimizer(checkpoint: Path) -> None:
     """Raise ``ValueError`` for a checkpoint from which transformers would go on with a fresh optimizer, unsaid."""
     # Every engine writes these for a run that goes on; DeepSpeed has optimizer and schedule in a folder of its own.
@@ -137,7 +145,7 @@ def check_optimizer(checkpoint: Path) -> None:
     if any(checkpoint.glob("global_step*")):
         del needed["optimizer*"], needed["scheduler.pt"]
     missing = {pattern: state for pattern, state in needed.items() if not any(checkpoint.glob(pattern))}
-    inside = sorted(checkpoint.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+    inside = checkpoints(checkpoint)
     if missing and inside:
         raise SettingError(
             "resume_from_checkpoint",

@@ -15,7 +15,7 @@ from dskd_plugin import kept_settings, last_words, recipe_file
 from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError, naming
 from dskd_plugin.folders import check_optimizer, check_student, looks_local, read_json
-from dskd_plugin.recipe_options import REFUSED, tiled_batches
+from dskd_plugin.recipe_options import REFUSED, tiled_batches, whole_number
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
 
@@ -25,7 +25,7 @@ COMMANDS = ("train", "preprocess", "evaluate")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
 
-def check_recipe(cfg: Any, settings: Any) -> None:
+def check_recipe(cfg: Any) -> None:
     """Raise ``ValueError`` for settings of the recipe that distillation cannot honour."""
     problems = [
         SettingError(key, "it unset beside a `dskd:` block", repr(cfg[key]), advice)
@@ -46,7 +46,7 @@ def check_recipe(cfg: Any, settings: Any) -> None:
             )
         )
     for key in ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"):
-        if (cfg.get(key) or 1) > 1:
+        if whole_number(cfg, key, 1) > 1:
             problems.append(SettingError(key, "1 beside a `dskd:` block", cfg[key], "Use data parallelism."))
     for key in ("dispatch_batches", "split_batches"):
         if (cfg.get("accelerator_config") or {}).get(key):
@@ -257,7 +257,7 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
     from dskd_plugin.settings import parse_settings
 
     settings = parse_settings(recipe["dskd"])
-    check_recipe(recipe, settings)
+    check_recipe(recipe)
     # Axolotl reads a .env file later, which may move the cache.
     cached = not Path(".env").is_file()
     check_datasets(recipe)

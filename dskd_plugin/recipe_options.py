@@ -43,11 +43,22 @@ UNHEEDED = (
 _TILE = 32768  # tokens of one shard of a tiled MLP where the recipe names no number of shards
 
 
+def whole_number(recipe: Any, key: str, default: int) -> int:
+    """A number of a recipe that Axolotl has not read yet; like it, this takes a number in quotes."""
+    given = recipe.get(key)
+    try:
+        return int(given or default)
+    except (TypeError, ValueError):
+        raise SettingError(key, "a whole number", repr(given), "Write the number alone.") from None
+
+
 def tiled_batches(recipe: Any) -> list[SettingError]:
     """An error where an MLP's rows are cut into shards beside one another: Axolotl 0.19 mixes up their gradients."""
-    rows = recipe.get("micro_batch_size") or 1
-    shards = recipe.get("tiled_mlp_num_shards") or math.ceil((recipe.get("sequence_len") or 1) / _TILE)
-    if not recipe.get("tiled_mlp") or rows == 1 or shards == 1:
+    if not recipe.get("tiled_mlp"):
+        return []
+    rows = whole_number(recipe, "micro_batch_size", 1)
+    shards = whole_number(recipe, "tiled_mlp_num_shards", math.ceil(whole_number(recipe, "sequence_len", 1) / _TILE))
+    if rows == 1 or shards == 1:
         return []
     return [
         SettingError(

@@ -16,6 +16,7 @@ from dskd_plugin.methods import method_of
 from dskd_plugin.methods.base import Method
 from dskd_plugin.pair import Pair, aligner, make_pair
 from dskd_plugin.preflight import check_recipe
+from dskd_plugin.recipe_options import whole_number
 from dskd_plugin.settings import Settings, parse_settings
 from dskd_plugin.teachers.reader import Named, TeacherReader, check_reachable, read_teacher
 from dskd_plugin.text.align import Aligner
@@ -76,8 +77,7 @@ class Run:
     @property
     def student_len(self) -> int | None:
         """Longest row of the student in tokens."""
-        length: int | None = self.recipe.get("sequence_len")
-        return length
+        return whole_number(self.recipe, "sequence_len", 0) or None
 
     @property
     def student_template_options(self) -> dict[str, object]:
@@ -177,7 +177,7 @@ def resolve(recipe: Any, templates: Templates) -> Run:
     """Check a recipe and find all of it that needs no weights; ``ValueError`` for what is wrong with it."""
     block = recipe["dskd"]
     settings = parse_settings(block.to_dict() if hasattr(block, "to_dict") else block)
-    check_recipe(recipe, settings)
+    check_recipe(recipe)
     check_student(recipe["base_model"])
     if not Path(recipe["base_model"]).exists():
         trusted = bool(recipe.get("trust_remote_code"))

@@ -19,6 +19,7 @@ from dskd_plugin.losses.several import Loss
 from dskd_plugin.models import gathered
 from dskd_plugin.run import Sides
 from dskd_plugin.settings import Settings
+from dskd_plugin.whole_file import write_whole
 
 WEIGHTS = "dskd_projectors.safetensors"
 
@@ -44,10 +45,8 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
         os.replace(temporary, target / WEIGHTS)
     else:
         (target / WEIGHTS).unlink(missing_ok=True)  # of an earlier run in this folder
-    temporary = target / f".{STATE}.tmp"
     content = {"dskd": __version__, "projectors": sorted(weights), **pair}
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, target / STATE)
+    write_whole(target / STATE, [json.dumps(content, indent=1), "\n"])
 
 
 def pair_state(each: Sequence[Sides], settings: Settings, widths: list[int | None]) -> dict[str, object]:

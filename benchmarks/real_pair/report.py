@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from dskd_eval.stats import wilson
 
 from benchmarks.real_pair import records
 from benchmarks.real_pair.measures import HELDOUT, NEWLINE, PROGRAMS
@@ -156,14 +157,6 @@ def worst(runs: list[Record], others: list[Record]) -> tuple[float, float] | Non
         if reference is not None and "dskd/ce" in made["curve"] and same_rows(gold_ce(made), reference):
             found.append(worst_window(gold_ce(made), reference))
     return (max(ratio for ratio, _ in found), max(nats for _, nats in found)) if found else None
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    z, share = 1.959964, hits / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return middle - half, middle + half
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------

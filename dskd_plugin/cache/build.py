@@ -29,7 +29,7 @@ from dskd_plugin.cache.needs import KEY_BYTES, Want
 from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.cache.shards import Computed, File
 from dskd_plugin.cache.store import Store
-from dskd_plugin.errors import SettingError
+from dskd_plugin.errors import DSKDSetupError, SettingError
 from dskd_plugin.teachers.base import staying
 from dskd_plugin.teachers.live import Teacher
 
@@ -84,6 +84,13 @@ def build(order: Order, ranks: Ranks) -> Manifest:
             kept = ranks.first_does(lambda: _describe(order, kept, teacher))
             try:
                 _compute(order, missing, teacher, ranks)
+            except torch.OutOfMemoryError as failed:
+                error = DSKDSetupError(
+                    "--batch-tokens",
+                    "batches that fit on the teacher's device",
+                    f"one that does not ({str(failed).splitlines()[0]})",
+                    "What is computed stays. Go on with `dskd cache build RECIPE --batch-tokens N`, N small.",
+                )
             except Exception as failed:
                 error = failed
             ranks.agree(error=error)

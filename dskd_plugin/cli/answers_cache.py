@@ -13,7 +13,7 @@ import click
 from dskd_plugin.cache.layout import MANIFEST
 from dskd_plugin.cli.asked_prompts import check_writable
 from dskd_plugin.cli.cache import contents
-from dskd_plugin.errors import DSKDSetupError, SettingError
+from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import nearest
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ def check_cache(folder: Path, source: "Source", answers: int, longest: int) -> N
 
 def build_cache(recipe: Path, folder: Path, load: Callable[[], "Teacher"]) -> None:
     """Compute the states that the run of the written recipe needs and the folder lacks."""
-    import torch
-
     from dskd_plugin.cache.build import build
     from dskd_plugin.cache.ranks import Ranks
     from dskd_plugin.host.prepared import prepare
@@ -62,15 +60,7 @@ def build_cache(recipe: Path, folder: Path, load: Callable[[], "Teacher"]) -> No
 
     (prepared,) = prepare(recipe)
     order = order_of(prepared.sides, folder, prepared.datasets, load=load, say=click.echo)
-    try:
-        done = build(order, Ranks())
-    except torch.OutOfMemoryError as error:
-        raise DSKDSetupError(
-            "--cache",
-            "rows that fit on the teacher's device",
-            f"a batch that does not ({str(error).splitlines()[0]})",
-            f"The answers are written. Go on with `dskd cache build {recipe} --batch-tokens N`, N small.",
-        ) from error
+    done = build(order, Ranks())
     click.echo(f"Teacher cache: {contents(done)} in {folder}")
 
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,8 +143,8 @@ def _join() -> "Ranks":
     from dskd_plugin.cache.ranks import Ranks
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # They exchange words, no tensors.
-        dist.init_process_group("gloo")
+        # They exchange words, no tensors. Whoever is done first waits for the slowest, which may take hours.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
     return Ranks.here()
 
 

@@ -13,6 +13,7 @@ import yaml
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import read_json
 from dskd_plugin.generation.messages import FIELD, Written
+from dskd_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from dskd_plugin.generation.answers import Sampling
@@ -82,8 +83,6 @@ def write_dataset(
     out: Path, made_with: dict[str, Any], answers: list[Written], tokens: int, rows: Any, recipe: Path
 ) -> dict[str, object]:
     """Dataset and manifest from the complete answers; returns the counts."""
-    from dskd_plugin.generation.answers import write_whole
-
     answers = sorted(answers, key=lambda answer: answer.row)
     used = [answer for answer in answers if not answer.is_empty and (answer.whole or made_with["keep_unfinished"])]
     counts = {
@@ -111,7 +110,7 @@ def write_dataset(
         "recipe": {"file": recipe.name, "sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()},
         "counts": counts,
     }
-    write_whole(manifest_of(out), iter([json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"]))
+    write_whole(manifest_of(out), [json.dumps(manifest, indent=2, ensure_ascii=False), "\n"])
     write_whole(out, _lines(used, rows, earlier))
     return {**counts, "earlier_answers": earlier}
 
@@ -205,8 +204,6 @@ def write_new_recipe(
     path: Path, out: Path, recipe: dict[str, Any], changes: dict[str, Any], *, plain: bool, overwrite: bool
 ) -> None:
     """The recipe with the new rows, as it is or without what distils; an equal one may be there."""
-    from dskd_plugin.generation.answers import write_whole
-
     digest = hashlib.sha256(out.read_bytes()).hexdigest()[:12]
     new = {**recipe, **changes}
     if plain:
@@ -220,7 +217,7 @@ def write_new_recipe(
     text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
     if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
         raise earlier_result(path)
-    write_whole(path, iter([text]))
+    write_whole(path, [text])
     sources = ", ".join(str(entry["path"]) for entry in new["datasets"])
     click.echo(f"The recipe trains on: {sources}")
 

@@ -48,7 +48,8 @@ def _read(path: Path) -> dict[str, Any]:
     written = read_recipe(path)
     if not written.get("base_model"):
         raise SettingError("base_model", "the student, a hub id or folder", "nothing", "Add it to the recipe.")
-    check_recipe(written, parse_settings(written["dskd"]))
+    parse_settings(written["dskd"])
+    check_recipe(written)
     return written
 
 

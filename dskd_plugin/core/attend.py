@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd_plugin.core.projectors import linear_map
+from dskd_plugin.core.row_blocks import no_autocast, wide
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class CrossModelAttention(nn.Module):
         dtype = self.query.weight.dtype
         student_order, student_sizes = _by_sample(sample_N, partnered(sample_N, sample_M))
         teacher_order, teacher_sizes = _by_sample(sample_M, partnered(sample_M, sample_N))
-        with _no_autocast(sample_N.device):
+        with no_autocast(sample_N.device):
             queries = self.query(student_pair_embeddings_N2d.detach()[student_order].to(dtype))
             keys = teacher_pair_embeddings_M2D.detach()[teacher_order]
             scale = math.sqrt(self.query.weight.shape[0])
@@ -91,7 +92,7 @@ class CrossModelAttention(nn.Module):
         sizes = [scores_nm.shape[1] for scores_nm in attention.scores]
         states = torch.split(teacher_MD.detach()[attention.teacher_order], sizes)
         embeddings = torch.split(teacher_argmax_embeddings_MD.detach()[attention.teacher_order], sizes)
-        with _no_autocast(teacher_MD.device):
+        with no_autocast(teacher_MD.device):
             mixed = [
                 torch.softmax(scores_nm, dim=1).to(self.t2s.weight.dtype)
                 @ self.t2s((_normalised(state_mD) + _normalised(embedding_mD)).to(self.t2s.weight.dtype))
@@ -106,7 +107,7 @@ class CrossModelAttention(nn.Module):
         """
         sizes = [scores_nm.shape[0] for scores_nm in attention.scores]
         states = torch.split(student_Nd[attention.student_order], sizes)
-        with _no_autocast(student_Nd.device):
+        with no_autocast(student_Nd.device):
             mixed = [
                 torch.softmax(scores_nm, dim=0).T.to(self.s2t.weight.dtype)
                 @ self.s2t(state_nd.to(self.s2t.weight.dtype))
@@ -150,16 +151,12 @@ def _by_sample(sample_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[int]]:
     return order, sizes_S[sizes_S > 0].tolist()
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide(x))
+
+
 def _normalised(rows_mD: Tensor) -> Tensor:
     """x / std(x) over all entries, in fp32 or wider; x where all entries are equal."""
     wide_mD = _wide(rows_mD)
     std = wide_mD.std(correction=0)
     return wide_mD / torch.where(std > 0, std, 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)

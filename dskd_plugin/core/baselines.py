@@ -35,6 +35,15 @@ class SameIds:
         )
 
 
+def check_shared(student_ids_O: Tensor, teacher_ids_O: Tensor) -> None:
+    """ValueError when the ids of the shared tokens do not pair up or are none."""
+    if student_ids_O.shape != teacher_ids_O.shape or not len(student_ids_O):
+        raise ValueError(
+            f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
+            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Compare by rank what shares no tokens."
+        )
+
+
 @dataclass(frozen=True)
 class SharedIds:
     """Distillation on the shared vocabulary: dist of the two distributions given that the id is a shared one.
@@ -49,11 +58,7 @@ class SharedIds:
     teacher_ids_O: Tensor
 
     def __post_init__(self) -> None:
-        if self.student_ids_O.shape != self.teacher_ids_O.shape or not len(self.student_ids_O):
-            raise ValueError(
-                f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
-                f"got {len(self.student_ids_O)} and {len(self.teacher_ids_O)}. Compare by rank what shares no tokens."
-            )
+        check_shared(self.student_ids_O, self.teacher_ids_O)
 
     def __call__(self, *, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
         return SameIds(self.divergence, self.temperature)(

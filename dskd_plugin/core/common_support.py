@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dskd_plugin.core.divergences import Divergence, log1mexp, log_probs
+from dskd_plugin.core.divergences import NEARLY_CERTAIN, Divergence, log1mexp, log_probs
 from dskd_plugin.core.events import EventCompare, Events
 from dskd_plugin.core.overlap import preferred
 from dskd_plugin.core.segments import SegmentCompare, Side
-
-_NEARLY_CERTAIN = -1e-6  # largest log-probability of a prefix whose complement has digits left in fp32
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -127,7 +125,7 @@ class CommonSupport(SegmentCompare):
         """Log-probabilities of the events and of the rest, [S, K + 1]; -inf for an event that is not there."""
         last_SV = log_probs(side.logits_BV, temperature=self.temperature)
         several_S = side.sizes_B > 1
-        before_S = torch.where(several_S, side.others_B.clamp(max=_NEARLY_CERTAIN), _NEARLY_CERTAIN)
+        before_S = torch.where(several_S, side.others_B.clamp(max=NEARLY_CERTAIN), NEARLY_CERTAIN)
         named_SV = torch.zeros_like(last_SV, dtype=torch.bool).scatter(1, ids_SK, True)
         rest_S = last_SV.masked_fill(named_SV, -torch.inf).logsumexp(1)
         # What another prefix would have led to belongs to the rest as well.

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# Largest log-probability whose complement has digits left in fp32; one that was rounded there may even lie above 0.
+NEARLY_CERTAIN = -1e-6
+
 
 class Divergence(Protocol):
     """A distance with its knobs set."""
@@ -169,7 +172,7 @@ def binary_kl(*, student_C: Tensor, teacher_C: Tensor, temperature: float) -> Te
     held at or below -1e-6 nats, where fp32 log-probabilities end, and at or above -1e30. Beyond, the gradient is 0.
     Source: approximate likelihood matching, arXiv 2503.20083.
     """
-    p_C, q_C = (x.clamp(-1e30, -1e-6) / temperature for x in (teacher_C, student_C))
+    p_C, q_C = (x.clamp(-1e30, NEARLY_CERTAIN) / temperature for x in (teacher_C, student_C))
     said_C = p_C.exp()
     return said_C * (p_C - q_C) - torch.expm1(p_C) * (log1mexp(p_C) - log1mexp(q_C))
 
@@ -263,7 +266,7 @@ def _log_mixture(ratio_NV: Tensor, own_share: float) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0; expm1 near 0 and log1p far from it, where the other loses its digits."""
+    """log(1 - exp(x)) for x < 0, see NEARLY_CERTAIN: by expm1 near 0 and log1p far from it, where each has digits."""
     near = x > -math.log(2)
     return torch.where(
         near,

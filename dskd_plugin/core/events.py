@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.divergences import Divergence, log_probs
+from dskd_plugin.core.divergences import NEARLY_CERTAIN, Divergence, log1mexp, log_probs
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def teacher_masses(student_NK: Tensor, teacher_NK: Tensor, events: Events) -> Te
     """
     student_NK, teacher_NK = student_NK.detach(), teacher_NK.detach()
     if events.teacher_lacks_last:
-        own_N1 = student_NK[:, -1:]
-        return torch.cat([teacher_NK[:, :-1] + torch.log1p(-own_N1.exp()), own_N1], dim=-1)
+        own_N1 = student_NK[:, -1:].clamp(max=NEARLY_CERTAIN)
+        return torch.cat([teacher_NK[:, :-1] + log1mexp(own_N1), own_N1], dim=-1)
     if events.student_lacks_last:
         shared_out_NK = torch.logaddexp(teacher_NK[:, :-1], teacher_NK[:, -1:] + student_NK[:, :-1])
         return torch.cat([shared_out_NK, torch.full_like(teacher_NK[:, -1:], -torch.inf)], dim=-1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dskd_plugin.core.baselines import check_shared
 from dskd_plugin.core.divergences import Divergence, log_probs
 from dskd_plugin.core.segments import SegmentCompare, Side
 
@@ -35,11 +36,7 @@ class ExtendedCompare(SegmentCompare):
     reads = "logits"
 
     def __post_init__(self) -> None:
-        if self.student_ids_O.shape != self.teacher_ids_O.shape or not len(self.student_ids_O):
-            raise ValueError(
-                f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
-                f"got {len(self.student_ids_O)} and {len(self.teacher_ids_O)}. Compare by rank what shares no tokens."
-            )
+        check_shared(self.student_ids_O, self.teacher_ids_O)
 
     def __call__(self, *, student: Side, teacher: Side, paired_B: Tensor) -> Tensor:
         return self.divergence(

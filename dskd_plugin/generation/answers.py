@@ -5,7 +5,6 @@ Shapes: B prompts of a batch, L longest of them, S steps, V vocabulary.
 
 import inspect
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from dskd_plugin.errors import SettingError
+from dskd_plugin.generation.sampling import WithinVocabulary, left_padded
 from dskd_plugin.text.tokens import spell
 from dskd_plugin.text.vocabularies import token_table
 
@@ -67,16 +67,6 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 _LEAVE_TOGETHER = 8
 
 
-class _Known(LogitsProcessor):
-    """Rules out the rows of the output head that are no token of the tokenizer."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(1, torch.arange(self.vocab_size, scores.shape[1], device=scores.device), -torch.inf)
-
-
 def numbers_of(sampling: Sampling, row: int) -> list[float]:
     """The random numbers of a row, one for each token that its answer may have."""
     source = random.Random(f"{sampling.seed}:{row}")
@@ -99,7 +89,8 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         precise = torch.float32 if scores.device.type == "mps" else torch.float64
         cumulative_BV = scores.to(precise).softmax(-1).cumsum(-1)
-        number_B = self.numbers_BS[:, input_ids.shape[1] - self.prompt_length].to(scores.device, precise)
+        self.numbers_BS = self.numbers_BS.to(scores.device, precise)  # once
+        number_B = self.numbers_BS[:, input_ids.shape[1] - self.prompt_length]
         # The last bits of the sum are rounding: never beyond the last token with a probability.
         target_B1 = (number_B.clamp(max=1 - 1e-6) * cumulative_BV[:, -1])[:, None]
         chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
@@ -107,7 +98,7 @@ class Draw(LogitsProcessor):
 
 
 def _processors(sampling: Sampling, vocab_size: int, rows: Sequence[int], prompt_length: int) -> LogitsProcessorList:
-    found = LogitsProcessorList([_Known(vocab_size)])
+    found = LogitsProcessorList([WithinVocabulary(vocab_size)])
     if sampling.temperature > 0:
         if sampling.temperature != 1:
             found.append(TemperatureLogitsWarper(sampling.temperature))
@@ -125,12 +116,12 @@ class _Leaving(StoppingCriteria):
     def __init__(self, size: int, ends: Sequence[int], enough: int, told: Told, device: torch.device) -> None:
         self.ended_B = torch.zeros(size, dtype=torch.bool, device=device)
         self.ends = torch.tensor(ends, device=device)
-        self.enough, self.told = enough, told
+        self.enough, self.told, self._ended = enough, told, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        before = int(self.ended_B.sum())
         self.ended_B |= torch.isin(input_ids[:, -1], self.ends)
-        ended = int(self.ended_B.sum())
+        before, ended = self._ended, int(self.ended_B.sum())
+        self._ended = ended
         self.told(len(self.ended_B) - before, ended - before)
         return torch.full_like(self.ended_B, ended >= self.enough)
 
@@ -156,7 +147,7 @@ class Writer:
 
         A finished answer leaves the batch, so that the longest one does not hold the others' places.
         """
-        ids_BS, mask_BS = self._padded(prompts)
+        ids_BS, mask_BS = left_padded(prompts, self.pad, self.model.device).values()
         length, cache, narrows = ids_BS.shape[1], None, self.narrows
         answers: dict[int, Answer] = {}
         unfinished = list(rows)
@@ -180,14 +171,6 @@ class Writer:
             ids_BS = ids_BS[stay]
             mask_BS = pad(mask_BS[stay], (0, ids_BS.shape[1] - mask_BS.shape[1]), value=1)
         return [answers[row] for row in rows]
-
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, padded on the left."""
-        length = max(map(len, prompts))
-        ids = [[self.pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _write(
         self, rows: Sequence[int], ids_BS: Tensor, mask_BS: Tensor, length: int, cache: Any, watch: _Leaving
@@ -330,14 +313,3 @@ def _difference(old: object, new: object, name: str = "") -> tuple[str, object, 
                 return found
         return None
     return None if old == new else (name, old, new)
-
-
-def write_whole(path: Path, lines: Iterator[str]) -> None:
-    """The file appears under its name at once, complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from dskd_plugin.columns import COLUMNS, numbered, row_of
+from dskd_plugin.columns import COLUMNS, IGNORE, numbered, row_of
 from dskd_plugin.generation.answer_text import PlainReader, control_tokens, decoded, leading_white_space, open_from
 from dskd_plugin.generation.sampling import WithinVocabulary, batches_exactly, generating, left_padded, prompt_parts
 from dskd_plugin.log import LOG
@@ -25,7 +25,6 @@ from dskd_plugin.text.reasoning import KNOWN, Markers
 from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import spell
 
-IGNORE = -100
 COUNTS = ("answers", "tokens", "seconds", "empty", "cut", "unaligned", "skipped")
 Sample = dict[str, Any]
 

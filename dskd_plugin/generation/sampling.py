@@ -1,7 +1,7 @@
 """A model samples answers: prompts in batches, under a random state and without settings of its own."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ class WithinVocabulary(LogitsProcessor):
         return scores
 
 
-def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
     """input_ids and attention_mask [B, S] of the prompts, each ending at the last column."""
     width = max(map(len, prompts))
-    ids_BS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+    ids_BS = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     return {"input_ids": ids_BS, "attention_mask": mask_BS}
 

@@ -16,12 +16,11 @@ from axolotl.utils.collators import (
 from torch import Tensor
 
 from dskd_plugin.batch import KEY, AttentionRows, ReachRows, SpanRows, StepBatch, TeacherText
-from dskd_plugin.columns import columns, row_of
+from dskd_plugin.columns import IGNORE, columns, row_of
 from dskd_plugin.text.align import REACH
 
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
 ON_POLICY = "on_policy"
-IGNORE = -100
 
 Sample = dict[str, Any]
 Placed = tuple[int, Sample]

@@ -41,11 +41,11 @@ def refused(name: str, notes: list[str], rows: int) -> SettingError | None:
         name,
         f"rows that the {side}'s chat template renders ({_SETTING[side]})",
         (f"{count} of {rows} that it does not; the first, row {places[0] + 1}: {first['error']} [{first['row']}]"),
-        f"{_advice_for(first['error'], first['roles'])}, or name another template ({_SETTING[side]}).",
+        f"{_advice_for(first['roles'])}, or name another template ({_SETTING[side]}).",
     )
 
 
-def _advice_for(error: str, roles: list[str]) -> str:
+def _advice_for(roles: list[str]) -> str:
     said = [role for role in roles if role != "system"]
     doubled = any(one == following for one, following in pairwise(said))
     unusual = [role for role in dict.fromkeys(said) if role not in ("user", "assistant")]

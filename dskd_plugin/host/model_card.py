@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from dskd_plugin.host.summary import changes
 from dskd_plugin.methods import method_of
+from dskd_plugin.whole_file import write_whole
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SIZES = (
@@ -87,7 +88,7 @@ def write(trainer: Any) -> None:
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else trainer.cfg.to_dict()
     recipe.setdefault("base_model", trainer.cfg.base_model)
     text = card(trainer, recipe, trainer.run.settings)
-    (Path(trainer.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
+    write_whole(Path(trainer.args.output_dir) / "README.md", [text])
 
 
 def _own_version() -> str:

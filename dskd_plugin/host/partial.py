@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dskd_plugin import last_words
-from dskd_plugin.folders import read_json
+from dskd_plugin.folders import checkpoints, read_json
 from dskd_plugin.log import LOG
 
 MARK = "PARTIAL.txt"
@@ -26,8 +26,8 @@ ECHO_SECONDS = 2.0
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if read_json(file)]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    whole = [path for path in checkpoints(folder) if read_json(path / "trainer_state.json")]
+    return whole[-1] if whole else None
 
 
 class Interruption(TrainerCallback):

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 
 from dskd_plugin import pair_advice
-from dskd_plugin.columns import dataset_of, numbered, row_of
+from dskd_plugin.columns import IGNORE, dataset_of, numbered, row_of
 from dskd_plugin.errors import SettingError
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
-from dskd_plugin.host.strategy import IGNORE
 from dskd_plugin.log import LOG
 from dskd_plugin.run import Run, Sides
 from dskd_plugin.teachers.reader import TeacherReader

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 
-from dskd_plugin.columns import COLUMNS, numbered
+from dskd_plugin.columns import COLUMNS, IGNORE, numbered
 from dskd_plugin.host import dataset_report
 from dskd_plugin.host.dataset_report import NOTES, ONE_SIDED, PARTED, REFUSED, UNMATCHED
 from dskd_plugin.host.pickled import packed, unpacked
@@ -19,9 +19,6 @@ from dskd_plugin.text.read_by import OneSided, hand_over
 from dskd_plugin.text.responses import answers
 from dskd_plugin.text.tokens import TokenTable, places, spell
 from dskd_plugin.text.turn_ends import end_of_turn
-
-IGNORE = -100
-
 
 # Strategies by their bytes; a forked process has those of its parent and need not build their tokenizers again.
 KNOWN: WeakValueDictionary[bytes, "PairedStrategy"] = WeakValueDictionary()

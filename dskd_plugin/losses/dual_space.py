@@ -19,6 +19,7 @@ from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.projectors import TeacherToStudent, gram_inverse, t2s_projector
+from dskd_plugin.core.row_blocks import no_autocast
 from dskd_plugin.core.rows import Rows
 from dskd_plugin.core.teacher_rows import TeacherRows
 from dskd_plugin.core.terms import label_distance, project
@@ -173,7 +174,7 @@ class DualSpaceLoss(Projecting):
         label_N = self._to_student_V[argmax_N] if exact is None else exact.teacher_U[argmax_N]
         agree_N = s2t_N = None
         if t2s_Dd is not None and masked:
-            with torch.autocast(teacher_ND.device.type, enabled=False):
+            with no_autocast(teacher_ND.device):
                 projected_Nd = project(teacher_ND, t2s_Dd)
             event_V = None if exact is None else exact.student_V
             agree_N = self.backend.agreement(projected_Nd, student_head, label_N, event_V)

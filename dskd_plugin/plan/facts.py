@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dskd_plugin.errors import SettingError
+from dskd_plugin.recipe_options import whole_number
 from dskd_plugin.settings import Settings
 
 Engine = Literal["one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
@@ -128,7 +129,7 @@ class Facts:
 def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: bool) -> Facts:
     """Read a recipe; ``ValueError`` for a DeepSpeed file that is not there."""
     engine, offload, half = _engine(recipe, ranks)
-    tokens = int(recipe.get("sequence_len") or SEQUENCE_LEN)
+    tokens = whole_number(recipe, "sequence_len", SEQUENCE_LEN)
     weights = "float32"
     # Axolotl's `auto` is bfloat16 on every GPU of today.
     if recipe.get("bf16") or recipe.get("bfloat16") or (half and on_gpu):
@@ -143,11 +144,11 @@ def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: boo
         on_gpu=on_gpu,
         ranks=ranks,
         engine=engine,
-        rows=int(recipe.get("micro_batch_size") or 1),
+        rows=whole_number(recipe, "micro_batch_size", 1),
         tokens=tokens,
         # Its limit is twice that, but the same text has about as many tokens on both sides.
         teacher_tokens=max(min(one.teacher.sequence_len or tokens, 2 * tokens) for one in settings.each),
-        accumulation=int(recipe.get("gradient_accumulation_steps") or 1),
+        accumulation=whole_number(recipe, "gradient_accumulation_steps", 1),
         weights=weights,
         quantized=4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None,
         adapter=bool(recipe.get("adapter")),
@@ -181,4 +182,7 @@ def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str],
         what for what, key in named.items() if (zero.get(key) or {}).get("device", "none") not in ("none", None)
     )
     half = any((config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
-    return engines[int(zero.get("stage", 0))], offload, bool(half)
+    stage = zero.get("stage", 0)
+    if stage not in engines:
+        raise SettingError("deepspeed", "a zero_optimization.stage from 0 to 3", repr(stage), "Name another file.")
+    return engines[stage], offload, bool(half)

@@ -87,7 +87,7 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         for one, teacher in read
     )
     gathered = _gathered(facts, student)
-    head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts, student) else 0
+    head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts) else 0
     # Each teacher's loss keeps one of its own for the backward.
     kept_gradients = head_gradient * max(1, len(read))
     logits = max([_logits(one, student, teacher) for one, teacher in read] or [_logits(facts, student, None)])
@@ -176,7 +176,7 @@ def _projector_weights(facts: Facts, student: Student, teacher: Teacher) -> int:
     return small * large if facts.settings.spaces != "teacher" else 0
 
 
-def _head_is_trained(facts: Facts, student: Student) -> bool:
+def _head_is_trained(facts: Facts) -> bool:
     """Whether the loss collects a gradient for the student's output head."""
     saved = facts.recipe.get("lora_modules_to_save") or ()
     return not facts.adapter or any("lm_head" in name or "embed" in name for name in saved)

@@ -100,6 +100,11 @@ def _check_kind(settings: Any, config: dict[str, Any]) -> None:
     positions = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
         "max_position_embeddings"
     )
+    check_positions(settings, positions)
+
+
+def check_positions(settings: Any, positions: int | None) -> None:
+    """``ValueError`` for a row that is longer than the teacher's positions."""
     if positions and settings.sequence_len and settings.sequence_len > positions:
         raise SettingError(
             "dskd.teacher.sequence_len",

@@ -9,10 +9,11 @@ from typing import Any
 from dskd_plugin.errors import SettingError
 from dskd_plugin.folders import network_advice
 from dskd_plugin.pair import read_table
+from dskd_plugin.recipe_options import whole_number
 from dskd_plugin.settings import Settings
 from dskd_plugin.teacher_settings import TeacherSettings
 from dskd_plugin.teachers import adapted
-from dskd_plugin.teachers.files import check_default, check_teacher, unknown_choice
+from dskd_plugin.teachers.files import check_default, check_positions, check_teacher, unknown_choice
 from dskd_plugin.teachers.outside_engines import outside_engines
 from dskd_plugin.teachers.resolve import Parts, fetched_adapter, parts_of
 from dskd_plugin.text.templates import names, one_template, templates_in
@@ -78,13 +79,7 @@ def teacher_sequence_len(settings: TeacherSettings, student_sequence_len: int, p
     """Longest teacher row: as set, else twice the student's, never beyond the positions that the teacher knows."""
     if settings.sequence_len is None:
         return min(2 * student_sequence_len, positions or 2 * student_sequence_len)
-    if positions is not None and settings.sequence_len > positions:
-        raise SettingError(
-            "dskd.teacher.sequence_len",
-            f"at most the {positions} positions of the teacher",
-            settings.sequence_len,
-            "Lower it, or leave it out.",
-        )
+    check_positions(settings, positions)
     return settings.sequence_len
 
 
@@ -166,7 +161,7 @@ def read_teacher(settings: Settings, cfg: Any, named: Named) -> TeacherReader:
     parts = parts_of(teacher, fetched_adapter)
     check_teacher(teacher, parts, needs_template=False, needs_weights=settings.needs_weights)
     config = check_config(teacher, parts, trust_remote_code)
-    limit = teacher_sequence_len(teacher, cfg.get("sequence_len") or 512, positions_of(config))
+    limit = teacher_sequence_len(teacher, whole_number(cfg, "sequence_len", 512), positions_of(config))
     rows = config.get_text_config().vocab_size
     with outside_engines():
         if Path(parts.weights).is_dir():

@@ -35,7 +35,7 @@ PROMPTS = (
     "CPT",
 )
 
-Fetch = Callable[[str, str, str | None], Path | None]
+Fetch = Callable[[str, str | None], Path | None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def parts_of(settings: Any, fetch: Fetch | None = None) -> Parts:
     return Parts(weights, revision, adapter, weights, revision, named_by)
 
 
-def fetched_adapter(name: str, model: str, revision: str | None) -> Path | None:
+def fetched_adapter(model: str, revision: str | None) -> Path | None:
     """The adapter of a hub id, in the cache; None where the id holds whole weights or cannot be reached."""
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
@@ -136,7 +136,7 @@ def _adapter_in(name: str, model: str, revision: str | None, fetch: Fetch | None
             return folder
         found = None
     else:
-        found = None if fetch is None else fetch(name, model, revision)
+        found = None if fetch is None else fetch(model, revision)
         asked = asked and fetch is not None
     if asked and found is None:
         raise SettingError(name, f"a hub id or a PEFT folder with an {ADAPTER_CONFIG}", f"{model!r}", "Check the path.")

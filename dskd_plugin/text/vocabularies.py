@@ -43,7 +43,7 @@ def token_table(tokenizer: Any) -> TokenTable:
     if found.fast is not None:
         table = fast_table(tokenizer, json.loads(found.fast.to_str()))
     elif hasattr(found.inner, "id_to_byte_piece"):
-        table = _tekken_table(tokenizer, found.inner)
+        table = _tekken_table(found.inner)
     elif found.processor is not None:
         table = sentencepiece_table(tokenizer, found.processor)
     elif found.encoding is not None:
@@ -78,7 +78,7 @@ def _parts(owner: Any) -> list[Any]:
     return [owner, *getattr(owner, "__dict__", {}).values()]
 
 
-def _tekken_table(tokenizer: Any, inner: Any) -> TokenTable:
+def _tekken_table(inner: Any) -> TokenTable:
     special = {token["rank"]: token["token_str"].encode() for token in inner._all_special_tokens}
     ranks = {i: inner.id_to_byte_piece(i) for i in range(inner.num_special_tokens, inner.n_words)}
     return make_table(special | ranks, special=special, added=special, eos=inner.eos_id, kind="tekken")

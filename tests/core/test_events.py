@@ -144,6 +144,26 @@ def test_the_exact_target_equals_the_floats(oracle, name, by_projected):
         assert found[n].tolist() == pytest.approx(oracle.exact_target(p, q, between, *TABLES[name]), rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_that_is_certain_of_what_the_teacher_lacks_has_a_finite_loss(kind):
+    """In fp32 its mass of the rest may be exactly 1, or a little more, and leaves the teacher nothing to share."""
+    table, rows = events("student's rest"), 1000
+    student = draw(rows, 9).float()
+    student[:, 7:] += torch.linspace(5, 60, rows)[:, None]
+    student.requires_grad_()
+    teacher = draw(rows, 11, seed=1).float()
+    log_student, log_teacher = (log_probs(x, temperature=1.0) for x in (student, teacher))
+    rest = masses(log_student, table.student_V, table.count)[:, -1]
+    assert (rest > 0).any() and (rest == 0).any() and (rest < -1e-3).any()  # rounding does all three
+    target = target_of(log_student.detach(), log_student.detach(), log_teacher, table)
+    assert (target.exp().sum(-1) - 1).abs().max() < 1e-5
+    by_ids = divergence(kind)(student_NV=log_student, teacher_NV=target)
+    by_events = EventCompare(divergence(kind), 1.0, table)(student_NV=student, teacher_NV=teacher)
+    for found in (by_ids, by_events):
+        (gradient,) = torch.autograd.grad(found.sum(), student, retain_graph=True)
+        assert found.isfinite().all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_with_the_teachers_masses_is_not_pulled(name, kind):

@@ -30,7 +30,7 @@ from dskd_plugin.cache.needs import Want, key_of, needed, positions_of, wanted
 from dskd_plugin.cache.open import check_rows, check_whole, open_cache
 from dskd_plugin.cache.ranks import Ranks
 from dskd_plugin.cache.store import Store
-from dskd_plugin.errors import SettingError
+from dskd_plugin.errors import DSKDSetupError, SettingError
 from dskd_plugin.preflight import mistakes_of
 from dskd_plugin.settings import parse_settings
 from dskd_plugin.teachers.resolve import parts_of
@@ -384,6 +384,24 @@ def test_an_interrupted_build_keeps_what_it_has(teacher, order, said):
     rest = order()
     build(rest, ALONE)
     assert "48 samples, 0 of them" not in said[0]
+
+
+def test_a_batch_that_does_not_fit_is_told_with_the_way_on(run, teacher, order, said):
+    class Small:
+        head, input_device, embedding = teacher.head, CPU, teacher.embedding
+        left = 2
+
+        def rows(self, *batch):
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+            return teacher.rows(*batch)
+
+    told = r"--batch-tokens: expected batches that fit .* got one that does not \(CUDA out of memory[^\n]*\)\. What is"
+    with pytest.raises(DSKDSetupError, match=told):
+        build(order(load=Small), ALONE)
+    build(order(), ALONE)
+    assert "48 samples, 0 of them" not in said[-1]
 
 
 def test_two_processes_share_the_work(run, teacher, order, tmp_path):

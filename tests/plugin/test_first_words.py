@@ -130,6 +130,10 @@ def test_a_value_of_another_shape_is_told(recipe, wrong, tmp_path):
     assert said(plugins=["dskd_plugin.DSKDPlugin"]) is None
     assert "datasets: expected a list of entries, got 'gold.jsonl'" in said(datasets="gold.jsonl")
     assert "datasets: expected a list of entries" in said(datasets={"path": "gold.jsonl"})
+    # Axolotl takes a number in quotes.
+    assert said(sequence_len="512", micro_batch_size="2", context_parallel_size="1", tiled_mlp=True) is None
+    assert "context_parallel_size: expected 1 beside a `dskd:` block, got 2" in said(context_parallel_size="2")
+    assert "sequence_len: expected a whole number, got '2k'" in said(sequence_len="2k", tiled_mlp=True)
     (tmp_path / "bad.json").write_text("{bad")
     assert "deepspeed: expected a JSON file, got 'bad.json' (" in said(deepspeed="bad.json")
     for step in (4, 12):

@@ -175,8 +175,10 @@ def test_what_was_changed_in_between_is_not_replaced(recipe_file, stop_in_build)
 def test_a_batch_that_does_not_fit_leaves_the_answers_and_the_way_on(recipe_file, stop_in_build):
     stop_in_build(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     output = run("generate", recipe_file(), *BOTH, code=1)
-    assert "--cache: expected rows that fit on the teacher's device, got a batch that does not (CUDA out" in output
-    assert "Go on with `dskd cache build next.yaml --batch-tokens N`" in output
+    assert (
+        "--batch-tokens: expected batches that fit on the teacher's device, got one that does not (CUDA out" in output
+    )
+    assert "Go on with `dskd cache build RECIPE --batch-tokens N`" in output
     run("cache", "build", "next.yaml", "--device", "cpu")
 
 

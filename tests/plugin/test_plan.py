@@ -178,6 +178,20 @@ def test_engines_split_what_they_split(recipe, changes, states, weights):
     assert split.work.network > 0 == whole.work.network
 
 
+def test_a_stage_that_deepspeed_does_not_have_is_told(recipe):
+    with pytest.raises(ValueError, match=r"deepspeed: expected a zero_optimization.stage from 0 to 3, got 4\."):
+        of(recipe, deepspeed={"zero_optimization": {"stage": 4}, **ZERO})
+
+
+def test_numbers_in_quotes_are_numbers(recipe):
+    written = of(recipe, sequence_len="64", micro_batch_size="2")
+    assert written.memory.stays == of(recipe, sequence_len=64, micro_batch_size=2).memory.stays
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size: expected a whole number, got 'two'\. Write the number alone"
+    ):
+        of(recipe, micro_batch_size="two")
+
+
 def test_what_deepspeed_keeps_on_the_cpu_is_not_on_the_gpu(recipe):
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     plan = of(recipe, deepspeed={"zero_optimization": zero, **ZERO})

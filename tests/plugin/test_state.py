@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from dskd_plugin import kept_settings, preflight, state
+from dskd_plugin.host import partial
 from dskd_plugin.settings import parse_settings
 
 PAIR = {
@@ -189,3 +190,11 @@ def test_the_state_of_every_engine_is_known(files, checkpoint):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).touch()
     state.check(folder, PAIR)
+
+
+def test_the_newest_checkpoint_is_no_copy_that_the_user_made(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-10-backup", "checkpoint-best", "checkpoint-11"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}" if name == "checkpoint-11" else '{"global_step": 1}')
+    assert partial.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert partial.newest_checkpoint(tmp_path / "nowhere") is None

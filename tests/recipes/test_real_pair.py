@@ -195,11 +195,6 @@ def test_steps_are_compared_on_the_same_rows_alone():
     assert report.worst([run(2, [1.5, 9.0]), run(3, [1.0, 1.0])], base) is None
 
 
-def test_the_wilson_interval_of_a_share():
-    low, high = report.wilson(20, 40)
-    assert (low, high) == pytest.approx((0.3520, 0.6480), abs=1e-4)
-
-
 def _newline_tokenizer():
     """Words, and newline with indentation as one token, as SmolLM2's has."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -116,7 +116,7 @@ def test_the_plugin_accepts_the_recipe(axolotl, file):
     recipe = read(file)
     settings = parse_settings(recipe["dskd"])
     assert settings.model_dump() == parse_settings(settings.model_dump(exclude_unset=True)).model_dump()
-    check_recipe(DictDefault(recipe), settings)
+    check_recipe(DictDefault(recipe))
     assert axolotl(read(file))["dskd"]["teacher"]["model"] == recipe["dskd"]["teacher"]["model"]
 
 
@@ -235,7 +235,6 @@ def test_deepspeed_files_are_accepted(axolotl, engine):
     from axolotl.utils.dict import DictDefault
 
     from dskd_plugin.preflight import check_recipe
-    from dskd_plugin.settings import parse_settings
 
     content = json.loads(engine.read_text(encoding="utf-8"))
     assert content["zero_optimization"]["stage"] == int(engine.stem[-1])
@@ -243,7 +242,7 @@ def test_deepspeed_files_are_accepted(axolotl, engine):
         **read(RECIPES / "qwen2.5-7b-instruct--llama-3.2-1b-instruct" / "dskd.yaml"),
         "deepspeed": str(engine),
     }
-    check_recipe(DictDefault(recipe), parse_settings(recipe["dskd"]))
+    check_recipe(DictDefault(recipe))
     assert axolotl(recipe)["deepspeed"] == str(engine)
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
