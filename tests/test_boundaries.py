@@ -16,11 +16,11 @@ LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "exact_alig
 LEAVES |= {"balance", "top_shared", "prefixes", "segments"}
 # core module -> core modules that it may import
 ABOVE = {
-    "attend": {"projectors"},
+    "attend": {"projectors", "row_blocks"},
     "events": {"divergences"},
     "top_shared": {"divergences"},
     "prefixes": {"divergences", "events"},
-    "extended": {"divergences", "segments"},
+    "extended": {"divergences", "overlap", "segments"},
     "likelihood": {"divergences", "segments"},
     "hybrid": {"divergences", "segments"},
     "vocabulary_matrix": {"divergences", "events"},

@@ -15,6 +15,7 @@ from torch import Tensor
 from dskd_plugin.core.divergences import Divergence, forward_kl, log_probs
 from dskd_plugin.core.events import IdsByEvent
 from dskd_plugin.core.objective import Compare
+from dskd_plugin.core.overlap import check_shared
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,6 @@ class SameIds:
         return self.divergence(
             student_NV=log_probs(student_NV, temperature=self.temperature),
             teacher_NV=log_probs(teacher_NV.detach(), temperature=self.temperature),
-        )
-
-
-def check_shared(student_ids_O: Tensor, teacher_ids_O: Tensor) -> None:
-    """ValueError when the ids of the shared tokens do not pair up or are none."""
-    if student_ids_O.shape != teacher_ids_O.shape or not len(student_ids_O):
-        raise ValueError(
-            f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
-            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Compare by rank what shares no tokens."
         )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dskd_plugin.core.baselines import check_shared
 from dskd_plugin.core.divergences import Divergence, log_probs
+from dskd_plugin.core.overlap import check_shared
 from dskd_plugin.core.segments import SegmentCompare, Side
 
 

@@ -109,3 +109,12 @@ def preferred(token_bytes: Sequence[bytes | None], byte_tokens: Collection[int])
             first[text] = token_id
         doubles += other is not None
     return first, doubles
+
+
+def check_shared(student_ids_O: Tensor, teacher_ids_O: Tensor) -> None:
+    """ValueError when the ids of the shared tokens do not pair up or are none."""
+    if student_ids_O.shape != teacher_ids_O.shape or not len(student_ids_O):
+        raise ValueError(
+            f"shared ids: expected as many shared ids of the student as of the teacher and at least one, "
+            f"got {len(student_ids_O)} and {len(teacher_ids_O)}. Compare by rank what shares no tokens."
+        )
