@@ -34,9 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(out: Path, teacher: str | None, seed: int, **options: Any) -> dict[str, Any]:
     """Every stage in turn; returns what results.json holds and writes page.html. options: more of `Pipeline`."""
+    from dskd_plugin.whole_file import write_whole
     from quickstart import commands, curves, models, page, report, rows
     from quickstart.pipeline import Pipeline
-    from quickstart.stages import write_whole
 
     started = time.monotonic()
     for name in ("axolotl", "dskd"):
@@ -52,8 +52,8 @@ def run(out: Path, teacher: str | None, seed: int, **options: Any) -> dict[str, 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     results["seconds"] = time.monotonic() - started
     results["peak_rss_gib"] = peak / (1 << 20 if sys.platform == "linux" else 1 << 30)
-    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_whole(out / "page.html", page.render(results, curves.draw(report.logs(out, done))))
+    write_whole(out / "results.json", [json.dumps(results, indent=2, ensure_ascii=False), "\n"])
+    write_whole(out / "page.html", [page.render(results, curves.draw(report.logs(out, done)))])
     return results
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
+from dskd_plugin.folders import checkpoints
+
 Log = list[dict[str, Any]]
 
 
@@ -25,7 +27,7 @@ def copy(source: Path, out: Path, *, teacher: str | None) -> None:
 
 
 def _state(run: Path) -> dict[str, Any]:
-    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    states = [file for path in checkpoints(run) if (file := path / "trainer_state.json").is_file()]
     if not states:
         raise ValueError(f"{run}: expected a checkpoint with trainer_state.json, got none. Set saves_per_epoch: 1.")
     state: dict[str, Any] = json.loads(states[-1].read_text(encoding="utf-8"))

@@ -61,10 +61,3 @@ def stage(folder: Path, title: str, inputs: str, build: Callable[[Path], float |
     partial.rename(folder)
     tqdm.write(f"{title}: {cost.seconds:.0f} s, in {folder}")
     return cost
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write beside `file` and rename, so that a killed run leaves no half a file."""
-    partial = file.with_name("partial-" + file.name)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -35,7 +35,8 @@ def plain_code(code: str) -> str:
 def mbpp(tasks: dict[int, dict[str, Any]], numbers: range) -> list[Row]:
     """Conversations of so many tasks."""
     found = []
-    for task in (tasks[number] for number in numbers):
+    for number in numbers:
+        task = tasks[number]
         tests = "\n".join(task["test_list"])
         question = f"{task['text']}\nYour code should pass these tests:\n{tests}"
         found.append(conversation("mbpp", question, task["code"]))

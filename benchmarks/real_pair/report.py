@@ -226,14 +226,14 @@ def table(found: Runs, key: Key) -> str:
             newline(runs),
             *(passed(runs, kind) for kind in PROGRAMS),
             "" if name == "sft" else more(solved(runs, sft)),
-            "" if runs is gold else more(solved(runs, without)),
+            "" if name == "gold" else more(solved(runs, without)),
             lost(runs),
             f"{np.mean(spent):.0f}" if spent else "",
         ]
 
     rows = [row("untrained", [base])] if base else []
     if gold:
-        rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold))
+        rows.append(row(f"SFT on the gold rows alone, best: {gold[0]['steps']} steps", gold, "gold"))
     for name in SETTINGS:
         if runs := found.of(key, name):
             rows.append(row(title_of(name, key[1]), runs, name))

@@ -26,8 +26,7 @@ ECHO_SECONDS = 2.0
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
-    whole = [path for path in checkpoints(folder) if read_json(path / "trainer_state.json")]
-    return whole[-1] if whole else None
+    return next((path for path in reversed(checkpoints(folder)) if read_json(path / "trainer_state.json")), None)
 
 
 class Interruption(TrainerCallback):

@@ -182,7 +182,7 @@ def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str],
         what for what, key in named.items() if (zero.get(key) or {}).get("device", "none") not in ("none", None)
     )
     half = any((config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
-    stage = zero.get("stage", 0)
+    stage = whole_number(zero, "stage", 0)
     if stage not in engines:
         raise SettingError("deepspeed", "a zero_optimization.stage from 0 to 3", repr(stage), "Name another file.")
     return engines[stage], offload, bool(half)

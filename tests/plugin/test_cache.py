@@ -368,40 +368,38 @@ def test_killed_at_any_moment_it_goes_on(run, teacher, order, monkeypatch):
     assert equal(cached.rows(*batch), teacher.rows(*batch))
 
 
-def test_an_interrupted_build_keeps_what_it_has(teacher, order, said):
-    class Stops:
+def failing(teacher, batches, error):
+    """The teacher, which reads so many batches and then raises the error."""
+
+    class Failing:
         head, input_device, embedding = teacher.head, CPU, teacher.embedding
-        left = 3
+        left = batches
 
         def rows(self, *batch):
             self.left -= 1
             if self.left < 0:
-                raise KeyboardInterrupt
+                raise error
             return teacher.rows(*batch)
 
+    return Failing()
+
+
+def test_an_interrupted_build_keeps_what_it_has(teacher, order, said):
     with pytest.raises(KeyboardInterrupt):
-        build(order(load=Stops), ALONE)
+        build(order(load=lambda: failing(teacher, 3, KeyboardInterrupt())), ALONE)
     rest = order()
     build(rest, ALONE)
     assert "48 samples, 0 of them" not in said[0]
 
 
-def test_a_batch_that_does_not_fit_is_told_with_the_way_on(run, teacher, order, said):
-    class Small:
-        head, input_device, embedding = teacher.head, CPU, teacher.embedding
-        left = 2
-
-        def rows(self, *batch):
-            self.left -= 1
-            if self.left < 0:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-            return teacher.rows(*batch)
-
+def test_a_batch_that_does_not_fit_is_told_with_the_way_on(teacher, order, said):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     told = r"--batch-tokens: expected batches that fit .* got one that does not \(CUDA out of memory[^\n]*\)\. What is"
     with pytest.raises(DSKDSetupError, match=told):
-        build(order(load=Small), ALONE)
-    build(order(), ALONE)
-    assert "48 samples, 0 of them" not in said[-1]
+        build(order(load=lambda: failing(teacher, 2, full)), ALONE)
+    rest = order()
+    build(rest, ALONE)
+    assert "48 samples, 0 of them" not in said[0]
 
 
 def test_two_processes_share_the_work(run, teacher, order, tmp_path):

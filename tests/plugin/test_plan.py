@@ -186,6 +186,8 @@ def test_a_stage_that_deepspeed_does_not_have_is_told(recipe):
 def test_numbers_in_quotes_are_numbers(recipe):
     written = of(recipe, sequence_len="64", micro_batch_size="2")
     assert written.memory.stays == of(recipe, sequence_len=64, micro_batch_size=2).memory.stays
+    quoted, plain = (of(recipe, deepspeed={"zero_optimization": {"stage": stage}, **ZERO}) for stage in ("2", 2))
+    assert quoted.facts.engine == plain.facts.engine == "ZeRO-2"
     with pytest.raises(
         ValueError, match=r"micro_batch_size: expected a whole number, got 'two'\. Write the number alone"
     ):
