@@ -21,6 +21,8 @@ from dskd_plugin.teachers.base import HiddenStates
 
 # The key of the step batch in the mapping that the host carries from the collator to the trainer.
 KEY = "dskd"
+# Read on the host alone: to fetch it from a GPU would wait for all that the GPU still has to do.
+ON_HOST = {"on_host": True}
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ class TeacherText:
     """What the teacher reads, unpadded, and which of its hidden states the loss compares.
 
     ids_T: all samples, one after the other. lengths_S: tokens of each; samples_B: how many samples share each packed
-    row. rows_M: flat positions in ids_T, each before the token that it predicts.
+    row, both on the CPU. rows_M: flat positions in ids_T, each before the token that it predicts.
     """
 
     ids_T: Tensor
-    lengths_S: Tensor
-    samples_B: Tensor
+    lengths_S: Tensor = field(metadata=ON_HOST)
+    samples_B: Tensor = field(metadata=ON_HOST)
     rows_M: Tensor
 
 
@@ -159,7 +161,8 @@ def _with_each_tensor(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
     for one in fields(part):  # type: ignore[arg-type]
         value = getattr(part, one.name)
         if isinstance(value, Tensor):
-            changed[one.name] = change(value)
+            if one.metadata != ON_HOST:
+                changed[one.name] = change(value)
         elif is_dataclass(value):
             changed[one.name] = _with_each_tensor(value, change)
         elif isinstance(value, tuple):
@@ -184,7 +187,7 @@ def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:
         return replace(batch, teacher_MD=nothing, **empty)
     # One question for all: the teacher reads the text once.
     rows = [text.rows_M, *(part.teacher_rows_Q for part in further.values())]
-    hidden = teacher.rows(text.ids_T, text.lengths_S.cpu(), text.samples_B.cpu(), torch.cat(rows))
+    hidden = teacher.rows(text.ids_T, text.lengths_S, text.samples_B, torch.cat(rows))
     compared, *found = torch.split(hidden, [len(part) for part in rows])
     of_parts = zip(further.items(), found, strict=True)
     return replace(

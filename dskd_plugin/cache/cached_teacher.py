@@ -68,7 +68,7 @@ class CachedTeacher:
         if not len(rows_N):
             return torch.zeros(0, self.width, dtype=dtype, device=device)
         ids, rows = ids_T.cpu().numpy(), rows_N.cpu().numpy()
-        starts = np.concatenate([[0], lengths.cpu().numpy().cumsum()])
+        starts = np.concatenate([[0], lengths.numpy().cumsum()])
         sample_N = np.searchsorted(starts, rows, side="right") - 1
         order_N = np.argsort(sample_N, kind="stable")
         samples, first = np.unique(sample_N[order_N], return_index=True)
@@ -99,7 +99,7 @@ class CachedTeacher:
             result_NE[at.to(device)] = kept_NE.to(device, non_blocking=True).to(dtype)
         if unknown:
             at = torch.from_numpy(np.concatenate(list(unknown.values())))
-            result_NE[at.to(device)] = self._computed(ids_T, lengths.cpu(), bins.cpu(), unknown, rows, starts).to(dtype)
+            result_NE[at.to(device)] = self._computed(ids_T, lengths, bins, unknown, rows, starts).to(dtype)
         return result_NE
 
     def _computed(

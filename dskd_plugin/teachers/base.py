@@ -14,7 +14,7 @@ class HiddenStates(Protocol):
     def rows(self, ids_T: Tensor, lengths: Tensor, bins: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states [N, E] at flat positions ``rows_N`` of the concatenated samples ``ids_T``, without gradient.
 
-        lengths: tokens of each sample; bins: how many samples share each packed row.
+        lengths: tokens of each sample; bins: how many samples share each packed row; both on the CPU.
         """
         ...
 

@@ -190,17 +190,19 @@ class Teacher:
         return self._hidden(input_ids=ids_T[None], position_ids=position_ids[None])[0]
 
     def padded_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
-        """Hidden states [T, E] of samples, each read in a row of its own. lengths: tokens of each."""
-        lengths = lengths.to(ids_T.device)
-        present = torch.arange(int(lengths.max()), device=ids_T.device)[None] < lengths[:, None]
-        ids = torch.zeros(present.shape, dtype=ids_T.dtype, device=ids_T.device).masked_scatter(present, ids_T)
-        return self._hidden(input_ids=ids, attention_mask=present.long())[present]
+        """Hidden states [T, E] of samples, each read in a row of its own. lengths: tokens of each, on the CPU."""
+        present = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        # Places are found on the CPU: a mask as index would wait for the GPU.
+        at = present.flatten().nonzero().flatten().to(ids_T.device)
+        ids = torch.zeros(present.numel(), dtype=ids_T.dtype, device=ids_T.device).index_copy(0, at, ids_T)
+        mask = present.long().to(ids_T.device)
+        return self._hidden(input_ids=ids.view_as(mask), attention_mask=mask).flatten(0, 1)[at]
 
     @torch.no_grad()
     def rows(self, ids_T: Tensor, lengths: Tensor, bins: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states [N, E] at flat positions ``rows_N`` of the concatenated samples ``ids_T``.
 
-        lengths: tokens of each sample; bins: how many samples share each packed row (used when packing).
+        lengths: tokens of each sample; bins: how many samples share each packed row (used when packing); on the CPU.
         """
         if not len(rows_N):
             return torch.zeros(0, self.width, dtype=self.head.weight_VD.dtype, device=ids_T.device)

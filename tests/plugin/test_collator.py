@@ -373,6 +373,9 @@ def full_batch(tokenizer):
     return samples, PaddedPairCollator(tokenizer, cross_attention=True)
 
 
+ON_HOST = ["teacher_text.lengths_S", "teacher_text.samples_B"]
+
+
 def test_every_tensor_is_moved_with_the_batch_as_accelerate_moves_it(tokenizer):
     samples, collator = full_batch(tokenizer)
     batch = collator(samples)
@@ -380,7 +383,9 @@ def test_every_tensor_is_moved_with_the_batch_as_accelerate_moves_it(tokenizer):
     assert moved["input_ids"].device.type == "meta"
     names = tensors_of(collator(samples)[KEY])
     assert len(names) == 17 and tensors_of(moved[KEY]).keys() == names.keys()
-    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved[KEY]).values())
+    # What the host alone reads stays there.
+    stayed = [name for name, tensor in tensors_of(moved[KEY]).items() if tensor.device.type != "meta"]
+    assert stayed == ON_HOST
     assert moved[KEY].samples == samples
 
 
@@ -398,4 +403,4 @@ def test_pinning_keeps_every_tensor(tokenizer, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     own = collator(samples)[KEY]
-    assert len(tensors_of(own.pin_memory())) == len(pinned) == len(tensors_of(own))
+    assert len(tensors_of(own.pin_memory())) == len(tensors_of(own)) == len(pinned) + len(ON_HOST)
