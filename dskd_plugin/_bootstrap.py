@@ -51,7 +51,7 @@ COMMANDS = {f"axolotl.cli.{name}" for name in ("main", "train", "preprocess", "e
 
 def _look_at_recipe(command: str) -> None:
     try:
-        from dskd_plugin import preflight
+        from dskd_plugin import last_words, preflight
 
         mistakes = preflight.mistakes_of(command, sys.argv, sys.orig_argv)
     except Exception:
@@ -59,6 +59,8 @@ def _look_at_recipe(command: str) -> None:
     if mistakes is not None:
         sys.stderr.write(f"\n{mistakes}\n")
         raise SystemExit(1)
+    if command == "axolotl.cli.main":
+        last_words.listen()
 
 
 class _Finder:

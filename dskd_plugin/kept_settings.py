@@ -24,11 +24,13 @@ SETTINGS = {
     "shared": "shared",
     "kd_weight": "kd_weight",
     "projector_init": "projector.init",
+    "unpaired": "unpaired",
 }
 # The whole `dskd:` block as it was resolved: what of it may change in the middle of a run is told, not refused.
 BLOCK = "settings"
-# What a run did before the setting was there to be kept.
+# What a run did before the setting was there to be kept; UNPAIRED is one of the block.
 BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
+UNPAIRED = "share"
 
 
 def of(settings: "Settings") -> dict[str, object]:
@@ -76,6 +78,10 @@ def check_same(file: Path, found: dict[str, Any], now: dict[str, Any]) -> None:
     if not different:
         return
     kept = {key: found.get(key) for key in different if key in SETTINGS}
+    if kept.get("target") == "projected":
+        kept.pop("shared", None)  # has no effect there, and is refused
+    if (unpaired := _block(found).get("unpaired")) != _block(now).get("unpaired"):
+        kept["unpaired"] = unpaired
     # A recipe has one of the two forms.
     other_form = ("teacher", "teacher_revision", "teacher_adapter") if kept.get("teachers") else ("teachers",)
     lines = _recipe_lines({key: value for key, value in kept.items() if key not in other_form})
@@ -91,9 +97,19 @@ def check_same(file: Path, found: dict[str, Any], now: dict[str, Any]) -> None:
 
 def changed(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that may change in the middle of a run and did, each with both values."""
-    before, after = _flat(found.get(BLOCK, {})), _flat(now.get(BLOCK, {}))
+    before, after = _flat(_block(found)), _flat(_block(now))
     names = [key for key in after if key in before and before[key] != after[key]]
     return [f"dskd.{key} {before[key]} -> {after[key]}" for key in names]
+
+
+def _block(state: dict[str, Any]) -> dict[str, Any]:
+    """The kept block, with what `unpaired` meant."""
+    block = dict(state.get(BLOCK, {}))
+    if state.get("method") == "sft":
+        block.pop("unpaired", None)
+    elif block.setdefault("unpaired", UNPAIRED) == "auto":
+        block["unpaired"] = "share" if block.get("on_policy") else "ce"
+    return block
 
 
 def _flat(block: dict[str, object], above: str = "") -> dict[str, object]:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 
 from dskd_plugin.errors import own_message
 
@@ -29,12 +30,16 @@ RUN = "DSKD_RUN"
 COMMAND = "DSKD_COMMAND"
 TRACEBACK = "DSKD_TRACEBACK"
 ERROR, STOP, ADVICE = "error", "stop", "advice"
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGTERM: "SIGTERM"}
+# A terminal signals every process of a run, and its launcher hands the same signal down.
+ECHO_SECONDS = 2.0
 RESUMING = ("--resume-from-checkpoint", "--auto-resume-from-checkpoints", "--no-auto-resume-from-checkpoints")
 # Errors of launchers that say no more than that the process below them failed.
 OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError", "SignalException")
 
 _own: list[tuple[str, str]] = []
 _following = False
+_stopped: float | None = None
 
 
 def begin() -> None:
@@ -43,6 +48,12 @@ def begin() -> None:
     os.environ[RUN] = f"{os.getpid()}:{os.path.join(folder, f'dskd-{os.getpid()}-{os.urandom(4).hex()}.jsonl')}"
     os.environ[COMMAND] = json.dumps(sys.argv[1:])
     follow()
+
+
+def listen() -> None:
+    """Called in that command before it loads its libraries: until a training takes over, a signal ends it quietly."""
+    if _is_command() and os.environ.get(RUN):
+        _listen(_stop)
 
 
 def command(recipe: str, *more: str) -> str:
@@ -69,9 +80,35 @@ def follow() -> None:
 def follow_launcher() -> None:
     """Called at the start of an interpreter inside a run: the command itself goes on as the launcher, by exec."""
     follow()
-    if _is_command():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _hand_down)
+    _listen(_hand_down if _is_command() else _stop)
+
+
+def _listen(handler: Callable[[int, object], None]) -> None:
+    pid = os.getpid()
+
+    def handle(number: int, frame: object) -> None:
+        if os.getpid() != pid:
+            os._exit(128 + number)  # a fork that prepares rows: the process that it helps has the word
+        handler(number, frame)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what runs in its background
+            signal.signal(number, handle)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Until a training takes the signals over there is nothing to save: one line, and the end."""
+    global _stopped
+    now = time.monotonic()
+    if _stopped is not None:
+        if now - _stopped > ECHO_SECONDS:
+            os._exit(128 + number)
+        return
+    _stopped = now
+    words = json.loads(os.environ.get(COMMAND, "[]"))
+    when = " before the training began" if words[:1] == ["train"] else ""
+    say(STOP, f"dskd: stopped by {SIGNALS[number]}{when}. Start again: {shlex.join(['axolotl', *words])}")
+    raise SystemExit(128 + number)
 
 
 def say(kind: str, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from dskd_plugin import kept_settings, last_words, recipe_file
 from dskd_plugin.cache.layout import check_there
 from dskd_plugin.errors import DSKDSetupError, Mistakes, SettingError, naming
-from dskd_plugin.folders import check_optimizer, check_student, looks_local, read_json
+from dskd_plugin.folders import check_optimizer, check_student, looks_local, nearest, read_json
 from dskd_plugin.recipe_options import REFUSED, tiled_batches, whole_number
 from dskd_plugin.teachers.files import check_pair, check_teacher
 from dskd_plugin.teachers.resolve import parts_of
@@ -123,6 +123,37 @@ def check_datasets(recipe: Any) -> None:
                     f"{path!r}, which does not exist in {os.getcwd()}",
                     "Check the path.",
                 )
+
+
+def check_adapter(recipe: Any) -> None:
+    """Raise ``ValueError`` for a student's adapter of this machine that is not there."""
+    adapter = recipe.get("lora_model_dir")
+    if not isinstance(adapter, str) or not (looks_local(adapter) or Path(adapter).expanduser().exists()):
+        return
+    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise SettingError(
+            "lora_model_dir",
+            "the folder of a PEFT adapter, with an adapter_config.json",
+            f"{adapter!r}{' without one' if Path(adapter).expanduser().exists() else ', which does not exist'}",
+            "Check the path, or leave it out to start with a new adapter.",
+        )
+
+
+def check_places(recipe: Any) -> None:
+    """Raise ``ValueError`` for a folder of the run that cannot be one: a file, or below a file or a locked folder."""
+    for key in ("output_dir", "dataset_prepared_path"):
+        place = recipe.get(key)
+        if not isinstance(place, str) or "://" in place:
+            continue
+        there = nearest(Path(place).expanduser())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            wrong = "which cannot be written to" if there.is_dir() else "which is a file"
+            raise SettingError(
+                key,
+                "a folder, or the path of a new one",
+                f"{place!r}: there is {there}, {wrong}",
+                "Name another folder.",
+            )
 
 
 def check_checkpoint(recipe: Any, settings: Any) -> None:
@@ -248,7 +279,8 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
         if key in given:
             recipe = {**recipe, key: given[key]}
     # What else the command line replaces is not known here in its final form.
-    recipe = {key: value for key, value in recipe.items() if key not in given or key in ("base_model", "dskd")}
+    kept = ("base_model", "resume_from_checkpoint", "dskd")
+    recipe = {key: value for key, value in recipe.items() if key not in given or key in kept}
     if "plugins" not in given:
         check_listed(recipe)
     check_key(recipe)
@@ -276,6 +308,8 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
             )
     if recipe.get("base_model"):
         check_student(str(recipe["base_model"]), cached=cached)
+    check_adapter(recipe)
+    check_places(recipe)
     if not any(key in recipe or key in given for key in ("tokenizer_config", "tokens", "added_tokens_overrides")):
         for place, (one, parts) in enumerate(zip(views, found, strict=True)):
             with naming(place, len(views)):

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,35 @@ TEXT = """This folder belongs to a training run that has not ended, or that was 
 file are not the finished student. A folder checkpoint-<step> is whole if it holds a trainer_state.json.
 This file disappears when a run comes to its end.
 """
-SIGNALS = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGTERM: "SIGTERM"}
-# A terminal signals every process of a run, and its launcher hands the same signal down.
-ECHO_SECONDS = 2.0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    return next((path for path in reversed(checkpoints(folder)) if read_json(path / "trainer_state.json")), None)
+    """The last checkpoint of this run that was written to its end: an earlier run may have left some behind."""
+    start = (folder / MARK).stat().st_mtime_ns
+    for path in reversed(checkpoints(folder)):
+        state = path / "trainer_state.json"
+        if read_json(state) and state.stat().st_mtime_ns >= start:
+            return path
+    return None
+
+
+def of_earlier_run(folder: Path) -> bool:
+    """Whether there are weights in a folder that this run has not written."""
+    start = (folder / MARK).stat().st_mtime_ns
+    return any(file.stat().st_mtime_ns < start for file in folder.glob("*model*.safetensors"))
 
 
 class Interruption(TrainerCallback):
-    """Lets the step end and saves a checkpoint at the first signal; gives way at once to a second one."""
+    """Lets the step end and saves a checkpoint at the first signal; gives way at once to a second one, and where there
+    is no step.
 
-    def __init__(self, *, at_once: bool) -> None:
-        # Several ranks would have to agree on a last step.
-        self.at_once = at_once
+    several: whether several ranks train, which would have to agree on a last step. words: said when the training is
+    over and the student is being saved.
+    """
+
+    def __init__(self, *, several: bool, words: Callable[[], None]) -> None:
+        self._several, self._words = several, words
+        self.at_once, self.trained = True, False
         self.signal: int | None = None
         self._since = 0.0
 
@@ -42,7 +55,7 @@ class Interruption(TrainerCallback):
         """Take the signals over, also from Axolotl, which would save the weights as if they were the finished ones."""
         if threading.current_thread() is not threading.main_thread():
             return  # a Ray worker: signals are Ray's
-        for number in SIGNALS:
+        for number in last_words.SIGNALS:
             signal.signal(number, self._on_signal)
 
     def stop_listening(self) -> None:
@@ -52,13 +65,18 @@ class Interruption(TrainerCallback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None and time.monotonic() - self._since < ECHO_SECONDS:
+        if self.signal is not None and time.monotonic() - self._since < last_words.ECHO_SECONDS:
             return
         if self.at_once or self.signal is not None:
-            self.signal = number
+            self.signal, self._since = number, time.monotonic()
+            if self.trained:
+                self._words()
             raise SystemExit(128 + number)
         self.signal, self._since = number, time.monotonic()
         LOG.warning("dskd: stopping after this step, with a checkpoint; once more stops at once")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at_once = self._several
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.signal is not None:
@@ -70,14 +88,22 @@ class Interruption(TrainerCallback):
 
 
 @contextlib.contextmanager
-def unfinished(trainer: Any, recipe: str | None) -> Iterator[None]:
-    """Training inside: marked as partial until ``finished``; if it ends early, the last lines say how to go on."""
+def unfinished(trainer: Any, recipe: str | None, resumed: str | None) -> Iterator[None]:
+    """Training inside: marked as partial until ``finished``; if it ends early, the last lines say how to go on.
+
+    resumed: the checkpoint that the run goes on from.
+    """
     folder = Path(trainer.args.output_dir)
     main = trainer.is_world_process_zero()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text(TEXT, encoding="utf-8")
-    interruption = Interruption(at_once=trainer.args.world_size > 1)
+
+    def words() -> None:
+        if main:
+            _say_how_to_go_on(trainer, interruption, folder, recipe or "<recipe>.yaml", resumed)
+
+    interruption = Interruption(several=trainer.args.world_size > 1, words=words)
     trainer.add_callback(interruption)
     trainer.interruption = interruption
     interruption.listen()
@@ -86,9 +112,9 @@ def unfinished(trainer: Any, recipe: str | None) -> Iterator[None]:
         if interruption.signal is not None:
             raise SystemExit(128 + interruption.signal)
     except BaseException:
-        if main:
-            _say_how_to_go_on(trainer, interruption, folder, recipe or "<recipe>.yaml")
+        words()
         raise
+    interruption.trained = True
 
 
 def finished(trainer: Any) -> None:
@@ -98,14 +124,13 @@ def finished(trainer: Any) -> None:
         (Path(trainer.args.output_dir) / MARK).unlink(missing_ok=True)
 
 
-def _say_how_to_go_on(trainer: Any, interruption: Interruption, folder: Path, recipe: str) -> None:
-    by = SIGNALS.get(interruption.signal, "an error") if interruption.signal else "an error"  # type: ignore[call-overload]
+def _say_how_to_go_on(trainer: Any, interruption: Interruption, folder: Path, recipe: str, resumed: str | None) -> None:
+    by = last_words.SIGNALS[interruption.signal] if interruption.signal else "an error"
     state = trainer.state
-    lines = [
-        f"dskd: stopped by {by} after step {state.global_step} of {state.max_steps}. {folder} holds no finished "
-        f"student ({MARK} marks it)."
-    ]
-    checkpoint = newest_checkpoint(folder)
+    when = f"after step {state.global_step} of {state.max_steps}" if state.max_steps > 0 else "before the first step"
+    other = "; the weights in it are of an earlier run" if of_earlier_run(folder) else ""
+    lines = [f"dskd: stopped by {by} {when}. {folder} holds no finished student ({MARK} marks it{other})."]
+    checkpoint = newest_checkpoint(folder) or resumed
     if checkpoint is None:
         lines.append(f"There is no checkpoint yet. Start anew: {last_words.command(recipe)}")
     else:

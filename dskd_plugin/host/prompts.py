@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dskd_plugin import recipe_file
 from dskd_plugin.errors import SettingError
+from dskd_plugin.preflight import check_started
 from dskd_plugin.run import Run
 from dskd_plugin.teachers.reader import TeacherReader, answer_ends, resolve_template
 from dskd_plugin.text.read_by import hand_over
@@ -35,8 +36,12 @@ _LAYOUTS = {
 }
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block."""
+def read_recipe(path: Path, *, trains: bool = False) -> dict[str, Any]:
+    """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block, and for all that is known
+    to be wrong with it before a library loads.
+
+    trains: whether the settings of a training matter as well.
+    """
     recipe = recipe_file.read(path)
     if not isinstance(recipe, dict):
         raise SettingError(path, "an Axolotl recipe", type(recipe).__name__, "Name another file.")
@@ -49,6 +54,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         )
     if not recipe.get("datasets"):
         raise SettingError(path, "`datasets` with the prompts", "none", "List at least one.")
+    ignored = () if trains else _TRAINING_ONLY
+    check_started({key: value for key, value in recipe.items() if key not in ignored}, {})
     return recipe
 
 

@@ -301,18 +301,21 @@ class DSKDTrainer(AxolotlTrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             state.check(resume_from_checkpoint, self._pair_state)
-        elif not resume_from_checkpoint and self.run.settings.projector.init == "fitted":
-            quiet = not self.is_world_process_zero()
-            for number, (loss, teacher) in enumerate(zip(self.distillation.each, self.teachers, strict=True), start=1):
-                if isinstance(loss, DualSpaceLoss) and teacher is not None:
-                    rows = dataset_of(self.train_dataset, number)
-                    fit_projector(loss, teacher, rows, seed=self.args.seed, quiet=quiet)
-        start = time.monotonic()
-        with partial.unfinished(self, self.cfg.axolotl_config_path):
+        with partial.unfinished(self, self.cfg.axolotl_config_path, resume_from_checkpoint or None):
+            if not resume_from_checkpoint and self.run.settings.projector.init == "fitted":
+                self._fit_projectors()
+            start = time.monotonic()
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.seconds = time.monotonic() - start
         self._save_projectors(self.args.output_dir)
         return result
+
+    def _fit_projectors(self) -> None:
+        quiet = not self.is_world_process_zero()
+        for number, (loss, teacher) in enumerate(zip(self.distillation.each, self.teachers, strict=True), start=1):
+            if isinstance(loss, DualSpaceLoss) and teacher is not None:
+                rows = dataset_of(self.train_dataset, number)
+                fit_projector(loss, teacher, rows, seed=self.args.seed, quiet=quiet)
 
     @property
     def tokens(self) -> int:

@@ -113,7 +113,9 @@ def fetched_adapter(model: str, revision: str | None) -> Path | None:
         if not has(ADAPTER_CONFIG) or any(has(file) for file in WHOLE_WEIGHTS):
             return None
         return Path(snapshot_download(model, revision=revision, allow_patterns=ADAPTER_FILES))
-    except OSError:  # told, with its reason, where the configuration of the weights is read
+    except (OSError, RuntimeError):
+        # Told, with its reason, where the configuration of the weights is read. A RuntimeError comes of huggingface_hub
+        # when it asks once more with a connection that it has closed.
         return None
 
 

@@ -118,6 +118,36 @@ def test_the_traceback_is_there_for_who_asks(run_axolotl, wordpiece):
     assert "Traceback" in run.output and "in read_table" in run.output
 
 
+@pytest.mark.parametrize(
+    ("launcher", "number", "by"),
+    [("accelerate", signal.SIGINT, "Ctrl-C (SIGINT)"), ("python", signal.SIGTERM, "SIGTERM")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, recipe, launcher, number, by):
+    log = f"{recipe['output_dir']}/debug.log"  # the first that Axolotl writes, before it reads rows
+    run = run_axolotl(recipe, launcher=launcher, interrupt=(number, log))
+    assert run.code != 0 and "Traceback" not in run.output and "CalledProcessError" not in run.output
+    last = run.output.rstrip().splitlines()[-1]
+    start = f"dskd: stopped by {by} before the training began. Start again: axolotl train {run.out}.yaml"
+    assert last == f"{start} --launcher {launcher}"
+    assert not (run.out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "by"),
+    [("python", signal.SIGINT, "Ctrl-C (SIGINT)"), ("torchrun", signal.SIGTERM, "SIGTERM")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, recipe, launcher, number, by):
+    fitted = {**recipe, "dskd": {**recipe["dskd"], "projector": {"init": "fitted"}}}
+    run = run_axolotl(fitted, launcher=launcher, interrupt=(number, f"{recipe['output_dir']}/PARTIAL.txt"))
+    assert run.code != 0 and "CalledProcessError" not in run.output
+    assert not (run.out / "model.safetensors").exists() and (run.out / "PARTIAL.txt").exists()
+    first, second = run.output.rstrip().splitlines()[-2:]
+    assert first.startswith(f"dskd: stopped by {by} before the first step. {run.out} holds no finished student")
+    assert second.startswith("There is no checkpoint yet. Start anew: axolotl train ")
+
+
 def assert_stopped(run, by):
     """Nothing in the folder looks finished, and the last lines say how to go on; returns the checkpoint they name."""
     assert not (run.out / "model.safetensors").exists()

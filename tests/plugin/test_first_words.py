@@ -156,6 +156,38 @@ def test_what_the_command_line_replaces_is_not_judged(recipe, tmp_path, monkeypa
     assert preflight.mistakes_of(LAUNCHED, words, command) is None
 
 
+def test_a_checkpoint_of_the_command_line_is_looked_at(recipe, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    for words in (["--resume-from-checkpoint", "no/checkpoint-7"], ["--resume_from_checkpoint=no/checkpoint-7"]):
+        said = preflight.mistakes_of(LAUNCHED, ["-m", "r.yaml", *words], ["python", "-m", LAUNCHED])
+        assert "resume_from_checkpoint: expected the folder of a checkpoint, got 'no/checkpoint-7'" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"lora_model_dir": "./none"},
+            "lora_model_dir: expected the folder of a PEFT adapter, .*, which does not exist",
+        ),
+        ({"lora_model_dir": "empty"}, "lora_model_dir: .*got 'empty' without one. Check the path"),
+        ({"output_dir": "r.txt"}, "output_dir: expected a folder.*got 'r.txt': there is r.txt, which is a file"),
+        ({"output_dir": "r.txt/out"}, "output_dir: .*got 'r.txt/out': there is .*r.txt, which is a file"),
+        ({"dataset_prepared_path": "r.txt"}, "dataset_prepared_path: expected a folder.*which is a file"),
+    ],
+)
+def test_places_of_a_run_that_cannot_be_used_are_told_at_once(recipe, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "r.txt").touch()
+    preflight.check_started({**recipe, "lora_model_dir": "some-org/adapter", "output_dir": "new/out"}, {})
+    with pytest.raises(ValueError, match=words):
+        preflight.check_started({**recipe, **changes}, {})
+
+
 def test_a_cached_hub_model_is_enough_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -1,6 +1,8 @@
 """Which checkpoints are resumed, which are refused, and what the refusal tells to write."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -80,8 +82,31 @@ def test_a_checkpoint_of_the_old_defaults_is_refused_with_the_lines_to_add(check
     without(folder, "target", "shared", "projector_init")
     with pytest.raises(ValueError, match="target 'projected' instead of 'exact', shared 'ids' instead of") as error:
         state.check(folder, PAIR)
-    assert lines_of(error) == {"dskd": {"target": "projected", "shared": "ids"}}
+    lines = lines_of(error)["dskd"]
+    assert lines == {"target": "projected"}
     state.check(folder, {**PAIR, "target": "projected", "shared": "ids"})
+
+
+def test_the_lines_that_a_refusal_names_are_accepted(checkpoint):
+    """A recipe of two keys under the first release's defaults, in whose checkpoints no block was kept."""
+    recipe = {"teacher": {"model": "./teacher"}}
+    widths = {"widths": PAIR["widths"], "student_tokenizer": "a", "teacher_tokenizer": "b"}
+    today = {**kept_settings.of(parse_settings(recipe)), **widths}
+    folder = checkpoint(**{**today, "spaces": "both"})
+    without(folder, "target", "shared", "kd_weight", "projector_init", "teachers", "settings")
+    with pytest.raises(ValueError, match="target 'projected' instead of 'exact'") as error:
+        state.check(folder, today)
+    lines = lines_of(error)["dskd"]
+    assert lines == {"spaces": "both", "target": "projected", "unpaired": "share"}
+    then = kept_settings.of(parse_settings({**recipe, **lines}))
+    state.check(folder, {**then, **widths})
+
+
+def test_what_unpaired_meant_is_told_where_it_changes(checkpoint, caplog):
+    state.check(checkpoint(settings={"unpaired": "auto", "on_policy": None}), {**PAIR, "settings": {"unpaired": "ce"}})
+    assert not caplog.records
+    state.check(checkpoint(settings={"kd_ratio": 0.5}), {**PAIR, "settings": {"unpaired": "auto"}})
+    assert "dskd.unpaired share -> ce" in caplog.text
 
 
 def test_a_checkpoint_of_fixed_weights_has_no_balance_to_go_on_with(checkpoint):
@@ -192,9 +217,24 @@ def test_the_state_of_every_engine_is_known(files, checkpoint):
     state.check(folder, PAIR)
 
 
-def test_the_newest_checkpoint_is_no_copy_that_the_user_made(tmp_path):
+def test_the_newest_checkpoint_is_of_this_run_and_no_copy_that_the_user_made(tmp_path):
+    (tmp_path / "checkpoint-98").mkdir()
+    (tmp_path / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 98}')
+    os.utime(tmp_path / "checkpoint-98" / "trainer_state.json", ns=(0, 0))
+    (tmp_path / partial.MARK).touch()
+    assert partial.newest_checkpoint(tmp_path) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-10-backup", "checkpoint-best", "checkpoint-11"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text("{}" if name == "checkpoint-11" else '{"global_step": 1}')
     assert partial.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert partial.newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_signal_while_the_student_is_saved_says_how_to_go_on():
+    said = []
+    interruption = partial.Interruption(several=False, words=lambda: said.append(True))
+    interruption.on_train_begin(None, None, None)
+    interruption.on_train_end(None, None, None)
+    interruption.trained = True
+    with pytest.raises(SystemExit):
+        interruption._on_signal(signal.SIGTERM, None)
+    assert said == [True] and interruption.signal == signal.SIGTERM
