@@ -111,6 +111,7 @@ class Bench:
             made_for={},
             width=self.size.teacher[1],
             embedding=False,
+            head_bytes=0,
             wanted=wanted([self.dataset]),
             datasets=[self.dataset],
             states="bfloat16",

@@ -85,6 +85,13 @@ def check_head(hidden_ND: Tensor, logits_NV: Tensor, head: Head, name: str) -> N
     ours, theirs = head_logits(hidden_ND.detach(), head.detach()), logits_NV.detach().float()
     low_precision = head.weight_VD.dtype != torch.float32 or logits_NV.dtype != torch.float32
     tolerance = (0.05 if low_precision else 1e-3) * max(1.0, float(theirs.abs().max()))
+    if bool(theirs.isnan().any()):
+        raise DSKDSetupError(
+            name,
+            "weights whose logits are numbers",
+            "NaN",
+            "Check the weights (a copy that was cut, or another dtype than they were trained in).",
+        )
     worst = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not worst <= tolerance:
         raise DSKDSetupError(

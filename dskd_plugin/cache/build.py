@@ -41,7 +41,8 @@ _MEASURED_SECONDS, _MEASURED_BATCHES = 1.0, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is to be built. teacher, made_for: see `manifest`; width: of the states; embedding: whether it is kept too.
+    """What is to be built. teacher, made_for: see `manifest`; width: of the states; embedding: whether it is kept too;
+    head_bytes: what the head takes, and the embedding where it is kept.
 
     wanted: all samples that the recipe needs, see `needs`; datasets: where they are; states: dtype of the states;
     load: brings the teacher into memory; say: tells the user a line.
@@ -52,6 +53,7 @@ class Order:
     made_for: dict[str, object]
     width: int
     embedding: bool
+    head_bytes: int
     wanted: dict[bytes, Want]
     datasets: Sequence[Any]
     states: str
@@ -73,9 +75,10 @@ def build(order: Order, ranks: Ranks) -> Manifest:
         store = Store(order.folder, kept.shards)
         missing = {key: want for key, want in order.wanted.items() if store.find(key, want.positions) is None}
         del store
-        ranks.first_does(lambda: _plan(order, missing, ranks))
+        with_head = kept.head_file is None or (order.embedding and not _has_embedding(order.folder))
+        ranks.first_does(lambda: _plan(order, missing, with_head, ranks))
         error: Exception | None = None
-        if missing or kept.head_file is None or (order.embedding and not _has_embedding(order.folder)):
+        if missing or with_head:
             try:
                 teacher = order.load()
             except Exception as failed:
@@ -125,21 +128,23 @@ def _begin(order: Order) -> Manifest:
     return replace(kept, shards=whole, head_file=None if HEAD in bad else kept.head_file)
 
 
-def _plan(order: Order, missing: dict[bytes, Want], ranks: Ranks) -> None:
-    """Say what is to be done; ``ValueError`` where the disk has no room for it."""
+def _plan(order: Order, missing: dict[bytes, Want], with_head: bool, ranks: Ranks) -> None:
+    """Say what is to be done; ``ValueError`` where the disk has no room for it. with_head: whether that is to come."""
     rows, tokens = sum(len(want.positions) for want in missing.values()), sum(want.length for want in missing.values())
     size = rows * (order.state_bytes + 4) + len(missing) * (KEY_BYTES + 8)
+    head = f", and the teacher's head, {_size(order.head_bytes)}" if with_head else ""
     share = f", shared by {ranks.world} processes" if ranks.world > 1 else ""
     order.say(
         f"{order.folder}: {len(order.wanted):,} samples, {len(order.wanted) - len(missing):,} of them there; "
         f"to compute: {len(missing):,} samples of {tokens:,} tokens, {rows:,} rows of {order.width} x {order.states}, "
-        f"{_size(size)}{share}"
+        f"{_size(size)}{head}{share}"
     )
+    size += order.head_bytes if with_head else 0
     free = shutil.disk_usage(order.folder).free
     if size > free:
         raise SettingError(
             order.folder,
-            f"{_size(size)} of free space for the teacher's states",
+            f"{_size(size)} of free space for the teacher's states and head",
             _size(free),
             "Free some, name a folder on another disk with --out, or use --dtype bfloat16.",
         )

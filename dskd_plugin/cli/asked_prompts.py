@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from dskd_plugin.host.prompts import Source
 
 
-def check_target(path: Path, overwrite: bool, recipe: Path) -> None:
-    """Refuse now what would fail after hours."""
-    if path.exists() and path.samefile(recipe):
-        raise SettingError(path, "another file than the recipe", "the recipe itself", "Choose another name.")
+def check_target(path: Path, overwrite: bool, recipe: Path, written: dict[str, Any]) -> None:
+    """Refuse now what would fail after hours, or replace what the recipe reads. written: the recipe's content."""
+    entries = [*(written.get("datasets") or ()), *(written.get("test_datasets") or ())]
+    read = {Path(str(entry.get("path"))).expanduser(): "a data set of the recipe" for entry in entries}
+    for file, what in {**read, recipe: "the recipe itself"}.items():
+        if path.exists() and file.exists() and path.samefile(file):
+            raise SettingError(path, "a file that the recipe does not read", what, "Choose another name.")
     if path.exists() and not overwrite:
         raise earlier_result(path)
     check_writable(path)

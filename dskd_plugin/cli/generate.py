@@ -128,16 +128,16 @@ def generate(
     if plain_recipe and cache is not None:
         raise click.UsageError("--cache: expected a recipe that distils, got --plain-recipe. Leave one of them out.")
 
-    from dskd_plugin.host.prompts import load_recipe, read_prompts, read_recipe
+    from dskd_plugin.host.prompts import checked_recipe, load_recipe, read_prompts
 
-    written = read_recipe(recipe)
+    written = checked_recipe(recipe)
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
     answers_file = out.with_name(out.name + ".partial")
     # Only while a cache is built are answers kept beside the dataset that was made of them.
     goes_on = cache is not None and answers_file.exists() and out.exists()
     for path in (out, write_recipe):
         if path is not None:
-            check_target(path, overwrite or goes_on, recipe)
+            check_target(path, overwrite or goes_on, recipe, written)
 
     from dskd_plugin.generation.answers import Partial, Sampling, batches
 

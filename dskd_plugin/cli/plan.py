@@ -42,10 +42,14 @@ def plan(
 
 def _read(path: Path) -> dict[str, Any]:
     from dskd_plugin.host.prompts import read_recipe
+    from dskd_plugin.preflight import check_recipe
+    from dskd_plugin.settings import parse_settings
 
-    written = read_recipe(path, trains=True)
+    written = read_recipe(path)
     if not written.get("base_model"):
         raise SettingError("base_model", "the student, a hub id or folder", "nothing", "Add it to the recipe.")
+    parse_settings(written["dskd"])
+    check_recipe(written)
     return written
 
 

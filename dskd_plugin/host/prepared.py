@@ -6,7 +6,7 @@ from typing import Any
 
 from dskd_plugin.columns import dataset_of
 from dskd_plugin.errors import SettingError
-from dskd_plugin.host.prompts import load_run, read_recipe
+from dskd_plugin.host.prompts import checked_recipe, load_run
 from dskd_plugin.run import Sides
 
 
@@ -29,7 +29,7 @@ def prepare(path: Path) -> list[Prepared]:
 
     ``ValueError`` for what is wrong with the recipe.
     """
-    recipe = read_recipe(path)
+    recipe = checked_recipe(path)
     run = load_run(path, recipe)
     if not run.method.needs_teacher:
         raise SettingError(

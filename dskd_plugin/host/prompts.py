@@ -36,12 +36,8 @@ _LAYOUTS = {
 }
 
 
-def read_recipe(path: Path, *, trains: bool = False) -> dict[str, Any]:
-    """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block, and for all that is known
-    to be wrong with it before a library loads.
-
-    trains: whether the settings of a training matter as well.
-    """
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as written; ``ValueError`` unless it is a mapping with a ``dskd:`` block."""
     recipe = recipe_file.read(path)
     if not isinstance(recipe, dict):
         raise SettingError(path, "an Axolotl recipe", type(recipe).__name__, "Name another file.")
@@ -54,8 +50,13 @@ def read_recipe(path: Path, *, trains: bool = False) -> dict[str, Any]:
         )
     if not recipe.get("datasets"):
         raise SettingError(path, "`datasets` with the prompts", "none", "List at least one.")
-    ignored = () if trains else _TRAINING_ONLY
-    check_started({key: value for key, value in recipe.items() if key not in ignored}, {})
+    return recipe
+
+
+def checked_recipe(path: Path) -> dict[str, Any]:
+    """`read_recipe`; ``ValueError`` also for what can be known to be wrong with it before a library loads."""
+    recipe = read_recipe(path)
+    check_started({key: value for key, value in recipe.items() if key not in _TRAINING_ONLY}, {})
     return recipe
 
 

@@ -1,6 +1,7 @@
 """The end of a run on a few lines: what it cost, what it changed, an answer of the student, and how to evaluate it."""
 
 import resource
+import shlex
 import sys
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,7 @@ def summary(trainer: Any) -> str:
         *_changes(trainer.state.log_history),
         *_example_if_it_can(trainer),
         f"  student: {trainer.args.output_dir}",
-        f"  evaluate: dskd-eval --model {trainer.args.output_dir} --suite instruct,math,code",
+        f"  evaluate: {shlex.join(['dskd-eval', '--model', trainer.args.output_dir, '--suite', 'instruct,math,code'])}",
     ]
     return "\n".join(lines[:MOST_LINES])
 

@@ -101,6 +101,7 @@ def order_of(
         made_for=made_for(sides),
         width=_width(run),
         embedding=run.method.needs_embedding,
+        head_bytes=_head_bytes(run),
         wanted=wanted(datasets.values()),
         datasets=list(datasets.values()),
         states=states or states_dtype(run, folder),
@@ -120,6 +121,13 @@ def bytes_of_state(run: Run, states: str) -> int:
     """What the state at one position takes in a cache of this dtype."""
     dtype: torch.dtype = getattr(torch, states)
     return _width(run) * dtype.itemsize
+
+
+def _head_bytes(run: Run) -> int:
+    """What a cache keeps of the teacher's weights: its head, and its embedding for methods that need it."""
+    dtype: torch.dtype = getattr(torch, run.settings.teacher.dtype)
+    matrices = 2 if run.method.needs_embedding else 1
+    return int(run.teacher.config.get_text_config().vocab_size) * _width(run) * dtype.itemsize * matrices
 
 
 def _width(run: Run) -> int:

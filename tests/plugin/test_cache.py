@@ -454,8 +454,24 @@ def test_a_disk_without_room_is_told_before_the_teacher_is_loaded(order, monkeyp
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     one = order(load=lambda: pytest.fail("the teacher was loaded"))
-    with pytest.raises(SettingError, match=r"MiB of free space for the teacher's states, got 0\.0 MiB\. Free some"):
+    with pytest.raises(SettingError, match=r"MiB of free space for the teacher's states and head, got 0\.0 MiB\. Free"):
         build(one, ALONE)
+
+
+def test_the_room_for_the_head_is_told_and_needed(order, monkeypatch):
+    """A teacher's head takes more than the states of a few rows."""
+    said = []
+    one = order(say=said.append)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=one.head_bytes))
+    with pytest.raises(SettingError, match="free space"):
+        build(one, ALONE)
+    monkeypatch.undo()
+    build(one, ALONE)
+    assert f"the teacher's head, {one.head_bytes / 2**20:,.1f} MiB" in said[0]
+    assert one.head_bytes <= (one.folder / "head.safetensors").stat().st_size < one.head_bytes + 1000
+    build(one, ALONE)
+    assert "the teacher's head" not in said[-1]
 
 
 def test_a_disk_that_gets_full_leaves_nothing_half_written(order):

@@ -98,6 +98,8 @@ def test_unknown_step_between_decoder_and_logits_is_refused(folder):
     check_head(hidden, logits, one.head, "base_model")
     with pytest.raises(DSKDSetupError, match="base_model: expected logits = output head"):
         check_head(hidden, logits * 1.5, one.head, "base_model")
+    with pytest.raises(DSKDSetupError, match="expected weights whose logits are numbers, got NaN"):
+        check_head(hidden, logits * float("nan"), one.head, "base_model")
 
 
 def test_lora_on_the_head_is_part_of_the_head(folder):

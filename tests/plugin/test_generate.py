@@ -958,7 +958,7 @@ REFUSED = {
     "base teacher": (base_teacher, ["dskd.teacher.chat_template: expected a teacher with a chat template"]),
     "missing data": (
         lambda w, t: [w(entry("nowhere.jsonl"))],
-        ["datasets: nowhere.jsonl: expected data that Axolotl reads"],
+        ["datasets[0].path: expected a file, a folder or a hub id, got 'nowhere.jsonl'"],
     ),
     "completion": (
         lambda w, t: [w(entry(data_of([{"text": ASK}]), type="completion"))],
@@ -996,7 +996,11 @@ REFUSED = {
         ["--ask unanswered: expected rows without an answer, got one in each of 48 rows", "Add a dataset of prompts"],
     ),
     "below a file": (below_a_file, ["file/data.jsonl: expected a folder to write to, got a file"]),
-    "recipe as target": (with_options("--out", "recipe.yaml"), ["expected another file than the recipe"]),
+    "own rows as target": (
+        lambda w, t: [w(entry(data_of([{"messages": chat(ASK)}]))), "--out", "data.jsonl", "--overwrite"],
+        ["data.jsonl: expected a file that the recipe does not read, got a data set of the recipe"],
+    ),
+    "recipe as target": (with_options("--out", "recipe.yaml"), ["expected a file that the recipe does not read"]),
     "unknown device": (with_options("--device", "cuda:99"), ["--device: expected auto or a device", "'cuda:99'"]),
     "nothing finished": (
         lambda w, t: [w(entry(data_of([{"messages": chat(ASK)}]))), "--max-new-tokens", "1"],
