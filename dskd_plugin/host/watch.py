@@ -5,7 +5,7 @@ from collections.abc import Mapping
 _STEPS = 10  # logged steps that are looked at
 _MANY_TIMES = 4.0
 _RISE, _RISE_NATS = 1.2, 0.1
-_KD_TERMS = ("t2s_kd", "s2t_kd")
+_DUAL_SPACE = ("t2s_kd", "s2t_kd")  # without t2s_ce, which moves the projector alone
 
 
 class Watch:
@@ -29,9 +29,9 @@ class Watch:
     def _pull(self) -> str | None:
         """A distillation term that outweighs the cross-entropy, although the student is not that far from the data."""
         ce = self._mean("ce", 0, _STEPS)
-        terms = [term for term in _KD_TERMS if term in self._seen[0]]
-        # Of a projected target alone: an exact one is the teacher's own opinion, however far the student is from it.
-        if self._target != "projected" or not terms:
+        terms = [term for term in _DUAL_SPACE if term in self._seen[0]]
+        terms = terms or [term for term in self._seen[0] if term == "kd"]
+        if not terms:
             return None
         name = max(terms, key=lambda term: self._mean(term, 0, _STEPS))
         value = self._mean(name, 0, _STEPS)
@@ -39,8 +39,14 @@ class Watch:
             return None
         return (
             f"dskd: over the first {_STEPS} logged steps dskd/{name} is {value:.2f}, {value / ce:.0f} times the "
-            f"cross-entropy ({ce:.2f}): the projected teacher is far from the student and may spoil it. "
-            "Set dskd.target: exact, or lower dskd.kd_ratio."
+            f"cross-entropy ({ce:.2f}): "
+            + (
+                "the projected teacher is far from the student and may spoil it. Set dskd.target: exact, or lower "
+                "dskd.kd_ratio."
+                if self._target == "projected"
+                else "the teacher is far from a student that knows this data, and may spoil it. Check that the teacher "
+                "is good at it (its template, its language), or lower dskd.kd_ratio."
+            )
         )
 
     def _rise(self) -> str | None:

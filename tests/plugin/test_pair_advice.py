@@ -70,10 +70,10 @@ def steps(ce, **terms):
         ("projected", steps(0.4, t2s_kd=4.6), ["12 times the cross-entropy"]),
         ("projected", steps((0.3, 0.6), t2s_kd=4.6), ["rises", "target: exact"]),
         ("projected", steps(2.5, t2s_kd=2.2, t2s_ce=1.0), []),
-        # An exact target is the teacher's own opinion, however far a student is from it.
-        ("exact", steps(0.4, t2s_kd=4.6), []),
+        ("exact", steps(0.4, t2s_kd=4.6), ["12 times", "is good at it"]),
         ("exact", steps((0.3, 0.6), t2s_kd=0.8), ["rises"]),
-        (None, steps((2.0, 1.5), kd=9.0), []),
+        ("exact", steps((2.5, 2.0), t2s_kd=3.0, kd=9.0), []),
+        (None, steps((2.0, 1.5), kd=9.0), ["5 times"]),
         (None, steps((0.02, 0.05)), []),
     ],
 )

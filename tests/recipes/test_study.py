@@ -22,6 +22,7 @@ from dskd_eval.stats import holm
 from benchmarks.study import data, launch, pairs, plan, records, report, runs, table
 from benchmarks.study.__main__ import parse
 from benchmarks.study.statistics import paired, score
+from dskd_plugin.host.watch import Watch
 from dskd_plugin.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
@@ -349,6 +350,26 @@ def strings(value) -> list[str]:
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for part in parts for text in strings(part)]
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
+def test_no_run_with_the_teachers_own_target_is_warned_of():
+    """Of several hundred runs, few of which a projected target harmed: any other warning would be a false alarm."""
+    warned, replayed = [], 0
+    for file in (*COMMITTED, ROOT / "benchmarks" / "real_pair" / "records" / "real_pair.jsonl"):
+        runs_of_file = [
+            run for run in map(json.loads, file.read_text().splitlines()) if "dskd/kd" in run.get("curve", {})
+        ]
+        for run in runs_of_file:
+            made = {**run["recipe"]["dskd"], **run.get("settings", {})}
+            # What the plugin of the first records did, which kept no resolved settings.
+            target = made.get("target", "projected") if made.get("method", "dskd") == "dskd" else None
+            names = [name for name in run["curve"] if name.startswith("dskd/")]
+            watch, replayed = Watch(target=target), replayed + 1
+            for values in zip(*(run["curve"][name] for name in names), strict=True):
+                means = zip((name.removeprefix("dskd/") for name in names), values, strict=True)
+                warned += [target] * len(watch.see({name: value for name, value in means if value is not None}))
+    assert replayed > 200 and set(warned) == {"projected"} and len(warned) < 8
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no records are committed yet")
