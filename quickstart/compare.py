@@ -81,10 +81,12 @@ def sentence(found: dict[str, Any], rows: dict[str, int]) -> str:
     }[outcome(found["dskd_minus_seqkd"])]
     matches = sft["exact_match"]
     certain = "" if matches["low"] > 0 or matches["high"] < 0 else ", which chance alone can explain"
+    points = abs(matches["value"]) * 100
+    more = "more" if matches["value"] > 0 else "fewer"
     return (
         f"With {rows['gold']} gold answers and {rows['prompts']} questions without any, the distilled student "
         f"{versus_sft} (95 % interval of the difference {sft['low']:+.3f} to {sft['high']:+.3f}) and {versus_answers}; "
-        f"it answers {matches['value'] * 100:+.1f} points exactly right against the first{certain}."
+        f"it answers {points:.1f} points {more} of the questions exactly right than the first{certain}."
     )
 
 
