@@ -288,7 +288,7 @@ def differences(dskd: float, sft: float, seqkd: float, sft_all: float) -> dict[s
 def test_the_sentence_says_what_the_numbers_say(sft: float, words: str) -> None:
     text = compare.sentence(differences(0.3, sft, 0.35, 0.25), COUNTS)
     assert words in text and "84 gold answers and 490 questions" in text
-    assert "+10.0 points" in text
+    assert "10.0 points more of the questions" in text
 
 
 @pytest.mark.parametrize(
