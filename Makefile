@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests use tiny models: threads beyond one only wait for each other.
 test%: export OMP_NUM_THREADS = 1
 
-.PHONY: install quickstart test test-core test-plugin test-e2e test-options test-newest gpu check format docs clean
+.PHONY: install quickstart test test-core test-plugin test-e2e test-more test-newest gpu check format docs clean
 
 install: $(VENV)/.installed
 
@@ -42,11 +42,12 @@ test-plugin: install
 	$(PYTEST) tests/plugin --at-least 1650 -n 2
 
 test-e2e: install
-	$(PYTEST) tests/e2e -m "not every_option" --at-least 120 -n 2
+	$(PYTEST) tests/e2e -m "not more" --at-least 120 -n 2
 
-# Each option of Axolotl that leaves the loss alone, optimizers above all: not part of `make test`, for its time.
-test-options: install
-	$(PYTEST) tests/e2e/test_options.py -m every_option --at-least 18 -n 2
+# Most options of Axolotl beside the plugin, each in a training of its own, and further launchers of several machines:
+# not part of `make test`, for their time.
+test-more: install
+	$(PYTEST) tests/e2e -m more --at-least 36 -n 2
 
 # The newest Axolotl wants Python 3.12 by its metadata only; its sources run on this one.
 $(NEWEST)/.unpacked:

@@ -66,7 +66,9 @@ RECIPES: dict[str, Recipe] = {
     "overlap_kd_16": one("`overlap_kd`, `shared: ids`, `support: 16`", method="overlap_kd", shared="ids", support=16),
     "overlap_kd_spans": one("`overlap_kd`, `span_weight: 1`", method="overlap_kd", span_weight=1.0),
     "bpm": one("`bpm`", method="bpm"),
-    "bpm_published": one("`bpm`, `shared: ids`, `mask_whitespace`", method="bpm", shared="ids", bpm={"mask_whitespace": True}),
+    "bpm_published": one(
+        "`bpm`, `shared: ids`, `mask_whitespace`", method="bpm", shared="ids", bpm={"mask_whitespace": True}
+    ),
     "span_kd": one("`span_kd`", method="span_kd"),
     "csd": one("`csd`, `kd_weight: balanced`", method="csd", kd_weight="balanced"),
     "alm": one("`alm`", method="alm"),

@@ -54,7 +54,11 @@ def one_machine():
 
 @pytest.mark.parametrize(
     ("launcher", "engine"),
-    [(torchrun, "ddp"), (torchrun, "zero3"), (accelerate, "ddp")],
+    [
+        (torchrun, "ddp"),
+        pytest.param(torchrun, "zero3", marks=pytest.mark.more),
+        pytest.param(accelerate, "ddp", marks=pytest.mark.more),
+    ],
     ids=lambda one: getattr(one, "__name__", one),
 )
 def test_two_machines_train_as_one(

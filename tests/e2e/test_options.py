@@ -11,14 +11,21 @@ pytestmark = pytest.mark.e2e
 ON_CPU = "tests.e2e.on_cpu.OnCpu"
 SHORT = {"max_steps": 2, "save_steps": 2}
 EXACT = 2e-5
-# Hardly anything of these meets the loss: `make test-options` trains with them.
-APART = ("Optimizers", "Rows", "What is trained")
+# `make test-more` trains with these.
+APART = (
+    "Cross-entropy made cheaper",
+    "Memory",
+    "Optimizers",
+    "Rows",
+    "Weights of few bits",
+    "What is trained",
+)
 
 
 def cases():
     apart = [option for group in APART for option in OPTIONS[group]]
     for option in with_verdict(SAME, STEPS, NEAR, UNHEEDED):
-        marks = [pytest.mark.every_option] if option in apart else []
+        marks = [pytest.mark.more] if option in apart else []
         yield pytest.param(option, marks=marks, id=f"{option.base}: {option.name}")
 
 
