@@ -29,6 +29,13 @@ def row_of(row: Mapping[str, Any], teacher: int) -> dict[str, Any]:
     return {**{key: value for key, value in row.items() if key not in COLUMNS}, **own}
 
 
+def aligned_share(dataset: Any, most_rows: int) -> tuple[int, float]:
+    """Of how many rows, the first ones, which share of the response tokens is aligned, in [0, 1]."""
+    rows = dataset.select(range(min(most_rows, len(dataset)))).select_columns(["labels", "aligned_student"])
+    responses = sum(sum(label != IGNORE for label in row["labels"]) for row in rows)
+    return len(rows), sum(len(row["aligned_student"]) for row in rows) / max(responses, 1)
+
+
 def dataset_of(dataset: Any, teacher: int, more: tuple[str, ...] = ()) -> Any:
     """A dataset as if it had been prepared for this teacher alone. more: columns beside `COLUMNS`."""
     if dataset is None or teacher == 1:

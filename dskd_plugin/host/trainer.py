@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dskd_plugin import pair_advice, state
 from dskd_plugin.assemble import backend_of, distillation_loss, in_common, sampler
 from dskd_plugin.batch import KEY, StepBatch, as_window, ask
-from dskd_plugin.columns import columns, dataset_of
+from dskd_plugin.columns import aligned_share, columns, dataset_of
 from dskd_plugin.errors import naming
 from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Answers, Rollout, pack
@@ -42,6 +42,10 @@ from dskd_plugin.teachers.base import HiddenStates, TeacherParts, staying
 # Called with each new trainer, before its first step: whoever studies a run may watch its loss
 # (`trainer.distillation.observers`) or put another source of hidden states in place (`trainer.teacher`).
 on_create: list[Callable[["DSKDTrainer"], None]] = []
+
+
+# So many rows are counted for the share of aligned tokens that a run tells.
+SAID_ROWS = 1000
 
 
 class _AfterStep(TrainerCallback):
@@ -80,6 +84,10 @@ class DSKDTrainer(AxolotlTrainer):
             with naming(place, len(self._sides)):
                 teacher = teacher_source(one, model, training_args.device, rows) if method.needs_teacher else None
                 losses.append(self._distillation_loss(model, place, teacher, training_args))
+            if "training" in rows and method.in_pairs and teacher is not None:
+                first, share = aligned_share(rows["training"], SAID_ROWS)
+                told = pair_advice.of_dataset(share)
+                LOG.info("dskd: of the response tokens of %d training rows, the first, %s", first, told)
             self.teachers.append(teacher)
             widths.append(None if teacher is None else teacher.width)
         self.distillation = losses[0] if len(losses) == 1 else SeveralTeachers(losses)
