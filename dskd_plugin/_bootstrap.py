@@ -53,6 +53,8 @@ def _look_at_recipe(command: str) -> None:
     try:
         from dskd_plugin import last_words, preflight
 
+        if last_words.helps():
+            return  # multiprocessing imports the command once more in each of its workers
         mistakes = preflight.mistakes_of(command, sys.argv, sys.orig_argv)
     except Exception:
         return  # what is wrong with the installation is told when the plugin is loaded

@@ -80,7 +80,18 @@ def follow() -> None:
 def follow_launcher() -> None:
     """Called at the start of an interpreter inside a run: the command itself goes on as the launcher, by exec."""
     follow()
-    _listen(_hand_down if _is_command() else _stop)
+    if not helps():
+        _listen(_hand_down if _is_command() else _stop)
+
+
+def helps() -> bool:
+    """Whether this interpreter only helps another process, as the workers do that prepare rows: it has no words."""
+    for word in sys.orig_argv[1:]:
+        if word == "-c":
+            return True  # so multiprocessing starts them; a command or a rank is a script or a module
+        if word == "-m" or not word.startswith("-"):
+            return False
+    return False
 
 
 def _listen(handler: Callable[[int, object], None]) -> None:

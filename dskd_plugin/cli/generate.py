@@ -130,7 +130,8 @@ def generate(
 
     from dskd_plugin.host.prompts import checked_recipe, load_recipe, read_prompts
 
-    written = checked_recipe(recipe)
+    unread = ("output_dir", "lora_model_dir", "dataset_prepared_path", "test_datasets")
+    written = checked_recipe(recipe, unread=unread)
     out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
     answers_file = out.with_name(out.name + ".partial")
     # Only while a cache is built are answers kept beside the dataset that was made of them.

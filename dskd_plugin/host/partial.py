@@ -83,6 +83,11 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal is not None:
+            # Here, or the host would end the training as if it were complete, and keep its best checkpoint alone.
+            raise SystemExit(128 + self.signal)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.at_once = True  # there is no further step
 

@@ -29,7 +29,7 @@ def prepare(path: Path) -> list[Prepared]:
 
     ``ValueError`` for what is wrong with the recipe.
     """
-    recipe = checked_recipe(path)
+    recipe = checked_recipe(path, unread=("output_dir", "lora_model_dir"))
     run = load_run(path, recipe)
     if not run.method.needs_teacher:
         raise SettingError(

@@ -53,10 +53,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def checked_recipe(path: Path) -> dict[str, Any]:
-    """`read_recipe`; ``ValueError`` also for what can be known to be wrong with it before a library loads."""
+def checked_recipe(path: Path, *, unread: tuple[str, ...]) -> dict[str, Any]:
+    """`read_recipe`; ``ValueError`` also for what can be known to be wrong with it before a library loads.
+
+    unread: settings that the command has no use for, beside those of a training.
+    """
     recipe = read_recipe(path)
-    check_started({key: value for key, value in recipe.items() if key not in _TRAINING_ONLY}, {})
+    check_started({key: value for key, value in recipe.items() if key not in (*_TRAINING_ONLY, *unread)}, {})
     return recipe
 
 

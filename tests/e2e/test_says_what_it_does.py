@@ -163,19 +163,22 @@ def assert_stopped(run, by):
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run_axolotl, recipe, tiny):
-    """Without projectors: their file is neither written nor asked for."""
+    """Without projectors: their file is neither written nor asked for. The best checkpoint is the first one."""
     method = {"teacher": recipe["dskd"]["teacher"], "method": "overlap_kd"}
-    long = {**recipe, "dskd": method, "max_steps": 100_000}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    evaluated = {"val_set_size": 0.2, "eval_steps": 2, "save_total_limit": 1, **best}
+    long = {**recipe, "dskd": method, "max_steps": 100_000, **evaluated}
     first = f"{recipe['output_dir']}/checkpoint-2/trainer_state.json"
     run = run_axolotl(long, launcher="accelerate", interrupt=(signal.SIGINT, first))
     assert run.code != 0 and "CalledProcessError" not in run.output
     checkpoint = assert_stopped(run, "Ctrl-C (SIGINT)")
     step = int(checkpoint.name.rsplit("-", 1)[1])
-    # The checkpoint of the interruption, not the last of the schedule.
+    # The checkpoint of the interruption, not the last of the schedule and not the best.
     assert step == json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert f"after step {step} of" in run.output
 
-    again = run_axolotl({**long, "max_steps": step + 1}, command_options=["--resume-from-checkpoint", str(checkpoint)])
+    whole = {**recipe, "dskd": method, "max_steps": step + 1}
+    again = run_axolotl(whole, command_options=["--resume-from-checkpoint", str(checkpoint)])
     assert again.code == 0, again.output[-3000:]
     assert [entry["step"] for entry in again.log if "loss" in entry] == list(range(1, step + 2))
     assert (again.out / "model.safetensors").is_file() and not (again.out / "PARTIAL.txt").exists()
