@@ -21,7 +21,9 @@ from dskd_plugin.run import Sides
 from dskd_plugin.settings import Settings
 from dskd_plugin.whole_file import write_whole
 
-WEIGHTS = "dskd_projectors.safetensors"
+# In a folder of their own: an inference server loads every safetensors file beside the student as the student.
+WEIGHTS = "dskd/projectors.safetensors"
+EARLIER_WEIGHTS = "dskd_projectors.safetensors"  # of earlier releases, still resumed from
 
 
 def projector_state(loss: Loss) -> dict[str, Tensor]:
@@ -39,12 +41,15 @@ def save(folder: str | os.PathLike[str], weights: dict[str, Tensor], pair: dict[
     """Write the projectors, if there are any, and their state; each file appears whole or not at all."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    file = target / WEIGHTS
     if weights:
-        temporary = target / f".{WEIGHTS}.tmp"
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
         save_file(weights, temporary)
-        os.replace(temporary, target / WEIGHTS)
-    else:
-        (target / WEIGHTS).unlink(missing_ok=True)  # of an earlier run in this folder
+        os.replace(temporary, file)
+    elif file.exists():  # of an earlier run in this folder
+        file.unlink()
+    (target / EARLIER_WEIGHTS).unlink(missing_ok=True)
     content = {"dskd": __version__, "projectors": sorted(weights), **pair}
     write_whole(target / STATE, [json.dumps(content, indent=1), "\n"])
 
@@ -76,7 +81,7 @@ def check(folder: str | os.PathLike[str], pair: dict[str, Any]) -> None:
         _expect(source, file)
     check_optimizer(source)
     found = json.loads((source / STATE).read_text(encoding="utf-8"))
-    if found.get("projectors", True):
+    if found.get("projectors", True) and not (source / EARLIER_WEIGHTS).is_file():
         _expect(source, WEIGHTS)
     kept_settings.check_same(source / STATE, found, pair)
     changed = kept_settings.changed(found, pair)
@@ -108,7 +113,8 @@ def load(folder: str | os.PathLike[str], loss: Loss, *, weights: bool = True) ->
     """
     if not (any(True for _ in loss.parameters()) or loss.memory()):
         return
-    saved = load_file(Path(folder) / WEIGHTS)
+    files = (Path(folder) / name for name in (WEIGHTS, EARLIER_WEIGHTS))
+    saved = load_file(next(file for file in files if file.is_file()))
     loss.remember(saved)
     for name, parameter in loss.named_parameters() if weights else ():
         value = saved[name].to(parameter.device, parameter.dtype)

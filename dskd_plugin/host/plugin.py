@@ -45,7 +45,7 @@ class DSKDPlugin(BasePlugin):
         without_gpu_kernels(cfg)
         for option in unheeded(cfg):
             LOG.info("dskd: %s has no effect: distillation computes its own cross-entropy, a block at a time", option)
-        on_one_device(cfg, self.run)
+        on_one_device(cfg)
         cfg["dataset_prepared_path"] = _prepared_path(self.run)
         dataset.install(self.run)
 
@@ -154,12 +154,12 @@ def without_gpu_kernels(cfg: Any) -> None:
         LOG.info("dskd: no GPU here, so LoRA trains without Axolotl's fused kernels: %s: false", ", ".join(unset))
 
 
-def on_one_device(cfg: Any, run: "Run") -> None:
-    """Keep a student in one process off the devices that are for the teacher: Axolotl would spread it over all."""
+def on_one_device(cfg: Any) -> None:
+    """Keep a student in one process on one device, where its rows are: Axolotl would spread it over all."""
     import torch
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not cfg.get("device_map")
-    if alone and torch.cuda.device_count() > 1 and any(one.teacher.device is not None for one in run.settings.each):
+    if alone and torch.cuda.device_count() > 1:
         cfg["device_map"] = {"": 0}
 
 

@@ -93,6 +93,8 @@ class DSKDTrainer(AxolotlTrainer):
         self.distillation = losses[0] if len(losses) == 1 else SeveralTeachers(losses)
         self._pair_state = state.pair_state(self._sides, settings, [losses[0].student_width, *widths])
         attach(model, self.distillation)
+        # DataParallel, which transformers takes for one process that sees several GPUs, would part rows from partners.
+        training_args._n_gpu = min(1, training_args.n_gpu)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True

@@ -38,7 +38,7 @@ def test_two_ranks_train_as_one_process(train, tmp_path, engine, options, one_pr
         if (folder / "model.safetensors").exists():
             _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
             assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert load_file(folder / "dskd_projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
+        assert load_file(folder / "dskd/projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
     assert (run.out / "model.safetensors").is_file()
 
 
@@ -99,7 +99,7 @@ def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path,
     assert again.curve() == whole.curve()  # bit for bit
     from safetensors.torch import load_file
 
-    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+    for file in ("model.safetensors", "dskd/projectors.safetensors"):
         ours, theirs = load_file(again.out / file), load_file(whole.out / file)
         assert ours.keys() == theirs.keys()
         assert all((ours[key] == theirs[key]).all() for key in ours)

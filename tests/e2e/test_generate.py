@@ -41,7 +41,7 @@ def test_the_written_recipe_trains(generated, recipe, tiny, run_axolotl):
     assert run.code == 0, run.output[-4000:]
     losses = [entry["loss"] for entry in run.log if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
-    assert "dskd" not in new and not (run.out / "dskd_projectors.safetensors").exists()
+    assert "dskd" not in new and not (run.out / "dskd/projectors.safetensors").exists()
 
 
 def test_distillation_on_the_teachers_answers(generated, recipe, train):

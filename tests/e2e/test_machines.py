@@ -73,4 +73,4 @@ def test_two_machines_train_as_one(
     run = run_on_machines(wanted, commands)
     assert run.code == 0, run.output[-4000:]
     assert run.curve() == [pytest.approx(step, rel=2e-5) for step in one_machine["curve"]]
-    assert (run.out / "model.safetensors").is_file() and (run.out / "dskd_projectors.safetensors").is_file()
+    assert (run.out / "model.safetensors").is_file() and (run.out / "dskd/projectors.safetensors").is_file()

@@ -171,7 +171,7 @@ def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
     assert fits == ([True, True, False] if changes is FITTED else [False, False, False])
     from safetensors.torch import load_file
 
-    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+    for file in ("model.safetensors", "dskd/projectors.safetensors"):
         ours, theirs = load_file(again.out / file), load_file(whole.out / file)
         assert ours.keys() == theirs.keys()
         assert all((ours[key] == theirs[key]).all() for key in ours)
@@ -186,7 +186,7 @@ def test_cross_model_attention_on_two_ranks(train, tmp_path, engine, options, si
     assert run.curve() == [pytest.approx(step, rel=2e-5) for step in single_cma["curve"]]
     from safetensors.torch import load_file
 
-    found = load_file(run.out / "dskd_projectors.safetensors")
+    found = load_file(run.out / "dskd/projectors.safetensors")
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     assert shapes == {
         "attention.query.weight": (96, 64),

@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run_axolotl, recipe, tiny):
     assert [entry["step"] for entry in again.log if "loss" in entry] == list(range(1, step + 2))
     assert (again.out / "model.safetensors").is_file() and not (again.out / "PARTIAL.txt").exists()
     assert "\ndskd: finished " in again.output
-    assert not list(again.out.rglob("dskd_projectors.safetensors"))
+    assert not list(again.out.rglob("dskd/projectors.safetensors"))
 
 
 def test_sigterm_to_the_command_reaches_the_training(run_axolotl, recipe):

@@ -62,7 +62,7 @@ def test_two_teachers_give_the_weighted_sum_of_each_alone(train, run_axolotl, te
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    shapes = {name: list(x.shape) for name, x in load_file(both.out / "dskd_projectors.safetensors").items()}
+    shapes = {name: list(x.shape) for name, x in load_file(both.out / "dskd/projectors.safetensors").items()}
     assert shapes["teacher1.t2s.linear.weight"] == [32, 48] and shapes["teacher2.t2s.linear.weight"] == [32, 40]
     _, info = AutoModelForCausalLM.from_pretrained(both.out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -42,7 +42,7 @@ def test_distillation_across_tokenizers(train, recipe):
     assert state["widths"] == [32, 48]
     from safetensors.torch import load_file
 
-    assert load_file(run.out / "dskd_projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
+    assert load_file(run.out / "dskd/projectors.safetensors")["t2s.linear.weight"].shape == (32, 48)
     assert "% aligned with the teacher" in run.output
     assert_ended_well(run, recipe)
 
@@ -110,7 +110,7 @@ def test_packed_with_evaluation(train):
 
     # Model and projectors of one checkpoint, that of the least validation loss, which is not the last.
     assert evaluations[-1]["eval_loss"] > evaluations[-2]["eval_loss"]
-    for file in ("model.safetensors", "dskd_projectors.safetensors"):
+    for file in ("model.safetensors", "dskd/projectors.safetensors"):
         found, best, last = (load_file(run.out / folder / file) for folder in ("", "checkpoint-2", "checkpoint-4"))
         assert all((found[key] == best[key]).all() for key in best), file
         assert not all((found[key] == last[key]).all() for key in last), file
@@ -141,7 +141,7 @@ def test_lora(train, tiny, lora):
     names = list(load_file(run.out / "adapter_model.safetensors"))
     assert names and all("lora_" in name for name in names)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["student"]), run.out)
-    assert (run.out / "dskd_projectors.safetensors").is_file()
+    assert (run.out / "dskd/projectors.safetensors").is_file()
     # Axolotl's fused kernels would have allocated on a GPU.
     assert "dskd: no GPU here, so LoRA trains without Axolotl's fused kernels: lora_mlp_kernel, " in run.output
     assert str(Path(tiny["student"]).parent) not in (run.out / "README.md").read_text()

@@ -217,6 +217,33 @@ def test_the_state_of_every_engine_is_known(files, checkpoint):
     state.check(folder, PAIR)
 
 
+def test_a_student_lies_alone_among_the_weights_of_its_folder(checkpoint):
+    """vLLM and others read every safetensors file of a model's folder."""
+    folder = checkpoint()
+    assert not list(folder.glob("*.safetensors")) and (folder / state.WEIGHTS).is_file()
+
+
+def test_projectors_under_their_earlier_name_are_resumed_from(checkpoint, tmp_path):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t2s = torch.nn.ModuleDict({"linear": torch.nn.Linear(3, 2, bias=False)})
+
+        def memory(self):
+            return {}
+
+        def remember(self, saved):
+            pass
+
+    folder, loss = checkpoint(), Loss()
+    (folder / state.WEIGHTS).rename(folder / state.EARLIER_WEIGHTS)
+    state.check(folder, PAIR)
+    state.load(folder, loss)
+    assert torch.equal(loss.t2s["linear"].weight, torch.ones(2, 3))
+    state.save(folder, {}, PAIR)
+    assert not (folder / state.EARLIER_WEIGHTS).exists()
+
+
 def test_the_newest_checkpoint_is_of_this_run_and_no_copy_that_the_user_made(tmp_path):
     (tmp_path / "checkpoint-98").mkdir()
     (tmp_path / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 98}')
