@@ -15,6 +15,7 @@ spaces d is the student's width and D the teacher's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -185,6 +186,11 @@ class Objective:
         return {term: share for term, share in weighted.items() if share > 0}
 
 
+def numbers_beside(like: Tensor, values: Sequence[float]) -> Tensor:
+    """Numbers as fp64 on the device of ``like``; `Tensor.new_tensor` would wait for all that a GPU still has to do."""
+    return torch.tensor(values, dtype=torch.double).to(like.device, non_blocking=True)
+
+
 def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:
     """Factor of each sum in the loss, in the order of TERMS: its share (Objective.shares) / its divisor.
 
@@ -192,7 +198,7 @@ def term_weights(divisors_T: Tensor, shares: dict[str, float]) -> Tensor:
     Returns [T] fp64.
     """
     divisors_T = divisors_T.double()
-    shares_T = divisors_T.new_tensor([shares.get(term, 0.0) for term in TERMS])
+    shares_T = numbers_beside(divisors_T, [shares.get(term, 0.0) for term in TERMS])
     return torch.where(divisors_T > 0, shares_T / divisors_T.clamp(min=1e-30), 0)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.batch import StepBatch
-from dskd_plugin.core.objective import CE_TERMS, RATES, TERMS, Objective
+from dskd_plugin.core.objective import CE_TERMS, RATES, TERMS, Objective, numbers_beside
 from dskd_plugin.generation.rollout import COUNTS
 
 # The order in which sums are kept; align_ratio, aligned rows out of all, stands last.
@@ -107,7 +107,7 @@ class Totals:
     def add(self, kind: str, batch: StepBatch, like: Tensor) -> None:
         """Take in the sums of a micro-batch. like: a tensor on the device of the loss."""
         rows = [torch.stack([value.double() for value in batch.sums[name]]) for name in (*TERMS, *RATES)]
-        rows.append(like.new_tensor([batch.aligned, batch.responses], dtype=torch.double))
+        rows.append(numbers_beside(like, [batch.aligned, batch.responses]))
         self._sums[kind] += torch.stack(rows)
 
     def means(self, kind: str) -> dict[str, float]:

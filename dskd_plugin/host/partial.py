@@ -56,7 +56,7 @@ class Interruption(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             return  # a Ray worker: signals are Ray's
         for number in last_words.SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self.on_signal)
 
     def stop_listening(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -64,7 +64,7 @@ class Interruption(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
         if self.signal is not None and time.monotonic() - self._since < last_words.ECHO_SECONDS:
             return
         if self.at_once or self.signal is not None:

@@ -198,7 +198,7 @@ class DSKDTrainer(AxolotlTrainer):
                 window.append(batch[KEY])
         as_window(window)
         # Not None, or the host would divide by the number of accumulation steps.
-        return batches, torch.tensor(sum(len(batch.rows_R) for batch in window), device=device)
+        return batches, torch.tensor(sum(len(batch.rows_R) for batch in window)).to(device, non_blocking=True)
 
     def _with_answers(self, rollout: Rollout, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The batches with the gold rows for the cross-entropy and the student's answers to their prompts for the KD.

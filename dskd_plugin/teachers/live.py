@@ -186,16 +186,16 @@ class Teacher:
         return self.decoder(**inputs, use_cache=False).last_hidden_state.to(inputs["input_ids"].device)
 
     def _packed_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
-        position_ids = torch.cat([torch.arange(int(length)) for length in lengths]).to(ids_T.device)
+        position_ids = torch.cat([torch.arange(int(length)) for length in lengths]).to(ids_T.device, non_blocking=True)
         return self._hidden(input_ids=ids_T[None], position_ids=position_ids[None])[0]
 
     def padded_hidden(self, ids_T: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states [T, E] of samples, each read in a row of its own. lengths: tokens of each, on the CPU."""
         present = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         # Places are found on the CPU: a mask as index would wait for the GPU.
-        at = present.flatten().nonzero().flatten().to(ids_T.device)
+        at = present.flatten().nonzero().flatten().to(ids_T.device, non_blocking=True)
         ids = torch.zeros(present.numel(), dtype=ids_T.dtype, device=ids_T.device).index_copy(0, at, ids_T)
-        mask = present.long().to(ids_T.device)
+        mask = present.long().to(ids_T.device, non_blocking=True)
         return self._hidden(input_ids=ids.view_as(mask), attention_mask=mask).flatten(0, 1)[at]
 
     @torch.no_grad()

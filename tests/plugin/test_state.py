@@ -263,5 +263,5 @@ def test_a_signal_while_the_student_is_saved_says_how_to_go_on():
     interruption.on_train_end(None, None, None)
     interruption.trained = True
     with pytest.raises(SystemExit):
-        interruption._on_signal(signal.SIGTERM, None)
+        interruption.on_signal(signal.SIGTERM, None)
     assert said == [True] and interruption.signal == signal.SIGTERM
