@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from dskd_plugin.host.prompts import Source
 
 # Settings of a recipe's chat_template entries that say how the student reads a conversation.
-_STUDENT_KEYS = (
-    *("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"),
-    "split_thinking",
-)
+_STUDENT_KEYS = ("chat_template", "chat_template_jinja", "train_on_eos", "train_on_eot", "split_thinking")
 _THINKING_KEYS = ("template_thinking_key", "field_thinking")
+# Axolotl's own names of roles, for an entry without `roles`.
+_ROLES = {"user": ["human"], "assistant": ["gpt"]}
 
 
 def conditions_of(source: "Source", sampling: "Sampling", batch_size: int, device: str, rows: Any) -> dict[str, Any]:
@@ -153,12 +152,20 @@ def dataset_entry(out: Path, counts: dict[str, object], recipe: dict[str, object
     chats = chat_entries(recipe)
     if chats:
         entry |= {key: chats[0][key] for key in _STUDENT_KEYS if key in chats[0]}
+        if "roles_to_train" in chats[0]:
+            entry["roles_to_train"] = _roles_to_train(chats[0])
         if any(key in chats[0] for key in _THINKING_KEYS):
             # The rows are written under the names that the template knows, whatever they are in the recipe's own.
             entry |= dict.fromkeys(_THINKING_KEYS, thinking_field(recipe))
     if counts["earlier_answers"]:
         entry["message_field_training"] = "training"
     return entry
+
+
+def _roles_to_train(entry: dict[str, Any]) -> list[str]:
+    """The trained roles by their names in the written rows, where no `roles` translates; the answers' is among them."""
+    renamed = {name: role for role, names in (entry.get("roles") or _ROLES).items() for name in names}
+    return list(dict.fromkeys([*(renamed.get(name, name) for name in entry["roles_to_train"] or ()), "assistant"]))
 
 
 def with_answers(entries: list[dict[str, Any]], rows: Any) -> list[dict[str, Any]]:

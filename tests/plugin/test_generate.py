@@ -821,6 +821,32 @@ def test_the_printed_entry_keeps_how_the_student_reads_a_conversation(written, t
     assert set(lines("new.jsonl")[0]["messages"][0]) == {"role", "content"}
 
 
+TRAINED = {
+    "a role under another name": ({"roles": {"user": ["Q"], "assistant": ["A"]}, "roles_to_train": ["A"]}, "QA"),
+    "of two names for one role": (
+        {"roles": {"user": ["Q"], "assistant": ["A", "B"]}, "roles_to_train": ["A", "B"]},
+        "QB",
+    ),
+    "Axolotl's own names": ({"roles_to_train": ["gpt"]}, ("human", "gpt")),
+    "marked messages alone": ({"roles_to_train": [], "message_field_training": "learn"}, ("user", "assistant")),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_the_written_recipe_trains_on_the_answers_whatever_the_roles_are_called(case, written):
+    """Each answer has a trained token, in the rows as Axolotl prepares them."""
+    from dskd_plugin.host.prepared import prepare
+
+    more, (asks, tells) = TRAINED[case]
+    rows = [{"messages": [{"role": asks, "content": ASK}, {"role": tells, "content": TOLD, "learn": True}]}]
+    options = ["--recipe-rows", "generated", "--write-recipe", "next.yaml", "--keep-unfinished", *SETTINGS["greedy"]]
+    run(written(entry(data_of(rows), **more)), *options)
+    (made,) = yaml.safe_load(Path("next.yaml").read_text())["datasets"]
+    assert made["roles_to_train"] == ["assistant"]
+    (found,) = prepare(Path("next.yaml"))
+    assert all(any(label != -100 for label in row["labels"]) for row in found.datasets["training"])
+
+
 def test_a_student_without_a_template_gets_one_named(written, tiny):
     student = Path(shutil.copytree(tiny["student"], "student"))
     (student / "chat_template.jinja").unlink()
