@@ -39,7 +39,7 @@ def changes(facts: Facts) -> Iterator[Change]:
     if facts.teacher_resident and facts.on_gpu and whole and not adapted:
         yield Change(f"{setting}quantization: 4bit", {"dskd": {"teacher": {"quantization": "4bit"}}})
     if facts.ranks > 1 and facts.engine in ("one process", "DDP", "ZeRO-1"):
-        yield Change("deepspeed: zero2.json", {"deepspeed": _zero(facts, 2)})
+        yield Change("deepspeed: zero2.json", {"deepspeed": _zero(2)})
     if not facts.checkpointing:
         yield Change("gradient_checkpointing: true", {"gradient_checkpointing": True})
     if facts.rows > 1:
@@ -51,11 +51,12 @@ def changes(facts: Facts) -> Iterator[Change]:
     if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and not facts.engine.startswith("ZeRO"):
         yield Change("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"})
     if facts.ranks > 1 and facts.engine not in ("ZeRO-3", "FSDP2") and whole:
-        yield Change("deepspeed: zero3.json", {"deepspeed": _zero(facts, 3)})
+        yield Change("deepspeed: zero3.json", {"deepspeed": _zero(3)})
     if not facts.adapter:
         lora = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}
         yield Change("adapter: lora, lora_r: 32, lora_target_linear: true", lora)
 
 
-def _zero(facts: Facts, stage: int) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage}, "bf16": {"enabled": facts.weights == "bfloat16"}}
+def _zero(stage: int) -> dict[str, Any]:
+    """A DeepSpeed configuration as far as memory goes, in the recipe's own precision."""
+    return {"zero_optimization": {"stage": stage}}

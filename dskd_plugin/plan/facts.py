@@ -130,12 +130,6 @@ def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: boo
     """Read a recipe; ``ValueError`` for a DeepSpeed file that is not there."""
     engine, offload, half = _engine(recipe, ranks)
     tokens = whole_number(recipe, "sequence_len", SEQUENCE_LEN)
-    weights = "float32"
-    # Axolotl's `auto` is bfloat16 on every GPU of today.
-    if recipe.get("bf16") or recipe.get("bfloat16") or (half and on_gpu):
-        weights = "bfloat16"
-    elif recipe.get("load_in_8bit") or recipe.get("fp16") or recipe.get("float16"):
-        weights = "float16"
     checkpointing = bool(recipe.get("gradient_checkpointing")) or bool(recipe.get("activation_offloading"))
     attention = str(recipe.get("attn_implementation") or ("flash" if recipe.get("flash_attention") else "sdpa"))
     return Facts(
@@ -149,7 +143,7 @@ def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: boo
         # Its limit is twice that, but the same text has about as many tokens on both sides.
         teacher_tokens=max(min(one.teacher.sequence_len or tokens, 2 * tokens) for one in settings.each),
         accumulation=whole_number(recipe, "gradient_accumulation_steps", 1),
-        weights=weights,
+        weights=half or _dtype(recipe, on_gpu),
         quantized=4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None,
         adapter=bool(recipe.get("adapter")),
         checkpointing=checkpointing,
@@ -160,13 +154,25 @@ def facts_of(recipe: dict[str, Any], settings: Settings, ranks: int, on_gpu: boo
     )
 
 
-def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str], bool]:
-    """The engine, what it keeps on the CPU, and whether it trains in half precision by a setting of its own."""
+def _dtype(recipe: dict[str, Any], on_gpu: bool) -> str:
+    """The dtype that Axolotl loads the student in."""
+    bf16, fp16 = recipe.get("bf16", "auto"), recipe.get("fp16")
+    if bf16 == "auto":
+        # Axolotl's `auto` is bfloat16 on every GPU of today, and elsewhere float16 unless the recipe says otherwise.
+        fp16 = not on_gpu and not recipe.get("float16") if fp16 is None else fp16
+        bf16 = on_gpu and not fp16
+    if bf16 or recipe.get("bfloat16"):
+        return "bfloat16"
+    return "float16" if recipe.get("load_in_8bit") or fp16 or recipe.get("float16") else "float32"
+
+
+def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str], str | None]:
+    """The engine, what it keeps on the CPU, and the half precision that its own file says, if any."""
     if recipe.get("fsdp_config"):
         offload = frozenset({"optimizer", "weights"} if recipe["fsdp_config"].get("offload_params") else ())
-        return "FSDP2", offload, False
+        return "FSDP2", offload, None
     if not recipe.get("deepspeed"):
-        return ("DDP" if ranks > 1 else "one process"), frozenset(), False
+        return ("DDP" if ranks > 1 else "one process"), frozenset(), None
     given = recipe["deepspeed"]
     if isinstance(given, dict):
         config = given
@@ -181,8 +187,10 @@ def _engine(recipe: dict[str, Any], ranks: int) -> tuple[Engine, frozenset[str],
     offload = frozenset(
         what for what, key in named.items() if (zero.get(key) or {}).get("device", "none") not in ("none", None)
     )
-    half = any((config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
+    # An "auto" is filled in from the recipe.
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    half = next((dtype for key, dtype in dtypes.items() if (config.get(key) or {}).get("enabled") is True), None)
     stage = whole_number(zero, "stage", 0)
     if stage not in engines:
         raise SettingError("deepspeed", "a zero_optimization.stage from 0 to 3", repr(stage), "Name another file.")
-    return engines[stage], offload, bool(half)
+    return engines[stage], offload, half

@@ -81,6 +81,7 @@ def test_the_bytes_of_a_step_are_those_of_a_real_one(name, method, checkpointing
         "micro_batch_size": size.rows,
         "sequence_len": size.tokens,
         "gradient_checkpointing": checkpointing,
+        "bf16": False,
         "flash_attention": True,  # without padding torch's own attention keeps no more
     }
     facts = facts_of(recipe, parse_settings(recipe["dskd"]), 1, on_gpu=False)
@@ -176,6 +177,36 @@ def test_engines_split_what_they_split(recipe, changes, states, weights):
     assert kept[1] == kept[0] // states
     assert split.memory.stays["student's weights"] == whole.student.bytes // weights
     assert split.work.network > 0 == whole.work.network
+
+
+@pytest.mark.axolotl
+@pytest.mark.parametrize("on_gpu", [True, False], ids=["GPU", "CPU"])
+@pytest.mark.parametrize("bf16", ["silent", None, "auto", True, False])
+@pytest.mark.parametrize("others", [{}, {"fp16": True}, {"fp16": False}, {"float16": True}, {"load_in_8bit": True}])
+def test_the_dtype_is_the_one_that_axolotl_loads_the_student_in(others, bf16, on_gpu, recipe, monkeypatch):
+    from axolotl.utils import config
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda: on_gpu)
+    del recipe["bf16"]
+    given = {**others, **({} if bf16 == "silent" else {"bf16": bf16})}
+    defaults = {key: AxolotlInputConfig.model_fields[key].default for key in ("bf16", "fp16", "float16", "bfloat16")}
+    resolved = DictDefault({**defaults, **given})
+    config.resolve_dtype(resolved)
+    changed = {**recipe, **given}
+    facts = facts_of(changed, parse_settings(changed["dskd"]), 1, on_gpu)
+    assert f"torch.{facts.weights}" == str(resolved.torch_dtype)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "enabled", "dtype"),
+    [(False, "auto", "float32"), (True, "auto", "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")],
+)
+def test_a_precision_that_the_engine_leaves_open_is_that_of_the_recipe(bf16, enabled, dtype, recipe):
+    file = json.loads((Path(__file__).parents[2] / "recipes/deepspeed/zero2.json").read_text())
+    assert file["bf16"] == file["fp16"] == {"enabled": "auto"}
+    assert of(recipe, bf16=bf16, deepspeed={**file, "bf16": {"enabled": enabled}}).facts.weights == dtype
 
 
 def test_a_stage_that_deepspeed_does_not_have_is_told(recipe):
