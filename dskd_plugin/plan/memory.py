@@ -82,10 +82,12 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
     if held:
         stays["gradients"] = gradients
 
-    states_of_teacher = sum(
+    of_micro_batch = sum(
         facts.rows * facts.tokens * teacher.counts.width * _bytes_of(one.settings.teacher.dtype)
         for one, teacher in read
     )
+    # The teacher is asked for all micro-batches of a step before the first loss.
+    states_of_teacher = of_micro_batch * facts.accumulation
     gathered = _gathered(facts, student)
     head_gradient = 4 * counts.vocab * counts.width if _head_is_trained(facts) else 0
     # Each teacher's loss keeps one of its own for the backward.
@@ -102,15 +104,18 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         "start of the backward": lived.backward + states_of_teacher + head_gradient + kept_gradients + gathered,
         # Gradients have grown while what the layers kept has gone.
         "end of the backward": growing + states_of_teacher + last + gathered,
-        "optimizer's step": growing,
+        "optimizer's step": growing + states_of_teacher,
     }
     if facts.settings.on_policy is not None:
         # The whole student, put together before the answers; their key-value cache is not counted.
-        moments["answers"] = student.bytes - weights
+        moments["answers"] = student.bytes - weights + states_of_teacher
     reading = [_reading(one, teacher) for one, teacher in read if one.teacher_resident and one.teacher_at == "student"]
+    # The host keeps the batches of a step until it has those of the next one.
     if reading:
         # One teacher reads after the other.
-        moments["teacher's forward"] = max(reading)
+        moments["teacher's forward"] = max(reading) + 2 * states_of_teacher - of_micro_batch
+    elif read:
+        moments["teacher's states"] = 2 * states_of_teacher
     return Memory(stays, moments, host)
 
 

@@ -242,6 +242,24 @@ def test_a_cache_and_sft_need_no_decoder_of_the_teacher(recipe):
     assert not any("teacher" in name for name in [*sft.memory.stays, *sft.memory.moments, *sft.work.flops])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_states_of_the_teacher_are_held_for_a_whole_step_and_twice_while_it_reads(cached, recipe):
+    """As the trainer holds them: those of 4 micro-batches, and of the step before until the last of these are there."""
+    teacher = {**recipe["dskd"]["teacher"], **({"cache": "states"} if cached else {})}
+    made = {k: of(recipe, dskd={"teacher": teacher}, gradient_accumulation_steps=k).memory for k in (2, 4)}
+    one = 4 * 192 * 96 * 2
+    more = {name: made[4].moments[name] - made[2].moments[name] for name in made[2].moments}
+    reading = "teacher's states" if cached else "teacher's forward"
+    assert more == {**dict.fromkeys(more, 2 * one), reading: 4 * one}
+    assert made[4].stays == made[2].stays
+
+
+def test_smaller_micro_batches_of_the_same_step_need_as_many_states_of_the_teacher(recipe):
+    """Gradients are held either way, so that the last moment of a step has nothing else."""
+    plans = [of(recipe, micro_batch_size=n, gradient_accumulation_steps=16 // n) for n in (4, 1)]
+    assert {plan.memory.moments["optimizer's step"] for plan in plans} == {16 * 192 * 96 * 2}
+
+
 def test_a_teacher_elsewhere_leaves_its_head_and_one_that_waits_comes_to_read(recipe):
     teacher = recipe["dskd"]["teacher"]
     here = of(recipe)
@@ -355,5 +373,6 @@ def test_a_split_student_is_whole_while_it_answers(recipe):
     block = {**recipe["dskd"], "on_policy": {"fraction": 1}}
     split = {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 2}
     plan = of(recipe, ranks=4, dskd=block, **split)
-    assert plan.memory.moments["answers"] == plan.student.bytes - plan.student.bytes // 4
-    assert of(recipe, ranks=4, dskd=block).memory.moments["answers"] == 0
+    states = 4 * 192 * 96 * 2  # of the teacher, from the step before
+    assert plan.memory.moments["answers"] == plan.student.bytes - plan.student.bytes // 4 + states
+    assert of(recipe, ranks=4, dskd=block).memory.moments["answers"] == states
