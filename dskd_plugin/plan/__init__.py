@@ -94,11 +94,15 @@ def _helpful(facts: Facts, models: _Models, now: Memory, limit: float) -> list[P
     so_far: dict[str, Any] = {}
     best = now
     for change in changes(facts):
-        alone = models.memory(facts.with_recipe(**change.recipe))
-        together = models.memory(facts.with_recipe(**_merged(so_far, change.recipe)))
+        merged = _merged(so_far, change.recipe)
+        try:
+            changed = [facts.with_recipe(**recipe) for recipe in (change.recipe, merged)]
+        except ValueError:  # beside another setting of the recipe it is refused
+            continue
+        alone, together = map(models.memory, changed)
         if together.peak >= best.peak:
             continue
-        so_far, best = _merged(so_far, change.recipe), together
+        so_far, best = merged, together
         found.append(Planned(change, alone, together))
         if together.peak <= limit:
             break

@@ -9,6 +9,9 @@ from typing import Any
 from dskd_plugin.plan.facts import STATES_OF_BYTES, Facts
 from dskd_plugin.plan.memory import Memory
 
+# Optimizers that Axolotl refuses beside DeepSpeed, by how their names begin.
+NOT_WITH_DEEPSPEED = ("muon", "polora", "flash_")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -38,7 +41,8 @@ def changes(facts: Facts) -> Iterator[Change]:
     adapted = any(teacher.adapter is not None for teacher in teachers)
     if facts.teacher_resident and facts.on_gpu and whole and not adapted:
         yield Change(f"{setting}quantization: 4bit", {"dskd": {"teacher": {"quantization": "4bit"}}})
-    if facts.ranks > 1 and facts.engine in ("one process", "DDP", "ZeRO-1"):
+    deepspeed = facts.ranks > 1 and not facts.optimizer.startswith(NOT_WITH_DEEPSPEED)
+    if deepspeed and facts.engine in ("one process", "DDP", "ZeRO-1"):
         yield Change("deepspeed: zero2.json", {"deepspeed": _zero(2)})
     if not facts.checkpointing:
         yield Change("gradient_checkpointing: true", {"gradient_checkpointing": True})
@@ -48,9 +52,10 @@ def changes(facts: Facts) -> Iterator[Change]:
             f"micro_batch_size: 1, gradient_accumulation_steps: {steps}",
             {"micro_batch_size": 1, "gradient_accumulation_steps": steps},
         )
-    if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and not facts.engine.startswith("ZeRO"):
+    # Under ZeRO it makes no difference in half precision, and Axolotl refuses it beside FSDP2.
+    if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and facts.engine in ("one process", "DDP"):
         yield Change("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"})
-    if facts.ranks > 1 and facts.engine not in ("ZeRO-3", "FSDP2") and whole:
+    if deepspeed and facts.engine not in ("ZeRO-3", "FSDP2") and whole:
         yield Change("deepspeed: zero3.json", {"deepspeed": _zero(3)})
     if not facts.adapter:
         lora = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}

@@ -18,6 +18,7 @@ from dskd_plugin.plan import make
 from dskd_plugin.plan.facts import STATES_LIKE_WEIGHTS, facts_of
 from dskd_plugin.plan.memory import memory_of
 from dskd_plugin.plan.models import student_of, teacher_of
+from dskd_plugin.preflight import check_recipe
 from dskd_plugin.settings import parse_settings
 
 GIB = 2**30
@@ -308,6 +309,35 @@ def test_advice_for_far_too_little_goes_through_all_changes(recipe):
     said = " ".join(one.change.lines for one in plan.helpful)
     for word in ("cache", "zero2", "gradient_checkpointing", "micro_batch_size: 1", "zero3"):
         assert word in said
+
+
+FSDP2 = {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "fsdp_version": 2}
+
+
+@pytest.mark.axolotl
+@pytest.mark.parametrize(
+    ("block", "others"),
+    [
+        ({"teacher": {"offload": True}}, {}),
+        ({"teacher": {"offload": True}, "on_policy": {"fraction": 0.5}}, {}),
+        ({}, FSDP2),
+        ({}, {"optimizer": "muon"}),
+        ({}, {"optimizer": "flash_adamw"}),
+    ],
+    ids=["offload", "offload, on-policy", "FSDP2", "muon", "flash_adamw"],
+)
+def test_no_change_is_advised_that_would_be_refused(block, others, recipe):
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    # Enough for Axolotl to look at the rest of a recipe.
+    whole = {**recipe, **others, "learning_rate": 1e-4, "num_epochs": 1, "flash_attention": False}
+    whole["dskd"] = {**block, "teacher": {**recipe["dskd"]["teacher"], **block.get("teacher", {})}}
+    plan = make(whole, ranks=2, on_gpu=True, gpu_memory=0.01)
+    assert plan.helpful
+    for one in plan.helpful:
+        changed = plan.facts.with_recipe(**one.change.recipe)  # the plugin's settings are read here
+        check_recipe(changed.recipe)
+        AxolotlInputConfig(**{key: value for key, value in changed.recipe.items() if key not in ("dskd", "plugins")})
 
 
 def run(tmp_path, recipe, *options):
