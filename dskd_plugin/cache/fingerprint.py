@@ -4,28 +4,51 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin.teachers.resolve import Parts
+from dskd_plugin.folders import WEIGHTS, read_json
+from dskd_plugin.teachers.resolve import WHOLE_WEIGHTS, Parts
 
 _BLOCK, _BLOCKS = 1 << 16, 64
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def fingerprint(parts: Parts) -> dict[str, object]:
-    """Digests of config.json, of each weight file, and of the adapter; those of files that are here.
+    """Digests of config.json, of each weight file that is loaded, and of the adapter; those of files that are here.
 
     Of a weight file the size, the start, which in safetensors has the names and shapes of all tensors, and 64 blocks of
     64 KiB spread evenly over it: to read 140 GB takes minutes at every start, and training a model changes all of its
     weights. A few bytes changed between the blocks are not seen. An adapter is small and is read whole.
     """
     folder = _folder(parts)
-    weights: dict[str, str] = {}
-    config = ""
-    if folder is not None:
-        config = _whole([folder / "config.json"])
-        files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
-        weights = {file.name: _sampled(file) for file in files if not file.name.startswith(("adapter_", "dskd_"))}
-    adapter = None if parts.adapter is None else _whole(sorted(parts.adapter.glob("adapter_*")))
-    return {"config": config, "weights": weights, "adapter": adapter}
+    weights = {} if folder is None else {file.name: _sampled(file) for file in _loaded(folder)}
+    return {**_without_weights(parts, folder), "weights": weights}
+
+
+def known_before_loading(parts: Parts) -> dict[str, object]:
+    """`fingerprint`, but of a hub id the commit in place of its weights, which are not here until they are loaded."""
+    if Path(parts.weights).is_dir():
+        return fingerprint(parts)
+    folder = _folder(parts)
+    # The folder of a snapshot is named by its commit.
+    commit = f"{parts.weights}@{parts.revision}" if folder is None else folder.name
+    return {**_without_weights(parts, folder), "weights": commit}
+
+
+def _without_weights(parts: Parts, folder: Path | None) -> dict[str, object]:
+    return {
+        "config": "" if folder is None else _whole([folder / "config.json"]),
+        "adapter": None if parts.adapter is None else _whole(sorted(parts.adapter.glob("adapter_*"))),
+    }
+
+
+def _loaded(folder: Path) -> list[Path]:
+    """The weight files that transformers reads, by name: the first of its forms that is here, or what an index lists.
+
+    A repository may hold the same weights in another form beside them, which no other tool has to fetch.
+    """
+    form = next((folder / name for name in WHOLE_WEIGHTS if (folder / name).is_file()), None)
+    if form is None:
+        return sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    listed = set((read_json(form).get("weight_map") or {}).values()) if form.suffix == ".json" else {form.name}
+    return sorted(folder / name for name in listed if (folder / name).is_file())
 
 
 def difference(kept: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:

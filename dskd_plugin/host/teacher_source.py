@@ -11,6 +11,7 @@ import torch
 
 from dskd_plugin.cache.build import Order, build
 from dskd_plugin.cache.cached_teacher import CachedTeacher
+from dskd_plugin.cache.fingerprint import known_before_loading
 from dskd_plugin.cache.layout import AUTO, check_there, command, folder_of
 from dskd_plugin.cache.manifest import made_for, states_in, teacher_of
 from dskd_plugin.cache.needs import wanted
@@ -137,9 +138,16 @@ def _width(run: Run) -> int:
 
 
 def automatic_folder(sides: Sides) -> Path:
-    """The folder of ``cache: auto``, beside the prepared rows: one for each teacher, whatever it is read for."""
-    who = teacher_of(sides.run)
-    content = {key: who[key] for key in ("dtype", "quantization", "fingerprint")}
+    """The folder of ``cache: auto``, beside the prepared rows: one for each teacher, whatever it is read for.
+
+    The same before the weights of a hub id are here and after; the manifest inside knows the weights too.
+    """
+    settings = sides.run.settings.teacher
+    content = {
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "fingerprint": known_before_loading(sides.run.teacher.parts),
+    }
     digest = hashlib.sha256(json.dumps([AUTO, content], sort_keys=True).encode()).hexdigest()[:16]
     # The plugin has given the prepared rows a folder of their own inside that of the recipe.
     return Path(sides.run.recipe["dataset_prepared_path"]).parent / f"dskd-cache-{digest}"

@@ -680,6 +680,81 @@ def test_the_command_builds_tells_and_verifies(prepare, run, tmp_path, plugins_f
     assert result.exit_code == 1 and "expected the folder of a teacher cache, got one without" in result.output
 
 
+@pytest.fixture
+def hub(tiny, tmp_path, monkeypatch):
+    """``hub(commit)``: the folder of a snapshot of org/teacher, without its weights, which main is then."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--org--teacher"
+
+    def at(commit):
+        shutil.copytree(tiny["teacher"], model / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(commit)
+        return model / "snapshots" / commit
+
+    return at
+
+
+def test_a_hub_teacher_is_computed_once(hub, tiny, run, tmp_path, plugins_forgotten, monkeypatch):
+    """``auto`` names the same folder while the weights of a hub id are not here yet and when they are."""
+    from dskd_plugin.cli import main
+    from dskd_plugin.host import teacher_source
+
+    snapshot, weights = hub("a" * 40), Path(tiny["teacher"]) / "model.safetensors"
+    written = yaml.safe_load(Path(run.sides.run.recipe["axolotl_config_path"]).read_text())
+    named = {"teacher": {"model": "org/teacher", "dtype": "float32", "cache": "auto"}}
+    file = tmp_path / "r.yaml"
+    recipe = {**written, "dataset_prepared_path": str(tmp_path / "prepared"), "dskd": {**written["dskd"], **named}}
+    file.write_text(yaml.safe_dump(recipe))
+    loaded, real = [], teacher_source.live
+
+    def fetch_and_load(*args, **kwargs):
+        shutil.copy(weights, snapshot)
+        loaded.append(snapshot)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(teacher_source, "live", fetch_and_load)
+
+    def built():
+        with plugins_forgotten():
+            result = CliRunner().invoke(main, ["cache", "build", str(file), "--device", "cpu"])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "to compute: 48 samples" in built()
+    shutil.copy(weights, snapshot / "consolidated.safetensors")  # another tool fetches the rest of the repository
+    assert "48 samples, 48 of them there; to compute: 0 samples" in built()
+    assert len(loaded) == len(list((tmp_path / "prepared").glob("dskd-cache-*"))) == 1
+
+
+def test_the_folder_of_auto_is_one_for_each_teacher(hub, tiny, tmp_path):
+    from types import SimpleNamespace
+
+    from dskd_plugin.host.teacher_source import automatic_folder
+
+    def of(model, **more):
+        settings = parse_settings({"teacher": {"model": str(model), "cache": "auto", **more}})
+        parts = SimpleNamespace(parts=parts_of(settings.teacher))
+        recipe = {"dataset_prepared_path": str(tmp_path / "prepared" / "rows")}
+        return automatic_folder(SimpleNamespace(run=SimpleNamespace(settings=settings, teacher=parts, recipe=recipe)))
+
+    hub("a" * 40)
+    first = of("org/teacher")
+    assert of("org/teacher") == first != of("org/teacher", dtype="float32")
+    hub("b" * 40)  # weights of the same configuration
+    assert of("org/teacher") != first and of("org/teacher", revision="a" * 40) == first
+    # A folder has its weights here, and may be trained again in place.
+    folder = another(tiny, tmp_path / "big")
+    local = of(folder)
+    assert of(tiny["teacher"]) == local
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 2}, folder / "model.safetensors")
+    assert of(folder) != local
+
+
 def test_the_benchmark_runs(tmp_path):
     from benchmarks.cache import main
 
@@ -707,3 +782,25 @@ def test_a_fingerprint_sees_each_part_and_not_the_place(tiny, tmp_path):
     assert difference(first, of(folder)) is None and of(folder)["weights"] == {}
     save_file(tensors, folder / "model-00001-of-00001.safetensors")
     assert difference(first, of(folder))[0] == "model-00001-of-00001.safetensors"
+
+
+def test_weights_in_a_form_that_is_not_loaded_do_not_make_another_teacher(tiny, tmp_path):
+    def of(folder):
+        return fingerprint(parts_of(parse_settings({"teacher": {"model": str(folder)}}).teacher))
+
+    folder = another(tiny, tmp_path / "big")
+    whole, first = folder / "model.safetensors", of(folder)
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "model.fp16.safetensors"):
+        shutil.copy(whole, folder / name)
+    assert of(folder) == first and list(first["weights"]) == ["model.safetensors"]
+    names = [f"model-{k}-of-00002.safetensors" for k in ("00001", "00002")]
+    for name in names:
+        shutil.copy(whole, folder / name)
+    index = {"weight_map": {f"tensor {name}": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert of(folder) == first  # transformers prefers the one file
+    whole.unlink()
+    sharded = of(folder)
+    assert list(sharded["weights"]) == names
+    (folder / names[1]).unlink()  # not fetched yet, or removed
+    assert list(of(folder)["weights"]) == names[:1] and difference(sharded, of(folder)) is None
