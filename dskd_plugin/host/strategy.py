@@ -2,6 +2,7 @@
 
 import copy
 import copyreg
+from itertools import pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -62,75 +63,99 @@ class PairedStrategy:
         return bool(self.student.supports_batched)
 
     def tokenize_prompt(self, prompt: Any) -> dict[str, Any]:
-        """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like."""
-        if not self.cuts_texts:
-            return self._tokenize(prompt)
-        parts = [self._tokenize(_batch_of(text)) for text in _rows_of(prompt)]
-        joined: dict[str, Any] = {column: [] for column in _columns(parts)}
-        for part in parts:
-            for column, rows in part.items():
-                joined[column] += rows
-        return joined
+        """The student's columns plus the teacher's ids, the aligned target positions of both sides and the like.
 
-    def _tokenize(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        if self.one_sided is not None:
-            for row in _rows_of(prompt) if self._is_batch(prompt) else [prompt]:
-                hand_over(self.student, row)
-                hand_over(self.teacher, row)
-        student, refusals = self._columns_of("student", prompt)
-        teacher, teacher_refusals = self._columns_of("teacher", prompt)
-        ids = student["input_ids"]
-        if not (self.supports_batched and (len(ids) == 0 or isinstance(ids[0], list | np.ndarray))):
-            joined = self._join(ids, student["labels"], teacher["input_ids"], teacher["labels"])
-            notes = {REFUSED: (refusals or teacher_refusals or [""])[0], ONE_SIDED: self._one_sided(prompt)}
-            return {**student, **joined, **notes}
-        if self.cuts_texts and not len(ids) == len(teacher["input_ids"]) == 1:
-            # The two sides are cut at different places.
-            teacher_rows = self.reread(ids, prompt[self.student.field][0])
-        else:
-            teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
-        rows = [
-            self._join(*row, *teacher_row)
-            for row, teacher_row in zip(zip(ids, student["labels"], strict=True), teacher_rows, strict=True)
+        prompt: a row, or columns of rows where the strategies read batches. As many rows come out, but of texts that
+        the student cuts. A row that a side cannot read has no tokens and a note about it.
+        """
+        if not self.supports_batched:
+            return self._of_row(prompt)
+        if self.cuts_texts:
+            return _joined([self._of_text(row) for row in _rows_of(prompt)])
+        field = _messages_of(self.student)
+        if not _is_batch(prompt, field):
+            return _first(self._of_batch(_batch_of(prompt)))
+        # `row_checks.checked` tells of a column that no row has.
+        return self._of_batch(prompt) if field is None or field in prompt else _joined([])
+
+    def _of_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._hand_over(row)
+        student, refused = self._columns_of("student", row)
+        teacher, teacher_refused = self._columns_of("teacher", row)
+        columns = student["input_ids"], student["labels"], teacher["input_ids"], teacher["labels"]
+        return {**student, **self._join(*columns), **self._notes(row, refused or teacher_refused)}
+
+    def _of_batch(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        rows = _rows_of(prompt)
+        if not rows:
+            return _joined([])
+        for row in rows:
+            self._hand_over(row)
+        student, refused = self._columns_of_batch("student", prompt, rows)
+        teacher, teacher_refused = self._columns_of_batch("teacher", prompt, rows)
+        columns = student["input_ids"], student["labels"], teacher["input_ids"], teacher["labels"]
+        found = [
+            {**self._join(*sides), **self._notes(row, mine or theirs)}
+            for row, mine, theirs, *sides in zip(rows, refused, teacher_refused, *columns, strict=True)
         ]
-        none = [""] * len(rows)
-        said = [self._one_sided(row) for row in _rows_of(prompt)] if self.one_sided else none
-        refused = [mine or theirs for mine, theirs in zip(refusals or none, teacher_refusals or none, strict=False)]
-        columns = {column: [row[column] for row in rows] for column in self._join([], [], [], [])}
-        # A text that was cut into rows has one note for all of them.
-        return {**student, **columns, REFUSED: [*refused, *none][: len(rows)], ONE_SIDED: said}
+        return {**student, **_as_batch(found)}
 
-    def _columns_of(self, side: str, prompt: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """A side's columns, empty for rows that its template cannot render, and a note for each row if there are such.
+    def _of_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Columns of the rows that a text is cut into; none for a text without tokens."""
+        student = dict(_read(self.student, _batch_of(row)))
+        if not student.get("input_ids"):
+            return {}
+        teacher, (refused,) = self._columns_of_batch("teacher", _batch_of(row), [row])
+        ids = student["input_ids"]
+        if len(ids) == len(teacher["input_ids"]) == 1:
+            teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
+        else:
+            # The two sides are cut at different places.
+            teacher_rows = self.reread(ids, row[self.student.field])
+        # The rows have one note for all of them.
+        notes = [self._notes(row, note) for note in (refused, *[""] * (len(ids) - 1))]
+        found = [
+            {**self._join(*ours, *theirs), **note}
+            for note, theirs, *ours in zip(notes, teacher_rows, ids, student["labels"], strict=True)
+        ]
+        return {**student, **_as_batch(found)}
+
+    def _hand_over(self, row: dict[str, Any]) -> None:
+        if self.one_sided is not None:
+            hand_over(self.student, row)
+            hand_over(self.teacher, row)
+
+    def _columns_of(self, side: str, row: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """A side's columns of a row, or where its template cannot render it none and a note that says why."""
+        strategy = self.student if side == "student" else self.teacher
+        try:
+            # Strategies change the row they are given.
+            return dict(_read_alone(strategy, copy.deepcopy(row))), ""
+        except Exception as error:  # whatever a template raises, e.g. for a system message
+            if side == "student" and self.one_sided is None:
+                raise  # no template's
+            return _no_columns(), dataset_report.refusal_note(side, error, row)
+
+    def _columns_of_batch(
+        self, side: str, prompt: dict[str, Any], rows: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The same of a batch, with a note for each row.
 
         A strategy reads a batch of rows as a whole; where that fails, each row is read alone.
         """
         strategy = self.student if side == "student" else self.teacher
         try:
-            # Strategies change the row they are given.
-            return dict(_read(strategy, copy.deepcopy(prompt))), []
-        except Exception as error:  # whatever a template raises, e.g. for a system message
-            if side == "student" and self.one_sided is None:
-                raise  # no template's
-            if not self._is_batch(prompt):
-                return _no_columns(), [dataset_report.refusal_note(side, error, prompt)]
-        parts, notes = [], []
-        for row in _rows_of(prompt):
-            try:
-                found = _read(strategy, copy.deepcopy(_batch_of(row)))
-                parts.append({column: values[0] for column, values in found.items()})
-                notes.append("")
-            except Exception as error:
-                parts.append(_no_columns())
-                notes.append(dataset_report.refusal_note(side, error, row))
-        return {column: [part.get(column, _no_ids()) for part in parts] for column in _columns(parts)}, notes
+            return dict(_read(strategy, copy.deepcopy(prompt))), [""] * len(rows)
+        except Exception:
+            found = [self._columns_of(side, row) for row in rows]
+        parts = [part for part, _ in found]
+        columns = {column: [part.get(column, _no_ids()) for part in parts] for column in _columns(parts)}
+        return columns, [note for _, note in found]
 
-    def _is_batch(self, prompt: dict[str, Any]) -> bool:
-        asks = getattr(self.student, "is_prompt_batched", None)
-        return bool(asks(prompt) if asks else self.supports_batched)
-
-    def _one_sided(self, row: dict[str, Any]) -> str:
-        return "" if self.one_sided is None else dataset_report.one_sided_note(self.one_sided.find(row))
+    def _notes(self, row: dict[str, Any], refused: str) -> dict[str, str]:
+        """What is told of a row; refused: why a side cannot read it, "" where both can."""
+        found = [] if refused or self.one_sided is None else self.one_sided.find(row)
+        return {REFUSED: refused, ONE_SIDED: dataset_report.one_sided_note(found)}
 
     def reread(self, rows: list[list[int]], text: str) -> list[tuple[list[int], list[int]]]:
         """The teacher's tokens, as many as it reads, of each student row of a text; all of them are trained on."""
@@ -156,7 +181,7 @@ class PairedStrategy:
             spelled[0] = spelled[0].removeprefix(b" ") if table.dummy_prefix else spelled[0]
         else:
             stops = [ends[length - 1] for length in np.cumsum([len(row) for row in rows])]
-            spelled = [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+            spelled = [text[start:stop] for start, stop in pairwise([0, *stops])]
         return [part.decode("utf-8", "ignore") for part in spelled]
 
     def _read_on(self, text: str) -> list[int]:
@@ -237,6 +262,28 @@ def _read(strategy: Any, prompt: dict[str, Any]) -> Any:
         return strategy.tokenize_prompt(prompt)
 
 
+def _read_alone(strategy: Any, row: dict[str, Any]) -> Any:
+    """One row's columns."""
+    field = _messages_of(strategy)
+    # Of a batch, Axolotl would take what is neither messages nor JSON of some for a message.
+    if strategy.supports_batched and (field is None or isinstance(row.get(field), list | str)):
+        return _first(_read(strategy, _batch_of(row)))
+    return _read(strategy, row)
+
+
+def _messages_of(strategy: Any) -> str | None:
+    """The column of its conversations; None where it reads none."""
+    return getattr(getattr(strategy, "prompter", None), "field_messages", None)
+
+
+def _is_batch(prompt: dict[str, Any], messages: str | None) -> bool:
+    """Whether these are columns of rows by their shape, whatever is wrong with a row: a conversation holds dicts."""
+    said = None if messages is None else prompt.get(messages)
+    return all(isinstance(values, list) for values in prompt.values()) and not (
+        said and all(isinstance(one, dict) for one in said)
+    )
+
+
 def _turn_end(strategy: Any, table: TokenTable) -> int | None:
     prompter = getattr(strategy, "prompter", None)
     template = getattr(prompter, "chat_template", None)
@@ -267,6 +314,23 @@ def _rows_of(prompt: dict[str, Any]) -> list[dict[str, Any]]:
 def _batch_of(row: dict[str, Any]) -> dict[str, Any]:
     """One row as a batch."""
     return {name: [value] for name, value in row.items()}
+
+
+def _first(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first row of a batch."""
+    return {column: values[0] for column, values in batch.items()}
+
+
+def _as_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of the same columns, one at least, as a batch."""
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def _joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches one after the other, those without rows left out; `datasets` wants a column where all are."""
+    held = [batch for batch in batches if batch]
+    found = {column: [value for batch in held for value in batch[column]] for column in _columns(held)}
+    return found or {"input_ids": []}
 
 
 def _columns(parts: list[dict[str, Any]]) -> list[str]:

@@ -282,6 +282,129 @@ def test_rows_that_the_students_template_refuses_are_told_in_the_same_way(prepar
         prepare([conversation("red", "blue"), bad, bad], datasets=datasets)
 
 
+NULL = "Messages is null"
+BROKEN = {
+    "null": (None, NULL),
+    "no message": ([], "list index out of range"),
+    "a null message": ([None], "has no attribute 'get'"),
+}
+
+
+@pytest.mark.parametrize("place", [0, 3, 9])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_row_without_messages_is_refused_and_costs_no_other(prepare, name, place):
+    """Axolotl takes a batch with such a row for one conversation."""
+    messages, error = BROKEN[name]
+    rows = [conversation("red", f"blue {k}") for k in range(10)]
+    rows[place] = {"messages": messages}
+    with pytest.raises(ValueError, match=rf"student's .*got 1 of 10 that it does not; .* row {place + 1}: .*{error}"):
+        prepare(rows)
+
+
+def test_rows_that_are_all_null_are_refused(prepare):
+    with pytest.raises(ValueError, match=rf"got 2 of 2 that it does not; the first, row 1: {NULL}"):
+        prepare([{"messages": None, "id": 1}, {"messages": None, "id": 2}])
+
+
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+PLAIN_CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture
+def paired(zoo):
+    """paired(student's template, teacher's) -> the strategy for both, on one vocabulary."""
+    from axolotl.prompt_strategies.chat_template import ChatTemplatePrompter, ChatTemplateStrategy
+
+    from dskd_plugin.host.strategy import PairedStrategy
+    from dskd_plugin.pair import Pair
+    from dskd_plugin.settings import parse_settings
+
+    def paired(*templates, names=("smollm2", "smollm2"), eot_tokens=None, **block):
+        entries = [zoo(name) for name in names]
+        sides = [
+            ChatTemplateStrategy(
+                ChatTemplatePrompter(entry.tokenizer, template),
+                entry.tokenizer,
+                False,
+                512,
+                roles_to_train=["assistant"],
+                train_on_eos="turn",
+                eot_tokens=eot_tokens,
+            )
+            for entry, template in zip(entries, templates, strict=True)
+        ]
+        pair = Pair(entries[0].table, entries[1].table, identity=False)
+        given = parse_settings({"teacher": {"model": "x"}, "method": "overlap_kd", "alignment": "eta", **block})
+        return PairedStrategy(*sides, pair, given)
+
+    return paired
+
+
+GOOD = conversation("red", "blue stone")
+SYSTEM = {"messages": [{"role": "system", "content": "lamp"}, *GOOD["messages"]]}
+# Rows that one side or both cannot read, whatever stands in the column.
+UNREADABLE = [
+    {"messages": None},
+    {"messages": []},
+    {"messages": [None]},
+    {"messages": 4},
+    {"messages": "{"},
+    {"messages": GOOD["messages"][0]},
+    SYSTEM,
+]
+
+
+@pytest.mark.parametrize("refuses", [("student",), ("teacher",), ("student", "teacher")])
+@pytest.mark.parametrize("bad", UNREADABLE)
+def test_every_row_of_a_batch_has_its_columns_and_its_note(paired, bad, refuses):
+    templates = [REFUSES_SYSTEM if side in refuses else PLAIN_CHATML for side in ("student", "teacher")]
+    strategy = paired(*templates)
+    written = {"messages": json.dumps(GOOD["messages"])}
+    alone = strategy.tokenize_prompt(GOOD)
+    assert alone["dskd_refused"] == "" and len(alone["aligned_student"])
+    assert str(strategy.tokenize_prompt(written)) == str(alone)
+    batches = [[GOOD, bad, written], [bad, GOOD], [GOOD, written, bad], [bad, written]]
+    # Nothing but dicts is a conversation, not a batch of rows with one message each.
+    for rows in batches if isinstance(bad["messages"], dict) else [*batches, [bad, bad]]:
+        found = strategy.tokenize_prompt({"messages": [row["messages"] for row in rows], "id": list(range(len(rows)))})
+        assert {len(column) for column in found.values()} == {len(rows)}
+        for k, row in enumerate(rows):
+            here = {column: values[k] for column, values in found.items()}
+            assert bool(here["dskd_refused"]) == (row is bad)
+            if row is not bad:
+                assert all(list(here[name]) == list(alone[name]) for name in ("input_ids", "labels", "aligned_student"))
+            elif bad is not SYSTEM or refuses[0] == "student":
+                assert len(here["input_ids"]) == len(here["aligned_student"]) == 0
+
+
+@pytest.mark.parametrize("refuses", ["student", "teacher"])
+@pytest.mark.parametrize("row", [SYSTEM, {"messages": None}, {"messages": "{"}, {"talk": 1}])
+def test_a_row_alone_that_a_side_refuses_has_a_note(paired, row, refuses):
+    strategy = paired(*(REFUSES_SYSTEM if side == refuses else PLAIN_CHATML for side in ("student", "teacher")))
+    found = strategy.tokenize_prompt(row)
+    note = json.loads(found["dskd_refused"])
+    assert note["side"] == (refuses if row is SYSTEM else "student") and note["error"]
+    assert len(found["aligned_student"]) == 0 and found["dskd_one_sided"] == ""
+
+
+def test_an_empty_batch_has_no_rows(paired):
+    found = paired(PLAIN_CHATML, PLAIN_CHATML).tokenize_prompt({"messages": []})
+    assert [len(column) for column in found.values()] == [0] * len(found)
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_texts_without_a_word_are_left_out(prepare, empty):
+    datasets = [{"path": "rows", "ds_type": "json", "type": "completion"}]
+    texts = ["the red river", empty, "stone", empty]
+    rows, student, teacher = prepare([{"text": text} for text in texts], datasets=datasets)
+    assert sorted(student.decode(row["input_ids"], skip_special_tokens=True) for row in rows) == [texts[2], texts[0]]
+    for row in rows:
+        check_pairs(row, student, teacher)
+
+
 # -- text that one side alone reads ------------------------------------------------------------------------------------
 
 # A template that knows no roles but these, and no field of a message but its content.
