@@ -10,11 +10,12 @@ from dskd_plugin.errors import SettingError
 from dskd_plugin.text.comparisons import first_difference
 from dskd_plugin.text.matching import Overlay, match_texts, partners_of
 from dskd_plugin.text.placed import Placed, matched
-from dskd_plugin.text.responses import Response, all_but, answers, gaps, runs_of
+from dskd_plugin.text.responses import Response, all_but, answers, gaps, responses_of
 from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
-RULES = 9  # raise it where the same rows would align in another way, or have other columns: prepared rows are made anew
+# Raise it where the same rows would align in another way, or have other columns: prepared rows are made anew.
+RULES = 10
 Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
 REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`
@@ -110,8 +111,7 @@ class Aligner:
             (teacher_ids, teacher_response, self.teacher, self.teacher_end),
         )
         ours, theirs = (
-            [Response(ids, run, table, end) for run in runs_of(answers(ids, response, table, end))]
-            for ids, response, table, end in sides
+            responses_of(ids, answers(ids, response, table, end), table, end) for ids, response, table, end in sides
         )
         if len(ours) != len(theirs):
             numbers = f"{len(ours)} responses of the student, {len(theirs)} of the teacher"
@@ -142,10 +142,11 @@ def align(
     pairing: Pairing = "exact",
     with_spans: bool = False,
 ) -> Alignment:
-    """Alignment of the responses (maximal runs of response tokens) of two sequences.
+    """Alignment of the responses of two sequences: maximal runs of response tokens.
 
     The k-th response of one side goes with the k-th of the other; where their numbers differ, responses of
-    equal text go together, in order.
+    equal text go together, in order. An end of sequence behind the end of turn, as a run of its own, belongs to the
+    response before it and pairs with that of the other side alone.
 
     pairing "exact": within two responses of one text, tokens pair iff they cover the same
     bytes of it, and the two end-of-turn tokens pair by role: student_end and teacher_end (see `end_of_turn`),
@@ -183,8 +184,8 @@ def align(
                 len(response),
                 "Give the mask of these ids.",
             )
-    ours = [Response(student_ids, run, student, student_end) for run in runs_of(student_response)]
-    theirs = [Response(teacher_ids, run, teacher, teacher_end) for run in runs_of(teacher_response)]
+    ours = responses_of(student_ids, student_response, student, student_end)
+    theirs = responses_of(teacher_ids, teacher_response, teacher, teacher_end)
     student_N: list[int] = []
     teacher_N: list[int] = []
     rows: list[Placed] = []
@@ -210,11 +211,12 @@ def align(
             found = [row._replace(student=first + row.student, teacher=start + row.teacher) for row in here]
             found += _ends(one, other, common.ends)
         unmatched -= 1
+        closing = list(zip(one.closing, other.closing, strict=False))  # one side may have none
         if pairing == "all":
-            student_N.extend(one.run)
-            teacher_N.extend(other.run)
+            student_N.extend([*one.run, *(a for a, _ in closing)])
+            teacher_N.extend([*other.run, *(b for _, b in closing)])
         else:
-            rows += found
+            rows += [*found, *(Placed(a, b) for a, b in closing)]
         if with_spans and common is not None:
             spans.extend((a + first, b + first, c + start, d + start) for a, b, c, d in _spans(one, other, common))
     student_N += [row.student for row in rows]

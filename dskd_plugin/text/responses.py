@@ -29,18 +29,47 @@ def gaps(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id
             len(between) <= _LONGEST_GAP
             and ids[other.start] == end_id
             and (ids[one.stop - 1] != end_id or len(one) > 1)  # an answer may end with text that spells the end of turn
-            and not any(ids[k] in table.special or (table.literal[ids[k]] or b"x").strip() for k in between)
+            and not any(ids[k] in table.special or _is_text(ids[k], table) for k in between)
         ):
             found.extend(between)
     return found
 
 
 def answers(ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None) -> list[bool]:
-    """Which tokens belong to an answer, from its first token to its end of turn."""
+    """Which tokens belong to an answer, from its first token to its end of turn and what closes it, see `_closes`."""
     inside = list(response)
     for k in gaps(ids, response, table, end_id):
         inside[k] = True
+    for one, other in pairwise(list(runs_of(inside))):
+        if _closes(one, other, ids, table, end_id):
+            inside[one.stop : other.start] = [True] * (other.start - one.stop)
     return inside
+
+
+def _closes(one: range, other: range, ids: Sequence[int], table: TokenTable, end_id: int | None) -> bool:
+    """Whether a run is the end of sequence that a template puts behind the end of turn of the run before it.
+
+    Axolotl marks such an answer and its end of sequence as two responses, as in Phi-3's last turn,
+    `content + '<|end|>' + line break + eos_token`, with the end of turn among the answer's tokens or in neither.
+    """
+    between = ids[one.stop : other.start]
+    return (
+        len(between) <= _LONGEST_GAP
+        and table.eos != end_id
+        and all(ids[k] == table.eos for k in other)
+        and end_id in (ids[one.stop - 1], *between)
+        and not any(_is_text(token, table) for token in between if token != end_id)
+    )
+
+
+def _is_mark(token: int, table: TokenTable) -> bool:
+    """Whether it is a special token, and not one that stands for text without a token."""
+    return token in table.special and (token != table.unknown or token == table.eos)
+
+
+def _is_text(token: int, table: TokenTable) -> bool:
+    """Whether it shows more than white space and marks."""
+    return not _is_mark(token, table) and bool((table.literal[token] or b"x").strip())
 
 
 def all_but(left_out: list[int], length: int) -> Sequence[int]:
@@ -58,8 +87,25 @@ def runs_of(response: Sequence[bool]) -> Iterator[range]:
         start = flags.find(1, stop)
 
 
+def responses_of(
+    ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None
+) -> list["Response"]:
+    """The runs of response tokens, without those that close another."""
+    found: list[Response] = []
+    before = range(0)
+    for run in runs_of(response):
+        if found and _closes(before, run, ids, table, end_id):
+            found[-1].closing = run
+        else:
+            found.append(Response(ids, run, table, end_id))
+        before = run
+    return found
+
+
 class Response:
-    """One run of response tokens: its text and its end-of-turn token."""
+    """One run of response tokens: its text and its end-of-turn token. closing: where the run behind it is, if any."""
+
+    closing = range(0)
 
     def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
         self.ids = list(ids[run.start : run.stop])
@@ -81,9 +127,9 @@ class Response:
             token_id = self.ids[index]
             if token_id == end_id:
                 return index
-            if token_id in table.special and (token_id != table.unknown or token_id == table.eos):
+            if _is_mark(token_id, table):
                 last = index if last is None else last
-            elif (table.literal[token_id] or b"x").strip():
+            elif _is_text(token_id, table):
                 break
         return last
 

@@ -788,6 +788,56 @@ def test_an_answer_goes_on_to_its_end_of_turn_past_white_space_of_the_template(p
     assert asked.rstrip().endswith("[INST] twelve [/INST]") and "blue stone" in asked
 
 
+# An end of turn, a line break and, behind the last turn, the end of sequence.
+CLOSED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|endoftext|>\n' }}{% endfor %}"
+    "{{ eos_token }}"
+)
+# Two ends behind every answer.
+TWICE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>"
+    "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("eot_tokens", [None, ["<|endoftext|>"]])
+@pytest.mark.parametrize("side", ["teacher", "student", "both"])
+@pytest.mark.parametrize("template", [CLOSED, TWICE])
+def test_an_end_of_sequence_behind_the_end_of_turn_is_no_answer(
+    prepare, tiny, recipe, tmp_path, caplog, template, side, eot_tokens
+):
+    """Axolotl marks it as a response of its own, and the end of turn only where `eot_tokens` names it."""
+    file = tmp_path / "closed.jinja"
+    file.write_text(template)
+    theirs = {"chat_template": str(file)} if side != "student" else {}
+    block = ON_POLICY | {"teacher": {"model": tiny["sibling"], "dtype": "float32", **theirs}, "alignment": "eta"}
+    changes = {}
+    if side != "teacher":
+        changes["datasets"] = [{**recipe["datasets"][0], "chat_template": "jinja", "chat_template_jinja": template}]
+        changes["eot_tokens"] = eot_tokens
+    with caplog.at_level("WARNING"):
+        (row,), student, teacher = prepare(
+            [conversation("red river", "blue stone.", "twelve", "the lamp")], block, **changes
+        )
+    assert "counterpart" not in caplog.text
+    places = row["aligned_student"], row["aligned_teacher"]
+    assert all(row["labels"][k] != -100 for k in places[0])
+    said = "".join(pieces(student, row["input_ids"], places[0]))
+    assert said.replace("<|endoftext|>", "").replace("<|im_end|>", "") == "blue stone.the lamp"
+    pairs = [(row["input_ids"][s], row["teacher_input_ids"][t]) for s, t in zip(*places, strict=True)]
+    assert all((a in student.all_special_ids) == (b in teacher.all_special_ids) for a, b in pairs)
+    # What closes an answer has a partner where it is apart on both sides, and never an end of turn.
+    closing = student.eos_token_id, teacher.eos_token_id
+    assert (closing in pairs) == (side == "both" and template == CLOSED)
+    assert side == "teacher" or all(b == closing[1] for a, b in pairs if a == closing[0])
+    assert side == "student" or all(a == closing[0] for a, b in pairs if b == closing[1])
+    asked = teacher.decode(row["teacher_input_ids"][: row["teacher_prompt"]])
+    assert asked.endswith(
+        "twelve" + ("<|im_end|>" if side == "student" else "<|endoftext|>") + "\n<|im_start|>assistant\n"
+    )
+    assert "blue stone" in asked and "lamp" not in asked
+
+
 def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny, recipe, monkeypatch):
     """What the run takes for the ends, from the recipe alone, is what the rows were aligned with."""
     from axolotl.utils.dict import DictDefault

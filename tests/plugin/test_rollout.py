@@ -686,6 +686,27 @@ def test_spelled_control_token_stays_text(spelled, sides):
     assert row["aligned_student"][-1] == len(row["input_ids"]) - 1
 
 
+@pytest.mark.parametrize("trains_end", [True, False])
+@pytest.mark.parametrize("white", ["\n", ""])
+def test_an_end_of_sequence_behind_the_end_of_turn_is_no_answer_to_ask_for(sides, white, trains_end):
+    """The prompt would hold the gold answer, and the student would be asked for what follows it."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|endoftext|>" + white + "' }}"
+        "{% endfor %}{{ eos_token }}"
+    )
+    student, teacher = Side(sides["student"].tokenizer, template), sides["teacher"]
+    messages = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue stone"}]
+    gold = gold_row(student, teacher, messages, aligner_of(student, teacher))
+    asked = prompt_of(gold)
+    end = gold["input_ids"].index(student.end, len(asked))
+    assert gold["input_ids"][-1] == student.tokenizer.eos_token_id != student.end == gold["labels"][end]
+    gold["labels"][-1] = gold["input_ids"][-1]
+    if not trains_end:
+        gold["labels"][end] = IGNORE
+    (prompt,) = rollout_of(student, teacher)._prompts(gold, None)
+    assert prompt.student_ids == asked and "blue" not in student.tokenizer.decode(asked)
+
+
 def test_empty_answer_is_an_end_of_turn(sides):
     student, teacher = sides["student"], sides["teacher"]
     (row,), gold, one = say([student.end], student, teacher, CONVERSATION)
