@@ -63,8 +63,8 @@ def make_pair(student_tokenizer: Any, teacher: TokenTable, settings: Settings) -
     return Pair(student, teacher, as_one)
 
 
-def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
-    """How rows are aligned whose turns end so."""
+def aligner(pair: Pair, settings: Settings, ends: Ends, *, whole: bool = False) -> Aligner:
+    """How rows are aligned whose turns end so. whole: none was cut."""
     return Aligner(
         pair.student,
         pair.teacher,
@@ -73,6 +73,7 @@ def aligner(pair: Pair, settings: Settings, ends: Ends) -> Aligner:
         spans=settings.with_spans,
         student_end=ends[0],
         teacher_end=ends[1],
+        whole=whole,
     )
 
 

@@ -38,7 +38,10 @@ class PairedStrategy:
         teacher_len: int | None = None,
     ) -> None:
         self.student, self.teacher, self.pair = student, teacher, pair
-        self.aligner = aligner(pair, settings, (_turn_end(student, pair.student), _turn_end(teacher, pair.teacher)))
+        ends = _turn_end(student, pair.student), _turn_end(teacher, pair.teacher)
+        # Axolotl cuts the texts of other types where it reads them, and conversations later.
+        whole = all(hasattr(side, "get_conversation_thread") for side in (student, teacher))
+        self.aligner = aligner(pair, settings, ends, whole=whole)
         self.with_prompts = settings.on_policy is not None
         self.student_len, self.teacher_len = student_len, teacher_len
         self.cuts_texts = isinstance(student, CompletionPromptTokenizingStrategy)

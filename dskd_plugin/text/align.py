@@ -15,7 +15,7 @@ from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
 # Raise it where the same rows would align in another way, or have other columns: prepared rows are made anew.
-RULES = 10
+RULES = 11
 Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
 REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`
@@ -47,7 +47,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Aligner:
-    """How the rows of one run are aligned: the rules of `align` with the two tokenizers."""
+    """How the rows of one run are aligned: the rules of `align` with the two tokenizers. whole: no row was cut."""
 
     student: TokenTable
     teacher: TokenTable
@@ -56,6 +56,7 @@ class Aligner:
     spans: bool = False
     student_end: int | None = None
     teacher_end: int | None = None
+    whole: bool = False
     rules: int = RULES
 
     def columns(
@@ -82,6 +83,7 @@ class Aligner:
             identity=self.identity,
             student_end=self.student_end,
             teacher_end=self.teacher_end,
+            whole=self.whole,
             pairing=self.pairing,
             with_spans=self.spans,
         )
@@ -111,7 +113,8 @@ class Aligner:
             (teacher_ids, teacher_response, self.teacher, self.teacher_end),
         )
         ours, theirs = (
-            responses_of(ids, answers(ids, response, table, end), table, end) for ids, response, table, end in sides
+            responses_of(ids, answers(ids, response, table, end), table, end, whole=self.whole)
+            for ids, response, table, end in sides
         )
         if len(ours) != len(theirs):
             numbers = f"{len(ours)} responses of the student, {len(theirs)} of the teacher"
@@ -139,6 +142,7 @@ def align(
     identity: bool = False,
     student_end: int | None = None,
     teacher_end: int | None = None,
+    whole: bool = False,
     pairing: Pairing = "exact",
     with_spans: bool = False,
 ) -> Alignment:
@@ -159,7 +163,8 @@ def align(
     text (NFC, NFKC, lower-casing, white space); then a token pairs only where its ends are known. White space that
     differs costs the tokens that it touches. Any other difference leaves the response without pairs.
     White space alone pairs only where both have the same of it; an answer that was cut short, only with the start of
-    the other, or, if it is long, with the one place where the other has it.
+    the other, or, if it is long, with the one place where the other has it. Without an end of turn at the end of its
+    row an answer was cut short, unless the rows are whole.
     pairing "starts": as "exact", but two tokens pair iff they begin at the same byte, wherever they end.
     pairing "bytes": as "exact", but each token of the student pairs with the one of the teacher in which it begins, at
     its start or inside it, see `placed.matched`.
@@ -184,8 +189,8 @@ def align(
                 len(response),
                 "Give the mask of these ids.",
             )
-    ours = responses_of(student_ids, student_response, student, student_end)
-    theirs = responses_of(teacher_ids, teacher_response, teacher, teacher_end)
+    ours = responses_of(student_ids, student_response, student, student_end, whole=whole)
+    theirs = responses_of(teacher_ids, teacher_response, teacher, teacher_end, whole=whole)
     student_N: list[int] = []
     teacher_N: list[int] = []
     rows: list[Placed] = []

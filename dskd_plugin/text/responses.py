@@ -88,16 +88,16 @@ def runs_of(response: Sequence[bool]) -> Iterator[range]:
 
 
 def responses_of(
-    ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None
+    ids: Sequence[int], response: Sequence[bool], table: TokenTable, end_id: int | None, *, whole: bool = False
 ) -> list["Response"]:
-    """The runs of response tokens, without those that close another."""
+    """The runs of response tokens, without those that close another. whole: the row was not cut."""
     found: list[Response] = []
     before = range(0)
     for run in runs_of(response):
         if found and _closes(before, run, ids, table, end_id):
             found[-1].closing = run
         else:
-            found.append(Response(ids, run, table, end_id))
+            found.append(Response(ids, run, table, end_id, whole))
         before = run
     return found
 
@@ -107,7 +107,9 @@ class Response:
 
     closing = range(0)
 
-    def __init__(self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None) -> None:
+    def __init__(
+        self, ids: Sequence[int], run: range, table: TokenTable, end_id: int | None, whole: bool = False
+    ) -> None:
         self.ids = list(ids[run.start : run.stop])
         if self.ids and not 0 <= min(self.ids) <= max(self.ids) < table.vocab_size:
             raise SettingError(
@@ -116,7 +118,7 @@ class Response:
                 f"{min(self.ids)} to {max(self.ids)}",
                 "Tokenize with the tokenizer of this table.",
             )
-        self.run, self.table, self.length = run, table, len(ids)
+        self.run, self.table, self.is_last, self.whole = run, table, run.stop == len(ids), whole
         self.before = (table.literal[ids[run.start - 1]] if run.start else None) or b""
         self.end = self._find_end(end_id)
         self.known: dict[tuple[object, ...], Text] = {}
@@ -151,16 +153,16 @@ class Response:
 
     @cached_property
     def readings(self) -> list["_Reading"]:
-        """Likeliest first. A row that is cut right after text that spells the end of turn has no end.
+        """Likeliest first. A row that ends with text that spells the end of turn has no end, cut or by its template.
 
         An answer that is this one token is an end without text.
         """
-        last = self.run.stop == self.length
         text_ids = self.ids[: self.end]
-        ended = _Reading(self.end, short=self.end is None and last)
-        whole = [ended] if not self.end or not last else [ended, _Reading(None, short=True)]
+        endless = _Reading(None, short=self.is_last and not self.whole)
+        ended = endless if self.end is None else _Reading(self.end, short=False)
+        likely = [ended, endless] if self.end and self.is_last else [ended]
         cut = not self.table.vague.isdisjoint(text_ids) or None in map(self.table.literal.__getitem__, text_ids)
-        return [*whole, ended._replace(cut=True)] if cut else whole
+        return [*likely, ended._replace(cut=True)] if cut else likely
 
     def read(self, reading: "_Reading", changes: tuple[Canonical, ...]) -> Text:
         key = (reading, changes)

@@ -390,6 +390,42 @@ def test_a_row_alone_that_a_side_refuses_has_a_note(paired, row, refuses):
     assert len(found["aligned_student"]) == 0 and found["dskd_one_sided"] == ""
 
 
+# Ends no turn, and writes the reasoning of an answer that another template leaves out.
+ENDLESS = (
+    "{% for m in messages %}[{{ m.role }}]\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n"
+    "{% endif %}{{ m.content }}{% endfor %}"
+)
+ANSWERS = {
+    "a field": {"content": "It is 7, the answer is blue.", "reasoning_content": "we count"},
+    "a short answer": {"content": "7", "reasoning_content": "7 = 3 + 4"},
+    "the answer again": {"content": "4 or 5", "reasoning_content": "4 or 5"},
+    "two ways to write it": {"content": "<think>\nwe count\n</think>\n\nIt is 7."},
+    "the same": {"content": "blue stone."},
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("endless", [0, 1])
+def test_the_last_answer_of_a_template_without_an_end_of_turn_is_whole(paired, zoo, endless, name):
+    """It pairs as with an end, which alone has no partner; a row that was cut short looks the same."""
+    row = {"messages": [*conversation("red", "blue", "count")["messages"], {"role": "assistant", **ANSWERS[name]}]}
+    trims = PLAIN_CHATML.replace("m.content", "m.content.split('<think>\n')[-1]")
+    found = []
+    for template in (ENDLESS, ENDLESS.replace("{% endfor %}", "<|endoftext|>{% endfor %}")):
+        sides = (template, trims) if endless == 0 else (trims, template)
+        found.append(paired(*sides, names=("smollm2", "qwen-fast"), eot_tokens=["<|endoftext|>"]).tokenize_prompt(row))
+        assert found[-1]["unmatched_responses"] == 0
+    ids = [one["teacher_input_ids" if endless else "input_ids"] for one in found]
+    texts = [zoo(("smollm2", "qwen-fast")[endless]).tokenizer.decode(side) for side in ids]
+    assert texts[0] == texts[1].replace("<|endoftext|>", "") and found[0]["aligned_student"].size
+    assert said_in(found[0], zoo) == [text for text in said_in(found[1], zoo) if not text.startswith("<|")]
+
+
+def said_in(row, zoo):
+    """The tokens with a partner."""
+    return zoo("smollm2").tokenizer.convert_ids_to_tokens([row["input_ids"][k] for k in row["aligned_student"]])
+
+
 def test_an_empty_batch_has_no_rows(paired):
     found = paired(PLAIN_CHATML, PLAIN_CHATML).tokenize_prompt({"messages": []})
     assert [len(column) for column in found.values()] == [0] * len(found)
@@ -845,12 +881,13 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     from dskd_plugin.host import strategy
     from dskd_plugin.host.plugin import registered
 
-    seen = []
+    seen, uncut = [], []
     original = strategy.aligner
 
-    def spy(pair, settings, ends):
+    def spy(pair, settings, ends, *, whole):
         seen.append(ends)
-        return original(pair, settings, ends)
+        uncut.append(whole)
+        return original(pair, settings, ends, whole=whole)
 
     entries = [
         recipe["datasets"][0],
@@ -863,6 +900,7 @@ def test_every_kind_of_dataset_names_the_ends_of_turn_of_its_rows(prepare, tiny,
     changed = DictDefault(recipe | ends | {"datasets": entries})
     found = registered().run.on(changed).with_student(student).ends
     assert len(seen) == len(entries) and found == list(dict.fromkeys(seen))
+    assert uncut == [entry["type"] == "chat_template" for entry in entries]
     chat, text = (student.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
     assert found[0] == (chat, teacher.eos_token_id) and found[-1] == (text, teacher.eos_token_id)
 

@@ -117,6 +117,39 @@ def test_one_tokenizer_pairs_what_closes_an_answer_too(zoo):
     assert found == {(k, k) for k, inside in enumerate(bare[1]) if inside} and not unmatched
 
 
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    answer=texts,
+    around=st.tuples(*[st.sampled_from(["", "<a>so</a>", "<think></think>", "\n", " "])] * 2),
+    names=st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    ends=st.tuples(st.booleans(), st.booleans()),
+)
+def test_a_whole_answer_without_an_end_pairs_as_with_one(answer, around, names, ends):
+    one, other = map(load, names)
+    rows, whole = [], []
+    for entry, before, has_end in zip((one, other), around, ends, strict=True):
+        ids = encode(entry.tokenizer, before + answer)
+        if not ids or not entry.table.special.isdisjoint(ids):
+            reject()  # a special token may be text or an end
+        rows.append(([*ids, end_of(entry)], [True] * (len(ids) + 1)))
+        whole.append(rows[-1] if has_end else (ids, [True] * len(ids)))
+    expected, unmatched = pairs(aligner(one, other, whole=True), *rows)
+    found, lonely = pairs(aligner(one, other, whole=True), *whole)
+    last = tuple(len(row[0]) - 1 for row in rows)
+    assert lonely == unmatched and found == (expected if all(ends) else expected - {last})
+
+
+def test_a_cut_answer_is_no_whole_one(zoo):
+    one, other = zoo("qwen-fast"), zoo("smollm2")
+    ids, theirs = encode(one.tokenizer, "4"), encode(other.tokenizer, "<think>2 + 2 = 4</think>\n\nfour")
+    sides = (ids, [True] * len(ids)), ([*theirs, end_of(other)], [True] * (len(theirs) + 1))
+    assert pairs(aligner(one, other), *sides) == (set(), 1)
+    text = encode(one.tokenizer, "<think>2 + 2 = 4</think>\n\nfour, and so")
+    sides = (text, [True] * len(text)), sides[1]
+    assert len(pairs(aligner(one, other), *sides)[0]) == 0
+    assert pairs(aligner(one, other, whole=True), *sides)[1] == 0
+
+
 # A row of the tokens of "red", (E)nd of turn, end of (S)equence, (I) another special token, a line break and a word;
 # below each, whether it is trained on; how many responses that makes.
 WHITE = ("r E n E", "x x . x", 1)
