@@ -21,6 +21,18 @@ def canonical(table: TokenTable) -> "Canonical | None":
     return _canonical(table.normalizer, table.space_mark, table.collapses_space)
 
 
+def normal_form(table: TokenTable) -> Callable[[str], str]:
+    """What the tokenizer makes of a whole text before it cuts it, with spaces written as spaces."""
+    normalize, mark = load_normalizer(table.normalizer), table.space_mark
+
+    def form(text: str) -> str:
+        new = normalize(text)
+        new = new.replace(mark, " ") if mark else new
+        return re.sub(r"\s+", " ", new) if table.collapses_space else new
+
+    return form
+
+
 class Canonical:
     """A tokenizer's changes to one unit of text (see `units`), with spaces written as spaces.
 

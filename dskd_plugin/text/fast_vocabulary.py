@@ -17,13 +17,13 @@ _WORD_MODELS = {
 _DROPPING = {"Whitespace", "BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts"}
 
 
-def _flat(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def steps_of(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """The steps of a component of tokenizer.json, sequences opened."""
     if component is None:
         return []
     for key in ("normalizers", "pretokenizers", "decoders"):
         if key in component:
-            return [step for part in component[key] for step in _flat(part)]
+            return [step for part in component[key] for step in steps_of(part)]
     return [component]
 
 
@@ -38,13 +38,13 @@ def _check_readable(tokenizer: Any, model: Mapping[str, Any], splitters: list[Ma
             )
     dropping = [step["type"] for step in splitters if step["type"] in _DROPPING or step.get("behavior") == "Removed"]
     marked = any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "always" for step in splitters)
-    if _splits_at_spaces(splitters) and not marked:
+    if splits_at_spaces(splitters) and not marked:
         dropping.append("WhitespaceSplit")
     if dropping:
         raise not_readable(tokenizer, "it drops white space", f"pre-tokenizer {dropping[0]}")
 
 
-def _splits_at_spaces(splitters: list[Mapping[str, Any]]) -> bool:
+def splits_at_spaces(splitters: list[Mapping[str, Any]]) -> bool:
     return any(step["type"] == "WhitespaceSplit" for step in splitters)
 
 
@@ -78,8 +78,8 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
 
 def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
     """The token table of a tokenizer.json. spec: its content. Raises an error where tokens do not spell the text."""
-    model, normalizers = spec["model"], _flat(spec["normalizer"])
-    splitters, decoders = _flat(spec["pre_tokenizer"]), _flat(spec["decoder"])
+    model, normalizers = spec["model"], steps_of(spec["normalizer"])
+    splitters, decoders = steps_of(spec["pre_tokenizer"]), steps_of(spec["decoder"])
     _check_readable(tokenizer, model, splitters)
     metaspaces = [step for step in splitters if step["type"] == "Metaspace"]
 
@@ -135,7 +135,7 @@ def fast_table(tokenizer: Any, spec: Mapping[str, Any]) -> TokenTable:
         dummy_prefix=splitter_prefixes or normalizer_prefixes or "first" in schemes,
         prefixing=frozenset(prefixing),
         space_mark=mark,
-        collapses_space=_splits_at_spaces(splitters) or folds,
+        collapses_space=splits_at_spaces(splitters) or folds,
         normalizer=json.dumps({"type": "Sequence", "normalizers": kept}, sort_keys=True) if kept else None,
         notes=names,
     )

@@ -1,20 +1,26 @@
 """The first piece that a tokenizer cuts from a text which continues another one, and the events that follow from it."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dskd_plugin.core.events import Events, events_of, events_of_pairs
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.errors import SettingError
+from dskd_plugin.text.canonical import normal_form
+from dskd_plugin.text.fast_vocabulary import splits_at_spaces, steps_of
 from dskd_plugin.text.sentencepiece_vocabulary import byte_piece
-from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.tokens import SPACE_MARK, TokenTable
 from dskd_plugin.text.vocabularies import backend, encode
 
 FirstPieces = Callable[[list[str]], list[bytes | None]]
 # SentencePiece's NormalizerSpec: add_dummy_prefix and remove_extra_whitespaces off. Appended to a serialised model it
 # is merged into the specification that stands there.
 _NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
+# In a tokenizer.json: a run of white space becomes a space, and a text is cut before each space.
+_COLLAPSE = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+_CUT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithNext", "invert": False}
 _MOST_ROUNDS = 64  # a piece gets shorter in every round; tokenizers that change text might go round in a circle
 
 Key = bytes | tuple[str, int]
@@ -87,15 +93,27 @@ def characters(piece: bytes) -> str:
 
 
 def first_pieces(tokenizer: Any, table: TokenTable) -> FirstPieces:
-    """A function of texts that continue another one: the bytes of the first token of each, None for no known token.
+    """A function of texts that continue another one: the bytes of the first token of each.
 
-    The space that some tokenizers put before a text is left out. Any tokenizer that has a table will do.
+    None for no known token, and for one that neither the text nor what the tokenizer makes of it begins with. The space
+    that some tokenizers put before a text is left out, and white space that they take from its ends is not. Any
+    tokenizer that has a table will do.
     """
+    cut, form = _cutter(tokenizer, table), normal_form(table)
+
+    def opening(text: str, piece: bytes | None) -> bytes | None:
+        begins = piece is not None and (text.encode().startswith(piece) or form(text).encode().startswith(piece))
+        return piece if begins else None
+
+    return lambda texts: list(map(opening, texts, cut(texts)))
+
+
+def _cutter(tokenizer: Any, table: TokenTable) -> FirstPieces:
     found = backend(tokenizer)
     if found.fast is not None:
         return _fast(found.fast, table)
     if found.processor is not None and table.kind == "sentencepiece":
-        return _sentencepiece(found.processor)
+        return _sentencepiece(found.processor, table)
 
     def cut(texts: list[str]) -> list[bytes | None]:
         return [table.bytes[ids[0]] if (ids := encode(tokenizer, text)) else None for text in texts]
@@ -107,8 +125,11 @@ def _fast(fast: Any, table: TokenTable) -> FirstPieces:
     from tokenizers import Tokenizer
 
     spec = json.loads(fast.to_str())
+    collapses = splits_at_spaces(steps_of(spec["pre_tokenizer"]))
     for part in ("normalizer", "pre_tokenizer"):
-        spec[part] = _without_dummy_prefix(spec[part])
+        spec[part] = _continuing(spec[part])
+    if collapses:
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [*steps_of(spec["normalizer"]), _COLLAPSE]}
     spec["truncation"] = spec["padding"] = None
     continuing = Tokenizer.from_str(json.dumps(spec))
 
@@ -119,10 +140,12 @@ def _fast(fast: Any, table: TokenTable) -> FirstPieces:
     return cut
 
 
-def _without_dummy_prefix(component: Any) -> Any:
-    """A component of tokenizer.json that puts no space before a text."""
-    if component is None or component["type"] == "Prepend":
+def _continuing(component: Any) -> Any:
+    """A component of tokenizer.json that puts no space before a text and takes none from its ends."""
+    if component is None or component["type"] in ("Prepend", "Strip"):
         return None
+    if component["type"] == "WhitespaceSplit":  # drops the white space, for a dummy space before every word
+        return _CUT_AT_SPACES
     changed = dict(component)
     if "prepend_scheme" in changed:
         changed["prepend_scheme"] = "never"
@@ -130,17 +153,22 @@ def _without_dummy_prefix(component: Any) -> Any:
         changed["add_prefix_space"] = False
     for parts in ("normalizers", "pretokenizers"):
         if parts in changed:
-            changed[parts] = [step for part in changed[parts] if (step := _without_dummy_prefix(part)) is not None]
+            changed[parts] = [step for part in changed[parts] if (step := _continuing(part)) is not None]
     return changed
 
 
-def _sentencepiece(processor: Any) -> FirstPieces:
+def _sentencepiece(processor: Any, table: TokenTable) -> FirstPieces:
     from sentencepiece import SentencePieceProcessor
 
     continuing = SentencePieceProcessor(model_proto=processor.serialized_model_proto() + _NO_DUMMY_PREFIX)
 
+    def collapsed(text: str) -> str:
+        return re.sub(f"{SPACE_MARK}+", SPACE_MARK, continuing.normalize(text))
+
     def cut(texts: list[str]) -> list[bytes | None]:
-        return [byte_piece(continuing, ids[0]) if ids else None for ids in continuing.encode(texts)]
+        # To collapse white space and to take it from the ends is one option of SentencePiece, which is off here.
+        found = continuing.encode([collapsed(text) for text in texts] if table.collapses_space else texts)
+        return [byte_piece(continuing, ids[0]) if ids else None for ids in found]
 
     return cut
 

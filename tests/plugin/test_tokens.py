@@ -41,7 +41,7 @@ def test_token_bytes_spell_the_text(zoo, zoo_name, text):
     if entry.table.vague & set(ids):
         pytest.skip("has no token for one of the characters")
     got, want = spelled(entry, text), text.encode()
-    if "NFKC" in entry.changes:  # these two fold white space as well
+    if {"NFKC", "folds"} & set(entry.changes):  # those of NFKC fold white space as well
         got, want = b" ".join(got.split()), b" ".join(want.split())
     assert got in (want, b" " + want)
 

@@ -356,6 +356,7 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
     "byte-level-prefix": (lambda: byte_level(add_prefix_space=True), "byte-level", ""),
     "byte-level-partial": (lambda: byte_level(alphabet=False), "byte-level", "drops"),
     "byte-level-lower": (lambda: byte_level(normalizer="Lowercase"), "byte-level", "lower"),
+    "byte-level-strips": (lambda: byte_level(normalizer="Strip"), "byte-level", "folds"),
     "neox-like": (lambda: byte_level(spaces=24, normalizer="NFC"), "byte-level", "NFC"),
     "unigram": (unigram_fast, "pieces", ""),
     "unigram-first": (lambda: unigram_fast(prepend="first"), "pieces", ""),
@@ -365,6 +366,7 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
         "pieces",
         "NFKC lower unknown",
     ),
+    "unigram-words": (lambda: unigram_fast(fallback=False, splits=True), "pieces", "folds unknown"),
     "unigram-nfkc-slow": (
         lambda: unigram_slow("nmt_nfkc_cf", fallback=False),
         "pieces",
