@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dskd_plugin.core.events import Events, events_of, events_of_pairs
 from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.errors import SettingError
-from dskd_plugin.text.canonical import normal_form
+from dskd_plugin.text.canonical import load_normalizer, normal_form
 from dskd_plugin.text.fast_vocabulary import splits_at_spaces, steps_of
 from dskd_plugin.text.sentencepiece_vocabulary import byte_piece
 from dskd_plugin.text.tokens import SPACE_MARK, TokenTable
@@ -21,6 +21,7 @@ _NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
 # In a tokenizer.json: a run of white space becomes a space, and a text is cut before each space.
 _COLLAPSE = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
 _CUT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithNext", "invert": False}
+_AT_THE_ENDS = ("Prepend", "Strip")  # what the normalizers of a tokenizer.json do to the ends of a text
 _MOST_ROUNDS = 64  # a piece gets shorter in every round; tokenizers that change text might go round in a circle
 
 Key = bytes | tuple[str, int]
@@ -125,24 +126,50 @@ def _fast(fast: Any, table: TokenTable) -> FirstPieces:
     from tokenizers import Tokenizer
 
     spec = json.loads(fast.to_str())
-    collapses = splits_at_spaces(steps_of(spec["pre_tokenizer"]))
+    collapses, normalizer = splits_at_spaces(steps_of(spec["pre_tokenizer"])), spec["normalizer"]
     for part in ("normalizer", "pre_tokenizer"):
         spec[part] = _continuing(spec[part])
     if collapses:
         spec["normalizer"] = {"type": "Sequence", "normalizers": [*steps_of(spec["normalizer"]), _COLLAPSE]}
+    spec["added_tokens"] = _added(spec["added_tokens"], normalizer, spec["normalizer"])
     spec["truncation"] = spec["padding"] = None
     continuing = Tokenizer.from_str(json.dumps(spec))
+    # Another content may give an added token, and those behind it, another id.
+    moved = {continuing.token_to_id(token["content"]): table.bytes[token["id"]] for token in spec["added_tokens"]}
+    bytes_of = dict(enumerate(table.bytes)) | moved
 
     def cut(texts: list[str]) -> list[bytes | None]:
         encoded = continuing.encode_batch(texts, add_special_tokens=False)
-        return [table.bytes[one.ids[0]] if one.ids else None for one in encoded]
+        return [bytes_of[one.ids[0]] if one.ids else None for one in encoded]
 
     return cut
 
 
+def _added(tokens: Sequence[Mapping[str, Any]], normalizer: Any, continuing: Any) -> list[Mapping[str, Any]]:
+    """The added tokens of a tokenizer.json, found in the same text by another normalizer: that of `_continuing`."""
+    ends = [step for step in steps_of(normalizer) if step["type"] in _AT_THE_ENDS]
+    before, at_ends, now = (
+        load_normalizer(part and json.dumps(part))
+        for part in (normalizer, {"type": "Sequence", "normalizers": ends}, continuing)
+    )
+
+    def fitted(token: Mapping[str, Any]) -> Mapping[str, Any]:
+        content = at_ends(token["content"])
+        if not token["normalized"]:
+            return token
+        # What a normalizer did to the content alone belongs to it: `Prepend` makes ` <think>` of `<think>`.
+        return (
+            {**token, "content": content}
+            if now(content) == before(token["content"])
+            else {**token, "normalized": False}
+        )
+
+    return list(map(fitted, tokens))
+
+
 def _continuing(component: Any) -> Any:
     """A component of tokenizer.json that puts no space before a text and takes none from its ends."""
-    if component is None or component["type"] in ("Prepend", "Strip"):
+    if component is None or component["type"] in _AT_THE_ENDS:
         return None
     if component["type"] == "WhitespaceSplit":  # drops the white space, for a dummy space before every word
         return _CUT_AT_SPACES

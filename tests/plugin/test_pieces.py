@@ -1,7 +1,7 @@
 """First pieces of texts that continue another one, against the same text in a longer one, and the events they make."""
 
 import pytest
-from tokenizer_zoo import TAGGED, ZOO, letters, load, load_tagged, spell
+from tokenizer_zoo import TAGGED, ZOO, Entry, letters, load, load_tagged, spell
 
 from dskd_plugin.text.pieces import first_pieces, opening_pieces
 from dskd_plugin.text.vocabularies import encode
@@ -44,6 +44,33 @@ def test_a_first_piece_is_the_token_that_stands_there_in_a_longer_text(name):
             compared += 1
             assert piece in expected, (text, piece, expected)
     assert compared > 20
+
+
+def added(tokenizer, *contents, **kwargs):
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(content, **kwargs) for content in contents])
+    return Entry("added", tokenizer)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_added_tokens_begin_a_text_where_the_tokenizer_finds_them(tokenizer_zoo, normalized):
+    """Whatever a normalizer does to the ends of their own text."""
+
+    def of(tokenizer, contents, texts):
+        entry = added(tokenizer, *contents, normalized=normalized)
+        return first_pieces(entry.tokenizer, entry.table)(texts)
+
+    texts = ["<a>", " <a>", "<b>x", "x<a>", "\n", "\n\n", " the"]
+    legacy = tokenizer_zoo.llama_legacy(marks=False)
+    found = [b"<", b" <a>", b"<", b"x", b"\n", b"\n", b" the"] if normalized else None
+    assert of(legacy, ["<a>", "<b>"], texts) == (found or [b"<a>", b" ", b"<b>", b"x", b"\n", b"\n", b" the"])
+    words = tokenizer_zoo.unigram_fast(fallback=False, splits=True)
+    found = of(words, ["\n", "<a>", "<b>"], texts)
+    assert found == [b"<a>", b" ", b"<b>", b"x", b"\n", b"\n", b" the"]
+    strips = tokenizer_zoo.byte_level(normalizer="Strip")
+    found = of(strips, [" the ", "<b>"], ["the", " the", " the ", "the ", "<b>x"])
+    assert found == ([b"the", b" ", b" ", b"the", b"<b>"] if normalized else [b"t", b" the", b" the ", b"t", b"<b>"])
 
 
 @pytest.mark.parametrize("name", ["unigram-nfkc-cf", "unigram-words", "byte-level-strips", "unigram-nfkc-slow"])
