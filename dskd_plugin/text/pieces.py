@@ -11,7 +11,7 @@ from dskd_plugin.errors import SettingError
 from dskd_plugin.text.canonical import load_normalizer, normal_form
 from dskd_plugin.text.fast_vocabulary import splits_at_spaces, steps_of
 from dskd_plugin.text.sentencepiece_vocabulary import byte_piece
-from dskd_plugin.text.tokens import SPACE_MARK, TokenTable
+from dskd_plugin.text.tokens import SPACE_MARK, TokenTable, added_tokens
 from dskd_plugin.text.vocabularies import backend, encode
 
 FirstPieces = Callable[[list[str]], list[bytes | None]]
@@ -114,7 +114,7 @@ def _cutter(tokenizer: Any, table: TokenTable) -> FirstPieces:
     if found.fast is not None:
         return _fast(found.fast, table)
     if found.processor is not None and table.kind == "sentencepiece":
-        return _sentencepiece(found.processor, table)
+        return _sentencepiece(tokenizer, found.processor, table)
 
     def cut(texts: list[str]) -> list[bytes | None]:
         return [table.bytes[ids[0]] if (ids := encode(tokenizer, text)) else None for text in texts]
@@ -184,20 +184,45 @@ def _continuing(component: Any) -> Any:
     return changed
 
 
-def _sentencepiece(processor: Any, table: TokenTable) -> FirstPieces:
+def _sentencepiece(tokenizer: Any, processor: Any, table: TokenTable) -> FirstPieces:
     from sentencepiece import SentencePieceProcessor
 
     continuing = SentencePieceProcessor(model_proto=processor.serialized_model_proto() + _NO_DUMMY_PREFIX)
+    head_of = _up_to_added(added_tokens(tokenizer))
 
     def collapsed(text: str) -> str:
         return re.sub(f"{SPACE_MARK}+", SPACE_MARK, continuing.normalize(text))
 
     def cut(texts: list[str]) -> list[bytes | None]:
+        heads = list(map(head_of, texts))
         # To collapse white space and to take it from the ends is one option of SentencePiece, which is off here.
-        found = continuing.encode([collapsed(text) for text in texts] if table.collapses_space else texts)
-        return [byte_piece(continuing, ids[0]) if ids else None for ids in found]
+        read = [collapsed(head) if table.collapses_space else head for head, _ in heads]
+        return [
+            byte_piece(continuing, ids[0]) if ids else None if added is None else table.bytes[added]
+            for ids, (_, added) in zip(continuing.encode(read), heads, strict=True)
+        ]
 
     return cut
+
+
+def _up_to_added(tokens: Mapping[int, Any]) -> Callable[[str], tuple[str, int | None]]:
+    """A function of a text: what stands before the first added token in it, and the id of that, None without one.
+
+    tokens: by id, as a class of Hugging Face has them that is written in Python.
+    """
+    id_of = {token.content: token_id for token_id, token in tokens.items() if token.content}
+    # Of tokens that begin at one place the longest.
+    sought = re.compile("|".join(map(re.escape, sorted(id_of, key=len, reverse=True))) or "(?!)")
+
+    def head_of(text: str) -> tuple[str, int | None]:
+        for found in sought.finditer(text):
+            before, behind = text[: found.start()], text[found.end() :]
+            token = tokens[id_of[found[0]]]
+            if not token.single_word or (before[-1:] in ("", " ") and behind[:1] in ("", " ")):
+                return before.rstrip() if token.lstrip else before, id_of[found[0]]
+        return text, None
+
+    return head_of
 
 
 def _connected(pairs: Iterable[tuple[int, int]]) -> list[tuple[set[int], set[int]]]:

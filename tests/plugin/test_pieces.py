@@ -10,6 +10,7 @@ BEFORE = ["a", ".", "7", "x)", "\n"]
 TEXTS = [
     *("the", " the", "The", " The house", "  the", "   left", "\n    return x", "\t\tx", " \n the", "\n\n\nthe"),
     *("re", " red", ".", " .", "12", " 12", "=", " == 3:\n", "  return", "é", " é", "e\u0301", " e\u0301t", "x y  "),
+    *("<think>", " <think>", "foo<think>", "  <think>the", "\n<think>\n", "<thin", "</think>", "x</think>", "<<think>"),
 ]
 
 
@@ -71,6 +72,26 @@ def test_added_tokens_begin_a_text_where_the_tokenizer_finds_them(tokenizer_zoo,
     strips = tokenizer_zoo.byte_level(normalizer="Strip")
     found = of(strips, [" the ", "<b>"], ["the", " the", " the ", "the ", "<b>x"])
     assert found == ([b"the", b" ", b" ", b"the", b"<b>"] if normalized else [b"t", b" the", b" the ", b"t", b"<b>"])
+
+
+@pytest.mark.parametrize("build", ["unigram_slow", "unigram_fast"])
+def test_added_tokens_of_a_class_in_python_begin_a_text_as_those_of_a_fast_one(tokenizer_zoo, build):
+    kinds = [
+        ({}, ["<a>", "<a>b"]),
+        ({"lstrip": True}, ["<l>"]),
+        ({"single_word": True}, ["<w>"]),
+        ({"special": True}, ["<e>"]),
+    ]
+    options = {"remove_extra_whitespaces": False} if build == "unigram_slow" else {}
+    tokenizer = getattr(tokenizer_zoo, build)(**options)
+    for kind, contents in kinds:
+        entry = added(tokenizer, *contents, normalized=False, **kind)
+    expected = {
+        **{"<a>": b"<a>", "<a>b": b"<a>b", "<a><l>": b"<a>", "<a": b"<", " <a>": b" ", "x<a>": b"x", " x<a>": b" "},
+        **{"x": b"x", " the<a>": b" the", " the": b" the", "<l>": None, " <l>": None, " the <l>": b" the", "": None},
+        **{"<w>": b"<w>", "<w> x": b"<w>", "<w>x": b"<", "x<w>": b"x", "<w>x<a>": b"<", "<e>": None, "x<e>": b"x"},
+    }
+    assert dict(zip(expected, first_pieces(tokenizer, entry.table)(list(expected)), strict=True)) == expected
 
 
 @pytest.mark.parametrize("name", ["unigram-nfkc-cf", "unigram-words", "byte-level-strips", "unigram-nfkc-slow"])
