@@ -23,7 +23,9 @@ def sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:
     spec = _normalizer_spec(processor.serialized_model_proto())
     added = added_tokens(tokenizer)
     if added:  # a Hugging Face class, which may have moved the ids
-        pieces = list(enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))))
+        # The ids of added tokens may leave others out, which have no piece.
+        ids = sorted({*range(tokenizer.vocab_size), *added})
+        pieces = list(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
     else:
         pieces = [(i, processor.id_to_piece(i)) for i in range(processor.get_piece_size())]
     literal: dict[int, bytes] = {}

@@ -146,6 +146,15 @@ def test_added_tokens_count_with_their_text(zoo):
     assert [neox.table.bytes[i] for i in encode(neox.tokenizer, "a" + " " * 9 + "=")][1] == b" " * 9
 
 
+def test_ids_that_no_token_has_are_none(zoo):
+    entry = zoo("unigram-gap")
+    table, (end,) = entry.table, encode(entry.tokenizer, "<|im_end|>")
+    size = entry.tokenizer.vocab_size
+    assert table.literal[end] == b"<|im_end|>" and end in table.special and end == size + 7 == table.vocab_size - 1
+    assert None not in table.literal[:size] and table.literal[size:end] == [None] * 7
+    assert table.literal[:size] == zoo("unigram-slow").table.literal
+
+
 def test_a_normalised_added_token_has_the_space_that_the_normaliser_puts_before_it(zoo):
     entry = zoo("llama-legacy")
     text = "so <think> on"

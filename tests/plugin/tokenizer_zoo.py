@@ -264,6 +264,19 @@ def unigram_slow(*args: Any, **kwargs: Any) -> Any:
     return SentencePieceBackend(vocab_file=str(unigram_model(*args, **kwargs)), **names)
 
 
+def unigram_gap() -> Any:
+    """Ids between the vocabulary and its added tokens that no token has."""
+    tokenizer = unigram_slow(remove_extra_whitespaces=False)
+    folder = Path(tempfile.mkdtemp(prefix="dskd-gap-"))
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    token = {"content": "<|im_end|>", "special": True, "normalized": False}
+    token |= {"lstrip": False, "rstrip": False, "single_word": False}
+    config["added_tokens_decoder"][str(len(tokenizer) + 7)] = token
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return type(tokenizer).from_pretrained(folder)
+
+
 def unigram_fast(*args: Any, splits: bool = False, prepend: str = "always", **kwargs: Any) -> Any:
     """The same model as a tokenizer.json; splits: on white space first, as T5 does."""
     import sentencepiece
@@ -361,6 +374,7 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
     "unigram": (unigram_fast, "pieces", ""),
     "unigram-first": (lambda: unigram_fast(prepend="first"), "pieces", ""),
     "unigram-slow": (lambda: unigram_slow(remove_extra_whitespaces=False), "pieces", ""),
+    "unigram-gap": (unigram_gap, "pieces", ""),
     "unigram-nfkc-cf": (
         lambda: unigram_fast("nmt_nfkc_cf", fallback=False, splits=True),
         "pieces",
