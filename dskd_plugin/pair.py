@@ -14,7 +14,7 @@ from dskd_plugin.methods import method_of
 from dskd_plugin.settings import Settings
 from dskd_plugin.text.align import Aligner
 from dskd_plugin.text.pieces import shared_id_events, vocabulary_events
-from dskd_plugin.text.tokens import TokenTable, overlap, same_tokenizer
+from dskd_plugin.text.tokens import TokenTable, ids_of_bytes, overlap, same_tokenizer
 from dskd_plugin.text.turn_ends import Ends, role_pairs
 from dskd_plugin.text.vocabularies import token_table
 
@@ -117,6 +117,8 @@ def shared_ids(
         top_vocab,
         student_byte_tokens=pair.student.byte_tokens,
         teacher_byte_tokens=pair.teacher.byte_tokens,
+        student_added=pair.student.added,
+        teacher_added=pair.teacher.added,
     )
     if len(shared.student_ids_O) == 0:
         raise SettingError(
@@ -143,16 +145,14 @@ def pair_events(
 def nearest_ids(student: TokenTable, teacher: TokenTable, roles: Iterable[tuple[int, int]] = ()) -> torch.Tensor:
     """Student id [V] nearest to each id of the teacher: least Levenshtein distance of the token bytes.
 
-    Of several at the same distance an ordinary token comes before a byte-fallback token, then the lowest id.
+    Of several ids with the same bytes one is taken, see `preferred`; of several at the same distance an ordinary token
+    comes before a byte-fallback token, then the lowest id.
     roles: (student id, teacher id) that mean the same whatever their bytes, see `role_pairs`; the first pair of a
     teacher id counts, then the end-of-sequence tokens. -1 for other special tokens and ids that do not exist.
     Source: vocabulary mapping of minimum edit distance (arXiv 2401.10491).
     """
-    of: dict[bytes, int] = {}
-    for last in (False, True):
-        for token_id, text in enumerate(student.bytes):
-            if text and (token_id in student.byte_tokens) == last:
-                of.setdefault(text, token_id)
+    found = ids_of_bytes(student)
+    of = dict(sorted(found.items(), key=lambda item: (item[1] in student.byte_tokens, item[1])))
     nearest = (
         {} if not of else _nearest(list(of), [text for text in dict.fromkeys(teacher.bytes) if text and text not in of])
     )

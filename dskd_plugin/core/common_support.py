@@ -6,7 +6,7 @@ Shape letters as in core/segments.py: B segments, V ids of a side; S spans among
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,19 @@ Pairs = tuple[Tensor, Tensor]
 class Completions:
     """Tokens that say one text in one vocabulary, and what is left of it after a prefix in the other.
 
-    student_bytes, teacher_bytes: bytes of each id, None for ids without.
+    student_bytes, teacher_bytes: bytes of each id, None for ids without. student_of, teacher_of: the id that stands for
+    each byte string, see `preferred`; the lowest where they are left out.
     """
 
-    def __init__(self, student_bytes: Sequence[bytes | None], teacher_bytes: Sequence[bytes | None]) -> None:
+    def __init__(
+        self,
+        student_bytes: Sequence[bytes | None],
+        teacher_bytes: Sequence[bytes | None],
+        student_of: Mapping[bytes, int] | None = None,
+        teacher_of: Mapping[bytes, int] | None = None,
+    ) -> None:
         self._bytes = student_bytes, teacher_bytes
-        self._id_of = preferred(student_bytes, ())[0], preferred(teacher_bytes, ())[0]
+        self._id_of = student_of or preferred(student_bytes)[0], teacher_of or preferred(teacher_bytes)[0]
         self._sorted = sorted(self._id_of[0]), sorted(self._id_of[1])
         # All of them together are no more pairs than the tokens have bytes.
         self._after: list[dict[bytes, Pairs]] = [{}, {}]

@@ -45,22 +45,24 @@ def shared_vocabulary(
     *,
     student_byte_tokens: Collection[int] = (),
     teacher_byte_tokens: Collection[int] = (),
+    student_added: Collection[int] = (),
+    teacher_added: Collection[int] = (),
 ) -> Overlap:
     """Pairs of ids with the same bytes, and pairs with the same role.
 
     student_bytes, teacher_bytes: bytes of each id; None for special tokens and holes, which match no bytes.
     role_pairs: (student id, teacher id) that mean the same whatever their bytes, e.g. the end-of-turn tokens.
         They take precedence over bytes; where an id occurs twice, its first pair is the one-to-one pair.
-    student_byte_tokens, teacher_byte_tokens: ids of byte-fallback tokens (`<0x41>`). Of several ids with the
-        same bytes an ordinary token is preferred to a byte token, then the lowest id.
+    student_byte_tokens, teacher_byte_tokens: ids of byte-fallback tokens (`<0x41>`). student_added, teacher_added: ids
+        of tokens that are found before the others. Of several ids with the same bytes one is taken, see `preferred`.
     top_vocab: keep the k pairs of lowest student id. Ids of BPE follow the order of its merges and those of
         SentencePiece falling frequency, so these are the k most frequent shared tokens. teacher_to_student_V
         is not cut.
     """
     if top_vocab is not None and top_vocab < 1:
         raise ValueError(f"top_vocab: expected at least 1, got {top_vocab}. Leave it out to use all shared tokens.")
-    student_of, student_doubles = preferred(student_bytes, student_byte_tokens)
-    teacher_of, teacher_doubles = preferred(teacher_bytes, teacher_byte_tokens)
+    student_of, student_doubles = preferred(student_bytes, student_byte_tokens, student_added)
+    teacher_of, teacher_doubles = preferred(teacher_bytes, teacher_byte_tokens, teacher_added)
     to_student = [-1 if text is None else student_of.get(text, -1) for text in teacher_bytes]
 
     pairs: dict[int, int] = {}
@@ -96,19 +98,29 @@ def shared_vocabulary(
     )
 
 
-def preferred(token_bytes: Sequence[bytes | None], byte_tokens: Collection[int]) -> tuple[dict[bytes, int], int]:
-    """The id that stands for each byte string, and how many ids are not the one that stands for theirs."""
-    byte_ids = frozenset(byte_tokens)
-    first: dict[bytes, int] = {}
+def preferred(
+    token_bytes: Sequence[bytes | None], byte_tokens: Collection[int] = (), added: Collection[int] = ()
+) -> tuple[dict[bytes, int], int]:
+    """The id that stands for each byte string, and how many ids are not the one that stands for theirs.
+
+    Of several it is the one that a tokenizer produces: an added token, which takes the text before the model of the
+    vocabulary sees it, then an ordinary one, then a byte token; then the lowest id.
+    """
+    first, last = frozenset(added), frozenset(byte_tokens)
+
+    def rank(token_id: int) -> tuple[bool, bool, int]:
+        return token_id in last, token_id not in first, token_id
+
+    found: dict[bytes, int] = {}
     doubles = 0
     for token_id, text in enumerate(token_bytes):
         if not text:
             continue
-        other = first.get(text)
-        if other is None or (other in byte_ids and token_id not in byte_ids):
-            first[text] = token_id
+        other = found.get(text)
+        if other is None or rank(token_id) < rank(other):
+            found[text] = token_id
         doubles += other is not None
-    return first, doubles
+    return found, doubles
 
 
 def check_shared(student_ids_O: Tensor, teacher_ids_O: Tensor) -> None:

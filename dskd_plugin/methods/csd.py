@@ -18,10 +18,12 @@ class CommonSupportDistillation(SegmentMethod):
     def segment_compare(self, parts: Parts) -> SegmentCompare:
         from dskd_plugin.core.common_support import CommonSupport, Completions
         from dskd_plugin.text.pieces import shared_id_events
+        from dskd_plugin.text.tokens import ids_of_bytes
 
         assert parts.overlap is not None
         head = parts.teacher_head
         ids = parts.student_ids, head.vocab_size
         events = shared_id_events(parts.overlap, ids).to(head.weight_VD.device)
-        student, teacher = parts.pair.student.bytes[: ids[0]], parts.pair.teacher.bytes[: ids[1]]
-        return CommonSupport(parts.divergence, parts.settings.temperature, events, Completions(student, teacher))
+        sides = list(zip((parts.pair.student, parts.pair.teacher), ids, strict=True))
+        spelled, ids_of = [table.bytes[:n] for table, n in sides], [ids_of_bytes(table, n) for table, n in sides]
+        return CommonSupport(parts.divergence, parts.settings.temperature, events, Completions(*spelled, *ids_of))

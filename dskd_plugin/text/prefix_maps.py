@@ -12,7 +12,7 @@ import torch
 
 from dskd_plugin.core.events import Events
 from dskd_plugin.core.prefixes import NONE, Places, PrefixMap
-from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.tokens import TokenTable, ids_of_bytes
 
 # A map of what a text goes on with after some bytes may hold most of the teacher's ids: 1 MB each.
 _KEPT_MAPS = 256
@@ -138,9 +138,7 @@ def maps_by_ids(
     to_student: the student id that means the same as each teacher id, -1 for none, see `Overlap`; special tokens
     have one by their role alone. ids: how many real ids the student's head has.
     """
-    # Of a byte-fallback token and an ordinary one the ordinary one is said.
-    order = sorted(range(min(ids, student.vocab_size)), key=lambda token: token in student.byte_tokens)
-    classes = classes_of((student.bytes[token], token) for token in order)
+    classes = ids_of_bytes(student, ids)
     opens = [
         same if same >= 0 else longest(classes, text or b"", ids)
         for same, text in zip(to_student, teacher.bytes, strict=False)

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from dskd_plugin.core.overlap import Overlap, preferred
+from dskd_plugin.core.overlap import Overlap
 from dskd_plugin.core.vocabulary_matrix import MOST_PIECES, VocabularyMatrix, vocabulary_matrix
 from dskd_plugin.text.pieces import FirstPieces, characters, first_pieces
-from dskd_plugin.text.tokens import TokenTable
+from dskd_plugin.text.tokens import TokenTable, ids_of_bytes
 
 
 def respelling_matrix(
@@ -21,7 +21,7 @@ def respelling_matrix(
     tokenizer, table = teacher
     pairs = zip(overlap.student_ids_O.tolist(), overlap.teacher_ids_O.tolist(), strict=True)
     shared = {own: theirs for own, theirs in pairs if own < ids[0] and theirs < ids[1]}
-    id_of, _ = preferred(table.bytes[: ids[1]], table.byte_tokens)
+    id_of = ids_of_bytes(table, ids[1])
     texts = {own: text for own, text in enumerate(student.bytes[: ids[0]]) if text and own not in shared}
     # Two ids may spell the same text, of which one pairs.
     shared |= {own: id_of[text] for own, text in texts.items() if text in id_of}

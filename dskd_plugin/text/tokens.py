@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dskd_plugin.core.overlap import Overlap, shared_vocabulary
+from dskd_plugin.core.overlap import Overlap, preferred, shared_vocabulary
 from dskd_plugin.errors import SettingError
 
 SPACE_MARK = "\u2581"
@@ -113,7 +113,14 @@ def overlap(
         top_vocab,
         student_byte_tokens=student.byte_tokens,
         teacher_byte_tokens=teacher.byte_tokens,
+        student_added=student.added,
+        teacher_added=teacher.added,
     )
+
+
+def ids_of_bytes(table: TokenTable, ids: int | None = None) -> dict[bytes, int]:
+    """The id that stands for each byte string, of the first ``ids`` or all; see `preferred`."""
+    return preferred(table.bytes[:ids], table.byte_tokens, table.added)[0]
 
 
 def not_readable(tokenizer: Any, came: str, what: str) -> SettingError:

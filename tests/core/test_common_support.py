@@ -32,6 +32,12 @@ def test_completions_of_a_text(ids, sizes, expected):
     assert list(zip(own.tolist(), theirs.tolist(), strict=True)) == expected
 
 
+def test_completions_are_the_ids_that_stand_for_their_bytes():
+    """Not the lowest where another one is said."""
+    completions = Completions(*WORDS, {b"ab": 7, b"abc": 3}, {b"b": 0, b"bc": 1})
+    assert [ids.tolist() for ids in completions.of_span(7, 0, (1, 2))] == [[7, 3], [0, 1]]
+
+
 @pytest.mark.parametrize("before", [0.0, -1e-9, -1e-5, -3.0, -80.0, -2000.0])
 def test_a_prefix_of_any_likelihood_has_finite_values_and_gradients(before):
     """From certain to impossible; the events still sum to 1."""

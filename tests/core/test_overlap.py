@@ -13,23 +13,37 @@ tokens = st.lists(
 )
 
 
-def best(ids, byte_tokens):
-    """Ordinary tokens first, then the lowest id."""
-    return min(ids, key=lambda i: (i in byte_tokens, i), default=None)
+def best(ids, byte_tokens, added):
+    """Added tokens first, then ordinary ones, then byte tokens; of one kind the lowest id."""
+    for kind in (added - byte_tokens, set(range(20)) - byte_tokens - added, byte_tokens & added, byte_tokens):
+        if kind & set(ids):
+            return min(kind & set(ids))
+    return None
+
+
+kinds = st.sets(st.integers(0, 19))
 
 
 @settings(max_examples=300, deadline=None)
-@given(tokens, tokens, st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
-def test_equals_a_search_over_all_pairs(student, teacher, student_bytes, teacher_bytes):
-    found = shared_vocabulary(student, teacher, student_byte_tokens=student_bytes, teacher_byte_tokens=teacher_bytes)
-    expected = [best([i for i, b in enumerate(student) if b and b == text], student_bytes) for text in teacher]
+@given(tokens, tokens, st.tuples(kinds, kinds), st.tuples(kinds, kinds))
+def test_equals_a_search_over_all_pairs(student, teacher, ours, theirs):
+    """ours, theirs: byte tokens and added tokens."""
+    found = shared_vocabulary(
+        student,
+        teacher,
+        student_byte_tokens=ours[0],
+        teacher_byte_tokens=theirs[0],
+        student_added=ours[1],
+        teacher_added=theirs[1],
+    )
+    expected = [best([i for i, b in enumerate(student) if b and b == text], *ours) for text in teacher]
     assert found.teacher_to_student_V.tolist() == [-1 if i is None else i for i in expected]
     pairs = []
     for i, text in enumerate(student):
         same = [k for k, b in enumerate(student) if b == text]
         there = [k for k, b in enumerate(teacher) if b == text]
-        if text and there and best(same, student_bytes) == i:
-            pairs.append((i, best(there, teacher_bytes)))
+        if text and there and best(same, *ours) == i:
+            pairs.append((i, best(there, *theirs)))
     assert list(zip(found.student_ids_O.tolist(), found.teacher_ids_O.tolist(), strict=True)) == pairs
     doubles = sum(len(filled) - len(set(filled)) for filled in ([b for b in side if b] for side in (student, teacher)))
     assert found.collisions == doubles

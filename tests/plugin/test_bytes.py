@@ -32,6 +32,7 @@ PAIRS = [
     ("mistral", "qwen-fast", False),
     ("deepseek", "mistral", False),
     ("tekken", "qwen", False),
+    ("byte-level-doubles", "qwen-fast", False),
 ]
 
 

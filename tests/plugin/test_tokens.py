@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_plugin.text.tokens import TokenTable, overlap, places, same_tokenizer, spell
+from dskd_plugin.text.tokens import TokenTable, ids_of_bytes, overlap, places, same_tokenizer, spell
 from dskd_plugin.text.vocabularies import encode, token_table
 
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "40"))
@@ -213,6 +213,28 @@ def test_overlap_prefers_ordinary_tokens_to_byte_tokens(zoo):
     assert found.student_share > 0.5
     assert all(mistral.bytes[i] == qwen.bytes[j] for i, j in pairs.items())
     assert found.collisions > 0
+
+
+def test_the_id_of_some_bytes_is_the_one_that_the_tokenizer_produces(zoo, zoo_name):
+    entry = zoo(zoo_name)
+    found, said = ids_of_bytes(entry.table), set()
+    for text in (*TEXTS, "a\n  the\n\n the answer house the\n"):
+        said.update(encode(entry.tokenizer, text))
+    assert {i for i in said if entry.table.bytes[i] is not None} <= set(found.values())
+
+
+def test_shared_ids_are_said_where_an_added_token_has_the_bytes_of_another_one(zoo):
+    one, other = zoo("byte-level-doubles"), zoo("byte-level")
+    text = "it is\n  the house\n"
+    ids, other_ids = (set(encode(entry.tokenizer, text)) for entry in (one, other))
+    for student, teacher in ((one, other), (other, one)):
+        found = overlap(student.table, teacher.table)
+        pairs = list(zip(found.student_ids_O.tolist(), found.teacher_ids_O.tolist(), strict=True))
+        ours, theirs = (ids, other_ids) if student is one else (other_ids, ids)
+        assert ours <= {own for own, _ in pairs} and theirs <= {there for _, there in pairs}
+        assert all(found.teacher_to_student_V[there] == own for own, there in pairs)
+    newline = encode(one.tokenizer, "\n")
+    assert newline == [one.tokenizer.convert_tokens_to_ids("\n")] != [one.table.bytes.index(b"\n")]
 
 
 def test_importing_it_loads_neither_transformers_nor_axolotl():

@@ -237,6 +237,15 @@ def byte_level(alphabet: bool = True, spaces: int = 0, normalizer: str | None = 
     return _wrap(backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
+def byte_level_doubles() -> Any:
+    """Added tokens with the bytes of entries of the vocabulary, which are never said."""
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("\n", "  ", " the", " answer")])
+    return tokenizer
+
+
 @functools.cache
 def unigram_model(normalization: str = "identity", fallback: bool = True, **kwargs: Any) -> Path:
     import sentencepiece
@@ -370,6 +379,7 @@ ZOO: dict[str, tuple[Callable[[], Any], str, str]] = {
     "byte-level-partial": (lambda: byte_level(alphabet=False), "byte-level", "drops"),
     "byte-level-lower": (lambda: byte_level(normalizer="Lowercase"), "byte-level", "lower"),
     "byte-level-strips": (lambda: byte_level(normalizer="Strip"), "byte-level", "folds"),
+    "byte-level-doubles": (byte_level_doubles, "byte-level", ""),
     "neox-like": (lambda: byte_level(spaces=24, normalizer="NFC"), "byte-level", "NFC"),
     "unigram": (unigram_fast, "pieces", ""),
     "unigram-first": (lambda: unigram_fast(prepend="first"), "pieces", ""),
