@@ -118,8 +118,8 @@ class PairedStrategy:
         # The rows have one note for all of them.
         notes = [self._notes(row, note) for note in (refused, *[""] * (len(ids) - 1))]
         found = [
-            {**self._join(*ours, *theirs), **note}
-            for note, theirs, *ours in zip(notes, teacher_rows, ids, student["labels"], strict=True)
+            {**self._join(own, labels, *theirs), **note}
+            for own, labels, theirs, note in zip(ids, student["labels"], teacher_rows, notes, strict=True)
         ]
         return {**student, **_as_batch(found)}
 

@@ -24,6 +24,9 @@ class CommonSupportDistillation(SegmentMethod):
         head = parts.teacher_head
         ids = parts.student_ids, head.vocab_size
         events = shared_id_events(parts.overlap, ids).to(head.weight_VD.device)
-        sides = list(zip((parts.pair.student, parts.pair.teacher), ids, strict=True))
-        spelled, ids_of = [table.bytes[:n] for table, n in sides], [ids_of_bytes(table, n) for table, n in sides]
-        return CommonSupport(parts.divergence, parts.settings.temperature, events, Completions(*spelled, *ids_of))
+        student, teacher = parts.pair.student, parts.pair.teacher
+        completions = Completions(
+            *(student.bytes[: ids[0]], teacher.bytes[: ids[1]]),
+            *(ids_of_bytes(student, ids[0]), ids_of_bytes(teacher, ids[1])),
+        )
+        return CommonSupport(parts.divergence, parts.settings.temperature, events, completions)

@@ -149,7 +149,7 @@ def _added(tokens: Sequence[Mapping[str, Any]], normalizer: Any, continuing: Any
     """The added tokens of a tokenizer.json, found in the same text by another normalizer: that of `_continuing`."""
     ends = [step for step in steps_of(normalizer) if step["type"] in _AT_THE_ENDS]
     before, at_ends, now = (
-        load_normalizer(part and json.dumps(part))
+        load_normalizer(None if part is None else json.dumps(part))
         for part in (normalizer, {"type": "Sequence", "normalizers": ends}, continuing)
     )
 
