@@ -15,7 +15,7 @@ from dskd_plugin.text.tokens import TokenTable
 from dskd_plugin.text.turn_ends import Ends
 
 # Raise it where the same rows would align in another way, or have other columns: prepared rows are made anew.
-RULES = 11
+RULES = 12
 Pairing = Literal["exact", "starts", "bytes", "position", "warped", "all"]
 Span = tuple[int, int, int, int]
 REACH = ("aligned_offset", "aligned_more")  # columns beside the pairs, see `placed.Placed`

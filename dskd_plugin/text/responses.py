@@ -58,7 +58,8 @@ def _closes(one: range, other: range, ids: Sequence[int], table: TokenTable, end
         and table.eos != end_id
         and all(ids[k] == table.eos for k in other)
         and end_id in (ids[one.stop - 1], *between)
-        and not any(_is_text(token, table) for token in between if token != end_id)
+        # Among the special tokens is the unknown one, which a line break is where a vocabulary has none.
+        and not any(_is_text(token, table) for token in between if token != end_id and token not in table.special)
     )
 
 

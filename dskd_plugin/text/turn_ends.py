@@ -1,5 +1,6 @@
 """Which token ends a turn, as a chat template shows it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,18 +31,15 @@ def end_of_turn(
             f"{error!r}",
             "Choose another chat template.",
         ) from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = PROBE[1]["content"].encode()
-    spelled = [table.literal[i] or b"" for i in ids]
-    whole = b"".join(spelled)
-    if answer not in whole.lower() and answer.lower() not in whole.lower():
+    # In the text and not in its tokens: a vocabulary may lack letters of the answer, and a template change their case.
+    answers = list(re.finditer(re.escape(PROBE[1]["content"]), text, re.IGNORECASE))
+    if not answers:
         return eos
-    after, at = whole.lower().rindex(answer.lower()) + len(answer), 0
-    following = []
-    for token_id, text_bytes in zip(ids, spelled, strict=True):
-        if at >= after:
-            following.append(token_id)
-        at += len(text_bytes)
+    after = text[answers[-1].end() :]
+    following = tokenizer(after, add_special_tokens=False)["input_ids"]
+    # The unknown token is a special one, also where it stands for a line break.
+    if table.unknown is not None and (table.literal[table.unknown] or b"") not in after.encode():
+        following = [token_id for token_id in following if token_id != table.unknown]
     for kind in (table.special, table.added):
         for token_id in following:
             if token_id in kind:

@@ -13,7 +13,7 @@ from tokenizer_zoo import PIECES, apart, closed, letters, spans_in, spell
 
 from dskd_plugin.text.align import align
 from dskd_plugin.text.turn_ends import end_of_turn, role_pairs
-from dskd_plugin.text.vocabularies import encode
+from dskd_plugin.text.vocabularies import encode, token_table
 
 DATA = Path(os.environ.get("DSKD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 EXAMPLES = int(os.environ.get("DSKD_FUZZ_EXAMPLES", "60"))
@@ -434,6 +434,7 @@ LLAMA2 = (
         ("qwen-fast", CHATML, b"<|im_end|>"),
         ("smollm2", None, b"<|im_end|>"),
         ("smollm2", CHATML, b"<|im_end|>"),
+        ("smollm2", CHATML.replace("im_end", "endoftext"), b"<|endoftext|>"),  # its unknown token
         ("mistral", LLAMA2, b"</s>"),
         ("deepseek", LLAMA2, "<｜end▁of▁sentence｜>".encode()),
         ("gemma-like", CHATML.replace("im_end|", "end_of_turn").replace("<|end", "<end"), b"<end_of_turn>"),
@@ -444,6 +445,25 @@ LLAMA2 = (
 def test_end_of_turn_comes_from_the_template(zoo, name, template, token):
     entry = zoo(name)
     assert entry.table.literal[end_of_turn(entry.tokenizer, template, entry.table)] == token
+
+
+LETTERS = ["byte-level-partial", "unigram-nfkc-cf", "unigram-nfkc-slow", "unigram-unknown", "characters"]
+
+
+@pytest.mark.parametrize("change", ["", "| upper", "| lower", "| trim | title"])
+@pytest.mark.parametrize("name", LETTERS)
+def test_the_end_of_turn_stands_behind_an_answer_whose_letters_a_vocabulary_lacks(tokenizer_zoo, name, change):
+    tokenizer = tokenizer_zoo.ZOO[name][0]()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    table, end = token_table(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = tokenizer("Quebec", add_special_tokens=False)["input_ids"]
+    assert b"quebec" not in b"".join(table.literal[token] or b"" for token in ids).lower()
+    template = CHATML.replace("m.content", f"m.content {change}")
+    for shown in (template, template.replace("<|im_end|>", "\n<|im_end|>")):
+        assert end_of_turn(tokenizer, shown, table) == end != table.eos
+    # Where no end follows, and where the answer is not there.
+    for silent in (template.replace("<|im_end|>", ""), template.replace("m.content", "'red'")):
+        assert end_of_turn(tokenizer, silent, table) == table.eos
 
 
 def test_end_of_turn_says_which_template_failed(zoo):

@@ -196,6 +196,18 @@ def test_which_runs_close_a_response(zoo, tokens, trained, number):
     assert all(now for now, before in zip(inside, response, strict=True) if before)
 
 
+def test_a_line_break_before_the_end_of_sequence_may_be_unknown(zoo):
+    entry = zoo("characters")
+    table, end = entry.table, end_of(entry)
+    said, white = encode(entry.tokenizer, "red"), encode(entry.tokenizer, "\n")
+    assert white == [table.unknown]
+    ids = [*said, end, *white, table.eos]
+    for ended in (True, False):
+        response = [True] * len(said) + [ended, False, True]
+        assert answers(ids, response, table, end) == [True] * len(ids)
+        assert len(responses_of(ids, response, table, end)) == 1
+
+
 def test_where_one_token_ends_turns_and_sequences_each_ends_an_answer(zoo):
     entry = zoo("smollm2")
     (word,), eos = encode(entry.tokenizer, "red"), entry.table.eos
