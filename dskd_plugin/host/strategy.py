@@ -109,19 +109,19 @@ class PairedStrategy:
         if not student.get("input_ids"):
             return {}
         teacher, (refused,) = self._columns_of_batch("teacher", _batch_of(row), [row])
-        ids = student["input_ids"]
-        if len(ids) == len(teacher["input_ids"]) == 1:
-            teacher_rows = list(zip(teacher["input_ids"], teacher["labels"], strict=True))
+        ids, teacher_ids = student["input_ids"], teacher.get("input_ids", [])
+        if len(ids) == len(teacher_ids) == 1:
+            teacher_rows = list(zip(teacher_ids, teacher["labels"], strict=True))
         else:
             # The two sides are cut at different places.
             teacher_rows = self.reread(ids, row[self.student.field])
-        # The rows have one note for all of them.
-        notes = [self._notes(row, note) for note in (refused, *[""] * (len(ids) - 1))]
         found = [
-            {**self._join(own, labels, *theirs), **note}
-            for own, labels, theirs, note in zip(ids, student["labels"], teacher_rows, notes, strict=True)
+            self._join(own, labels, *theirs)
+            for own, labels, theirs in zip(ids, student["labels"], teacher_rows, strict=True)
         ]
-        return {**student, **_as_batch(found)}
+        silent = [""] * len(ids)
+        # The rows have one note for all of them.
+        return {**student, **_as_batch(found), REFUSED: [refused, *silent[1:]], ONE_SIDED: silent}
 
     def _hand_over(self, row: dict[str, Any]) -> None:
         if self.one_sided is not None:
