@@ -148,7 +148,7 @@ class Rollout:
         asked: list[tuple[Answers, Sample, list[Prompt]]] = []
         for group, samples in zip(made, groups, strict=True):
             for sample in samples:
-                prompts = self._prompts(sample, positions)
+                prompts = self.prompts(sample, positions)
                 if prompts is None:
                     self.counts["skipped"] += 1
                 else:
@@ -181,8 +181,11 @@ class Rollout:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def _prompts(self, sample: Sample, positions: int | None) -> list[Prompt] | None:
-        """The prompt beside each teacher's; None where one of them has none."""
+    def prompts(self, sample: Sample, positions: int | None) -> list[Prompt] | None:
+        """The prompt of a row beside each teacher's; None where one of them has none.
+
+        positions: the most that the student knows, None without a limit.
+        """
         found = [one._prompt(row_of(sample, number), positions) for number, one in enumerate(self._each, start=1)]
         prompts = [prompt for prompt in found if prompt is not None]
         return prompts if len(prompts) == len(found) else None

@@ -703,7 +703,7 @@ def test_an_end_of_sequence_behind_the_end_of_turn_is_no_answer_to_ask_for(sides
     gold["labels"][-1] = gold["input_ids"][-1]
     if not trains_end:
         gold["labels"][end] = IGNORE
-    (prompt,) = rollout_of(student, teacher)._prompts(gold, None)
+    (prompt,) = rollout_of(student, teacher).prompts(gold, None)
     assert prompt.student_ids == asked and "blue" not in student.tokenizer.decode(asked)
 
 
