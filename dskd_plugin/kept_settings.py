@@ -104,8 +104,11 @@ def changed(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _block(state: dict[str, Any]) -> dict[str, Any]:
     """The kept block, with what `unpaired` meant."""
+    from dskd_plugin.methods import METHODS
+
     block = dict(state.get(BLOCK, {}))
-    if state.get("method") == "sft":
+    ignored = {key for (name, _), method in METHODS.items() if name == state.get("method") for key in method.ignores}
+    if "unpaired" in ignored:
         block.pop("unpaired", None)
     elif block.setdefault("unpaired", UNPAIRED) == "auto":
         block["unpaired"] = "share" if block.get("on_policy") else "ce"

@@ -107,6 +107,10 @@ def test_what_unpaired_meant_is_told_where_it_changes(checkpoint, caplog):
     assert not caplog.records
     state.check(checkpoint(settings={"kd_ratio": 0.5}), {**PAIR, "settings": {"unpaired": "auto"}})
     assert "dskd.unpaired share -> ce" in caplog.text
+    caplog.clear()
+    plain = {**PAIR, "method": "sft"}
+    state.check(checkpoint(**plain, settings={"kd_ratio": 0.5}), {**plain, "settings": {"unpaired": "auto"}})
+    assert not caplog.records
 
 
 def test_a_checkpoint_of_fixed_weights_has_no_balance_to_go_on_with(checkpoint):
