@@ -42,9 +42,9 @@ test-plugin: install
 	$(PYTEST) tests/plugin --at-least 1650 -n 2
 
 test-e2e: install
-	$(PYTEST) tests/e2e -m "not more" --at-least 120 -n 2
+	$(PYTEST) tests/e2e -m "not more" --at-least 118 -n 2
 
-# Most options of Axolotl beside the plugin, each in a training of its own, and further launchers of several machines:
+# Most options of Axolotl beside the plugin, each in a training of its own, further engines and launchers:
 # not part of `make test`, for their time.
 test-more: install
 	$(PYTEST) tests/e2e -m more --at-least 36 -n 2

@@ -53,7 +53,7 @@ def test_weights_that_rest_on_the_whole_step_are_those_of_one_process(train, tmp
     assert alone[0][4] == 1 != alone[1][4] and all(step[5] > 0 for step in alone)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.more)])
 def test_packed_lora_with_one_tokenizer_on_sharded_engines(train, tiny, tmp_path, engine, options, lora):
     run = train(
         ranks=2,

@@ -177,7 +177,7 @@ def test_killed_run_resumes_the_same_curve(run_axolotl, recipe, changes):
         assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.more)])
 def test_cross_model_attention_on_two_ranks(train, tmp_path, engine, options, single_cma):
     if not single_cma:
         run = train("single", dskd={"alignment": "cma"}, micro_batch_size=2, gradient_accumulation_steps=2)
@@ -260,7 +260,7 @@ def whole_student():
     return {}
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.more), "zero3", "fsdp2"])
 def test_ranks_answer_alike_whatever_is_split(train, tmp_path, engine, options, whole_student):
     """A step is on-policy on both ranks or on neither: it has answers to all prompts of both batches or none."""
 

@@ -120,7 +120,10 @@ def test_the_traceback_is_there_for_who_asks(run_axolotl, wordpiece):
 
 @pytest.mark.parametrize(
     ("launcher", "number", "by"),
-    [("accelerate", signal.SIGINT, "Ctrl-C (SIGINT)"), ("python", signal.SIGTERM, "SIGTERM")],
+    [
+        ("accelerate", signal.SIGINT, "Ctrl-C (SIGINT)"),
+        pytest.param("python", signal.SIGTERM, "SIGTERM", marks=pytest.mark.more),
+    ],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, recipe, launcher, number, by):
@@ -135,7 +138,10 @@ def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, re
 
 @pytest.mark.parametrize(
     ("launcher", "number", "by"),
-    [("python", signal.SIGINT, "Ctrl-C (SIGINT)"), ("torchrun", signal.SIGTERM, "SIGTERM")],
+    [
+        ("python", signal.SIGINT, "Ctrl-C (SIGINT)"),
+        pytest.param("torchrun", signal.SIGTERM, "SIGTERM", marks=pytest.mark.more),
+    ],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, recipe, launcher, number, by):

@@ -101,7 +101,9 @@ def one_process():
     return {}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("ddp", marks=pytest.mark.more), "zero3", pytest.param("fsdp2", marks=pytest.mark.more)]
+)
 def test_two_ranks_train_as_one_process(train, teachers, tmp_path, engine, options, one_process):
     names = "loss", "grad_norm", "dskd/teacher1/kd", "dskd/teacher2/kd", "dskd/kd_scale"
     block = teachers() | {"kd_weight": "balanced"}
