@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dskd_plugin.core.events import Events
-from dskd_plugin.core.overlap import Overlap, identity, shared_vocabulary
+from dskd_plugin.core.overlap import Overlap, identity
 from dskd_plugin.errors import SettingError
 from dskd_plugin.methods import method_of
 from dskd_plugin.settings import Settings
@@ -97,11 +97,10 @@ def shared_ids(
 
     ends: of the run's datasets, see `run.Sides.ends`.
     """
-    student_bytes = pair.student.bytes[: head_rows[0]]
-    teacher_bytes = pair.teacher.bytes[: head_rows[1]]
     if pair.identity:
-        one = identity(min(len(student_bytes), len(teacher_bytes)))
-        to_student = torch.full((len(teacher_bytes),), -1)
+        teacher_ids = min(head_rows[1], pair.teacher.vocab_size)
+        one = identity(min(head_rows[0], pair.student.vocab_size, teacher_ids))
+        to_student = torch.full((teacher_ids,), -1)
         to_student[: len(one.student_ids_O)] = one.student_ids_O
         return replace(
             one,
@@ -110,16 +109,7 @@ def shared_ids(
             teacher_to_student_V=to_student,
         )
     roles = role_pairs(ends, pair.student, pair.teacher)
-    shared = shared_vocabulary(
-        student_bytes,
-        teacher_bytes,
-        [(s, t) for s, t in roles if s < len(student_bytes) and t < len(teacher_bytes)],
-        top_vocab,
-        student_byte_tokens=pair.student.byte_tokens,
-        teacher_byte_tokens=pair.teacher.byte_tokens,
-        student_added=pair.student.added,
-        teacher_added=pair.teacher.added,
-    )
+    shared = overlap(pair.student, pair.teacher, roles, top_vocab, head_rows)
     if len(shared.student_ids_O) == 0:
         raise SettingError(
             "dskd.teacher.model", "tokenizers that share some tokens", "none in common", "Choose another teacher."

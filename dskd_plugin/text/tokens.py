@@ -104,12 +104,14 @@ def overlap(
     teacher: TokenTable,
     role_pairs: Iterable[tuple[int, int]] = (),
     top_vocab: int | None = None,
+    head_rows: tuple[int | None, int | None] = (None, None),
 ) -> Overlap:
-    """Shared vocabulary of two tables; see `shared_vocabulary`."""
+    """Shared vocabulary of two tables, see `shared_vocabulary`. head_rows: of their heads, which may be shorter."""
+    own, theirs = student.bytes[: head_rows[0]], teacher.bytes[: head_rows[1]]
     return shared_vocabulary(
-        student.bytes,
-        teacher.bytes,
-        role_pairs,
+        own,
+        theirs,
+        [(s, t) for s, t in role_pairs if s < len(own) and t < len(theirs)],
         top_vocab,
         student_byte_tokens=student.byte_tokens,
         teacher_byte_tokens=teacher.byte_tokens,

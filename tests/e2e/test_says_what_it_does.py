@@ -118,14 +118,16 @@ def test_the_traceback_is_there_for_who_asks(run_axolotl, wordpiece):
     assert "Traceback" in run.output and "in read_table" in run.output
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number", "by"),
-    [
-        ("accelerate", signal.SIGINT, "Ctrl-C (SIGINT)"),
-        pytest.param("python", signal.SIGTERM, "SIGTERM", marks=pytest.mark.more),
-    ],
-    ids=["Ctrl-C", "SIGTERM"],
-)
+def by_signal(*, ctrl_c, sigterm):
+    """Under which launcher each signal comes."""
+    rows = [
+        pytest.param(ctrl_c, signal.SIGINT, "Ctrl-C (SIGINT)", id="Ctrl-C"),
+        pytest.param(sigterm, signal.SIGTERM, "SIGTERM", id="SIGTERM", marks=pytest.mark.more),
+    ]
+    return pytest.mark.parametrize(("launcher", "number", "by"), rows)
+
+
+@by_signal(ctrl_c="accelerate", sigterm="python")
 def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, recipe, launcher, number, by):
     log = f"{recipe['output_dir']}/debug.log"  # the first that Axolotl writes, before it reads rows
     run = run_axolotl(recipe, launcher=launcher, interrupt=(number, log))
@@ -136,14 +138,7 @@ def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, re
     assert not (run.out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number", "by"),
-    [
-        ("python", signal.SIGINT, "Ctrl-C (SIGINT)"),
-        pytest.param("torchrun", signal.SIGTERM, "SIGTERM", marks=pytest.mark.more),
-    ],
-    ids=["Ctrl-C", "SIGTERM"],
-)
+@by_signal(ctrl_c="python", sigterm="torchrun")
 def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, recipe, launcher, number, by):
     fitted = {**recipe, "dskd": {**recipe["dskd"], "projector": {"init": "fitted"}}}
     run = run_axolotl(fitted, launcher=launcher, interrupt=(number, f"{recipe['output_dir']}/PARTIAL.txt"))
