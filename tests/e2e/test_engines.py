@@ -44,13 +44,16 @@ def test_two_ranks_train_as_one_process(train, tmp_path, engine, options, one_pr
 
 @pytest.mark.parametrize("engine", ["zero3"])
 def test_weights_that_rest_on_the_whole_step_are_those_of_one_process(train, tmp_path, engine, options):
-    """Rows without a partner on either rank, and the ratio of the two parts over both."""
-    weights = {"kd_weight": "balanced", "unpaired": "ce"}
+    """Rows without a partner on either rank, and the ratio of the two parts over both; a projector that every rank
+    fits for itself is the same one.
+    """
+    weights = {"kd_weight": "balanced", "unpaired": "ce", "projector": {"init": "fitted"}}
     names = ("loss", "grad_norm", "dskd/ce", "dskd/kd", "dskd/kd_scale", "dskd/ce_unpaired")
     alone = train("single", dskd=weights, micro_batch_size=2, gradient_accumulation_steps=2).curve(*names)
     run = train(engine, ranks=2, dskd=weights, gradient_accumulation_steps=1, **options(engine, tmp_path))
     assert run.curve(*names) == [pytest.approx(step, rel=2e-5) for step in alone]
     assert alone[0][4] == 1 != alone[1][4] and all(step[5] > 0 for step in alone)
+    assert run.output.count("dskd: projector fitted on") == 1
 
 
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.more)])
