@@ -137,17 +137,23 @@ def distillation_loss(
 
 def backend_of(settings: Settings, device: torch.device) -> Backend | None:
     """What `dskd.impl` chooses where the student trains; None for the reference."""
-    able = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    able = check_impl(settings, device.type)
+    if settings.impl == "blocks" or not (able and method_of(settings).fuses(settings)):
+        return None
+    return FusedBlocks(FUSED_BLOCK_ELEMENTS)
+
+
+def check_impl(settings: Settings, device_type: str) -> bool:
+    """Whether the kernels can run there; ``ValueError`` where they cannot and the recipe insists on them."""
+    able = device_type == "cuda" and importlib.util.find_spec("triton") is not None
     if settings.impl == "fused" and not able:
         raise SettingError(
             "dskd.impl",
             "'blocks' or 'auto' without a CUDA device and Triton",
-            f"'fused', and a student on {device.type}",
+            f"'fused', and a student on {device_type}",
             "Set impl: auto, which takes blocks there.",
         )
-    if settings.impl == "blocks" or not (able and method_of(settings).fuses(settings)):
-        return None
-    return FusedBlocks(FUSED_BLOCK_ELEMENTS)
+    return able
 
 
 def in_common(sides: Sides, teacher: TeacherParts, rows: int) -> tuple[Overlap, Events | None]:

@@ -139,6 +139,15 @@ def check_adapter(recipe: Any) -> None:
         )
 
 
+def check_kernels(settings: Any) -> None:
+    """Raise ``ValueError`` for kernels that this machine cannot run."""
+    import torch  # slow, and only where kernels are asked for
+
+    from dskd_plugin.assemble import check_impl
+
+    check_impl(settings, "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_places(recipe: Any) -> None:
     """Raise ``ValueError`` for a folder of the run that cannot be one: a file, or below a file or a locked folder."""
     for key in ("output_dir", "dataset_prepared_path"):
@@ -316,6 +325,8 @@ def check_started(recipe: dict[str, Any], given: dict[str, Any], trains_by: str 
                 check_pair(str(recipe.get("base_model")), one, parts)
     check_checkpoint(recipe, settings)
     if trains_by is not None:
+        if settings.impl == "fused" and not recipe.get("use_ray"):
+            check_kernels(settings)
         for place, one in enumerate(views):
             with naming(place, len(views)):
                 check_there(one.teacher.cache, trains_by)

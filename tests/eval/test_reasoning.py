@@ -320,3 +320,22 @@ def test_channels_of_special_tokens(tmp_path: Path) -> None:
     ends = tokenizers.end_tokens(folder, tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|end|>") not in ends
     assert tokenizer.convert_tokens_to_ids("<|return|>") in ends
+
+
+def test_a_line_break_without_a_token_does_not_end_an_answer() -> None:
+    """The unknown token is a special one."""
+    from dskd_eval.backends import tokenizers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<end>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Split("\n", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_tokens(["<end>"], special_tokens=True)
+    folder = SimpleNamespace(ends="no-such-folder", config={}, ref=SimpleNamespace(template_options={}))
+    for end, ids in (("\n<end>", [2, 3]), ("\n", [2]), ("<unk>", [0, 2])):
+        shown = f"{{{{ m.content + {end!r} }}}}"
+        tokenizer.chat_template = f"{{% for m in messages %}}{shown}{{% endfor %}}"
+        assert tokenizers.end_tokens(folder, tokenizer) == ids, end

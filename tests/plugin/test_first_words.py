@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,21 @@ def test_processes_that_only_import_a_command_are_left_alone(wrong):
     assert preflight.mistakes_of("axolotl.cli.main", ["pytest", "train", wrong], ["python", "pytest"]) is None
     for words in (["inference", wrong], ["train", wrong, "--help"], ["train", wrong, "--cloud", "c.yaml"], []):
         assert preflight.mistakes_of("axolotl.cli.main", ["/bin/axolotl", *words], []) is None
+
+
+def test_kernels_that_no_device_here_can_run_are_refused_where_the_student_trains(wrong, recipe):
+    import torch
+    import yaml
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    Path(wrong).write_text(yaml.safe_dump({**recipe, "dskd": {**recipe["dskd"], "impl": "fused"}}))
+
+    def said(command):
+        return preflight.mistakes_of("axolotl.cli.main", ["axolotl", command, wrong], [])
+
+    assert "dskd.impl: expected 'blocks' or 'auto' without a CUDA device" in said("train")
+    assert said("preprocess") is None
 
 
 def _said(recipe_text, folder):

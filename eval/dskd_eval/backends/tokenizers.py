@@ -120,6 +120,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, options: Variables) -> int | N
     if not found:
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    if str(tokenizer.unk_token) not in after:
+        ids = [token for token in ids if token != tokenizer.unk_token_id]  # a line break may have no token of its own
     special = set(tokenizer.all_special_ids)
     added = set(tokenizer.get_added_vocab().values())
     following = [*(token for token in ids if token in special), *(token for token in ids if token in added)]
