@@ -62,9 +62,9 @@ def dskd_loss(
     block_elements: rows x vocabulary entries at a time, up to 10 fp32 tensors of that size with gradients.
     Returns (loss, sums): loss a scalar attached to student_RD, head weight, head bias and t2s_Dd even where a
     term is left out (gradient 0); sums name -> (sum in nats, count) for TERMS, detached, 0 and 0 for a term left out,
-    and for RATES: (rows where the argmaxes agree, rows), and for t2s_inside, with exact alone, how much likelier, in
-    nats, the projected teacher finds the gold id inside its event than the student does, over rows whose event has
-    several ids. With gradients disabled only values are computed.
+    and for RATES: (rows where the argmaxes agree, rows), and with exact alone, in nats, how much likelier than the
+    student the target finds the event of the gold id, teacher_lead, and the projected teacher the gold id inside its
+    event, t2s_inside, over rows whose event has several ids. With gradients disabled only values are computed.
     Under projectors_alone only ce reaches student_RD and the student's head; t2s_ce still reaches t2s_Dd.
     Values and gradients are both computed in the forward, one block after another, which needs the divisors
     beforehand; the backward only scales them, once per input. No second derivatives.

@@ -236,26 +236,29 @@ class Exact:
     shares_inside: bool
 
 
-def exact_target(
-    *, share_NV: Tensor, share_NK: Tensor, student_NK: Tensor, teacher_NK: Tensor, events: Events
-) -> Tensor:
+def exact_target(*, share_NV: Tensor, share_NK: Tensor, target_NK: Tensor, events: Events) -> Tensor:
     """Log-probabilities over the student's ids: the teacher decides between events, another distribution inside them.
 
         target(v) = M_t(e) share(v) / M_share(e),   e the event of v, M the mass of an event
 
     share_NV: log-probabilities or logits of the projected teacher, or of the student itself, which pulls between events
-    alone; share_NK: their masses. student_NK, teacher_NK: log-masses of the two sides. None of them with a gradient.
+    alone; share_NK: their masses. target_NK: M_t, see teacher_masses. None of them with a gradient.
     Returns [N, V], each row summing to 1 after exp.
     """
-    change_NK = change_inside(share_NK=share_NK, student_NK=student_NK, teacher_NK=teacher_NK, events=events)
+    change_NK = change_inside(share_NK=share_NK, target_NK=target_NK)
     return change_NK.index_select(1, events.student_V).add_(share_NV)
 
 
-def change_inside(*, share_NK: Tensor, student_NK: Tensor, teacher_NK: Tensor, events: Events) -> Tensor:
+def change_inside(*, share_NK: Tensor, target_NK: Tensor) -> Tensor:
     """log M_t(e) - log M_share(e): what is added to the log-share of each id of an event, see exact_target. [N, K]."""
-    wanted_NK = teacher_masses(student_NK, teacher_NK, events)
     # The rest may be empty on the student's side: -inf - -inf is never read there.
-    return torch.where(share_NK.isneginf(), 0, wanted_NK - share_NK)
+    return torch.where(share_NK.isneginf(), 0, target_NK - share_NK)
+
+
+def lead(*, target_NK: Tensor, student_NK: Tensor, id_N: Tensor, events: Events) -> Tensor:
+    """How much likelier than the student the exact target finds the event of an id. Returns [N] nats, no gradient."""
+    event_N1 = events.student_V[id_N][:, None]
+    return (target_NK.gather(1, event_N1) - student_NK.gather(1, event_N1))[:, 0]
 
 
 def inside(log_weights_NV: Tensor, mass_NK: Tensor, id_N: Tensor, events: Events) -> Tensor:

@@ -30,7 +30,7 @@ TERMS = ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "kd", "span_kl", "ce_unpaired")
 CE_TERMS = ("ce", "ce_unpaired")
 
 
-RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside")
+RATES = ("t2s_agreement", "s2t_agreement", "t2s_inside", "teacher_lead")
 
 
 Compares = Literal["nothing", "distributions", "spaces"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import binary_kl, log_probs, token_nll
-from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, inside, masses
+from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, inside, lead, masses, teacher_masses
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.prefixes import PrefixCompare
@@ -168,15 +168,17 @@ def _t2s_sums(
             t2s_NV = t2s_NV / temperature
             share_NK = masses(t2s_NV, events.student_V, events.count)
         gold_N = rows.labels_R[: rows.pairs]
+        target_NK = teacher_masses(own_NK, teacher.of_events(temperature), events)
+        lead_N = lead(target_NK=target_NK, student_NK=own_NK, id_N=gold_N, events=events)
+        sums["teacher_lead"] = masked_sum(lead_N, labelled_N)
         several_N = labelled_N & events.open_V[gold_N]
-        lead_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)
+        inside_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)
         # Of rows whose event has one id there is nothing to say.
-        sums["t2s_inside"] = masked_sum(lead_N, several_N)
+        sums["t2s_inside"] = masked_sum(inside_N, several_N)
         target_NV = exact_target(
             share_NV=t2s_NV if exact.shares_inside else own_NV,
             share_NK=share_NK if exact.shares_inside else own_NK,
-            student_NK=own_NK,
-            teacher_NK=teacher.of_events(temperature),
+            target_NK=target_NK,
             events=events,
         )
     t2s_kd_N = objective.divergence(student_NV=student_log_NV, teacher_NV=target_NV)

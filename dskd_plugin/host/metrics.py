@@ -34,6 +34,8 @@ MEANINGS = {
     "t2s_inside": "`target: exact`: how much likelier, in nats, the projected teacher finds the gold token, given "
     "its event, than the student does; it shares out inside events while the mean of the last steps "
     "is above 0",
+    "teacher_lead": "`target: exact`: how much likelier, in nats per aligned row, the teacher finds the event of the "
+    "gold token than the student does; below 0 the student says the gold answers better than the teacher",
     "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
     "align_ratio": "aligned rows / response rows",
     "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",
@@ -62,7 +64,7 @@ def active_names(objective: Objective, *, exact: bool, in_pairs: bool) -> set[st
     if objective.in_teacher_space:
         names.add("s2t_agreement")
     if exact:
-        names.add("t2s_inside")
+        names |= {"t2s_inside", "teacher_lead"}
     if in_pairs:
         names.add("align_ratio")
     return names

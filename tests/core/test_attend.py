@@ -264,7 +264,7 @@ def test_counts_are_those_of_the_sums(make):
         assert found.tolist() == [int(sums[term][1]) for term in TERMS]
         assert found.tolist()[0] == 9
         assert found.tolist()[2:4] == [5, 4]
-    assert [int(sums[name][1]) for name in RATES] == [5, 4, 0]
+    assert [int(sums[name][1]) for name in RATES] == [5, 4, 0, 0]
 
 
 def test_size_of_the_blocks_does_not_matter(make):

@@ -16,6 +16,7 @@ from dskd_plugin.core.events import (
     exact_target,
     inside,
     masses,
+    teacher_masses,
 )
 from dskd_plugin.core.objective import RATES, TERMS
 
@@ -126,8 +127,9 @@ def target_of(student, share, teacher, table):
     return exact_target(
         share_NV=share,
         share_NK=masses(share, table.student_V, table.count),
-        student_NK=masses(student, table.student_V, table.count),
-        teacher_NK=masses(teacher, table.teacher_U, table.count),
+        target_NK=teacher_masses(
+            masses(student, table.student_V, table.count), masses(teacher, table.teacher_U, table.count), table
+        ),
         events=table,
     )
 
@@ -281,6 +283,21 @@ def test_what_is_seen_inside_events(make_case):
         lead, rows = lead + sides[0] - sides[1], rows + 1
     assert rows
     assert [x.item() for x in sums["t2s_inside"]] == pytest.approx([lead, rows], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_how_much_likelier_the_target_finds_the_event_of_the_gold_token(oracle, make_case, name):
+    case, table, tau = exact_case(make_case, seed=7), events(name), 2.0
+    _, sums = run(case, Exact(table, False), soft=True)
+    wanted = 0.0
+    for n in range(4):
+        own = torch.nn.functional.linear(case.student[n], case.weight, case.bias)[:9]
+        theirs = torch.nn.functional.linear(case.teacher[n], case.teacher_weight, case.teacher_bias)[:11]
+        q, p = (softmaxed.tolist() for softmaxed in ((own / tau).softmax(-1), (theirs / tau).softmax(-1)))
+        target = oracle.exact_target(p, q, q, *TABLES[name])
+        members = [v for v in range(9) if table.student_V[v] == table.student_V[case.gold[n]]]
+        wanted += math.log(sum(target[v] for v in members)) - math.log(sum(q[v] for v in members))
+    assert [x.item() for x in sums["teacher_lead"]] == pytest.approx([wanted, 4], rel=1e-9)
 
 
 def test_agreement_is_of_events(make_case):

@@ -14,7 +14,7 @@ SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_ma
 
 KINDS = sorted(DIVERGENCES)
 DSKD_TERMS = TERMS[:4]
-DSKD_RATES = RATES[:2]  # the third is that of an exact target
+DSKD_RATES = RATES[:2]  # the others are those of an exact target
 HEADS = {
     "plain": {"bias": False, "padding": 0},
     "padded": {"bias": False, "padding": 3},

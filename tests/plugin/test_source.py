@@ -24,7 +24,7 @@ from dskd_plugin.core import segments
 from dskd_plugin.core.baselines import SharedIds
 from dskd_plugin.core.common_support import CommonSupport, Completions
 from dskd_plugin.core.divergences import forward_kl, log_probs
-from dskd_plugin.core.events import EventCompare, exact_target, masses
+from dskd_plugin.core.events import EventCompare, exact_target, masses, teacher_masses
 from dskd_plugin.core.extended import ExtendedCompare
 from dskd_plugin.core.hybrid import HybridCompare
 from dskd_plugin.core.likelihood import LikelihoodCompare
@@ -187,7 +187,8 @@ def wanted_of(own, theirs, events):
         masses(log_probs_N, event, events.count)
         for log_probs_N, event in ((own, events.student_V), (theirs, events.teacher_U))
     )
-    return exact_target(share_NV=own, share_NK=own_NK, student_NK=own_NK, teacher_NK=their_NK, events=events)
+    target_NK = teacher_masses(own_NK, their_NK, events)
+    return exact_target(share_NV=own, share_NK=own_NK, target_NK=target_NK, events=events)
 
 
 def distance(student, teacher, method, clear):

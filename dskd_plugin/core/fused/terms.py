@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dskd_plugin.core.baselines import MappedIds, SameIds, SharedIds
 from dskd_plugin.core.divergences import forward_kl
-from dskd_plugin.core.events import EventCompare, Events, Exact, change_inside, teacher_masses
+from dskd_plugin.core.events import EventCompare, Events, Exact, change_inside, lead, teacher_masses
 from dskd_plugin.core.fused import launch
 from dskd_plugin.core.fused.launch import Gold, Handed, Logits, Masses, Other
 from dskd_plugin.core.heads import Head
@@ -121,7 +121,8 @@ def t2s(
         events = exact.events
         masses = launch.event_masses(theirs, events.student_ids, events.count)
         agree_N = events.student_V[predicted_N] == part.of_teacher.likeliest_event_N
-        other, sums["t2s_inside"] = _exact_target(part, exact, own, theirs.at(temperature), masses)
+        other, rates = _exact_target(part, exact, own, theirs.at(temperature), masses)
+        sums |= rates
     t2s_kd_N, nll_N = launch.compare(
         own, other, part.objective.divergence, part.weight("t2s_kd"), gold=gold, write=part.moves
     )
@@ -139,10 +140,8 @@ def t2s(
     return sums, nll_N, theirs
 
 
-def _exact_target(
-    part: Block, exact: Exact, own: Logits, theirs: Logits, masses: Masses
-) -> tuple[Other, tuple[Tensor, Tensor]]:
-    """events.exact_target as the other side of a comparison, and t2s_inside.
+def _exact_target(part: Block, exact: Exact, own: Logits, theirs: Logits, masses: Masses) -> tuple[Other, Sums]:
+    """events.exact_target as the other side of a comparison, and the rates t2s_inside and teacher_lead.
 
     own, theirs: at the temperature of the comparison. masses: of theirs at temperature 1.
     """
@@ -150,16 +149,16 @@ def _exact_target(
     own_masses = launch.event_masses(own, events.student_ids, events.count)
     if theirs.temperature != 1.0:
         masses = launch.event_masses(theirs, events.student_ids, events.count)
-    several_N = part.masks["t2s_ce"] & events.open_V[gold_N]
-    lead_N = _inside(theirs, masses, gold_N, events) - _inside(own, own_masses, gold_N, events)
-    change_NK = change_inside(
-        share_NK=(masses if exact.shares_inside else own_masses).log_NK,
-        student_NK=own_masses.log_NK,
-        teacher_NK=part.of_teacher.of_events(own.temperature),
-        events=events,
-    )
-    share = theirs if exact.shares_inside else own
-    return Other(share, change_NK=change_NK, event_V=events.student_V), masked_sum(lead_N, several_N)
+    target_NK = teacher_masses(own_masses.log_NK, part.of_teacher.of_events(own.temperature), events)
+    labelled_N = part.masks["t2s_ce"]
+    lead_N = lead(target_NK=target_NK, student_NK=own_masses.log_NK, id_N=gold_N, events=events)
+    inside_N = _inside(theirs, masses, gold_N, events) - _inside(own, own_masses, gold_N, events)
+    share, share_masses = (theirs, masses) if exact.shares_inside else (own, own_masses)
+    change_NK = change_inside(share_NK=share_masses.log_NK, target_NK=target_NK)
+    return Other(share, change_NK=change_NK, event_V=events.student_V), {
+        "teacher_lead": masked_sum(lead_N, labelled_N),
+        "t2s_inside": masked_sum(inside_N, labelled_N & events.open_V[gold_N]),
+    }
 
 
 def _label_distance(part: Block, theirs: Logits, soft_labels: Compare | None, moves: bool) -> Tensor:
