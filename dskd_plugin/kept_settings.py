@@ -29,8 +29,11 @@ SETTINGS = {
 # The whole `dskd:` block as it was resolved: what of it may change in the middle of a run is told, not refused.
 BLOCK = "settings"
 # What a run did before the setting was there to be kept; UNPAIRED is one of the block.
-BEFORE = {"target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
+BEFORE = {"method": "dskd", "target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 UNPAIRED = "share"
+# Defaults of 0.1.0, whose file keeps no block and no method, and names tokenizers by another rule.
+FIRST = {"temperature": 2.0, "agreement_mask": True, "unpaired": UNPAIRED, "projector": {"labels": "hard"}}
+_NAMED_OTHERWISE = ("student_tokenizer", "teacher_tokenizer")
 
 
 def of(settings: "Settings") -> dict[str, object]:
@@ -73,15 +76,18 @@ def check_same(file: Path, found: dict[str, Any], now: dict[str, Any]) -> None:
     """
     # A setting that does not apply to the method is None here, and may not have been kept.
     expected = {key: value for key, value in now.items() if key != BLOCK and (key in found or value is not None)}
+    is_first, before, after = _is_first(found), _flat(_block(found)), _flat(_block(now))
+    if is_first:
+        expected = {key: value for key, value in expected.items() if key not in (*_NAMED_OTHERWISE, "alignment")}
     found = {**BEFORE, **found}
     different = [key for key, value in expected.items() if found.get(key) != value]
     if not different:
         return
-    kept = {key: found.get(key) for key in different if key in SETTINGS}
+    kept: dict[str, object] = {key: found.get(key) for key in different if key in SETTINGS}
     if kept.get("target") == "projected":
         kept.pop("shared", None)  # has no effect there, and is refused
-    if (unpaired := _block(found).get("unpaired")) != _block(now).get("unpaired"):
-        kept["unpaired"] = unpaired
+    restored = _flat(FIRST) if is_first else ("unpaired",)
+    kept |= {key: before.get(key) for key in restored if before.get(key) != after.get(key)}
     # A recipe has one of the two forms.
     other_form = ("teacher", "teacher_revision", "teacher_adapter") if kept.get("teachers") else ("teachers",)
     lines = _recipe_lines({key: value for key, value in kept.items() if key not in other_form})
@@ -106,13 +112,17 @@ def _block(state: dict[str, Any]) -> dict[str, Any]:
     """The kept block, with what `unpaired` meant."""
     from dskd_plugin.methods import METHODS
 
-    block = dict(state.get(BLOCK, {}))
+    block = dict(FIRST if _is_first(state) else state.get(BLOCK, {}))
     ignored = {key for (name, _), method in METHODS.items() if name == state.get("method") for key in method.ignores}
     if "unpaired" in ignored:
         block.pop("unpaired", None)
     elif block.setdefault("unpaired", UNPAIRED) == "auto":
         block["unpaired"] = "share" if block.get("on_policy") else "ce"
     return block
+
+
+def _is_first(state: dict[str, Any]) -> bool:
+    return BLOCK not in state and not state.keys() & {"alignment", "target"}
 
 
 def _flat(block: dict[str, object], above: str = "") -> dict[str, object]:
@@ -128,7 +138,7 @@ def _recipe_lines(kept: dict[str, object]) -> str:
     block: dict[str, Any] = {}
     for key, value in kept.items():
         inner = block
-        *above, last = SETTINGS[key].split(".")
+        *above, last = SETTINGS.get(key, key).split(".")
         for name in above:
             inner = inner.setdefault(name, {})
         inner[last] = value

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_a_checkpoint_of_the_old_defaults_is_refused_with_the_lines_to_add(check
 
 
 def test_the_lines_that_a_refusal_names_are_accepted(checkpoint):
-    """A recipe of two keys under the first release's defaults, in whose checkpoints no block was kept."""
+    """A recipe of two keys before a block was kept."""
     recipe = {"teacher": {"model": "./teacher"}}
     widths = {"widths": PAIR["widths"], "student_tokenizer": "a", "teacher_tokenizer": "b"}
     today = {**kept_settings.of(parse_settings(recipe)), **widths}
@@ -100,6 +102,27 @@ def test_the_lines_that_a_refusal_names_are_accepted(checkpoint):
     assert lines == {"spaces": "both", "target": "projected", "unpaired": "share"}
     then = kept_settings.of(parse_settings({**recipe, **lines}))
     state.check(folder, {**then, **widths})
+
+
+def test_a_checkpoint_of_the_first_release_is_refused_with_the_lines_of_the_changelog(checkpoint, caplog):
+    """Its file to the letter; after these lines nothing is said to have changed."""
+    recipe = {"teacher": {"model": "./teacher"}}
+    sides = {"widths": [32, 48], "student_tokenizer": "today's", "teacher_tokenizer": "today's"}
+    today = {**kept_settings.of(parse_settings(recipe)), **sides}
+    folder = checkpoint()
+    first = {"dskd": "0.1.0", "teacher": "./teacher", "student_tokenizer": "a", "teacher_tokenizer": "b"}
+    (folder / kept_settings.STATE).write_text(json.dumps({**first, "widths": [32, 48], "spaces": "both"}))
+    with pytest.raises(ValueError, match="target 'projected' instead of 'exact'") as error:
+        state.check(folder, today)
+    changelog = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    told = textwrap.dedent(changelog.split("```yaml\n")[1].split("```")[0])
+    assert lines_of(error) == yaml.safe_load(told)
+    then = {**kept_settings.of(parse_settings({**recipe, **lines_of(error)["dskd"]})), **sides}
+    state.check(folder, then)
+    assert not caplog.records
+    (folder / kept_settings.STATE).write_text(json.dumps({**first, "widths": [32, 64], "spaces": "both"}))
+    with pytest.raises(ValueError, match="widths"):
+        state.check(folder, then)
 
 
 def test_what_unpaired_meant_is_told_where_it_changes(checkpoint, caplog):
