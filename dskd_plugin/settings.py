@@ -111,6 +111,12 @@ class Settings(Block):
         description="`overlap_kd` with `shared: ids`: compare only the k shared tokens that the student finds "
         "likeliest at a row, both sides renormalised on them; the teacher's head is read at these alone; null: all",
     )
+    guard: bool = Field(
+        True,
+        description="with `target: exact` and `unpaired: ce`: while the teacher finds the gold tokens less likely than "
+        "the student does (`dskd/teacher_lead`, in the mean of the last steps), learn from the gold answers alone",
+        json_schema_extra={"see": "[guard](method.md#the-guard)"},
+    )
     agreement_mask: bool = Field(False, description="t2s_kd only where the projected teacher predicts its own token")
     unmapped_argmax: Literal["drop", "teacher_space"] = Field(
         "drop",
@@ -172,6 +178,11 @@ class Settings(Block):
         if self.unpaired == "auto":
             return self.on_policy is None and method_of(self).compares != "nothing"
         return self.unpaired == "ce"
+
+    @property
+    def guards(self) -> bool:
+        """Whether a teacher that knows the gold tokens no better than the student stops pulling it."""
+        return self.guard and self.exact and self.unpaired_ce
 
     @property
     def by_events(self) -> bool:

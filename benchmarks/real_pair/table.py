@@ -38,6 +38,7 @@ SETTINGS: dict[str, Setting] = {
     "overlap_kd_ids": Setting("overlap_kd, ids", SHARE | {"method": "overlap_kd", "shared": "ids"}),
     "overlap_kd_events": Setting("overlap_kd, events", SHARE | {"method": "overlap_kd", "shared": "events"}),
     "dskd_default": Setting("DSKD, defaults", {}),
+    "dskd_unguarded": Setting("DSKD, defaults, `guard: false`", {"guard": False}),
     "dskd_share": Setting("DSKD, defaults, `unpaired: share`", SHARE),
     "csd": Setting("csd, `kd_weight: balanced`", {"method": "csd", "kd_weight": "balanced"}),
     "dskd_projected": Setting("DSKD, projected", PROJECTED),
@@ -49,7 +50,7 @@ SETTINGS: dict[str, Setting] = {
     "seqkd": Setting("SeqKD", {"method": "sft"}, rows="generated"),
 }
 # How a plugin behaves that does not have the setting yet.
-IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids", "unpaired": "share"}
+IMPLIED: dict[str, Any] = {"target": "projected", "shared": "ids", "unpaired": "share", "guard": False}
 
 DATA_SETS = ("mbpp", "gsm8k", "few", "few_gold")
 PAIRS = {"forward": "teacher -> student", "turned": "turned round, the better model learns"}
@@ -161,6 +162,8 @@ def same_behaviour(then: Block, now: Block) -> bool:
         idle.add("unpaired")
     if now["method"] != "dskd":
         idle.add("target")
+    if (now["method"], now["target"]) != ("dskd", "exact") or now["unpaired"] == "share":
+        idle.add("guard")
     if now["method"] != "overlap_kd" and (now["method"], now["target"]) != ("dskd", "exact"):
         idle.add("shared")
     return _agree(*({key: value for key, value in side.items() if key not in idle} for side in (then, now)))

@@ -68,6 +68,8 @@ class Objective:
     projectors_alone: projector warm-up. The terms whose gradient reaches the student (t2s_kd, s2t_kd,
         span_kl) are computed but weigh nothing, ce and t2s_ce stay as they are. Where the map of s2t_kd is
         learned (cma_loss), that term stays too and the caller detaches the student's states from it.
+    gold_alone: the KD terms whose gradient reaches the student are computed but weigh nothing, and every row keeps its
+        whole cross-entropy; t2s_ce stays. Only with unpaired_ce.
     Terms of weight 0 are left out: no ce at r = 1 (unless unpaired_ce, which measures it), nothing else at r = 0; they
     count 0 rows.
     """
@@ -81,6 +83,7 @@ class Objective:
     span_weight: float = 0.0
     span_temperature: float = 100.0
     projectors_alone: bool = False
+    gold_alone: bool = False
     unpaired_ce: bool = False
     kd_scale: float = 1.0
     teacher_weight: float = 1.0
@@ -124,6 +127,8 @@ class Objective:
                 "unpaired_ce: expected it only where something is compared, got compares 'nothing', under which each "
                 "row has its whole cross-entropy. Leave it out."
             )
+        if self.gold_alone and not self.unpaired_ce:
+            raise ValueError("gold_alone: expected it only with unpaired_ce, got it without. Set unpaired_ce.")
         if self.projectors_alone and self.compares != "spaces":
             raise ValueError(
                 f"projectors_alone: expected it only where spaces are compared, got {self.compares!r}, which has no "
@@ -174,6 +179,8 @@ class Objective:
         silent: set[str] = set()
         if self.projectors_alone:
             silent = {"t2s_kd", "span_kl"} if s2t_is_learned else {"t2s_kd", "span_kl", "s2t_kd"}
+        if self.gold_alone:
+            silent = set(self.scaled)
         special = {
             "ce": 1.0 if self.compares == "nothing" else 1 - self.kd_ratio,
             "span_kl": self.kd_ratio * self.span_weight,

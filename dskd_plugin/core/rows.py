@@ -127,6 +127,8 @@ def row_masks(rows: Rows, objective: Objective) -> dict[str, Tensor]:
         masks["span_kl"] = all_of(0 if rows.spans is None else len(rows.spans.teacher_C))
     if "ce_unpaired" in objective.terms:
         masks["ce_unpaired"] = masks["ce"].clone()
+        if objective.gold_alone:
+            return masks
         taken_N = _taken(rows, masks)
         masks["ce_unpaired"][: rows.pairs] &= ~taken_N if rows.open_N is None else ~taken_N | rows.open_N
         if rows.taken_R is not None:

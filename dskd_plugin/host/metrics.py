@@ -36,6 +36,8 @@ MEANINGS = {
     "is above 0",
     "teacher_lead": "`target: exact`: how much likelier, in nats per aligned row, the teacher finds the event of the "
     "gold token than the student does; below 0 the student says the gold answers better than the teacher",
+    "guarded": "`guard: true`, the default: 1 where the last step learned from the gold answers alone, because "
+    "`dskd/teacher_lead` was below 0 over the steps before; else 0",
     "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
     "align_ratio": "aligned rows / response rows",
     "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",

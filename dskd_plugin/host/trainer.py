@@ -282,6 +282,8 @@ class DSKDTrainer(AxolotlTrainer):
                     means["kd"] = kd_of(means, loss.objective)
                 if kind == "train" and loss.kd_scale is not None:
                     means["kd_scale"] = loss.kd_scale
+                if kind == "train" and loss.guarded is not None:
+                    means["guarded"] = float(loss.guarded)
             means = together(of_each, self.run.settings.weights)
             if kind == "train":
                 self._warn(means)
@@ -294,7 +296,7 @@ class DSKDTrainer(AxolotlTrainer):
         logs.update(quiet)
 
     def _warn(self, means: dict[str, float]) -> None:
-        for warning in self._watch.see(means):
+        for warning in self._watch.see(means, self.state.global_step):
             if self.is_world_process_zero():
                 LOG.warning(warning)
 

@@ -64,6 +64,8 @@ class DistillationLoss(nn.Module):
         self._seen_T2 = torch.zeros(len(TERMS), 2, dtype=torch.float64)
         self.kd_scale = 1.0 if balanced else None
         """What the KD terms that move the student were multiplied with in the last step; None where they never are."""
+        self.guarded: bool | None = None
+        """Whether the last step learned from the gold answers alone; None where no step ever does."""
         # Called after the loss of each micro-batch with this module, the micro-batch and the student's hidden states.
         self.observers: list[Callable[[DistillationLoss, StepBatch, Tensor], None]] = []
 
@@ -139,6 +141,15 @@ class DistillationLoss(nn.Module):
         if self._balance is not None:
             self._balance = Balance(*saved[_MEMORY].tolist())
 
+    def objective_of_step(self) -> Objective:
+        """The objective with what changes from step to step of a training."""
+        objective = self.objective
+        if self.step() < self.warmup_steps:
+            objective = replace(objective, projectors_alone=True)
+        if self._balance is not None:
+            objective = replace(objective, kd_scale=self._balance.scale)
+        return objective
+
     @torch.no_grad()
     def _prepare_window(self, window: list[StepBatch], student_head: Head) -> None:
         """Labels, agreement and divisors of all micro-batches of one optimizer step.
@@ -167,10 +178,7 @@ class DistillationLoss(nn.Module):
             batch.window = []
         assert batch.rows is not None
         rows = replace(batch.rows, student_RD=hidden_BSd.flatten(0, 1)[batch.rows_R])
-        warming_up = self.training and self.step() < self.warmup_steps
-        objective = replace(self.objective, projectors_alone=True) if warming_up else self.objective
-        if self.training and self._balance is not None:
-            objective = replace(objective, kd_scale=self._balance.scale)
+        objective = self.objective_of_step() if self.training else self.objective
         loss, batch.sums = self.loss_of(rows, batch, student_head, objective)
         if batch.ce_sums is not None:
             batch.sums["ce"] = batch.ce_sums

@@ -14,6 +14,7 @@ from dskd_plugin.batch import StepBatch
 from dskd_plugin.core import baselines
 from dskd_plugin.core.divergences import forward_kl
 from dskd_plugin.core.events import EventCompare, Events, Exact
+from dskd_plugin.core.fading import Fading
 from dskd_plugin.core.fitting import Fit, fit_map
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import Compare, Objective, Sums
@@ -26,10 +27,7 @@ from dskd_plugin.core.terms import label_distance, project
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import gathered, head_rows
 
-# Share of what earlier steps saw inside events that counts beside the last: about twenty steps are remembered.
-_KEPT_OF_STEP = 0.95
-_FEWEST_ROWS_INSIDE = 32
-_MEMORY = "inside_events"
+_INSIDE, _LEAD = "inside_events", "teacher_lead"
 
 
 class DualSpaceLoss(Projecting):
@@ -43,6 +41,7 @@ class DualSpaceLoss(Projecting):
         keep_unmapped: bool,
         soft_labels: bool,
         events: Events | None,
+        guard: bool,
         projector_init: str,
         projector_dtype: torch.dtype,
         seed: int,
@@ -52,6 +51,7 @@ class DualSpaceLoss(Projecting):
         super().__init__(student, objective, overlap=overlap, **options)
         teacher_weight = self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
+        self.guarded = False if guard else None
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, head_rows(student))
         self._events = None if events is None else events.to(teacher_weight.device)
@@ -61,10 +61,8 @@ class DualSpaceLoss(Projecting):
         elif soft_labels:
             # The teacher's distribution over the ids that the student has too.
             self._soft_labels = baselines.MappedIds(1.0, self._to_student_V, student_ids)
-        if self._events is not None:
-            # (lead in nats, rows) inside events: of the steps so far, and of the step that runs.
-            self._inside = torch.zeros(2, dtype=torch.float64)
-            self._seen_inside = torch.zeros(2, dtype=torch.float64, device=teacher_weight.device)
+        # What the last steps have shown: how far the projected teacher leads inside events, the teacher between them.
+        self._fading = {} if self._events is None else {key: Fading(teacher_weight.device) for key in (_INSIDE, _LEAD)}
         self._s2t_dD: Tensor | None = None
         self._s2t_step: int | None = None
         self._gram_inverse_DD = (
@@ -100,8 +98,18 @@ class DualSpaceLoss(Projecting):
         """The exact target; inside events the projected teacher has a say once it was seen to know better."""
         if self._events is None:
             return None
-        lead, rows = self._inside.tolist()
-        return Exact(self._events, shares_inside=rows >= _FEWEST_ROWS_INSIDE and lead > 0)
+        lead = self._fading[_INSIDE].mean
+        return Exact(self._events, shares_inside=lead is not None and lead > 0)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the teacher found the gold tokens of the last steps less likely than the student did."""
+        lead = self._fading[_LEAD].mean
+        return lead is not None and lead < 0
+
+    def objective_of_step(self) -> Objective:
+        objective = super().objective_of_step()
+        return replace(objective, gold_alone=True) if self.guarded is not None and self._is_behind else objective
 
     @torch.no_grad()
     def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
@@ -138,28 +146,27 @@ class DualSpaceLoss(Projecting):
         return fit
 
     def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Add what the step saw inside events, on all ranks, to a fading memory of the steps before.
-
-        An exact target's shares rest on it. It changes between steps alone, so that a step does not depend on how its
-        batch was split, and is kept with the projectors, so that a resumed run goes on alike.
-        """
+        """Let an exact target's shares, and the guard, rest on what the step has shown on all ranks."""
         super().after_step(reduce)
-        if self._events is not None:
-            self._inside = _KEPT_OF_STEP * self._inside + reduce(self._seen_inside).cpu()
-            self._seen_inside = torch.zeros_like(self._seen_inside)
+        if self.guarded is not None:
+            self.guarded = self._is_behind
+        for fading in self._fading.values():
+            fading.after_step(reduce)
 
     def memory(self) -> dict[str, Tensor]:
-        return super().memory() | ({} if self._events is None else {_MEMORY: self._inside})
+        return super().memory() | {key: fading.kept for key, fading in self._fading.items()}
 
     def remember(self, saved: Mapping[str, Tensor]) -> None:
         super().remember(saved)
-        if self._events is not None:
-            self._inside = saved[_MEMORY].clone()
+        for key, fading in self._fading.items():
+            if key in saved:  # the lead is younger than the rest
+                fading.kept = saved[key].clone()
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         loss = super().forward(hidden_BSd, logits_BSV)
-        if self._events is not None and self.training and self.micro_batch is not None:
-            self._seen_inside += torch.stack(self.micro_batch.sums["t2s_inside"]).to(self._seen_inside)
+        if self._fading and self.training and self.micro_batch is not None:
+            self._fading[_INSIDE].see(self.micro_batch.sums["t2s_inside"])
+            self._fading[_LEAD].see(self.micro_batch.sums["teacher_lead"])
         return loss
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:

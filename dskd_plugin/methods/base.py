@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dskd_plugin.text.align import Pairing
 
 # Settings of the methods that have projectors.
-PROJECTING = ("spaces", "target", "agreement_mask", "unmapped_argmax", "projector")
+PROJECTING = ("spaces", "target", "guard", "agreement_mask", "unmapped_argmax", "projector")
 
 
 class Method:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @register
 class CrossAttention(DualSpace):
     alignment = "cma"
-    ignores = ("unmapped_argmax", "shared", "support")
+    ignores = ("unmapped_argmax", "shared", "support", "guard")
     pairs_by = "all"
     needs_embedding = True
 

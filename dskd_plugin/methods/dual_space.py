@@ -51,6 +51,14 @@ class DualSpace(Method):
                 f"{settings.shared!r}: it has no effect there",
                 "Remove it, or set target: exact.",
             )
+        if "guard" in given and settings.guard and not settings.guards:
+            lacks = "an exact target" if not self.exact(settings) else "unpaired: ce"
+            raise SettingError(
+                "dskd.guard",
+                f"it unset without {lacks}",
+                "true: it compares with an exact target, and the step falls back to the whole cross-entropy",
+                "Remove it, or set target: exact and unpaired: ce without on_policy.",
+            )
         check_spaces(settings)
 
     def build(self, parts: Parts) -> DistillationLoss:
@@ -63,6 +71,7 @@ class DualSpace(Method):
             keep_unmapped=settings.unmapped_argmax == "teacher_space",
             soft_labels=settings.projector.labels == "soft",
             events=parts.events if settings.exact else None,
+            guard=settings.guards,
             **parts.projectors,
         )
 

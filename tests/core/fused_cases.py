@@ -62,6 +62,7 @@ LOSSES = {
     "exact, own shares": ("spaces", "exact, own shares", {}),
     "exact, hard labels": ("spaces", "exact, hard labels", {}),
     "exact, open rows whole": ("spaces", "exact", {"unpaired_ce": True}),
+    "exact, gold alone": ("spaces", "exact", {"unpaired_ce": True, "gold_alone": True}),
     "exact, both spaces": ("spaces", "exact", {"spaces": "both"}),
     "attention": ("attention", None, {"spaces": "both"}),
 }

@@ -8,7 +8,7 @@ from dskd_plugin.core.blockwise import dskd_loss
 from dskd_plugin.core.divergences import DIVERGENCES, divergence
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import RATES, TERMS, Objective, term_weights
-from dskd_plugin.core.rows import counts
+from dskd_plugin.core.rows import counts, row_masks
 
 SETTINGS = {"temperature": 2.0, "kd_ratio": 0.5, "spaces": "both", "agreement_mask": True, "compares": "spaces"}
 
@@ -307,6 +307,20 @@ def test_shares_in_projector_warm_up(learned, shares):
     )
     assert objective.terms == ("ce", "t2s_kd", "t2s_ce", "s2t_kd", "span_kl")
     assert objective.shares(s2t_is_learned=learned) == shares
+
+
+def test_shares_and_rows_of_the_gold_answers_alone(make_case):
+    """Every row keeps its whole cross-entropy, and the projector goes on learning."""
+    settings = {"kd_ratio": 0.25, "span_weight": 1.0, "unpaired_ce": True, "gold_alone": True, "kd_scale": 3.0}
+    objective = Objective(**SETTINGS | {"divergence": divergence("js")} | settings)
+    assert objective.shares() == {"ce": 0.75, "t2s_ce": 0.25, "ce_unpaired": 0.25}
+    rows, paired = make_case(seed=3).rows(), dataclasses.replace(objective, gold_alone=False)
+    assert row_masks(rows, objective)["ce_unpaired"].all()
+    assert not row_masks(rows, paired)["ce_unpaired"].all()
+    # What counts in a step is known before the student has read it.
+    assert torch.equal(counts(rows, objective), counts(rows, paired))
+    with pytest.raises(ValueError, match="gold_alone: expected it only with unpaired_ce"):
+        Objective(**SETTINGS | {"divergence": divergence("js"), "gold_alone": True})
 
 
 def test_ce_takes_the_named_rows(oracle, make_case):

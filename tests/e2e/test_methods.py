@@ -96,6 +96,9 @@ def check(run, terms, warm_up=0):
             of_projector = entry.get("dskd/t2s_ce", 0.0)
             kd = entry["dskd/kd_scale"] * (kd - of_projector) + of_projector
             assert (entry["dskd/kd_scale"] == 1) == (step == 0)
+        if entry.get("dskd/guarded"):
+            kd = entry["dskd/t2s_ce"]
+            assert entry["dskd/ce_unpaired"] == entry["dskd/ce"]
         kd += entry.get("dskd/ce_unpaired", 0.0)
         expected = entry["dskd/ce"] if terms == {"ce"} else 0.5 * entry["dskd/ce"] + 0.5 * kd
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)

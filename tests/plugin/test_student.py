@@ -492,6 +492,49 @@ def test_a_balanced_kd_part_weighs_as_much_as_the_cross_entropy(tiny, rows, mode
     assert fixed.loss.kd_scale is None
 
 
+def test_a_teacher_that_knows_the_gold_tokens_no_better_stops_pulling(tiny, rows):
+    setup = Setup(tiny["student"], tiny["teacher"], kd_ratio=0.3)
+    sft = Setup(tiny["student"], tiny["teacher"], method="sft")
+    samples = setup.samples(rows)
+    batches = [padded(setup, samples[:1]), padded(setup, samples[1:])]
+    pulled = setup.run(batches)
+    lead, count = pulled[1]["teacher_lead"]
+
+    def after(total, number, loss=setup.loss):
+        """A run after steps that have shown this lead over so many rows."""
+        loss.remember({**loss.memory(), "teacher_lead": torch.tensor([total, number], dtype=torch.float64)})
+        return setup.run(batches)
+
+    for shown in ((1.0, 100), (-1.0, 31)):  # a lead, or too few rows to tell
+        close(after(*shown), pulled)
+    loss, sums, gradients = after(-1.0, 100)
+    of_sft = sft.run([padded(sft, samples[:1]), padded(sft, samples[1:])])
+    of_projector = sums["t2s_ce"][0] / sums["t2s_ce"][1]
+    assert loss == pytest.approx(of_sft[0] + 0.3 * of_projector, rel=1e-5)
+    for name, gradient in of_sft[2].items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    assert sums["t2s_kd"] == pulled[1]["t2s_kd"]  # logged as if it pulled
+    setup.student.eval()
+    assert setup.run(batches)[0] == pytest.approx(pulled[0], rel=1e-5)  # evaluations can be compared
+    setup.student.train()
+
+    assert setup.loss.guarded is False
+    setup.loss.after_step(lambda sums: 2 * sums)  # as if a second rank had seen the same
+    assert setup.loss.guarded is True  # that step
+    shown, runs = setup.loss.memory()["teacher_lead"].tolist(), 4
+    assert shown == pytest.approx([0.95 * -1.0 + 2 * runs * lead, 0.95 * 100 + 2 * runs * count], rel=1e-4)
+
+
+@pytest.mark.parametrize("free", [{"guard": False}, {"unpaired": "share"}, {"target": "projected"}])
+def test_without_the_guard_the_teacher_teaches_on(tiny, rows, free):
+    setup = Setup(tiny["student"], tiny["teacher"], **free)
+    batches = [padded(setup, setup.samples(rows))]
+    before = setup.run(batches)
+    setup.loss.remember({**setup.loss.memory(), "teacher_lead": torch.tensor([-1.0, 100.0], dtype=torch.float64)})
+    close(setup.run(batches), before)
+    assert setup.loss.guarded is None
+
+
 def test_the_support_moves_the_loss_up_to_all_shared_ids(tiny, rows):
     sizes = (4, 16, 10**6, None)
     setups = [Setup(tiny["student"], tiny["teacher"], method="overlap_kd", shared="ids", support=k) for k in sizes]

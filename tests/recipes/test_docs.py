@@ -103,7 +103,8 @@ def test_every_logged_name_is_explained():
     tree = ast.parse((ROOT / "dskd_plugin" / "generation" / "rollout.py").read_text(encoding="utf-8"))
     (counts,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "COUNTS")
     sampled = [f"rollout_{name}" for name in ast.literal_eval(counts)]
-    assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, "kd", "kd_scale", "align_ratio", *sampled)}
+    others = ("kd", "kd_scale", "guarded", "align_ratio", *sampled)
+    assert explained == {f"`dskd/{metric}`" for metric in (*TERMS, *RATES, *others)}
 
 
 def test_examples_of_the_documents_are_valid_recipes():
