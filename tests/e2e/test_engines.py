@@ -97,9 +97,12 @@ def resumed(train, run_axolotl, recipe, name, **changes):
 @pytest.mark.parametrize("engine", ["one process", "zero3", "fsdp2"])
 def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path, engine, options):
     changes = {} if engine == "one process" else {"ranks": 2, **options(engine, tmp_path)}
+    changes["learning_rate"] = 5e-3  # so that the student soon leads and the guard acts
     whole, again = resumed(train, run_axolotl, recipe, "cut", **changes)
     assert len(again.curve()) == 30
+    assert again.curve("dskd/teacher_lead") == whole.curve("dskd/teacher_lead")
     assert again.curve() == whole.curve()  # bit for bit
+    assert {step for (step,) in whole.curve("dskd/guarded")} == {0, 1}
     from safetensors.torch import load_file
 
     for file in ("model.safetensors", "dskd/projectors.safetensors"):
