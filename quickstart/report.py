@@ -69,6 +69,7 @@ def collect(out: Path, done: Done, *, teacher: str, seed: int) -> dict[str, Any]
             f"{cost['answers']:.0f} s. SFT includes its search."
         ),
         "dskd": _distillation(recipes.log_of(out / "dskd")),
+        "curves": logs(out, done),
     }
 
 

@@ -120,6 +120,7 @@ def test_examples_of_the_documents_are_valid_recipes():
     assert len(recipes) >= 4
     for recipe in recipes:
         assert all(one.teacher.model for one in parse_settings(recipe["dskd"]).each)
+        assert "output_dir" not in recipe or "save_total_limit" in recipe, recipe  # checkpoints of 16 GB otherwise
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)

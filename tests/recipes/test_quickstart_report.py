@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quickstart import compare, curves, forked, models, page, rows
+from quickstart import compare, curves, forked, models, page, report, rows
 from quickstart.commands import Commands, program
 from quickstart.measure import Answered, measure
+from quickstart.pipeline import Done, Tried
 from quickstart.recipes import best_of, log_of, mean_of
 from quickstart.stages import Cost, stage
 
@@ -275,6 +276,39 @@ def differences(dskd: float, sft: float, seqkd: float, sft_all: float) -> dict[s
     return {
         f"dskd_minus_{name}": compare.difference(level(dskd, 0.2), level(bits, 0.1)) for name, bits in against.items()
     }
+
+
+def write_lines(file: Path, found: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+def test_results_hold_all_that_was_measured(tmp_path: Path) -> None:
+    """In the folder of a finished run: scores, differences, costs, the search, counts, sentences and the curves."""
+    asked = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "gold"}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "answers").mkdir()
+    for number, file in enumerate((*COUNTS, "prompts_key"), start=1):
+        write_lines(tmp_path / "data" / f"{file}.jsonl", [{"messages": asked}] * number)
+    write_lines(tmp_path / "answers" / "rows.jsonl", [{"messages": asked}])
+    folders = ("sft-1e-3", "sft_all", "seqkd", "dskd")
+    for folder in folders:
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+        logged = [{"step": step, "loss": 2.0 / step, "dskd/align_ratio": 0.5} for step in (1, 2)]
+        state = json.dumps({"log_history": logged})
+        (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text(state)
+    costs = {name: Cost(2.0, 1.0) for name in (*folders, "teacher-tuned", "student", "answers")}
+    answered = {name: level(0.4 - 0.02 * at, 0.1) for at, name in enumerate(NAMES)}
+    done = Done(costs, [Tried("sft-1e-3", 1e-3, 7, 0.5)], answered)
+    results = json.loads(json.dumps(report.collect(tmp_path, done, teacher="t", seed=3)))
+    difference = results["difference"]["dskd_minus_best_sft"]
+    assert difference["bits_per_byte"] == pytest.approx(-0.04) and difference["low"] <= difference["high"] < 0
+    assert set(results["models"]) == set(NAMES) and len(results["models"]["dskd"]["answers"]) == 60
+    assert results["costs"]["dskd"] == {"seconds": 2.0, "cpu_seconds": 1.0}
+    assert results["search"][0]["step"] == 7 and results["rows"]["gold"] == 1 and results["seed"] == 3
+    assert results["teacher_answers"] == {"written": 1, "right": 1}
+    assert "0.040 bits per byte fewer" in results["verdict"] and "no contradiction" in results["more_labels"]
+    assert set(results["curves"]) == {"sft", "sft_all", "seqkd", "dskd"}
+    assert [entry["loss"] for entry in results["curves"]["dskd"]] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
