@@ -26,6 +26,13 @@ def fit_projector(loss: DualSpaceLoss, teacher: HiddenStates, dataset: Any, *, s
     started = time.monotonic()
     device = loss.teacher_head.weight_VD.device
     unseen, learned = _read(teacher, dataset, device, seed=seed, quiet=quiet)
+    if not bool(unseen.isfinite().all() & learned.isfinite().all()):
+        raise SettingError(
+            "dskd.projector.init",
+            "teacher states that are numbers to fit the projector on",
+            "NaN or infinite ones",
+            "Check the teacher's weights and dtype.",
+        )
     with tqdm(desc="Fitting the projector", unit="batch", disable=quiet) as bar:
 
         def show(done: int, total: int) -> None:

@@ -149,6 +149,28 @@ def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, 
     assert second.startswith("There is no checkpoint yet. Start anew: axolotl train ")
 
 
+@pytest.mark.more
+def test_killed_while_the_projector_is_fitted_and_started_again(run_axolotl, recipe):
+    fitted = {**recipe, "dskd": {**recipe["dskd"], "projector": {"init": "fitted"}}}
+    killed = run_axolotl(fitted, kill_after=f"{recipe['output_dir']}/PARTIAL.txt")
+    assert killed.code != 0 and (killed.out / "PARTIAL.txt").exists()
+    assert not (killed.out / "model.safetensors").exists()
+    again = run_axolotl(fitted)
+    assert again.code == 0 and "dskd: projector fitted on" in again.output
+    assert (again.out / "model.safetensors").exists() and not (again.out / "PARTIAL.txt").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_named(run_axolotl, recipe):
+    """Without HF_HUB_OFFLINE: the library waits for the network, and the error says how to do without."""
+    absent = {**recipe, "dskd": {"teacher": {"model": "someone/no-such-model"}}}
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    run = run_axolotl(absent, "preprocess", extra_env=unreachable)
+    assert run.code == 1 and "Traceback" not in run.output
+    last = run.output.rstrip().rsplit("\n\n", 1)[-1]
+    assert last.startswith("dskd.teacher.model: expected a model folder or a hub id, got 'someone/no-such-model'")
+    assert "copy the model here" in last
+
+
 def assert_stopped(run, by):
     """Nothing in the folder looks finished, and the last lines say how to go on; returns the checkpoint they name."""
     assert not (run.out / "model.safetensors").exists()

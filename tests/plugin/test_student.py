@@ -716,6 +716,12 @@ def test_a_fitted_projector_is_better_on_rows_that_it_did_not_see(tiny, rows, se
     assert torch.equal(*weights)  # on all ranks alike
     with pytest.raises(ValueError, match=r"dskd\.projector\.init: expected at least 512 aligned tokens .* got \d+\."):
         fit_projector(setups[0].loss, setups[0].teacher, samples[:2], seed=3, quiet=True)
+    start = setups[0].loss.t2s.linear.weight.clone()
+    with torch.no_grad():
+        setups[0].teacher.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"dskd\.projector\.init: expected teacher states that are numbers"):
+        fit_projector(setups[0].loss, setups[0].teacher, samples, seed=3, quiet=True)
+    assert torch.equal(setups[0].loss.t2s.linear.weight, start)
 
 
 # -- the teacher by bytes --------------------------------------------------------------------------------------------

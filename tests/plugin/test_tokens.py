@@ -223,6 +223,14 @@ def test_the_id_of_some_bytes_is_the_one_that_the_tokenizer_produces(zoo, zoo_na
     assert {i for i in said if entry.table.bytes[i] is not None} <= set(found.values())
 
 
+def test_two_vocabularies_without_a_common_token_are_refused():
+    from dskd_plugin.pair import Pair, shared_ids
+
+    tables = [TokenTable([text], [text], frozenset(), frozenset(), "byte-level") for text in (b"a", b"b")]
+    with pytest.raises(ValueError, match=r"dskd\.teacher\.model: expected tokenizers that share some tokens, got none"):
+        shared_ids(Pair(*tables, False), [], head_rows=(1, 1), top_vocab=None)
+
+
 def test_shared_ids_are_said_where_an_added_token_has_the_bytes_of_another_one(zoo):
     one, other = zoo("byte-level-doubles"), zoo("byte-level")
     text = "it is\n  the house\n"
