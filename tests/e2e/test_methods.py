@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -118,7 +119,9 @@ def test_across_tokenizers(run_axolotl, recipe, name):
     assert run.code == 0, run.output[-3000:]
     steps = check(run, terms, changes.get("projector", {}).get("warmup_steps", 0))
     if name == "fitted":
-        assert "dskd: projector fitted on" in run.output
+        assert "Reading teacher states" in run.output and "Fitting the projector" in run.output  # its bars
+        said = r"dskd: projector fitted on \d+ .* agrees with the teacher on \d+ % -> \d+ %, t2s_ce [\d.]+ -> [\d.]+"
+        assert re.search(said, run.output)
     if "on_policy" in changes:
         assert sum(entry["dskd/rollout_answers"] for entry in steps) > 0
         assert "dskd: step" in run.output or "log_samples" not in changes["on_policy"]
