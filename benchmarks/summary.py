@@ -33,6 +33,7 @@ SCARCE = {
 REAL = {
     "overlap_kd_ids": "overlap_kd, shared: ids",
     "dskd_default": "dskd, defaults",
+    "dskd_unguarded": "dskd, guard: false",
     "dskd_share": "dskd, unpaired: share",
     "csd": "csd, kd_weight: balanced",
 }
