@@ -38,7 +38,8 @@ class Watch:
         return (
             f"dskd: by step {step:.0f} the student finds the gold tokens likelier than the teacher does "
             f"(dskd/teacher_lead {means['teacher_lead']:.2f}), so it learns from the gold answers alone while that "
-            "lasts. Expect little from this teacher on these rows; dskd.guard: false lets it teach on."
+            "lasts. A teacher helps more on answers that it knows: its own (`dskd generate`), or these once it was "
+            "fine-tuned on them. dskd.guard: false lets it teach on."
         )
 
     def _pull(self, step: int) -> str | None:
