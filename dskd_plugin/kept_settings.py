@@ -109,7 +109,7 @@ def changed(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _block(state: dict[str, Any]) -> dict[str, Any]:
-    """The kept block, with what `unpaired` meant."""
+    """The kept block, with what `unpaired` meant and what a run did before there was a guard."""
     from dskd_plugin.methods import METHODS
 
     block = dict(FIRST if _is_first(state) else state.get(BLOCK, {}))
@@ -118,6 +118,8 @@ def _block(state: dict[str, Any]) -> dict[str, Any]:
         block.pop("unpaired", None)
     elif block.setdefault("unpaired", UNPAIRED) == "auto":
         block["unpaired"] = "share" if block.get("on_policy") else "ce"
+    if state.get("target") == "exact":
+        block.setdefault("guard", False)
     return block
 
 

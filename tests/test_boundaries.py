@@ -13,10 +13,11 @@ PLUGIN = ROOT / "dskd_plugin"
 CORE = PLUGIN / "core"
 HOSTS = {"axolotl", "transformers", "lm_eval"}
 LEAVES = {"heads", "divergences", "reduce", "projectors", "overlap", "exact_alignment", "attend", "events", "fitting"}
-LEAVES |= {"balance", "top_shared", "prefixes", "segments"}
+LEAVES |= {"balance", "fading", "top_shared", "prefixes", "segments"}
 # core module -> core modules that it may import
 ABOVE = {
     "attend": {"projectors", "row_blocks"},
+    "balance": {"fading"},
     "events": {"divergences"},
     "top_shared": {"divergences"},
     "prefixes": {"divergences", "events"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Share of what is known that counts beside the last step: about twenty steps are remembered.
-_KEPT = 0.95
+from dskd_plugin.core.fading import KEPT_OF_STEP
+
 # Where student and teacher agree, KD and its gradient go to 0, and what is left of them is noise.
 LARGEST = 100.0
 
@@ -35,4 +35,4 @@ class Balance:
         """With the means of one more step; a value that is not finite is not taken up."""
         if not (math.isfinite(ce) and math.isfinite(kd)):
             return self
-        return Balance(_KEPT * self.ce + ce, _KEPT * self.kd + kd)
+        return Balance(KEPT_OF_STEP * self.ce + ce, KEPT_OF_STEP * self.kd + kd)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from dskd_plugin.core.divergences import binary_kl, log_probs, token_nll
-from dskd_plugin.core.events import EventCompare, Events, Exact, exact_target, inside, lead, masses, teacher_masses
+from dskd_plugin.core.events import (
+    EventCompare,
+    Events,
+    Exact,
+    event_log_probs,
+    exact_target,
+    inside,
+    lead,
+    masses,
+    teacher_masses,
+)
 from dskd_plugin.core.heads import Head, head_logits
 from dskd_plugin.core.objective import Compare, Objective, Sums
 from dskd_plugin.core.prefixes import PrefixCompare
@@ -169,7 +179,11 @@ def _t2s_sums(
             share_NK = masses(t2s_NV, events.student_V, events.count)
         gold_N = rows.labels_R[: rows.pairs]
         target_NK = teacher_masses(own_NK, teacher.of_events(temperature), events)
-        lead_N = lead(target_NK=target_NK, student_NK=own_NK, id_N=gold_N, events=events)
+        plain_NK, plain_target_NK = own_NK, target_NK
+        if temperature != 1.0:  # softened, a larger vocabulary would lose
+            plain_NK = event_log_probs(own_NV * temperature, events.student_V, events.count, temperature=1.0)
+            plain_target_NK = teacher_masses(plain_NK, teacher.of_events(1.0), events)
+        lead_N = lead(target_NK=plain_target_NK, student_NK=plain_NK, id_N=gold_N, events=events)
         sums["teacher_lead"] = masked_sum(lead_N, labelled_N)
         several_N = labelled_N & events.open_V[gold_N]
         inside_N = inside(t2s_NV, share_NK, gold_N, events) - inside(own_NV, own_NK, gold_N, events)

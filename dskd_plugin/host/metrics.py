@@ -28,7 +28,7 @@ MEANINGS = {
     "`dskd/kd` and its terms are logged without it",
     "ce_unpaired": "`unpaired: ce`, the default without `on_policy`: the part of `dskd/ce` of tokens of which the "
     "teacher does not say all, mostly those without a partner, their sum divided by "
-    "all response tokens",
+    "all response tokens; all of `dskd/ce` in a step that the guard takes",
     "t2s_agreement": "share of aligned rows where the projected teacher predicts its own token; with `target: exact` "
     "the event of it",
     "t2s_inside": "`target: exact`: how much likelier, in nats, the projected teacher finds the gold token, given "
@@ -37,7 +37,7 @@ MEANINGS = {
     "teacher_lead": "`target: exact`: how much likelier, in nats per aligned row, the teacher finds the event of the "
     "gold token than the student does; below 0 the student says the gold answers better than the teacher",
     "guarded": "`guard: true`, the default: 1 where the last step learned from the gold answers alone, because "
-    "`dskd/teacher_lead` was below 0 over the steps before; else 0",
+    "`dskd/teacher_lead` was below 0 over the steps before; else 0 ([guard](method.md#the-guard))",
     "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
     "align_ratio": "aligned rows / response rows",
     "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",

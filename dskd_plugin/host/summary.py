@@ -36,10 +36,12 @@ def changes(history: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Each logged value of training: the first and the last."""
     steps = [entry for entry in history if "loss" in entry]
     names = [name for name in (steps[0] if steps else {}) if name == "loss" or name.startswith("dskd/")]
+    # Of several teachers the means: what has a further slash is of one of them.
+    names = [name for name in names if not name.startswith("dskd/rollout_") and name.count("/") < 2]
     return {
         name.removeprefix("dskd/"): (float(steps[0][name]), float(steps[-1][name]))
         for name in names
-        if name in steps[-1] and not name.startswith(("dskd/rollout_", "dskd/teacher"))
+        if name in steps[-1]
     }
 
 

@@ -27,7 +27,8 @@ from dskd_plugin.core.terms import label_distance, project
 from dskd_plugin.losses.projecting import Projecting
 from dskd_plugin.models import gathered, head_rows
 
-_INSIDE, _LEAD = "inside_events", "teacher_lead"
+# Rates of which the last steps are remembered, and under which name a checkpoint keeps them.
+_REMEMBERED = {"t2s_inside": "inside_events", "teacher_lead": "teacher_lead"}
 
 
 class DualSpaceLoss(Projecting):
@@ -51,6 +52,7 @@ class DualSpaceLoss(Projecting):
         super().__init__(student, objective, overlap=overlap, **options)
         teacher_weight = self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
+        self._guards = guard
         self.guarded = False if guard else None
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, head_rows(student))
@@ -62,7 +64,8 @@ class DualSpaceLoss(Projecting):
             # The teacher's distribution over the ids that the student has too.
             self._soft_labels = baselines.MappedIds(1.0, self._to_student_V, student_ids)
         # What the last steps have shown: how far the projected teacher leads inside events, the teacher between them.
-        self._fading = {} if self._events is None else {key: Fading(teacher_weight.device) for key in (_INSIDE, _LEAD)}
+        self._fading = {} if self._events is None else {rate: Fading() for rate in _REMEMBERED}
+        self._seen_F2 = torch.zeros(len(self._fading), 2, dtype=torch.float64, device=teacher_weight.device)
         self._s2t_dD: Tensor | None = None
         self._s2t_step: int | None = None
         self._gram_inverse_DD = (
@@ -98,18 +101,18 @@ class DualSpaceLoss(Projecting):
         """The exact target; inside events the projected teacher has a say once it was seen to know better."""
         if self._events is None:
             return None
-        lead = self._fading[_INSIDE].mean
+        lead = self._fading["t2s_inside"].mean
         return Exact(self._events, shares_inside=lead is not None and lead > 0)
 
     @property
     def _is_behind(self) -> bool:
         """Whether the teacher found the gold tokens of the last steps less likely than the student did."""
-        lead = self._fading[_LEAD].mean
+        lead = self._fading["teacher_lead"].mean
         return lead is not None and lead < 0
 
     def objective_of_step(self) -> Objective:
         objective = super().objective_of_step()
-        return replace(objective, gold_alone=True) if self.guarded is not None and self._is_behind else objective
+        return replace(objective, gold_alone=True) if self._guards and self._is_behind else objective
 
     @torch.no_grad()
     def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:
@@ -148,25 +151,27 @@ class DualSpaceLoss(Projecting):
     def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Let an exact target's shares, and the guard, rest on what the step has shown on all ranks."""
         super().after_step(reduce)
-        if self.guarded is not None:
+        if self._guards:
             self.guarded = self._is_behind
-        for fading in self._fading.values():
-            fading.after_step(reduce)
+        if self._fading:
+            for fading, step in zip(self._fading.values(), reduce(self._seen_F2).cpu(), strict=True):
+                fading.take_in(step)
+            self._seen_F2 = torch.zeros_like(self._seen_F2)
 
     def memory(self) -> dict[str, Tensor]:
-        return super().memory() | {key: fading.kept for key, fading in self._fading.items()}
+        return super().memory() | {_REMEMBERED[rate]: fading.kept for rate, fading in self._fading.items()}
 
     def remember(self, saved: Mapping[str, Tensor]) -> None:
         super().remember(saved)
-        for key, fading in self._fading.items():
-            if key in saved:  # the lead is younger than the rest
-                fading.kept = saved[key].clone()
+        for rate, fading in self._fading.items():
+            if _REMEMBERED[rate] in saved:  # the lead is younger than the rest
+                fading.kept = saved[_REMEMBERED[rate]].clone()
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         loss = super().forward(hidden_BSd, logits_BSV)
         if self._fading and self.training and self.micro_batch is not None:
-            self._fading[_INSIDE].see(self.micro_batch.sums["t2s_inside"])
-            self._fading[_LEAD].see(self.micro_batch.sums["teacher_lead"])
+            sums = self.micro_batch.sums
+            self._seen_F2 += torch.stack([torch.stack(sums[rate]) for rate in self._fading]).to(self._seen_F2)
         return loss
 
     def labelled(self, batch: StepBatch, student_head: Head) -> Rows:

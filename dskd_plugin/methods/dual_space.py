@@ -51,13 +51,10 @@ class DualSpace(Method):
                 f"{settings.shared!r}: it has no effect there",
                 "Remove it, or set target: exact.",
             )
-        if "guard" in given and settings.guard and not settings.guards:
-            lacks = "an exact target" if not self.exact(settings) else "unpaired: ce"
+        if "guard" in given and settings.spaces != "teacher" and not (self.exact(settings) and settings.unpaired_ce):
+            lacks = "unpaired: ce" if self.exact(settings) else "target: exact"
             raise SettingError(
-                "dskd.guard",
-                f"it unset without {lacks}",
-                "true: it compares with an exact target, and the step falls back to the whole cross-entropy",
-                "Remove it, or set target: exact and unpaired: ce without on_policy.",
+                "dskd.guard", f"it unset without {lacks}", f"{settings.guard}: it has no effect", "Remove it."
             )
         check_spaces(settings)
 
@@ -82,7 +79,7 @@ def check_spaces(settings: Settings) -> None:
     ignored: list[str] = []
     beside = ""
     if settings.spaces == "teacher":
-        ignored += [key for key in ("target", "shared") if key in given]
+        ignored += [key for key in ("target", "shared", "guard") if key in given]
         ignored += [f"projector.{key}" for key in ("init", "learning_rate", "labels") if key in of_projector]
         ignored += ["agreement_mask"] if "agreement_mask" in given else []
     if settings.spaces == "student":

@@ -232,3 +232,12 @@ def test_a_card_keeps_what_is_no_path_of_the_machine():
         "datasets": [{"path": "train.jsonl", "data_files": ["a.jsonl"]}],
         "deepspeed": "z2.json",
     }
+
+
+def test_the_summary_names_every_value_of_all_teachers_together():
+    from dskd_plugin.host.summary import changes
+
+    first = {"loss": 2.0, "dskd/ce": 1.5, "dskd/teacher_lead": 0.5, "dskd/teacher1/kd": 1.0, "dskd/rollout_cut": 1.0}
+    last = {**first, "loss": 1.0, "dskd/teacher_lead": -0.5}
+    shown = changes([{"eval_loss": 3.0}, first, last, {"train_runtime": 9.0}])
+    assert shown == {"loss": (2.0, 1.0), "ce": (1.5, 1.5), "teacher_lead": (0.5, -0.5)}

@@ -94,8 +94,19 @@ def test_the_first_steps(target, seen, warned, every):
     assert not any(watch.see(means, number) for number, means in later)
 
 
-def test_the_guard_is_told_once():
+def test_the_guard_is_told_once_of_each_teacher():
     watch = Watch(target="exact")
-    lines = [{"ce": 1.0, "guarded": on, "teacher_lead": lead} for on, lead in ((0.0, 0.2), (1.0, -0.25), (1.0, -0.5))]
+    lines = [{"ce": 1.0, "guarded": on} for on in (0.0, 1.0, 1.0, 0.0, 1.0)]
     said = [line for number, means in enumerate(lines, start=30) for line in watch.see(means, number)]
-    assert len(said) == 1 and "by step 31" in said[0] and "-0.25" in said[0] and "dskd.guard: false" in said[0]
+    assert len(said) == 1 and "from step 31 on" in said[0] and "than the teacher does" in said[0]
+    watch = Watch(target="exact")
+    lines = [{"ce": 1.0, "guarded": 0.7, "teacher1/guarded": one, "teacher2/guarded": 1.0} for one in (0.0, 0.0, 1.0)]
+    said = [watch.see(means, number) for number, means in enumerate(lines, start=30)]
+    assert [len(lines) for lines in said] == [1, 0, 1]
+    assert "than teacher2 does" in said[0][0] and "than teacher1 does" in said[2][0]
+
+
+def test_a_resumed_run_is_judged_by_ten_steps_as_well():
+    watch = Watch(target="exact")
+    assert not [line for step in range(501, 511) for line in watch.see({"ce": 1.0 + (step > 501)}, step)]
+    assert "rises" in watch.see({"ce": 9.0}, 511)[0]

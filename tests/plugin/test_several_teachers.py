@@ -151,6 +151,22 @@ def test_the_cross_entropy_is_computed_once(tiny, third, rows):
     assert first.shares() == {"ce": 0.5, "kd": 0.25} and second.shares() == {"kd": 0.25}
 
 
+def test_each_teacher_is_guarded_by_its_own_lead(tiny, third, rows):
+    weights = (0.7, 0.3)
+    alone = [Setup(tiny["student"], teacher) for teacher in (tiny["teacher"], third)]
+    both = Several(alone, weights)
+    behind = torch.tensor([-1.0, 100.0], dtype=torch.float64)
+    both.loss.remember({**both.loss.memory(), "teacher2.teacher_lead": behind})
+    loss, sums, _ = both.run([both.padded(both.samples(rows))])
+    alone[1].loss.remember({**alone[1].loss.memory(), "teacher_lead": behind})
+    of_each = [one.run([both_alone(one, rows)]) for one in alone]
+    assert loss == pytest.approx(sum(w * value for w, (value, *_) in zip(weights, of_each, strict=True)), rel=2e-5)
+    ce, of_first, of_second = sums[0]["ce"][0], sums[0]["ce_unpaired"][0], sums[1]["ce_unpaired"][0]
+    assert of_second == pytest.approx(ce) and of_first < ce
+    both.loss.after_step(lambda sums: sums)
+    assert [one.guarded for one in both.loss.each] == [False, True]
+
+
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd", "unpaired": "ce"}, {"kd_weight": "balanced"}])
 def test_two_copies_of_a_teacher_are_one(tiny, rows, mode):
     one = Setup(tiny["student"], tiny["teacher"], **mode)

@@ -136,6 +136,15 @@ def test_what_unpaired_meant_is_told_where_it_changes(checkpoint, caplog):
     assert not caplog.records
 
 
+def test_a_guard_that_a_run_began_without_is_told(checkpoint, caplog):
+    state.check(checkpoint(settings={}), {**PAIR, "settings": {"guard": True}})
+    assert "dskd.guard False -> True" in caplog.text
+    caplog.clear()
+    projected = {**PAIR, "target": "projected", "shared": "ids"}
+    state.check(checkpoint(**projected, settings={}), {**projected, "settings": {"guard": True}})
+    assert not caplog.records
+
+
 def test_a_checkpoint_of_fixed_weights_has_no_balance_to_go_on_with(checkpoint):
     folder = checkpoint()
     without(folder, "kd_weight")

@@ -150,8 +150,12 @@ def _exact_target(part: Block, exact: Exact, own: Logits, theirs: Logits, masses
     if theirs.temperature != 1.0:
         masses = launch.event_masses(theirs, events.student_ids, events.count)
     target_NK = teacher_masses(own_masses.log_NK, part.of_teacher.of_events(own.temperature), events)
+    plain_NK, plain_target_NK = own_masses.log_NK, target_NK
+    if own.temperature != 1.0:
+        plain_NK = launch.event_masses(own.at(1.0), events.student_ids, events.count).log_NK
+        plain_target_NK = teacher_masses(plain_NK, part.of_teacher.of_events(1.0), events)
     labelled_N = part.masks["t2s_ce"]
-    lead_N = lead(target_NK=target_NK, student_NK=own_masses.log_NK, id_N=gold_N, events=events)
+    lead_N = lead(target_NK=plain_target_NK, student_NK=plain_NK, id_N=gold_N, events=events)
     inside_N = _inside(theirs, masses, gold_N, events) - _inside(own, own_masses, gold_N, events)
     share, share_masses = (theirs, masses) if exact.shares_inside else (own, own_masses)
     change_NK = change_inside(share_NK=share_masses.log_NK, target_NK=target_NK)
