@@ -169,6 +169,7 @@ def test_student_of_every_family_has_the_cross_entropy_of_ordinary_fine_tuning(f
         keep_unmapped=False,
         soft_labels=False,
         events=None,
+        guard=False,
         projector_init="ideal",
         projector_dtype=torch.float32,
         seed=0,
