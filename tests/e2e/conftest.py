@@ -50,6 +50,12 @@ class Run:
         steps = sorted(self.out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
         return json.loads(steps[-1].read_text())["log_history"]
 
+    @staticmethod
+    def kd_of(entry: dict[str, float], prefix: str = "dskd/") -> float:
+        """What the loss of a logged step holds beside its cross-entropy, of one teacher; see docs/metrics.md."""
+        guarded = entry.get(f"{prefix}guarded", 0.0)
+        return entry[f"{prefix}t2s_ce" if guarded else f"{prefix}kd"] + entry[f"{prefix}ce_unpaired"]
+
     def curve(self, *names: str) -> list[tuple[float, ...]]:
         names = names or ("loss", "grad_norm", "dskd/ce", "dskd/kd")
         return [tuple(entry[name] for name in names) for entry in self.log if "loss" in entry]

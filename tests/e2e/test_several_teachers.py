@@ -53,8 +53,8 @@ def test_two_teachers_give_the_weighted_sum_of_each_alone(train, run_axolotl, te
         assert len(entries) >= 2
         for entry in entries:
             ce, kd = entry[f"{prefix}dskd/ce"], entry[f"{prefix}dskd/kd"]
-            unpaired = entry[f"{prefix}dskd/ce_unpaired"]
-            assert entry[f"{prefix}loss"] == pytest.approx(0.5 * ce + 0.5 * (kd + unpaired), abs=1e-5)
+            held = [both.kd_of(entry, f"{prefix}dskd/teacher{number}/") for number in (1, 2)]
+            assert entry[f"{prefix}loss"] == pytest.approx(0.5 * ce + 0.5 * (0.7 * held[0] + 0.3 * held[1]), abs=1e-5)
             parts = [entry[f"{prefix}dskd/teacher{number}/kd"] for number in (1, 2)]
             assert kd == pytest.approx(0.7 * parts[0] + 0.3 * parts[1], abs=2e-6)
             assert f"{prefix}dskd/teacher1/ce" not in entry
