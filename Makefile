@@ -36,7 +36,7 @@ quickstart: install
 test: test-core test-plugin test-e2e
 
 test-core: install
-	$(PYTEST) tests/core tests/eval tests/recipes tests/test_boundaries.py tests/test_packaging.py --at-least 4400 -n 2
+	$(PYTEST) tests/core tests/eval tests/recipes tests/test_boundaries.py tests/test_packaging.py -m "not more" --at-least 4400 -n 2
 
 test-plugin: install
 	$(PYTEST) tests/plugin --at-least 1650 -n 2
@@ -44,10 +44,10 @@ test-plugin: install
 test-e2e: install
 	$(PYTEST) tests/e2e -m "not more" --at-least 118 -n 2
 
-# Most options of Axolotl beside the plugin, each in a training of its own, further engines and launchers:
-# not part of `make test`, for their time.
+# Most options of Axolotl beside the plugin, each in a training of its own, further engines and launchers, benchmarks on
+# tiny models: not part of `make test`, for their time.
 test-more: install
-	$(PYTEST) tests/e2e -m more --at-least 36 -n 2
+	$(PYTEST) tests/e2e tests/recipes -m more --at-least 36 -n 2
 
 # The newest Axolotl wants Python 3.12 by its metadata only; its sources run on this one.
 $(NEWEST)/.unpacked:

@@ -296,7 +296,8 @@ class DSKDTrainer(AxolotlTrainer):
         logs.update(quiet)
 
     def _warn(self, means: dict[str, float]) -> None:
-        for warning in self._watch.see(means, self.state.global_step):
+        step = self.state.global_step
+        for warning in [*self._watch.see(means, step), *self._watch.see_guard(means, step)]:
             if self.is_world_process_zero():
                 LOG.warning(warning)
 

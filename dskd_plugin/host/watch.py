@@ -20,23 +20,22 @@ class Watch:
         self._guarded: set[str] = set()
 
     def see(self, means: Mapping[str, float], step: int) -> list[str]:
-        """Take the means of a logged line, by name of the term, and its step. Returns the messages that now are due."""
-        due = self._guard(means, step)
+        """Take the means of a logged line, by name of the term, and its step. Returns the warnings that now are due."""
         # A resumed run begins later.
         self._first = step if self._first is None else self._first
         if self._is_over or "ce" not in means:
-            return due
+            return []
         self._seen.append(dict(means))
         looked_at = step if self._first <= _STEPS else step - self._first
         self._is_over = looked_at >= _STEPS and len(self._seen) > 1
-        return due + [found for found in (self._rise(step), self._pull(step)) if found] if self._is_over else due
+        return [found for found in (self._rise(step), self._pull(step)) if found] if self._is_over else []
 
     def _mean(self, term: str, part: slice = slice(None)) -> float:
         lines = self._seen[part]
         return sum(line.get(term, 0.0) for line in lines) / len(lines)
 
-    def _guard(self, means: Mapping[str, float], step: int) -> list[str]:
-        """What is said of each teacher that the guard stops for the first time."""
+    def see_guard(self, means: Mapping[str, float], step: int) -> list[str]:
+        """What is told of each teacher that the guard stops for the first time."""
         several = [name for name in means if name.endswith("/guarded")]
         stopped = {name for name in several or ["guarded"] if means.get(name)} - self._guarded
         self._guarded |= stopped

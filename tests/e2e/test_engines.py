@@ -102,6 +102,7 @@ def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path,
     assert again.curve("dskd/teacher_lead") == whole.curve("dskd/teacher_lead")
     assert again.curve() == whole.curve()  # bit for bit
     assert {step for (step,) in whole.curve("dskd/guarded")} == {0, 1}
+    assert "so the gold answers teach alone" in whole.output
     from safetensors.torch import load_file
 
     for file in ("model.safetensors", "dskd/projectors.safetensors"):

@@ -97,11 +97,11 @@ def test_the_first_steps(target, seen, warned, every):
 def test_the_guard_is_told_once_of_each_teacher():
     watch = Watch(target="exact")
     lines = [{"ce": 1.0, "guarded": on} for on in (0.0, 1.0, 1.0, 0.0, 1.0)]
-    said = [line for number, means in enumerate(lines, start=30) for line in watch.see(means, number)]
+    said = [line for number, means in enumerate(lines, start=30) for line in watch.see_guard(means, number)]
     assert len(said) == 1 and "from step 31 on" in said[0] and "than the teacher does" in said[0]
     watch = Watch(target="exact")
     lines = [{"ce": 1.0, "guarded": 0.7, "teacher1/guarded": one, "teacher2/guarded": 1.0} for one in (0.0, 0.0, 1.0)]
-    said = [watch.see(means, number) for number, means in enumerate(lines, start=30)]
+    said = [watch.see_guard(means, number) for number, means in enumerate(lines, start=30)]
     assert [len(lines) for lines in said] == [1, 0, 1]
     assert "than teacher2 does" in said[0][0] and "than teacher1 does" in said[2][0]
 

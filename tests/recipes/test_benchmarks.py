@@ -87,6 +87,7 @@ def test_the_count_of_products():
     assert work.largest == 7 * 60
 
 
+@pytest.mark.more
 @pytest.mark.axolotl
 def test_a_step_is_measured_beside_that_of_trl(tmp_path):
     """Both trainers really train: on a pair of no size neither number says anything."""

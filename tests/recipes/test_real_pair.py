@@ -373,6 +373,7 @@ def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path):
     assert runs.stale(run, place) and not runs.finished(run, place)
 
 
+@pytest.mark.more
 @pytest.mark.axolotl
 def test_the_teacher_answers_the_prompts_that_have_no_gold_answer(tiny, folder, tmp_path):
     words = ["--teacher", tiny["teacher"], "--student", tiny["student"], "--data", str(folder)]

@@ -131,6 +131,7 @@ def test_newer_records_take_the_place_of_older_ones_and_others_stay(found):
 # -- the whole command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 @pytest.mark.axolotl
 def test_the_whole_command_on_tiny_models(tiny, tmp_path):
     """What a quickstart leaves, over tiny models: two recipes, one of two steps, and the page."""
