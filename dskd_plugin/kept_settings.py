@@ -31,9 +31,9 @@ BLOCK = "settings"
 # What a run did before the setting was there to be kept; UNPAIRED is one of the block.
 BEFORE = {"method": "dskd", "target": "projected", "shared": "ids", "kd_weight": "fixed", "projector_init": "ideal"}
 UNPAIRED = "share"
-# Defaults of 0.1.0, whose file keeps no block and no method, and names tokenizers by another rule.
+# Defaults of 0.1.0, whose file keeps no block, no method and no alignment, and names tokenizers by another rule.
 FIRST = {"temperature": 2.0, "agreement_mask": True, "unpaired": UNPAIRED, "projector": {"labels": "hard"}}
-_NAMED_OTHERWISE = ("student_tokenizer", "teacher_tokenizer")
+_UNTOLD_BY_FIRST = ("student_tokenizer", "teacher_tokenizer", "alignment")
 
 
 def of(settings: "Settings") -> dict[str, object]:
@@ -78,7 +78,7 @@ def check_same(file: Path, found: dict[str, Any], now: dict[str, Any]) -> None:
     expected = {key: value for key, value in now.items() if key != BLOCK and (key in found or value is not None)}
     is_first, before, after = _is_first(found), _flat(_block(found)), _flat(_block(now))
     if is_first:
-        expected = {key: value for key, value in expected.items() if key not in (*_NAMED_OTHERWISE, "alignment")}
+        expected = {key: value for key, value in expected.items() if key not in _UNTOLD_BY_FIRST}
     found = {**BEFORE, **found}
     different = [key for key, value in expected.items() if found.get(key) != value]
     if not different:
