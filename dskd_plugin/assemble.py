@@ -74,6 +74,7 @@ class Parts:
         return {
             "overlap": self.overlap,
             "projector_init": self.settings.projector.init,
+            "top_vocab": self.settings.projector.top_vocab,
             "projector_dtype": self.projector_dtype,
             "seed": self.seed,
             **self.options,
@@ -162,12 +163,7 @@ def in_common(sides: Sides, teacher: TeacherParts, rows: int) -> tuple[Overlap, 
     rows: of the student's output head.
     """
     pair, settings = sides.pair, sides.run.settings
-    overlap = shared_ids(
-        pair,
-        sides.ends,
-        head_rows=(rows, teacher.head.weight_VD.shape[0]),
-        top_vocab=settings.projector.top_vocab,
-    )
+    overlap = shared_ids(pair, sides.ends, head_rows=(rows, teacher.head.weight_VD.shape[0]))
     if not (settings.exact or settings.by_events):
         return overlap, None
     ids = min(rows, pair.student.vocab_size), teacher.head.vocab_size

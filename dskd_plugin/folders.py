@@ -14,6 +14,13 @@ from dskd_plugin.errors import SettingError
 # What a tokenizer is read from; tokenizer_config.json alone is none.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*tekken*", "*.tiktoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# The forms of whole weights, in the order in which transformers looks for them: it reads the first that is there.
+WHOLE_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def looks_local(model: str) -> bool:
@@ -62,21 +69,33 @@ def check_student(model: str, *, cached: bool = True) -> None:
     check_files("base_model", model, cached=cached)
 
 
+def loaded_weights(folder: Path) -> tuple[str | None, list[str]]:
+    """The weight files that transformers reads from a folder, by name: (the index that lists them if any, the names).
+
+    They are the first of the forms that is here; a repository may hold the same weights in another form beside them,
+    whole or in part.
+    """
+    form = next((name for name in WHOLE_WEIGHTS if (folder / name).is_file()), None)
+    if form is None:
+        return None, sorted({file.name for pattern in WEIGHTS for file in folder.glob(pattern)})
+    if not form.endswith(".json"):
+        return None, [form]
+    return form, sorted(set((read_json(folder / form).get("weight_map") or {}).values()))
+
+
 def check_whole(name: str, folder: Path) -> None:
     """Raise ``ValueError`` for a model folder without weights, or without some of those that its index lists."""
-    indices = sorted(folder.glob("*.index.json"))
-    for index in indices:
-        listed = set((read_json(index).get("weight_map") or {}).values())
-        missing = sorted(file for file in listed if not (folder / file).is_file())
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise SettingError(
-                index,
-                f"the {len(listed)} weight files that it lists",
-                f"no {missing[0]}{more}",
-                "Copy or download the missing files.",
-            )
-    if not indices and not _any(folder, WEIGHTS):
+    listing, listed = loaded_weights(folder)
+    missing = [file for file in listed if not (folder / file).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SettingError(
+            folder / str(listing),
+            f"the {len(listed)} weight files that it lists",
+            f"no {missing[0]}{more}",
+            "Copy or download the missing files.",
+        )
+    if not listed:
         raise SettingError(
             name,
             "a folder with weights (model.safetensors)",

@@ -86,13 +86,7 @@ def read_table(name: str, tokenizer: Any) -> TokenTable:
         raise SettingError(f"{name}: {where}", *rest) from error
 
 
-def shared_ids(
-    pair: Pair,
-    ends: Sequence[Ends],
-    *,
-    head_rows: tuple[int, int],
-    top_vocab: int | None,
-) -> Overlap:
+def shared_ids(pair: Pair, ends: Sequence[Ends], *, head_rows: tuple[int, int]) -> Overlap:
     """Shared vocabulary within the rows that the two output heads have; every tuple is (student, teacher).
 
     ends: of the run's datasets, see `run.Sides.ends`.
@@ -102,14 +96,9 @@ def shared_ids(
         one = identity(min(head_rows[0], pair.student.vocab_size, teacher_ids))
         to_student = torch.full((teacher_ids,), -1)
         to_student[: len(one.student_ids_O)] = one.student_ids_O
-        return replace(
-            one,
-            student_ids_O=one.student_ids_O[:top_vocab],
-            teacher_ids_O=one.teacher_ids_O[:top_vocab],
-            teacher_to_student_V=to_student,
-        )
+        return replace(one, teacher_to_student_V=to_student)
     roles = role_pairs(ends, pair.student, pair.teacher)
-    shared = overlap(pair.student, pair.teacher, roles, top_vocab, head_rows)
+    shared = overlap(pair.student, pair.teacher, roles, head_rows)
     if len(shared.student_ids_O) == 0:
         raise SettingError(
             "dskd.teacher.model", "tokenizers that share some tokens", "none in common", "Choose another teacher."

@@ -180,9 +180,14 @@ class Settings(Block):
         return self.unpaired == "ce"
 
     @property
+    def can_guard(self) -> bool:
+        """Whether the teacher's and the student's mass on a gold token can be told, and its cross-entropy kept."""
+        return self.exact and self.unpaired_ce
+
+    @property
     def guards(self) -> bool:
         """Whether a teacher that knows the gold tokens no better than the student stops pulling it."""
-        return self.guard and self.exact and self.unpaired_ce
+        return self.guard and self.can_guard
 
     @property
     def by_events(self) -> bool:

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dskd_plugin.folders import WEIGHTS, read_json
-from dskd_plugin.teachers.resolve import WHOLE_WEIGHTS, Parts
+from dskd_plugin.folders import loaded_weights
+from dskd_plugin.teachers.resolve import Parts
 
 _BLOCK, _BLOCKS = 1 << 16, 64
 
@@ -18,7 +18,8 @@ def fingerprint(parts: Parts) -> dict[str, object]:
     weights. A few bytes changed between the blocks are not seen. An adapter is small and is read whole.
     """
     folder = _folder(parts)
-    weights = {} if folder is None else {file.name: _sampled(file) for file in _loaded(folder)}
+    loaded = [] if folder is None else [folder / name for name in loaded_weights(folder)[1]]
+    weights = {file.name: _sampled(file) for file in loaded if file.is_file()}
     return {**_without_weights(parts, folder), "weights": weights}
 
 
@@ -37,18 +38,6 @@ def _without_weights(parts: Parts, folder: Path | None) -> dict[str, object]:
         "config": "" if folder is None else _whole([folder / "config.json"]),
         "adapter": None if parts.adapter is None else _whole(sorted(parts.adapter.glob("adapter_*"))),
     }
-
-
-def _loaded(folder: Path) -> list[Path]:
-    """The weight files that transformers reads, by name: the first of its forms that is here, or what an index lists.
-
-    A repository may hold the same weights in another form beside them, which no other tool has to fetch.
-    """
-    form = next((folder / name for name in WHOLE_WEIGHTS if (folder / name).is_file()), None)
-    if form is None:
-        return sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    listed = set((read_json(form).get("weight_map") or {}).values()) if form.suffix == ".json" else {form.name}
-    return sorted(folder / name for name in listed if (folder / name).is_file())
 
 
 def difference(kept: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:

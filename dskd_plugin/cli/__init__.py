@@ -1,4 +1,7 @@
-"""The command line: ``dskd generate``, ``cache`` and ``plan``. Exit codes: 0 done, 1 failure, 2 wrong usage."""
+"""The command line: ``dskd generate``, ``cache`` and ``plan``.
+
+Exit codes: 0 done, 1 failure, 2 wrong usage, 130 stopped with Ctrl-C.
+"""
 
 import sys
 
@@ -16,11 +19,22 @@ class _Commands(click.Group):
         except (ValueError, DSKDSetupError) as error:
             click.echo(f"Error: {error}", err=True)
         except OSError as error:
-            click.echo(
-                f"Error: {error.filename or 'files'}: expected to read and write, got {error}. "
-                "Check space and permissions, then start again.",
-                err=True,
+            # Libraries for the network raise OSErrors too, without a file.
+            what, fix = (
+                ("files or the network", "what it says")
+                if error.filename is None
+                else (
+                    error.filename,
+                    "space and permissions",
+                )
             )
+            told = f"{type(error).__name__}: {error}"
+            click.echo(
+                f"Error: {what}: expected to read and write, got {told}. Check {fix}, then start again.", err=True
+            )
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            sys.exit(130)
         sys.exit(1)
 
 

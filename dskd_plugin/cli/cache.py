@@ -92,7 +92,7 @@ def build(recipe: Path, out: Path | None, dtype: str | None, batch_tokens: int |
             done = compute(order, ranks)
         except KeyboardInterrupt:
             click.echo("\nStopped; the same command goes on from here.", err=True)
-            sys.exit(1)
+            sys.exit(130)
         say(f"Done: {contents(done)} in {folder}")
         if folder != named and settings.teacher.cache != "auto":
             lines = f"  teacher:\n    cache: {folder}"

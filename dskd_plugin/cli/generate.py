@@ -34,14 +34,19 @@ from dskd_plugin.errors import DSKDSetupError
 from dskd_plugin.generation.messages import as_message, check_reasoning
 
 if TYPE_CHECKING:
-    from dskd_plugin.generation.answers import Partial, Sampling
+    from dskd_plugin.cli.progress import Progress
+    from dskd_plugin.generation.answers import Answer, Partial, Sampling, Writer
     from dskd_plugin.host.prompts import Source
     from dskd_plugin.teachers.live import Teacher
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: <output_dir>-generated.jsonl]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="[default: <output_dir>-generated.jsonl, with --teacher N -generated-teacherN.jsonl]",
+)
 @click.option(
     "--write-recipe",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -132,7 +137,10 @@ def generate(
 
     unread = ("output_dir", "lora_model_dir", "dataset_prepared_path", "test_datasets")
     written = checked_recipe(recipe, unread=unread)
-    out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated.jsonl")
+    by = f"-teacher{teacher}" if teacher else ""
+    out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated{by}.jsonl")
+    if write_recipe is not None and write_recipe.absolute() == out.absolute():
+        raise click.UsageError(f"--write-recipe: expected another file than the dataset's, got {out}. Change one.")
     answers_file = out.with_name(out.name + ".partial")
     # Only while a cache is built are answers kept beside the dataset that was made of them.
     goes_on = cache is not None and answers_file.exists() and out.exists()
@@ -178,7 +186,7 @@ def generate(
             f"\nStopped after {len(partial.answers)} of {len(kept)} answers; the same command goes on from there.",
             err=True,
         )
-        sys.exit(1)
+        sys.exit(130)
     field, asked = thinking_field(written), kept["messages"]
     answers = [as_message(answer, source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
     counts = write_dataset(out, written_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
@@ -205,7 +213,7 @@ def generate(
             build_cache(write_recipe, cache, load)
         except KeyboardInterrupt:
             click.echo("\nStopped; the same command goes on with the cache.", err=True)
-            sys.exit(1)
+            sys.exit(130)
         partial.remove()
     click.echo(f"Next: axolotl train {write_recipe}")
 
@@ -227,8 +235,6 @@ def _generate(
     load: Callable[[], "Teacher"],
 ) -> float | None:
     """Answer what is missing; returns tokens per second, None when nothing was."""
-    import torch
-
     from dskd_plugin.cli.progress import Progress
     from dskd_plugin.generation.answers import Writer
 
@@ -245,17 +251,31 @@ def _generate(
     )
     with Progress(len(rows), partial.answers, sampling.max_new_tokens) as progress:
         for batch in remaining:
-            try:
-                answers = writer.answer(batch, [rows[row]["prompt_ids"] for row in batch], progress.told)
-            except torch.OutOfMemoryError as error:
-                raise DSKDSetupError(
-                    "--batch-size",
-                    f"a batch that fits on {device}",
-                    f"{len(batch)} prompts that do not ({str(error).splitlines()[0]})",
-                    "Lower --batch-size or --max-new-tokens.",
-                ) from error
-            partial.append(answers)
+            partial.append(_answers(writer, rows, batch, progress, device))
         return progress.speed
+
+
+def _answers(writer: "Writer", rows: Any, batch: list[int], progress: "Progress", device: str) -> "list[Answer]":
+    """Answers to the prompts of a batch, in halves where it does not fit: the same ones up to rounding."""
+    import torch
+
+    before = progress.tokens, progress.ended
+    try:
+        return writer.answer(batch, [rows[row]["prompt_ids"] for row in batch], progress.told)
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise DSKDSetupError(
+                "--max-new-tokens",
+                f"one prompt and its answer that fit on {device}",
+                f"row {batch[0]}, which does not ({str(error).splitlines()[0]})",
+                "Lower --max-new-tokens, or leave long prompts out.",
+            ) from error
+    progress.back_to(*before)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    parts = [_answers(writer, rows, part, progress, device) for part in (batch[:half], batch[half:])]
+    return [answer for part in parts for answer in part]
 
 
 def _report(

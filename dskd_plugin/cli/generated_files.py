@@ -35,6 +35,7 @@ def conditions_of(source: "Source", sampling: "Sampling", batch_size: int, devic
     from transformers import AutoConfig
 
     from dskd_plugin import __version__
+    from dskd_plugin.cache.fingerprint import fingerprint
 
     teacher = source.run.settings.teacher
     parts = source.teacher.parts
@@ -45,8 +46,7 @@ def conditions_of(source: "Source", sampling: "Sampling", batch_size: int, devic
         "teacher": {
             **teacher.model_dump(include={"model", "revision", "adapter", "dtype", "quantization"}),
             "commit": getattr(config, "_commit_hash", None),
-            "files": _folder_digest(parts.weights),
-            "adapter_files": _folder_digest(str(parts.adapter or "")),
+            "files": fingerprint(parts),
             "chat_template": hashlib.sha256(
                 json.dumps([source.template, source.teacher.template_options], sort_keys=True).encode()
             ).hexdigest(),
@@ -62,13 +62,6 @@ def conditions_of(source: "Source", sampling: "Sampling", batch_size: int, devic
             "transformers": transformers.__version__,
         },
     }
-
-
-def _folder_digest(model: str) -> str | None:
-    """Names, sizes and times of a local folder's files: a teacher trained again is another teacher."""
-    files = sorted(path for path in Path(model).glob("*") if path.is_file()) if model and Path(model).is_dir() else []
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest() if files else None
 
 
 def _rows_digest(rows: Any) -> str:

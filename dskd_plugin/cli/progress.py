@@ -61,3 +61,8 @@ class Progress:
         most = "" if self.ended else "at most "
         self.bar.set_postfix_str(f"{self.speed:.1f} tokens/s, {most}{left} left", refresh=False)
         self.bar.update(ended)
+
+    def back_to(self, tokens: int, ended: int) -> None:
+        """Forget what was counted since: of a batch that is begun anew."""
+        self.tokens, self.ended = tokens, ended
+        self.bar.n = ended

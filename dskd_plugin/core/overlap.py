@@ -41,7 +41,6 @@ def shared_vocabulary(
     student_bytes: Sequence[bytes | None],
     teacher_bytes: Sequence[bytes | None],
     role_pairs: Iterable[tuple[int, int]] = (),
-    top_vocab: int | None = None,
     *,
     student_byte_tokens: Collection[int] = (),
     teacher_byte_tokens: Collection[int] = (),
@@ -55,12 +54,9 @@ def shared_vocabulary(
         They take precedence over bytes; where an id occurs twice, its first pair is the one-to-one pair.
     student_byte_tokens, teacher_byte_tokens: ids of byte-fallback tokens (`<0x41>`). student_added, teacher_added: ids
         of tokens that are found before the others. Of several ids with the same bytes one is taken, see `preferred`.
-    top_vocab: keep the k pairs of lowest student id. Ids of BPE follow the order of its merges and those of
-        SentencePiece falling frequency, so these are the k most frequent shared tokens. teacher_to_student_V
-        is not cut.
+
+    The one-to-one pairs are sorted by student id.
     """
-    if top_vocab is not None and top_vocab < 1:
-        raise ValueError(f"top_vocab: expected at least 1, got {top_vocab}. Leave it out to use all shared tokens.")
     student_of, student_doubles = preferred(student_bytes, student_byte_tokens, student_added)
     teacher_of, teacher_doubles = preferred(teacher_bytes, teacher_byte_tokens, teacher_added)
     to_student = [-1 if text is None else student_of.get(text, -1) for text in teacher_bytes]
@@ -84,7 +80,7 @@ def shared_vocabulary(
         teacher = teacher_of.get(text)
         if teacher is not None and student_id not in pairs and teacher not in mapped:
             pairs[student_id] = teacher
-    chosen = sorted(pairs.items())[:top_vocab]
+    chosen = sorted(pairs.items())
     student_ids_O = torch.tensor([student_id for student_id, _ in chosen], dtype=torch.long)
     teacher_ids_O = torch.tensor([teacher_id for _, teacher_id in chosen], dtype=torch.long)
     known = sum(student_id >= 0 for student_id in to_student)

@@ -19,14 +19,20 @@ from dskd_plugin.models import gathered
 
 
 class Projecting(DistillationLoss):
-    """What the two alignments of dskd share: maps between the spaces from the two heads."""
+    """What the two alignments of dskd share: maps between the spaces from the two heads.
+
+    top_vocab: solve for the k shared tokens of lowest student id alone. Ids of BPE follow the order of its merges and
+        those of SentencePiece falling frequency, so these are the k most frequent ones.
+    """
 
     teacher_head: Head
 
-    def __init__(self, student: nn.Module, objective: Objective, *, overlap: Overlap, **options: Any) -> None:
+    def __init__(
+        self, student: nn.Module, objective: Objective, *, overlap: Overlap, top_vocab: int | None, **options: Any
+    ) -> None:
         super().__init__(student, objective, **options)
         device = self.teacher_head.weight_VD.device
-        self._ids = (overlap.student_ids_O.to(device), overlap.teacher_ids_O.to(device))
+        self._ids = overlap.student_ids_O[:top_vocab].to(device), overlap.teacher_ids_O[:top_vocab].to(device)
 
     @staticmethod
     def _effective(head: Head) -> Tensor:

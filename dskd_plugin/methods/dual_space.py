@@ -51,8 +51,8 @@ class DualSpace(Method):
                 f"{settings.shared!r}: it has no effect there",
                 "Remove it, or set target: exact.",
             )
-        if "guard" in given and settings.spaces != "teacher" and not (self.exact(settings) and settings.unpaired_ce):
-            lacks = "unpaired: ce" if self.exact(settings) else "target: exact"
+        if "guard" in given and settings.spaces != "teacher" and not settings.can_guard:
+            lacks = "unpaired: ce" if settings.exact else "target: exact"
             raise SettingError(
                 "dskd.guard", f"it unset without {lacks}", f"{settings.guard}: it has no effect", "Remove it."
             )

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dskd_plugin.errors import SettingError
-from dskd_plugin.folders import check_weights, holds_vocabulary, is_adapter, looks_local, read_json
+from dskd_plugin.folders import (
+    WHOLE_WEIGHTS,
+    check_weights,
+    holds_vocabulary,
+    is_adapter,
+    looks_local,
+    read_json,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-WHOLE_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Everything of an adapter's repository but whole weights.
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 # PEFT's kinds that put virtual tokens in front of a text, and cannot be merged.

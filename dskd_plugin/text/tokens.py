@@ -103,7 +103,6 @@ def overlap(
     student: TokenTable,
     teacher: TokenTable,
     role_pairs: Iterable[tuple[int, int]] = (),
-    top_vocab: int | None = None,
     head_rows: tuple[int | None, int | None] = (None, None),
 ) -> Overlap:
     """Shared vocabulary of two tables, see `shared_vocabulary`. head_rows: of their heads, which may be shorter."""
@@ -112,7 +111,6 @@ def overlap(
         own,
         theirs,
         [(s, t) for s, t in role_pairs if s < len(own) and t < len(theirs)],
-        top_vocab,
         student_byte_tokens=student.byte_tokens,
         teacher_byte_tokens=teacher.byte_tokens,
         student_added=student.added,

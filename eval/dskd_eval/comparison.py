@@ -154,6 +154,16 @@ def pair(first: Entry, second: Entry, *, strict: bool = True) -> tuple[list[Pair
     return rows, problems
 
 
+def _alone(first: Entry, second: Entry) -> list[str]:
+    """Which tasks one of two models has finished and the other has not."""
+    lines = []
+    for has, other in ((first, second), (second, first)):
+        tasks = [task for task in has.tasks() if task not in other.tasks()]
+        if tasks:
+            lines.append(f"{', '.join(tasks)}, of which {other.label} has no finished result and {has.label} has one")
+    return lines
+
+
 def _row(first: Entry, second: Entry, task: str, values: list[tuple[MetricValue, MetricValue]]) -> PairRow:
     metric, scale, sign, proportion = _reading([first, second], task)
     before, after = [value[0] for value in values], [value[1] for value in values]
@@ -278,7 +288,7 @@ def compare(
             first, second = (entry, against) if base and entry is named_base else (against, entry)
             rows, problems = pair(first, second, strict=strict)
             pairs.append(PairedModels(model=second.label, against=first.label, rows=rows))
-            notes += [f"not compared: {problem}" for problem in problems]
+            notes += [f"not compared: {problem}" for problem in (*problems, *_alone(first, second))]
     if named_base and named_teacher:
         for entry in trained(group, chosen, named_base, named_teacher, named=bool(teacher or base)):
             shares, problems = gap(named_base, entry, named_teacher)

@@ -115,15 +115,21 @@ def _files(specs: Sequence[TaskSpec], directory: Path) -> Iterator[Check]:
             if chosen.file in seen:
                 continue
             seen.add(chosen.file)
-            problem = data.problem_of(chosen, directory)
-            if problem:
-                yield Check("bad", spec.name, problem)
-            else:
-                rows = len(data.read_rows(directory / chosen.file))
-                wrong = chosen.rows is not None and rows != chosen.rows
-                text = f"{chosen.file}, {rows} rows" + (f", expected {chosen.rows}" if wrong else "")
-                note = f" ({chosen.note})" if chosen.note else ""
-                yield Check("bad" if wrong else "ok", spec.name, text + note)
+            yield _file(spec.name, chosen, directory)
+
+
+def _file(task: str, source: data.DataSource, directory: Path) -> Check:
+    """Whether a file is there, is the one expected, and can be read."""
+    if problem := data.problem_of(source, directory):
+        return Check("bad", task, problem)
+    try:
+        rows = len(data.read_rows(directory / source.file))
+    except UserError as error:
+        return Check("bad", task, f"{error.where}: expected {error.expected}, got {error.got}. {error.fix}")
+    wrong = source.rows is not None and rows != source.rows
+    text = f"{source.file}, {rows} rows" + (f", expected {source.rows}" if wrong else "")
+    note = f" ({source.note})" if source.note else ""
+    return Check("bad" if wrong else "ok", task, text + note)
 
 
 def _sandbox() -> Iterator[Check]:

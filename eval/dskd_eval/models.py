@@ -9,12 +9,19 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dskd_eval.data import file_sha256
+from dskd_eval.data import file_sha256, offline
 from dskd_eval.errors import UserError
 from dskd_eval.schema import ModelSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# The forms of whole weights, in the order in which transformers looks for them: it reads the first that is there.
+_FORMS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SETTINGS = (
     "config.json",
@@ -29,7 +36,6 @@ _SETTINGS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_VOCABULARIES = ("*.model", "*.tiktoken")
 # What a tokenizer is read from; tokenizer_config.json alone is none.
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*tekken*", "*.tiktoken")
 
@@ -161,6 +167,11 @@ def locate(ref: ModelRef) -> ModelFolder:
     return ModelFolder(ref, weights, tokenizer, adapter, config, _fingerprint(files))
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has weights, its own or an adapter's."""
+    return _any(folder, (*_WEIGHTS, *_ADAPTER_WEIGHTS))
+
+
 def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in patterns)
 
@@ -189,29 +200,31 @@ def _folder(source: str, revision: str | None) -> Path:
 def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    switch = offline()
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     # Second copies of the weights, in other formats.
     copies = ["consolidated*", "original/*", "onnx/*"]
 
     def fetch(wanted: list[str]) -> str:
         return snapshot_download(
-            source, revision=revision, allow_patterns=wanted, ignore_patterns=copies, local_files_only=offline
+            source,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=copies,
+            local_files_only=switch is not None,
         )
 
     try:
         found = fetch(patterns)
-        if not _any(Path(found), (*_WEIGHTS, *_ADAPTER_WEIGHTS)):
+        if not holds_weights(Path(found)):
             found = fetch([*patterns, "*.bin"])
     except Exception as error:
         detail = str(error).splitlines()[0][:200] if str(error) else ""
         got = f"{type(error).__name__}: {detail}"
         fix = "Check the id, your access to it and the network, or give a local folder."
-        if offline:
-            got, fix = (
-                "no folder of this name; as a hub id it is not cached, and HF_HUB_OFFLINE is set",
-                "Check the path, or unset HF_HUB_OFFLINE.",
-            )
+        if switch:
+            got = f"no folder of this name; as a hub id it is not cached, and {switch} is set"
+            fix = f"Check the path, or unset {switch}."
         raise UserError(f"model {source}", expected="an existing folder or a hub model", got=got, fix=fix) from error
     return Path(found).resolve()
 
@@ -275,8 +288,9 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def _check_weights(folder: Path) -> None:
-    for index in folder.glob("*.index.json"):
-        mapped = _json(index, f"model {folder}").get("weight_map")
+    form = next((folder / name for name in _FORMS if (folder / name).is_file()), None)
+    if form is not None and form.suffix == ".json":
+        mapped = _json(form, f"model {folder}").get("weight_map")
         shards = {str(name) for name in mapped.values()} if isinstance(mapped, dict) else set()
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
@@ -297,11 +311,11 @@ def _check_weights(folder: Path) -> None:
 
 
 def _fingerprinted(folder: Path) -> list[Path]:
-    weights: list[Path] = []
-    for pattern in (*_VOCABULARIES, *_WEIGHTS, *_ADAPTER_WEIGHTS):
-        weights += sorted(folder.glob(pattern))
-    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    return [folder / name for name in _SETTINGS if (folder / name).is_file()] + templates + weights
+    files = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    for pattern in (*_TOKENIZERS, *_WEIGHTS, *_ADAPTER_WEIGHTS):
+        files += sorted(folder.glob(pattern))
+    return list(dict.fromkeys(files))
 
 
 def _fingerprint(files: list[Path]) -> str:

@@ -8,13 +8,16 @@ from pathlib import Path
 import yaml
 
 from dskd_eval.errors import UserError
-from dskd_eval.models import ModelRef, default_name
+from dskd_eval.models import ModelRef, default_name, holds_weights
+
+# A training leaves this file in its output_dir until it has ended.
+_PARTIAL = "PARTIAL.txt"
 
 
 def models_of(path: Path) -> list[ModelRef]:
     """Teacher or teachers (of the `dskd:` block), base (`base_model`), student (`output_dir`), and sft if there is one.
 
-    The SFT output is the `output_dir` of a recipe `sft.yaml` in the same folder, once it holds a model.
+    The SFT output is the `output_dir` of a recipe `sft.yaml` in the same folder, once its training has ended.
     Relative folders are looked up from the working directory, as Axolotl does, then from the recipe's
     folder. Raises UserError: unreadable recipe, no base_model, no trained student.
     """
@@ -33,12 +36,19 @@ def models_of(path: Path) -> list[ModelRef]:
         its = _pairs(_read(path.parent / "sft.yaml").get("chat_template_kwargs"), "recipe sft.yaml")
         refs.append(ModelRef(f"sft {default_name(str(sft))}", str(sft), "sft", template_options=its))
     output = _output(recipe, path)
-    if output is None or not _holds_model(output):
+    if output is None or not holds_weights(output):
         raise UserError(
             f"{where}, output_dir",
             expected="the folder of a trained student",
-            got=f"no model in {output}" if output else "no output_dir",
+            got=f"no weights in {output}" if output else "no output_dir",
             fix=f"Train first: axolotl train {path}.",
+        )
+    if _is_partial(output):
+        raise UserError(
+            f"{where}, output_dir",
+            expected="the folder of a trained student",
+            got=f"{output}, whose {_PARTIAL} says that its training did not end",
+            fix=f"Go on as that file says, or evaluate what is there with --model {output}.",
         )
     name = f"student {default_name(str(output))}"
     refs.append(ModelRef(name, str(output), "student", template_options=options))
@@ -143,8 +153,8 @@ def _output(recipe: dict[str, object], path: Path) -> Path | None:
     return Path(_place(str(output), path)) if output else None
 
 
-def _holds_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+def _is_partial(folder: Path) -> bool:
+    return (folder / _PARTIAL).is_file()
 
 
 def _sft_output(path: Path) -> Path | None:
@@ -152,4 +162,4 @@ def _sft_output(path: Path) -> Path | None:
     if beside == path or not beside.is_file():
         return None
     output = _output(_read(beside), beside)
-    return output if output is not None and _holds_model(output) else None
+    return output if output is not None and holds_weights(output) and not _is_partial(output) else None

@@ -42,7 +42,8 @@ class GenerationStore:
                 f"generation store {self.path}",
                 expected="room for finished batches",
                 got=str(error),
-                fix="Free some space or choose another --output; then --resume keeps the finished tasks.",
+                fix="Free some space, or choose another --output, or another --cache if a second run writes into "
+                "this one; then --resume keeps the finished tasks.",
             ) from error
 
     def close(self) -> None:

@@ -69,15 +69,6 @@ def test_a_role_overrides_the_bytes_of_its_ids():
     assert (1, 4) not in zip(found.student_ids_O.tolist(), found.teacher_ids_O.tolist(), strict=True)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 99])
-def test_top_vocab_keeps_the_lowest_student_ids_and_the_whole_map(k):
-    whole = shared_vocabulary(STUDENT, TEACHER)
-    cut = shared_vocabulary(STUDENT, TEACHER, top_vocab=k)
-    assert cut.student_ids_O.tolist() == whole.student_ids_O.tolist()[:k]
-    assert cut.teacher_ids_O.tolist() == whole.teacher_ids_O.tolist()[:k]
-    assert torch.equal(cut.teacher_to_student_V, whole.teacher_to_student_V)
-
-
 def test_nothing_shared():
     found = shared_vocabulary([b"a", None], [None, b"b"])
     assert found.student_ids_O.dtype == torch.long and found.student_ids_O.tolist() == []
@@ -96,7 +87,6 @@ def test_identity():
     ("call", "message"),
     [
         (lambda: identity(0), "vocab_size: expected at least 1, got 0"),
-        (lambda: shared_vocabulary([b"a"], [b"a"], top_vocab=0), "top_vocab: expected at least 1, got 0"),
         (
             lambda: shared_vocabulary([b"a"], [b"a"], [(0, 1)]),
             r"role_pairs: expected a student id below 1 .* got \(0, 1\)",

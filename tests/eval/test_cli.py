@@ -87,6 +87,7 @@ def break_model(kind: str, source: Path, folder: Path) -> Path:
     elif kind == "damaged weights":
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
     elif kind == "missing shard":
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     elif kind == "larger config":
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -209,6 +210,41 @@ def test_doctor_names_what_is_missing(invoke: Invoke, data_dir: Path, tmp_path: 
     assert "gsm8k/test.jsonl is altered" in found.output and "math500/test.jsonl is missing" in found.output
     solved = invoke("doctor", "--data-dir", data_dir, "--suite", "math", "--oracle", "--limit", 3)
     assert solved.exit_code == 0 and solved.output.count("100.0 on 3 documents") == 4
+
+
+def test_options_that_nothing_reads_are_wrong_usage(invoke: Invoke, data_dir: Path) -> None:
+    for words, told in (
+        (["--limit", 5], "Nothing to evaluate: give --model"),
+        (["--data-dir", data_dir, "doctor"], "give them after its name"),
+        (["doctor", "--limit", 3], "--limit is of the reference answers"),
+    ):
+        found = invoke(*words)
+        assert found.exit_code == 2 and told in found.output, found.output
+
+
+def test_doctor_goes_on_after_a_file_that_cannot_be_read(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DSKD_DATA", raising=False)
+    for name, rows in (("broken", "{"), ("whole", '{"q": "1?", "a": "1"}\n')):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+        keys = {"task": name, "data": f"{name}.jsonl", "prompt": "{{q}}", "reference": "a", "scorer": "number"}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(keys))
+    files = [word for name in ("broken", "whole") for word in ("--task-file", tmp_path / f"{name}.yaml")]
+    found = invoke("doctor", *files)
+    assert found.exit_code == 1 and "Traceback" not in found.output
+    assert "bad  broken" in found.output and "ok   whole" in found.output, found.output
+
+
+def test_ctrl_c_in_any_command_is_exit_code_130(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dskd_eval import doctor
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", stopped)
+    found = invoke("doctor")
+    assert found.exit_code == 130 and "Stopped." in found.output
 
 
 def test_doctor_checks_a_task_file(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,19 @@ def test_only_shared_documents_are_compared(tmp_path: Path) -> None:
     assert row["first"] == pytest.approx(100 * float(np.mean(first[100:])))
 
 
+def test_a_task_that_one_run_alone_has_is_named(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, {name: values(0, 0.5)}) for name in ("x", "y")]
+    failed = json.loads((runs[1] / "results.json").read_text())
+    more = json.loads((runs[0] / "results.json").read_text())
+    for results, status in ((more, "finished"), (failed, "failed")):
+        results["scores"].append(results["scores"][0] | {"task": PLAN | {"task": "other"}, "status": status})
+    for run, results in zip(runs, (more, failed), strict=True):
+        (run / "results.json").write_text(json.dumps(results))
+    found = comparison.compare(entries_of([SavedRun(run) for run in runs]))
+    assert [row.task for row in found.pairs[0].rows] == ["quiz"]
+    assert found.notes == ["not compared: other, of which y has no finished result and x has one"]
+
+
 def test_gap_closed_between_base_and_teacher(tmp_path: Path, invoke: Callable[..., Any]) -> None:
     models = {"t": values(0, 0.9), "b": values(1, 0.3), "s": values(2, 0.6)}
     named = write_run(tmp_path / "roles", models, roles={"t": "teacher", "b": "base", "s": "student"})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from dskd_eval import models
 from dskd_eval.backends import hf
+from dskd_eval.errors import UserError
 from dskd_eval.models import ModelRef
 
 
@@ -57,10 +58,21 @@ def test_every_file_of_a_vocabulary_counts(tiny_model: Path, tmp_path: Path) -> 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     seen = {models.locate(ModelRef("m", str(folder))).fingerprint}
-    for name in ("spiece.model", "qwen.tiktoken", "chat_template.jinja"):
+    for name in ("spiece.model", "qwen.tiktoken", "tekken.json", "vocab.txt", "chat_template.jinja"):
         (folder / name).write_text("x")
         seen.add(models.locate(ModelRef("m", str(folder))).fingerprint)
-    assert len(seen) == 4
+    assert len(seen) == 6
+
+
+def test_an_index_of_weights_that_nobody_reads_is_no_fault(tiny_model: Path, tmp_path: Path) -> None:
+    """A download takes one form of the weights, and the index of the other comes along."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+    models.locate(ModelRef("m", str(folder)))
+    (folder / "model.safetensors").rename(folder / "pytorch_model-2.bin")
+    with pytest.raises(UserError, match=r"got no pytorch_model-1\.bin"):
+        models.locate(ModelRef("m", str(folder)))
 
 
 @pytest.mark.parametrize(("weights", "calls"), [("model.safetensors", 1), ("pytorch_model.bin", 2)])

@@ -53,6 +53,21 @@ def test_without_an_sft_output_there_is_none(pair: Path) -> None:
     assert [ref.role for ref in recipe.models_of(pair)] == ["teacher", "base", "student"]
 
 
+@pytest.mark.parametrize("state", ["begun", "stopped"])
+def test_a_training_that_has_not_ended_is_no_model(pair: Path, state: str) -> None:
+    """Axolotl saves the settings before the first step; a stopped training says so in a file beside its weights."""
+    for name in ("sft", "dskd"):
+        folder = pair.parent / "out" / name
+        if state == "begun":
+            (folder / "model.safetensors").unlink()
+        else:
+            (folder / "PARTIAL.txt").write_text("Not the finished student.")
+        if name == "sft":
+            assert [ref.role for ref in recipe.models_of(pair)] == ["teacher", "base", "student"]
+    with pytest.raises(UserError, match=r"expected the folder of a trained student"):
+        recipe.models_of(pair)
+
+
 def test_recipe_without_a_teacher_compares_base_and_output(pair: Path) -> None:
     assert [ref.role for ref in recipe.models_of(pair.parent / "sft.yaml")] == ["base", "student"]
 

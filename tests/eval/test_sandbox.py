@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from dskd_eval import sandbox
@@ -34,6 +37,20 @@ def test_right_and_wrong_programs(box: Sandbox) -> None:
     assert (wrong.status, wrong.error) == ("failed", "AssertionError at: assert answer == 42")
     assert box.run("answer = (", TESTS).status == "syntax error"
     assert box.run("import math, re, json, collections, itertools, heapq, typing\nanswer = 42", TESTS).passed
+
+
+def test_a_verdict_just_before_the_end_is_read(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program writes its verdict and ends between a look into empty pipes and the look whether it has ended."""
+    look = select.select
+
+    def late(handles: list[int], *others: list[int]) -> Any:
+        found = look(handles, [], [], 0.0)
+        if not found[0]:
+            time.sleep(1.0)
+        return found
+
+    monkeypatch.setattr(sandbox, "select", SimpleNamespace(select=late))
+    assert box.run("answer = 42", TESTS).passed
 
 
 # Leaving before the tests, in every way Python has, must not count as a pass.

@@ -392,7 +392,7 @@ def test_ctrl_c_and_every_torn_file_lead_to_the_same_bytes(settings, written, mo
     options = [written(), *SETTINGS[settings], "--keep-unfinished", "--limit", 22]
     run(*options, "--out", "whole.jsonl")
     resume = stop_after(monkeypatch, 4)
-    assert "Stopped after 16 of 22 answers; the same command goes on from there." in run(*options, code=1)
+    assert "Stopped after 16 of 22 answers; the same command goes on from there." in run(*options, code=130)
     resume()
     partial = Path("out-generated.jsonl.partial")
     content = partial.read_bytes()
@@ -413,12 +413,44 @@ def test_a_resumed_run_answers_only_what_is_missing(written, monkeypatch):
 
     options = [written(), *SETTINGS["greedy"], "--keep-unfinished"]
     resume = stop_after(monkeypatch, 9)
-    run(*options, code=1)
+    run(*options, code=130)
     resume()
     calls, original = [], Writer.answer
     monkeypatch.setattr(Writer, "answer", lambda self, rows, *more: calls.append(rows) or original(self, rows, *more))
     run(*options)
     assert len(calls) == 12 - 9
+
+
+def test_a_batch_that_does_not_fit_is_answered_in_parts(written, monkeypatch):
+    """A real run whose memory ends at batches of three: the same answers, and a bar that counts each once."""
+    import torch
+
+    from dskd_plugin.cli.progress import Progress
+    from dskd_plugin.generation.answers import Writer
+
+    options = [written(), *SETTINGS["sampled"], "--keep-unfinished", "--limit", 22]
+    run(*options, "--out", "whole.jsonl")
+    original, bars, start = Writer.answer, [], Progress.__enter__
+
+    def answer(self, rows, prompts, told):
+        found = original(self, rows, prompts, told)
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(Writer, "answer", answer)
+    monkeypatch.setattr(Progress, "__enter__", lambda self: bars.append(self) or start(self))
+    run(*options)
+    assert Path("out-generated.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    counts = json.loads(Path("out-generated.manifest.json").read_text())["counts"]
+    assert (bars[0].ended, bars[0].tokens) == (22, counts["tokens"])
+
+    def nothing_fits(self, rows, prompts, told):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Writer, "answer", nothing_fits)
+    refused = run(*options, "--overwrite", code=1)
+    assert "--max-new-tokens: expected one prompt and its answer that fit on cpu" in refused, refused
 
 
 def test_kill_9_in_the_middle_gives_the_same_bytes(written):
@@ -446,7 +478,7 @@ def test_kill_9_in_the_middle_gives_the_same_bytes(written):
 def test_dropped_and_kept_answers_come_from_one_unfinished_run(written, monkeypatch):
     """Whether cut answers are kept does not decide the answers."""
     resume = stop_after(monkeypatch, 2)
-    run(written(), *SETTINGS["greedy"], code=1)
+    run(written(), *SETTINGS["greedy"], code=130)
     resume()
     output = run("recipe.yaml", *SETTINGS["greedy"], "--keep-unfinished")
     counts = json.loads(Path("out-generated.manifest.json").read_text())["counts"]
@@ -467,7 +499,7 @@ def test_dropped_and_kept_answers_come_from_one_unfinished_run(written, monkeypa
 def test_other_settings_do_not_go_on(option, value, name, written, monkeypatch):
     options = [written(), *SETTINGS["sampled"]]
     resume = stop_after(monkeypatch, 3)
-    run(*options, code=1)
+    run(*options, code=130)
     resume()
     output = run(*options, option, value, code=1)
     assert name in output and "out-generated.jsonl.partial" in output and "--overwrite" in output
@@ -480,12 +512,16 @@ def test_another_teacher_or_other_rows_do_not_go_on(written, teacher, tiny, monk
     other = Path(shutil.copytree(teacher, "teacher"))
     options = [written(entry(str(file)), {"teacher": {"model": str(other), "dtype": "float32"}}), *SETTINGS["greedy"]]
     resume = stop_after(monkeypatch, 3)
-    run(*options, code=1)
+    run(*options, code=130)
     resume()
-    os.utime(other / "model.safetensors", ns=(1, 1))
-    assert "teacher.files" in run(*options, code=1)
-    stamp = (Path(teacher) / "model.safetensors").stat()
-    os.utime(other / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    weights = other / "model.safetensors"
+    trained = bytearray(weights.read_bytes())
+    trained[-9] ^= 1
+    whole = weights.read_bytes()
+    weights.write_bytes(trained)
+    assert "teacher.files.weights.model.safetensors" in run(*options, code=1)
+    weights.write_bytes(whole)  # another time and a note beside it are no other teacher
+    (other / "README.md").write_text("A note.")
     content = file.read_text(encoding="utf-8")
     file.write_text(content.replace("river", "rivers", 1), encoding="utf-8")
     assert "data.sha256" in run(*options, code=1)

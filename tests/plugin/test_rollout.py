@@ -418,7 +418,6 @@ def attached(model, sides, teacher_path):
         pair,
         [(ours.end, theirs.end)],
         head_rows=(len(output_head(model).weight), len(teacher.head.weight_VD)),
-        top_vocab=None,
     )
     ids = min(pair.student.vocab_size, len(output_head(model).weight)), teacher.head.vocab_size
     events = pair_events(pair, (ours.tokenizer, theirs.tokenizer), overlap, both, [(ours.end, theirs.end)], ids)

@@ -55,7 +55,6 @@ class Setup:
             self.pair,
             [ends],
             head_rows=(self.student.config.vocab_size, self.teacher.head.weight_VD.shape[0]),
-            top_vocab=None,
         )
         self.aligner = aligner(self.pair, self.settings, ends)
         teacher = None if self.settings.method == "sft" else self.teacher
@@ -241,6 +240,25 @@ def softmax(logits, temperature=1.0):
     parts = [math.exp((value - top) / temperature) for value in logits]
     whole = sum(parts)
     return [part / whole for part in parts]
+
+
+@pytest.mark.parametrize(("pair", "mode"), [("teacher", {}), ("teacher", {"shared": "ids"}), ("sibling", {})])
+def test_top_vocab_changes_the_maps_and_nothing_else(tiny, rows, pair, mode):
+    """It says from which shared tokens the projector starts, not which of them the teacher decides between."""
+    whole = Setup(tiny["student"], tiny[pair], **mode)
+    cut = Setup(tiny["student"], tiny[pair], projector={"top_vocab": 60}, **mode)
+    heads = [model.lm_head.weight.detach().double() for model in (whole.student, whole.teacher.model)]
+    student, teacher = (
+        head[ids[:60]]
+        for head, ids in zip(heads, (whole.overlap.student_ids_O, whole.overlap.teacher_ids_O), strict=True)
+    )
+    torch.testing.assert_close(
+        cut.loss.t2s.weight_Dd.detach().double(), teacher.T @ torch.linalg.pinv(student.T), rtol=1e-3, atol=1e-4
+    )
+    samples = whole.samples(rows)
+    assert cut.run([padded(cut, samples)])[0] != pytest.approx(whole.run([padded(whole, samples)])[0], rel=1e-3)
+    cut.loss.load_state_dict(whole.loss.state_dict())
+    close(cut.run([padded(cut, samples)]), whole.run([padded(whole, samples)]))
 
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])

@@ -228,7 +228,7 @@ def test_two_vocabularies_without_a_common_token_are_refused():
 
     tables = [TokenTable([text], [text], frozenset(), frozenset(), "byte-level") for text in (b"a", b"b")]
     with pytest.raises(ValueError, match=r"dskd\.teacher\.model: expected tokenizers that share some tokens, got none"):
-        shared_ids(Pair(*tables, False), [], head_rows=(1, 1), top_vocab=None)
+        shared_ids(Pair(*tables, False), [], head_rows=(1, 1))
 
 
 def test_shared_ids_are_said_where_an_added_token_has_the_bytes_of_another_one(zoo):

@@ -70,6 +70,8 @@ def doctor(
     data_dir: str | None, suite: tuple[str, ...], oracle: bool, limit: int | None, task_file: tuple[Path, ...]
 ) -> None:
     """Check data files, packages, sandbox and devices; name what is missing."""
+    if limit and not oracle:
+        raise click.UsageError("--limit is of the reference answers: give it with --oracle.")
     quiet_libraries()
     from dskd_eval import doctor as checks
 

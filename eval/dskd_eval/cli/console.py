@@ -42,6 +42,9 @@ class Commands(click.Group):
             return done
         except UserError as error:
             fail(error)
+        except KeyboardInterrupt:
+            ERR.print("\n[yellow]Stopped.[/]")
+            sys.exit(130)
         except BrokenPipeError:
             sys.exit(1)
 

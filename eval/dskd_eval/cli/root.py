@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn, TypedDict, Unpack
 
 import click
+from click.core import ParameterSource
 from rich.markup import escape
 
 from dskd_eval.cli.commands import compare, doctor, list_tasks, report
@@ -143,13 +144,16 @@ def main(ctx: click.Context, /, **options: Unpack[Options]) -> None:
       dskd-eval compare eval-results/run-1 eval-results/run-2
     """
     asked = (options["model"], options["recipe"], options["suite"], options["tasks"], options["task_file"])
-    if ctx.invoked_subcommand is None:
-        if not any(asked):
-            click.echo(ctx.get_help())
-            return
-        _evaluate(options)
+    given = any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in options)
+    if ctx.invoked_subcommand is not None:
+        if given:
+            ctx.fail(f"`{ctx.invoked_subcommand}` has options of its own; give them after its name.")
     elif any(asked):
-        ctx.fail(f"`{ctx.invoked_subcommand}` has options of its own; give them after its name.")
+        _evaluate(options)
+    elif given:
+        ctx.fail("Nothing to evaluate: give --model or --recipe, and --suite, --tasks or --task-file.")
+    else:
+        click.echo(ctx.get_help())
 
 
 def _evaluate(options: Options) -> None:

@@ -283,13 +283,15 @@ def _watch(
     """Read both pipes until the process ends, a limit is met, or the deadline passes."""
     deadline = time.monotonic() + limits.wall_seconds
     received = {output_handle: bytearray(), verdict_handle: bytearray()}
-    total, ended_at = 0, None
+    total = 0
     open_handles = [output_handle, verdict_handle]
     while True:
         now = time.monotonic()
         if now > deadline:
             return bytes(received[output_handle]), bytes(received[verdict_handle]), "timeout"
-        wait = min(0.25, deadline - now) if open_handles else 0.0
+        # Asked before the pipes are read: what a program wrote before its end is in them by now.
+        ended = process.poll() is not None
+        wait = 0.0 if ended else min(0.25, deadline - now)
         ready = select.select(open_handles, [], [], wait)[0] if open_handles else []
         for handle in ready:
             block = os.read(handle, 1 << 16)
@@ -303,10 +305,8 @@ def _watch(
                 del kept[:-4096]
         if total > limits.output_bytes:
             return bytes(received[output_handle]), bytes(received[verdict_handle]), "output limit"
-        if process.poll() is not None:
-            # A background child may hold the pipes open; what the program itself wrote is already here.
-            ended_at = ended_at or now
-            if not open_handles or (not ready and now - ended_at >= 0.0):
-                return bytes(received[output_handle]), bytes(received[verdict_handle]), None
-        elif not open_handles:
+        # A background child may hold the pipes open: that nothing more is in them is enough.
+        if ended and not ready:
+            return bytes(received[output_handle]), bytes(received[verdict_handle]), None
+        if not open_handles and not ended:
             time.sleep(0.005)

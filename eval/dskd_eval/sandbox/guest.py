@@ -189,10 +189,7 @@ def confine(job: Job) -> None:
     if mode == "landlock":
         drop_capabilities(libc)
         restrict_files(libc, job["readable"])
-        filter_system_calls(libc)
-    else:
-        with contextlib.suppress(OSError):
-            filter_system_calls(libc)
+    filter_system_calls(libc)
 
 
 def _stay_as_parent() -> None:
