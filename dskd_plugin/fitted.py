@@ -17,12 +17,14 @@ from dskd_plugin.teachers.base import HiddenStates, staying
 LEARNED_ROWS, UNSEEN_ROWS, FEWEST_ROWS = 4096, 1024, 512
 
 
-def fit_projector(loss: DualSpaceLoss, teacher: HiddenStates, dataset: Any, *, seed: int, quiet: bool) -> Fit:
+def fit_projector(loss: DualSpaceLoss, teacher: HiddenStates, dataset: Any, *, seed: int, quiet: bool) -> Fit | None:
     """Fit the projector of ``loss`` on teacher states of the dataset's aligned rows and say what it was worth.
 
-    The same on every rank: each reads the same rows in the same order. quiet: no bar and no line in the log.
-    ``ValueError`` for a dataset with too few aligned rows.
+    The same on every rank: each reads the same rows in the same order. None on a rank that is sent its weights later.
+    quiet: no bar and no line in the log. ``ValueError`` for a dataset with too few aligned rows.
     """
+    if loss.head_weight.device.type == "meta":
+        return None
     started = time.monotonic()
     device = loss.teacher_head.weight_VD.device
     unseen, learned = _read(teacher, dataset, device, seed=seed, quiet=quiet)

@@ -4,6 +4,7 @@
 ``dskd generate`` take what it returns. What only the training host knows, `Templates`, is handed in by `host/`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,12 +39,16 @@ class Templates:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked recipe. recipe: as the host has it; settings: its ``dskd:`` block; readers: how each teacher reads."""
+    """A checked recipe. recipe: as the host has it; settings: its ``dskd:`` block; readers: how each teacher reads.
+
+    asked: the recipe as the user wrote it, with what the command line replaces.
+    """
 
     recipe: Any
     settings: Settings
     readers: tuple[TeacherReader, ...]
     templates: Templates
+    asked: dict[str, Any]
 
     def on(self, recipe: Any) -> "Run":
         """The same run with the recipe as the host has completed it since."""
@@ -175,8 +180,8 @@ def is_chat(entry: Any) -> bool:
 
 def resolve(recipe: Any, templates: Templates) -> Run:
     """Check a recipe and find all of it that needs no weights; ``ValueError`` for what is wrong with it."""
-    block = recipe["dskd"]
-    settings = parse_settings(block.to_dict() if hasattr(block, "to_dict") else block)
+    asked = recipe.to_dict() if hasattr(recipe, "to_dict") else copy.deepcopy(recipe)
+    settings = parse_settings(asked["dskd"])
     check_recipe(recipe)
     check_student(recipe["base_model"])
     if not Path(recipe["base_model"]).exists():
@@ -186,7 +191,7 @@ def resolve(recipe: Any, templates: Templates) -> Run:
     for place, one in enumerate(settings.each):
         with naming(place, len(settings.each)):
             readers.append(read_teacher(one, recipe, templates.named))
-    run = Run(recipe, settings, tuple(readers), templates)
+    run = Run(recipe, settings, tuple(readers), templates, asked)
     changed = any(recipe.get(key) for key in ("tokens", "added_tokens_overrides", "special_tokens"))
     one_tokenizer = settings.alignment == "identity" or run.method.needs_one_tokenizer
     # What the pair must be is told now; other pairs are read when the host has made its tokenizer.

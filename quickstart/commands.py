@@ -17,8 +17,8 @@ from tqdm import tqdm
 from quickstart import forked
 from quickstart.forked import Called, Child
 
-# The trainer's bar has no words before it, that of `dskd generate` has this one; the others are short.
-_STEP = re.compile(r"(?:Generating: *)?\d+%\|[^|]*\| *(\d+)/(\d+) \[")
+# The trainer's bar has no words, that of `dskd generate` has these; the others are short.
+_STEP = re.compile(r"(?:Generating: *)?\d+%\|[^|]*\| *(\d+)/(\d+)(?: answers)? \[")
 _TAIL = 4000
 
 
@@ -81,7 +81,7 @@ class Commands:
         """`axolotl train RECIPE.yaml` into the folder `output`; returns its CPU seconds."""
         fixed = ["--launcher", "python", "--seed", str(self.seed), "--output-dir", str(output.resolve())]
         command = [program("axolotl"), "train", f"{recipe}.yaml", *fixed, *options]
-        log = self.out / "logs" / f"{output.name.removesuffix('.partial')}.log"
+        log = self.out / "logs" / f"{output.name}.log"
         return self.run(command, log, title=title, threads=threads, place=place)
 
     def run(self, command: list[str], log: Path, *, title: str, threads: int, place: int = 0) -> float:

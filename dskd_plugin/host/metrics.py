@@ -36,8 +36,8 @@ MEANINGS = {
     "is above 0",
     "teacher_lead": "`target: exact`: how much likelier, in nats per aligned row, the teacher finds the event of the "
     "gold token than the student does; below 0 the student says the gold answers better than the teacher",
-    "guarded": "`guard: true`, the default: 1 where the last step learned from the gold answers alone, because "
-    "`dskd/teacher_lead` was below 0 over the steps before; else 0 ([guard](method.md#the-guard))",
+    "guarded": "`guard: true`, the default: share of the steps since the last line that learned from the gold answers "
+    "alone, because `dskd/teacher_lead` was below 0 over the steps before ([guard](method.md#the-guard))",
     "s2t_agreement": "share of aligned rows where the projected student predicts the teacher's token",
     "align_ratio": "aligned rows / response rows",
     "rollout_answers": "with `on_policy`, over the steps since the last line and all ranks: sampled answers",
@@ -130,3 +130,15 @@ def of_answers(totals: list[float], processes: int) -> dict[str, float]:
     found = {f"rollout_{name}": value for name, value in zip(COUNTS, totals, strict=True)}
     found["rollout_seconds"] /= processes
     return found
+
+
+def greater_is_better(args: Any, asked: bool | None) -> bool | None:
+    """Whether a run's ``metric_for_best_model`` is to be large. asked: the recipe's ``greater_is_better``.
+
+    Axolotl does not hand a ``false`` on, and transformers takes every name that does not end in "loss" for a score.
+    """
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    if asked is None and name.startswith("dskd/"):
+        return name.endswith(("agreement", "teacher_lead", "align_ratio"))
+    default: bool | None = args.greater_is_better
+    return default if asked is None else asked

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,12 @@ def card(trainer: Any, recipe: dict[str, Any], settings: Any) -> str:
 
 
 def write(trainer: Any) -> None:
-    """README.md in the output folder, from the recipe as the user wrote it."""
-    file = Path(trainer.cfg.axolotl_config_path or "")
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else trainer.cfg.to_dict()
-    recipe.setdefault("base_model", trainer.cfg.base_model)
+    """README.md in the output folder, from the recipe as the user asked for it."""
+    from axolotl.cli.args import TrainerCliArgs
+
+    # Axolotl puts these beside the settings of the recipe.
+    of_command = {"axolotl_config_path", *(field.name for field in fields(TrainerCliArgs))}
+    recipe = {key: value for key, value in trainer.run.asked.items() if key not in of_command}
     text = card(trainer, recipe, trainer.run.settings)
     write_whole(Path(trainer.args.output_dir) / "README.md", [text])
 

@@ -24,7 +24,16 @@ from dskd_plugin.generation.rollout import COUNTS, Answers, Rollout, pack
 from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
 from dskd_plugin.host.collator import ON_POLICY
-from dskd_plugin.host.metrics import Totals, WithoutPerplexity, active_names, kd_of, loss_of, of_answers, together
+from dskd_plugin.host.metrics import (
+    Totals,
+    WithoutPerplexity,
+    active_names,
+    greater_is_better,
+    kd_of,
+    loss_of,
+    of_answers,
+    together,
+)
 from dskd_plugin.host.parameter_group import give_own_group
 from dskd_plugin.host.prepared import named
 from dskd_plugin.host.teacher_source import teacher_source
@@ -95,6 +104,7 @@ class DSKDTrainer(AxolotlTrainer):
         attach(model, self.distillation)
         # DataParallel, which transformers takes for one process that sees several GPUs, would part rows from partners.
         training_args._n_gpu = min(1, training_args.n_gpu)
+        training_args.greater_is_better = greater_is_better(training_args, self.cfg.greater_is_better)
         super().__init__(*args, **kwargs)
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True
@@ -113,7 +123,10 @@ class DSKDTrainer(AxolotlTrainer):
             self._totals.append(Totals(logged, self.args.device, self._over_ranks))
         self.add_callback(_AfterStep(self))
         target = "exact" if settings.exact else "projected"
-        self._watch = Watch(target=target if losses[0].objective.in_student_space else None)
+        self._watch = Watch(
+            target=target if losses[0].objective.in_student_space else None,
+            warmup=settings.projector.warmup_steps,
+        )
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
         for created in on_create:
@@ -282,8 +295,9 @@ class DSKDTrainer(AxolotlTrainer):
                     means["kd"] = kd_of(means, loss.objective)
                 if kind == "train" and loss.kd_scale is not None:
                     means["kd_scale"] = loss.kd_scale
-                if kind == "train" and loss.guarded is not None:
-                    means["guarded"] = float(loss.guarded)
+                if kind == "train" and loss.guarded_steps:
+                    means["guarded"] = sum(loss.guarded_steps) / len(loss.guarded_steps)
+                    loss.guarded_steps.clear()
             means = together(of_each, self.run.settings.weights)
             if kind == "train":
                 self._warn(means)

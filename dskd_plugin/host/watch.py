@@ -11,9 +11,12 @@ _DUAL_SPACE = ("t2s_kd", "s2t_kd")  # without t2s_ce, which moves the projector 
 class Watch:
     """Collects the means of the first logged lines. Nothing here changes the run."""
 
-    def __init__(self, *, target: str | None) -> None:
-        """target: exact or projected for method dskd in the student's space, else None."""
-        self._target = target
+    def __init__(self, *, target: str | None, warmup: int = 0) -> None:
+        """target: exact or projected for method dskd in the student's space, else None.
+
+        warmup: steps that do not pull the student yet.
+        """
+        self._target, self._warmup = target, warmup
         self._seen: list[Mapping[str, float]] = []
         self._first: int | None = None
         self._is_over = False
@@ -21,10 +24,10 @@ class Watch:
 
     def see(self, means: Mapping[str, float], step: int) -> list[str]:
         """Take the means of a logged line, by name of the term, and its step. Returns the warnings that now are due."""
+        if self._is_over or "ce" not in means or step <= self._warmup:
+            return []
         # A resumed run begins later.
         self._first = step if self._first is None else self._first
-        if self._is_over or "ce" not in means:
-            return []
         self._seen.append(dict(means))
         looked_at = step if self._first <= _STEPS else step - self._first
         self._is_over = looked_at >= _STEPS and len(self._seen) > 1
@@ -33,6 +36,11 @@ class Watch:
     def _mean(self, term: str, part: slice = slice(None)) -> float:
         lines = self._seen[part]
         return sum(line.get(term, 0.0) for line in lines) / len(lines)
+
+    def _pulls(self, term: str) -> float:
+        """A term as it pulled the student: scaled, and not in steps that were guarded."""
+        pulls = [line.get(term, 0.0) * line.get("kd_scale", 1.0) * (1 - line.get("guarded", 0.0)) for line in self._seen]
+        return sum(pulls) / len(pulls)
 
     def see_guard(self, means: Mapping[str, float], step: int) -> list[str]:
         """What is told of each teacher that the guard stops for the first time."""
@@ -43,11 +51,12 @@ class Watch:
         for name in sorted(stopped):
             teacher = name.removesuffix("/guarded") if several else "the teacher"
             told.append(
-                f"dskd: from step {step} on the student finds the gold tokens of its rows likelier than {teacher} does "
+                f"dskd: since step {step} or a little before, the student finds the gold tokens of its rows likelier than {teacher} does "
                 "(dskd/teacher_lead, in the mean of the last steps), so the gold answers teach alone while that lasts. "
                 "A teacher helps more on answers that it knows: its own (`dskd generate`), or these once it was "
                 "fine-tuned on them. After several epochs it may also be that the student knows the rows by heart. "
-                "dskd.guard: false lets the teacher teach on."
+                "dskd.guard: false lets the teacher teach on. eval_loss is "
+                "not guarded: choose checkpoints by eval_dskd/ce (metric_for_best_model)."
             )
         return told
 
@@ -58,8 +67,8 @@ class Watch:
         terms = terms or [term for term in self._seen[0] if term == "kd"]
         if not terms:
             return None
-        name = max(terms, key=self._mean)
-        value, agreement = self._mean(name), self._mean("t2s_agreement")
+        name = max(terms, key=self._pulls)
+        value, agreement = self._pulls(name), self._mean("t2s_agreement")
         is_bad = self._target == "projected" and name == "t2s_kd" and agreement < _BAD_AGREEMENT
         if value <= (_BAD_TIMES if is_bad else _MANY_TIMES) * ce:
             return None

@@ -64,8 +64,8 @@ class DistillationLoss(nn.Module):
         self._seen_T2 = torch.zeros(len(TERMS), 2, dtype=torch.float64)
         self.kd_scale = 1.0 if balanced else None
         """What the KD terms that move the student were multiplied with in the last step; None where they never are."""
-        self.guarded: bool | None = None
-        """Whether the last step learned from the gold answers alone; None where no step ever does."""
+        self.guarded_steps: list[bool] | None = None
+        """Whether each step since they were last logged learned from gold answers alone; None where none ever does."""
         # Called after the loss of each micro-batch with this module, the micro-batch and the student's hidden states.
         self.observers: list[Callable[[DistillationLoss, StepBatch, Tensor], None]] = []
 

@@ -53,7 +53,7 @@ class DualSpaceLoss(Projecting):
         teacher_weight = self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
         self._guards = guard
-        self.guarded = False if guard else None
+        self.guarded_steps = [] if guard else None
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, head_rows(student))
         self._events = None if events is None else events.to(teacher_weight.device)
@@ -121,7 +121,10 @@ class DualSpaceLoss(Projecting):
         parameters = list(self.student_and_head[1].parameters())
         with gathered(parameters):
             head = self.student_head().detach()
-            head = replace(head, weight_VD=head.weight_VD.clone())
+            # Where the states are: an engine that has yet to spread the student leaves it on the CPU until then.
+            device, bias_V = learned_ND.device, head.bias_V
+            bias_V = None if bias_V is None else bias_V.to(device, copy=True)
+            head = replace(head, weight_VD=head.weight_VD.to(device, copy=True), bias_V=bias_V)
 
         def label_loss(teacher_ND: Tensor, map_Dd: Tensor) -> tuple[Tensor, Tensor]:
             teacher = TeacherRows(head_logits(teacher_ND, self.teacher_head.real()), self._events)
@@ -144,15 +147,15 @@ class DualSpaceLoss(Projecting):
             return torch.where(label_N >= 0, distance_N, 0), agree_N & (label_N >= 0)
 
         weight = self.t2s.linear.weight
-        fit = fit_map(self.t2s.weight_Dd.float(), learned_ND, unseen_ND, label_loss, **options)
+        fit = fit_map(self.t2s.weight_Dd.float().to(learned_ND.device), learned_ND, unseen_ND, label_loss, **options)
         weight.copy_(fit.map_Dd.T)
         return fit
 
     def after_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Let an exact target's shares, and the guard, rest on what the step has shown on all ranks."""
         super().after_step(reduce)
-        if self._guards:
-            self.guarded = self._is_behind
+        if self.guarded_steps is not None:
+            self.guarded_steps.append(self._is_behind)
         if self._fading:
             for fading, step in zip(self._fading.values(), reduce(self._seen_F2).cpu(), strict=True):
                 fading.take_in(step)

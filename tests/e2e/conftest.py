@@ -150,6 +150,14 @@ def command_line(file: Path, command: str, launcher: str, ranks: int, more: Sequ
     return ["axolotl", command, str(file), *chosen, *more]
 
 
+SAID = "said: "
+
+
+def reached(mark: str, log: Path, there: Callable[[Path], bool]) -> bool:
+    """Whether a run has come so far: a path is there, or, after `SAID`, a text in its log."""
+    return mark.removeprefix(SAID) in log.read_text() if mark.startswith(SAID) else there(Path(mark))
+
+
 def axolotl(
     recipe: dict[str, Any],
     command: str = "train",
@@ -168,9 +176,9 @@ def axolotl(
 
     fresh: in interpreters of its own, as a user starts it, with two ranks under torchrun; otherwise the same command
     runs in a fork that has imported everything (quickstart/forked.py), except where a launcher starts interpreters.
-    kill_after: kill -9 the whole process group as soon as this file is written.
-    interrupt: a signal, sent as soon as the path exists: SIGINT to all processes, as a terminal does, others to the
-    command alone.
+    kill_after: kill -9 the whole process group as soon as this file is written, or `SAID` and this text is in the log.
+    interrupt: a signal, sent as soon as the path exists or the text is said: SIGINT to all processes, as a terminal
+    does, others to the command alone.
     """
     out = Path(recipe["output_dir"])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +196,9 @@ def axolotl(
         while run.poll() is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{arguments}: no end after {timeout} s\n{log.read_text()[-3000:]}")
-            if kill_after is not None and written(Path(kill_after)):
+            if kill_after is not None and reached(kill_after, log, written):
                 break
-            if interrupt is not None and Path(interrupt[1]).exists():
+            if interrupt is not None and reached(interrupt[1], log, Path.exists):
                 number = interrupt[0]
                 (os.killpg if number == signal.SIGINT else os.kill)(run.pids[0], number)
                 interrupt = None

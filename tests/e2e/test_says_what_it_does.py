@@ -141,8 +141,8 @@ def test_stopped_before_the_training_it_says_so_and_nothing_else(run_axolotl, re
 @by_signal(ctrl_c="python", sigterm="torchrun")
 def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, recipe, launcher, number, by):
     fitted = {**recipe, "dskd": {**recipe["dskd"], "projector": {"init": "fitted"}}}
-    run = run_axolotl(fitted, launcher=launcher, interrupt=(number, f"{recipe['output_dir']}/PARTIAL.txt"))
-    assert run.code != 0 and "CalledProcessError" not in run.output
+    run = run_axolotl(fitted, launcher=launcher, interrupt=(number, "said: Fitting the projector"))
+    assert run.code != 0 and "CalledProcessError" not in run.output and "dskd: projector fitted" not in run.output
     assert not (run.out / "model.safetensors").exists() and (run.out / "PARTIAL.txt").exists()
     first, second = run.output.rstrip().splitlines()[-2:]
     assert first.startswith(f"dskd: stopped by {by} before the first step. {run.out} holds no finished student")
@@ -152,8 +152,9 @@ def test_stopped_while_the_projector_is_fitted_there_is_no_student(run_axolotl, 
 @pytest.mark.more
 def test_killed_while_the_projector_is_fitted_and_started_again(run_axolotl, recipe):
     fitted = {**recipe, "dskd": {**recipe["dskd"], "projector": {"init": "fitted"}}}
-    killed = run_axolotl(fitted, kill_after=f"{recipe['output_dir']}/PARTIAL.txt")
-    assert killed.code != 0 and (killed.out / "PARTIAL.txt").exists()
+    killed = run_axolotl(fitted, kill_after="said: Fitting the projector")
+    assert killed.code != 0 and "dskd: projector fitted" not in killed.output
+    assert (killed.out / "PARTIAL.txt").exists()
     assert not (killed.out / "model.safetensors").exists()
     again = run_axolotl(fitted)
     assert again.code == 0 and "dskd: projector fitted on" in again.output

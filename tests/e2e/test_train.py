@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.e2e
 
@@ -76,6 +77,22 @@ def assert_ended_well(run, recipe):
     )
 
 
+def test_the_card_names_what_the_command_line_replaced(recipe, run_axolotl):
+    """Of a recipe that says other rates, seeds and folders, or nothing of them."""
+    del recipe["seed"]
+    words = ["--learning-rate", "0.0007", "--seed", "7", "--max-steps", "2"]
+    run = run_axolotl(recipe, command_options=words)
+    assert run.code == 0, run.output[-3000:]
+    card = (run.out / "README.md").read_text()
+    written = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert "2 steps" in card and "learning rate 0.0007" in card and "seed 7" in card
+    assert written["learning_rate"] == 0.0007 and written["seed"] == 7 and written["max_steps"] == 2
+    assert {**written, **{key: recipe[key] for key in ("base_model", "output_dir", "datasets", "dskd")}} == {
+        **recipe,
+        **{"learning_rate": 0.0007, "seed": 7, "max_steps": 2, "dataset_prepared_path": written["dataset_prepared_path"]},
+    }
+
+
 def test_one_tokenizer(train, tiny):
     run = train(dskd={"teacher": {"model": tiny["sibling"], "dtype": "float32"}})
     assert all(entry["dskd/align_ratio"] == 1 for entry in run.log if "loss" in entry)
@@ -113,6 +130,16 @@ def test_packed_with_evaluation(train):
         found, best, last = (load_file(run.out / folder / file) for folder in ("", "checkpoint-2", "checkpoint-4"))
         assert all((found[key] == best[key]).all() for key in best), file
         assert not all((found[key] == last[key]).all() for key in last), file
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_the_best_checkpoint_by_a_term_is_that_of_its_least_value(train, asked):
+    evaluated = {"val_set_size": 0.25, "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    run = train(**evaluated, metric_for_best_model="eval_dskd/ce", greater_is_better=asked)
+    values = [entry["eval_dskd/ce"] for entry in run.log if "eval_loss" in entry]
+    assert len(values) >= 2 and values[-1] < values[0]
+    state = json.loads((run.out / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(min(values), abs=1e-6)
 
 
 def test_packed_equals_padded(train):

@@ -75,6 +75,10 @@ def steps(ce, **terms):
         ("projected", steps(2.5, t2s_kd=2.2, t2s_ce=1.0), []),
         ("exact", steps(0.4, t2s_kd=4.6), ["11.5 times", "is good at it"]),
         ("exact", steps((0.3, 0.6), t2s_kd=0.8), ["rises"]),
+        # What does not pull, or is scaled to the cross-entropy, spoils nothing.
+        ("exact", steps(0.4, t2s_kd=4.6, guarded=0.8), []),
+        (None, steps(0.5, kd=3.0, kd_scale=0.17), []),
+        (None, steps(0.5, kd=0.3, kd_scale=9.0), ["5.4 times"]),
         ("exact", steps((2.5, 2.0), t2s_kd=3.0, kd=9.0), []),
         (None, steps((2.0, 1.5), kd=9.0), ["5.1 times"]),
         (None, steps((0.02, 0.05)), []),
@@ -94,11 +98,18 @@ def test_the_first_steps(target, seen, warned, every):
     assert not any(watch.see(means, number) for number, means in later)
 
 
+def test_steps_that_do_not_pull_yet_are_not_judged():
+    watch = Watch(target="projected", warmup=12)
+    seen = [line for step in range(1, 14) for line in watch.see({"ce": 0.4, "t2s_kd": 4.6}, step)]
+    assert not seen
+    assert any("11.5 times" in line for step in range(14, 26) for line in watch.see({"ce": 0.4, "t2s_kd": 4.6}, step))
+
+
 def test_the_guard_is_told_once_of_each_teacher():
     watch = Watch(target="exact")
     lines = [{"ce": 1.0, "guarded": on} for on in (0.0, 1.0, 1.0, 0.0, 1.0)]
     said = [line for number, means in enumerate(lines, start=30) for line in watch.see_guard(means, number)]
-    assert len(said) == 1 and "from step 31 on" in said[0] and "than the teacher does" in said[0]
+    assert len(said) == 1 and "since step 31 or" in said[0] and "than the teacher does" in said[0]
     watch = Watch(target="exact")
     lines = [{"ce": 1.0, "guarded": 0.7, "teacher1/guarded": one, "teacher2/guarded": 1.0} for one in (0.0, 0.0, 1.0)]
     said = [watch.see_guard(means, number) for number, means in enumerate(lines, start=30)]

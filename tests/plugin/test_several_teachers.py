@@ -164,7 +164,7 @@ def test_each_teacher_is_guarded_by_its_own_lead(tiny, third, rows):
     ce, of_first, of_second = sums[0]["ce"][0], sums[0]["ce_unpaired"][0], sums[1]["ce_unpaired"][0]
     assert of_second == pytest.approx(ce) and of_first < ce
     both.loss.after_step(lambda sums: sums)
-    assert [one.guarded for one in both.loss.each] == [False, True]
+    assert [one.guarded_steps for one in both.loss.each] == [[False], [True]]
 
 
 @pytest.mark.parametrize("mode", [{}, {"method": "overlap_kd", "unpaired": "ce"}, {"kd_weight": "balanced"}])

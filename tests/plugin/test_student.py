@@ -536,9 +536,8 @@ def test_a_teacher_that_knows_the_gold_tokens_no_better_stops_pulling(tiny, rows
     assert setup.run(batches)[0] == pytest.approx(pulled[0], rel=1e-5)  # evaluations can be compared
     setup.student.train()
 
-    assert setup.loss.guarded is False
     setup.loss.after_step(lambda sums: 2 * sums)  # as if a second rank had seen the same
-    assert setup.loss.guarded is True  # that step
+    assert setup.loss.guarded_steps == [True]
     shown, runs = setup.loss.memory()["teacher_lead"].tolist(), 4
     assert shown == pytest.approx([0.95 * -1.0 + 2 * runs * lead, 0.95 * 100 + 2 * runs * count], rel=1e-4)
 
@@ -550,7 +549,7 @@ def test_without_the_guard_the_teacher_teaches_on(tiny, rows, free):
     before = setup.run(batches)
     setup.loss.remember({**setup.loss.memory(), "teacher_lead": torch.tensor([-1.0, 100.0], dtype=torch.float64)})
     close(setup.run(batches), before)
-    assert setup.loss.guarded is None
+    assert setup.loss.guarded_steps is None
 
 
 def test_the_support_moves_the_loss_up_to_all_shared_ids(tiny, rows):

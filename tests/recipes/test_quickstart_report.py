@@ -86,19 +86,34 @@ def test_a_forked_command_is_the_installed_one(tmp_path: Path, start: str) -> No
     assert "no-such-recipe.yaml" in (tmp_path / "a.log").read_text(encoding="utf-8")
 
 
-def test_the_bar_follows_the_steps_of_the_log(tmp_path: Path) -> None:
+TRAINING = """
+import time
+from tqdm import tqdm
+for _ in tqdm(range(5), desc='Loading weights'): pass
+for step in tqdm(range(40), mininterval=0):
+    time.sleep(0.06)
+    if step == 20:
+        for _ in tqdm(range(7), mininterval=0): pass
+"""
+ANSWERS = """
+import time
+from tqdm import tqdm
+from dskd_plugin.cli import progress
+for _ in tqdm(range(5), desc='Reading prompts'): pass
+progress.PAUSE = {False: 0}
+with progress.Progress(40, [], 3) as bar:
+    for answer in range(40):
+        time.sleep(0.06)
+        bar.told(3, 1)
+"""
+
+
+@pytest.mark.parametrize("text", [TRAINING, ANSWERS])
+def test_the_bar_follows_the_steps_of_the_log(tmp_path: Path, text: str) -> None:
     """Loading comes first, an evaluation of another length comes between: the bar shows the training alone.
 
     In a process of its own: tqdm reads TQDM_DISABLE when it is imported, and other tests set it.
     """
-    text = (
-        "import time\nfrom tqdm import tqdm\n"
-        "for _ in tqdm(range(5), desc='Loading weights'): pass\n"
-        "for step in tqdm(range(40), mininterval=0):\n"
-        "    time.sleep(0.06)\n"
-        "    if step == 20:\n"
-        "        for _ in tqdm(range(7), mininterval=0): pass\n"
-    )
     command = (
         "import sys\nfrom pathlib import Path\nfrom quickstart.commands import Commands\n"
         "out = Path(sys.argv[1])\n"
