@@ -172,7 +172,8 @@ class DualSpaceLoss(Projecting):
 
     def forward(self, hidden_BSd: Tensor, logits_BSV: Tensor) -> Tensor:
         loss = super().forward(hidden_BSd, logits_BSV)
-        if self._fading and self.training and self.micro_batch is not None:
+        # A token that the student drew itself says nothing of who knows better: on average its own share is the best.
+        if self._fading and self.training and self.micro_batch is not None and self.micro_batch.sampled is None:
             sums = self.micro_batch.sums
             self._seen_F2 += torch.stack([torch.stack(sums[rate]) for rate in self._fading]).to(self._seen_F2)
         return loss

@@ -542,6 +542,17 @@ def test_a_teacher_that_knows_the_gold_tokens_no_better_stops_pulling(tiny, rows
     assert shown == pytest.approx([0.95 * -1.0 + 2 * runs * lead, 0.95 * 100 + 2 * runs * count], rel=1e-4)
 
 
+@pytest.mark.parametrize(("sampled", "remembers"), [(None, True), (9, False)])
+def test_answers_of_the_student_do_not_say_who_knows_better(tiny, rows, sampled, remembers):
+    """What it drew itself it finds likelier than anyone else does, on average."""
+    setup = Setup(tiny["student"], tiny["teacher"], kd_ratio=1.0)
+    batch = padded(setup, setup.samples(rows))
+    batch[KEY].sampled = sampled
+    assert setup.run([batch])[1]["teacher_lead"][1] > 0  # logged
+    setup.loss.after_step(lambda sums: sums)
+    assert bool(setup.loss.memory()["teacher_lead"].any()) == remembers
+
+
 @pytest.mark.parametrize("free", [{"guard": False}, {"unpaired": "share"}, {"target": "projected"}])
 def test_without_the_guard_the_teacher_teaches_on(tiny, rows, free):
     setup = Setup(tiny["student"], tiny["teacher"], **free)
