@@ -6,7 +6,7 @@ from pathlib import Path
 from dskd_eval import stats
 
 from benchmarks.scarce.students import OWN, STUDENTS
-from benchmarks.scarce.table import RECIPES, SEQKD
+from benchmarks.scarce.table import DSKD, RECIPES, SEQKD
 from benchmarks.study.records import Record
 from benchmarks.study.report import markdown
 
@@ -25,7 +25,7 @@ How to read the tables:
 
 - *bits per byte*: of the gold answers to {heldout} held-out questions, one number for each seed; lower is better.
 - *to the best SFT*: the difference to plain fine-tuning on the gold answers alone, the best of three rates; below 0 is
-  better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. In brackets the 95 % interval over the
+  better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. *to `dskd`*: to that recipe. In brackets the 95 % interval over the
   questions of all seeds. A seed has its own questions, student and teacher; the interval says nothing of further seeds.
 - *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
 - A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the default of the
@@ -111,12 +111,15 @@ def table(found: Found) -> str:
                 ", ".join(f"{stats.mean(found.bits(name, [seed])):.3f}" for seed in seeds),
                 "" if name == SFT else gap(found.against(name, SFT)),
                 "" if name == SEQKD else gap(found.against(name, SEQKD)),
+                "" if name == DSKD else gap(found.against(name, DSKD)),
                 f"{adjusted[name]:.3f}" if name in adjusted else "",
                 f"{100 * sum(right) / len(right):.1f} %",
                 f"{sum(cost) / len(cost):.0f}" if cost else "",
             ]
         )
-    return markdown(["recipe", "seeds", "bits per byte", "to the best SFT", "to SeqKD", "p", "exact", "CPU s"], rows)
+    return markdown(
+        ["recipe", "seeds", "bits per byte", "to the best SFT", "to SeqKD", "to `dskd`", "p", "exact", "CPU s"], rows
+    )
 
 
 def section(found: Found) -> str:

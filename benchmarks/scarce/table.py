@@ -51,7 +51,7 @@ def sampled(title: str, **block: Any) -> Recipe:
     return Recipe(title, (Step(None), Step(dskd | block, rate=2e-4, micro_batch=8)))
 
 
-SEQKD = "seqkd"  # what every recipe is compared with
+SEQKD, DSKD = "seqkd", "dskd"  # what every recipe is compared with
 RECIPES: dict[str, Recipe] = {
     SEQKD: Recipe("SeqKD: SFT on the same rows", (Step(None),)),
     "dskd": one("`dskd`, `kd_ratio: 0.9`"),
@@ -61,17 +61,22 @@ RECIPES: dict[str, Recipe] = {
     "dskd_ids": one("`dskd`, `shared: ids`", shared="ids"),
     "dskd_balanced": one("`dskd`, `kd_weight: balanced`", kd_weight="balanced"),
     "dskd_spans": one("`dskd`, `span_weight: 1`", span_weight=1.0),
+    "dskd_spans_100": one("`dskd`, `span_weight: 100`", span_weight=100.0),
     "overlap_kd": one("`overlap_kd`", method="overlap_kd"),
     "overlap_kd_ids": one("`overlap_kd`, `shared: ids`", method="overlap_kd", shared="ids"),
     "overlap_kd_16": one("`overlap_kd`, `shared: ids`, `support: 16`", method="overlap_kd", shared="ids", support=16),
-    "overlap_kd_spans": one("`overlap_kd`, `span_weight: 1`", method="overlap_kd", span_weight=1.0),
+    "overlap_kd_spans": one("`overlap_kd`, `span_weight: 100`", method="overlap_kd", span_weight=100.0),
     "bpm": one("`bpm`", method="bpm"),
     "bpm_published": one(
-        "`bpm`, `shared: ids`, `mask_whitespace`", method="bpm", shared="ids", bpm={"mask_whitespace": True}
+        "`bpm` as published: `shared: ids`, `mask_whitespace`, `divergence: {kind: js}`",
+        method="bpm",
+        shared="ids",
+        bpm={"mask_whitespace": True},
+        divergence={"kind": "js"},
     ),
     "span_kd": one("`span_kd`", method="span_kd"),
     "csd": one("`csd`, `kd_weight: balanced`", method="csd", kd_weight="balanced"),
-    "alm": one("`alm`", method="alm"),
+    "alm": one("`alm`, `kd_weight: balanced`", method="alm", kd_weight="balanced"),
     "gold": one("`gold`", method="gold"),
     "xtoken": one("`xtoken`, projected", method="xtoken"),
     "xtoken_hybrid": one("`xtoken`, hybrid", method="xtoken", xtoken={"loss": "hybrid"}),
@@ -81,6 +86,11 @@ RECIPES: dict[str, Recipe] = {
     "two_stage_sft": two("two stages: `dskd` on answers, SFT on gold", None),
     "on_policy": sampled("SeqKD, then `dskd` on-policy, reverse KL"),
     "on_policy_overlap": sampled("SeqKD, then `overlap_kd` on-policy, reverse KL", method="overlap_kd"),
+    "on_policy_16": sampled(
+        "SeqKD, then `overlap_kd`, `support: 16` on-policy, reverse KL", method="overlap_kd", shared="ids", support=16
+    ),
+    "on_policy_bpm": sampled("SeqKD, then `bpm` on-policy, reverse KL", method="bpm"),
+    "on_policy_span_kd": sampled("SeqKD, then `span_kd` on-policy, reverse KL", method="span_kd"),
 }
 
 
