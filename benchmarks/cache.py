@@ -138,7 +138,9 @@ class Bench:
     @cached_property
     def cached(self) -> CachedTeacher:
         found = build(self.order(self.folder / "kept"), Ranks())
-        return CachedTeacher(self.folder / "kept", found, device=self.device, advice="")
+        return CachedTeacher(
+            self.folder / "kept", found, vocab_size=self.teacher.head.vocab_size, device=self.device, advice=""
+        )
 
     @cached_property
     def batch(self) -> tuple[Tensor, StepBatch]:

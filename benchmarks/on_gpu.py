@@ -87,8 +87,11 @@ def free(device: torch.device) -> None:
 
 def plot(rows: list[Row], to: Path) -> None:
     """Seconds of a step against what grows, a line for each of sft, F and dskd."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"{to}: not drawn, because matplotlib is not installed; the numbers are written")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -154,17 +154,20 @@ def wordpiece_copy(model: str, folder: Path) -> str:
     return str(folder)
 
 
-def make_pair(root: Path) -> dict[str, str]:
-    """Folders: student (byte-level BPE, Llama), teacher (SentencePiece-like, Qwen3), sibling (as the student), data."""
+def make_pair(root: Path, **sizes: Any) -> dict[str, str]:
+    """Folders: student (byte-level BPE, Llama), teacher (SentencePiece-like, Qwen3), sibling (as the student), data.
+
+    sizes: settings of all three models, see `save_model`.
+    """
     student_tokenizer, teacher_tokenizer = byte_level_tokenizer(420, 1), sentencepiece_tokenizer(460, 2)
     data = root / "train.jsonl"
     data.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(48, 3)), encoding="utf-8"
     )
     return {
-        "student": save_model(root / "student", student_tokenizer),
-        "teacher": save_model(root / "teacher", teacher_tokenizer, "qwen3", width=48, seed=1),
-        "sibling": save_model(root / "sibling", student_tokenizer, "qwen3", width=48, seed=2),
+        "student": save_model(root / "student", student_tokenizer, **sizes),
+        "teacher": save_model(root / "teacher", teacher_tokenizer, "qwen3", width=48, seed=1, **sizes),
+        "sibling": save_model(root / "sibling", student_tokenizer, "qwen3", width=48, seed=2, **sizes),
         "data": str(data),
     }
 

@@ -26,7 +26,8 @@ How to read the tables:
 - *bits per byte*: of the gold answers to {heldout} held-out questions, one number for each seed; lower is better.
 - *to the best SFT*: the difference to plain fine-tuning on the gold answers alone, the best of three rates; below 0 is
   better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. *to `dskd`*: to the recipe of that name with
-  `kd_ratio: 0.9`. In brackets the 95 % interval over the questions of all seeds. A seed has its own questions, student and teacher; the interval says nothing of further seeds.
+  `kd_ratio: 0.9`. In brackets the 95 % interval over the questions of all seeds. A seed has its own questions, student
+  and teacher; the interval says nothing of further seeds.
 - *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
 - A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the default of the
   setting is 0.5.

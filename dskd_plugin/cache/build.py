@@ -166,7 +166,7 @@ def _describe(order: Order, kept: Manifest, teacher: Teacher) -> Manifest:
         kept.also_for(order.made_for),
         teacher=order.teacher(),
         width=head.weight_VD.shape[1],
-        head={"vocab_size": head.vocab_size, "scale": head.scale, "softcap": head.softcap},
+        head={"scale": head.scale, "softcap": head.softcap},
         head_file=head_file,
     )
     described.write(folder)

@@ -35,10 +35,12 @@ class CachedTeacher:
         folder: Path,
         manifest: Manifest,
         *,
+        vocab_size: int,
         device: torch.device,
         advice: str,
         fallback: Teacher | None = None,
     ) -> None:
+        """vocab_size: real ids of the teacher's tokenizer, which may know more than when the states were read."""
         self.folder, self._advice, self.fallback = folder, advice, fallback
         self.store = Store(folder, manifest.shards)
         self._dtype = getattr(torch, manifest.states)
@@ -47,7 +49,7 @@ class CachedTeacher:
             self._embedding: Tensor | None = fallback.embedding
             return
         tensors = load_file(folder / HEAD, device=str(device))
-        self.head = Head(weight_VD=tensors[WEIGHT], bias_V=tensors.get(BIAS), **manifest.head)
+        self.head = Head(tensors[WEIGHT], vocab_size, tensors.get(BIAS), **manifest.head)
         self._embedding = tensors.get(EMBEDDING)
 
     @property

@@ -15,7 +15,7 @@ from dskd_plugin.folders import read_json
 from dskd_plugin.run import Run, Sides
 from dskd_plugin.text.align import RULES
 
-FORMAT = 1
+FORMAT = 2
 # What may differ between a cache and a recipe, in words: rows that only the other one needs are missing then.
 MADE_FOR = {
     "rules": "version of the alignment rules",

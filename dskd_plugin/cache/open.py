@@ -47,7 +47,8 @@ def open_cache(
         except (OSError, ValueError) as failed:
             error = failed
         ranks.agree(error=error)
-    cached = CachedTeacher(folder, files, device=device, advice=advice, fallback=fallback)
+    vocab_size = sides.run.teacher.table.vocab_size
+    cached = CachedTeacher(folder, files, vocab_size=vocab_size, device=device, advice=advice, fallback=fallback)
     ranks.first_does(lambda: check_rows(cached, files, sides, datasets, advice))
     LOG.info(
         "dskd: the teacher's states come from %s: %s samples, %s rows, %s; %s",

@@ -62,8 +62,10 @@ def _device(model: nn.Module) -> torch.device:
 
 def _splits_after_forward(part: Any) -> bool:
     """What the module does at present; torch has a setter for it and no getter."""
-    groups = part._get_fsdp_state()._fsdp_param_groups
-    return any(group.post_forward_mesh_info is not None for group in groups)
+    state = part._get_fsdp_state()
+    # Before torch 2.12 a module had one group, or none.
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 @contextlib.contextmanager

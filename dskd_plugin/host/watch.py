@@ -39,7 +39,9 @@ class Watch:
 
     def _pulls(self, term: str) -> float:
         """A term as it pulled the student: scaled, and not in steps that were guarded."""
-        pulls = [line.get(term, 0.0) * line.get("kd_scale", 1.0) * (1 - line.get("guarded", 0.0)) for line in self._seen]
+        pulls = [
+            line.get(term, 0.0) * line.get("kd_scale", 1.0) * (1 - line.get("guarded", 0.0)) for line in self._seen
+        ]
         return sum(pulls) / len(pulls)
 
     def see_guard(self, means: Mapping[str, float], step: int) -> list[str]:
@@ -51,12 +53,12 @@ class Watch:
         for name in sorted(stopped):
             teacher = name.removesuffix("/guarded") if several else "the teacher"
             told.append(
-                f"dskd: since step {step} or a little before, the student finds the gold tokens of its rows likelier than {teacher} does "
-                "(dskd/teacher_lead, in the mean of the last steps), so the gold answers teach alone while that lasts. "
-                "A teacher helps more on answers that it knows: its own (`dskd generate`), or these once it was "
-                "fine-tuned on them. After several epochs it may also be that the student knows the rows by heart. "
-                "dskd.guard: false lets the teacher teach on. eval_loss is "
-                "not guarded: choose checkpoints by eval_dskd/ce (metric_for_best_model)."
+                f"dskd: since step {step} or a little before, the student finds the gold tokens of its rows likelier "
+                f"than {teacher} does (dskd/teacher_lead, in the mean of the last steps), so the gold answers teach alone "
+                "while that lasts. A teacher helps more on answers that it knows: its own (`dskd generate`), or these "
+                "once it was fine-tuned on them. After several epochs it may also be that the student knows the rows by "
+                "heart. dskd.guard: false lets the teacher teach on. eval_loss is not guarded: choose checkpoints by "
+                "eval_dskd/ce (metric_for_best_model)."
             )
         return told
 

@@ -55,7 +55,7 @@ def changes(facts: Facts) -> Iterator[Change]:
     # Under ZeRO it makes no difference in half precision, and Axolotl refuses it beside FSDP2.
     if facts.on_gpu and facts.optimizer not in STATES_OF_BYTES and facts.engine in ("one process", "DDP"):
         yield Change("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"})
-    if deepspeed and facts.engine not in ("ZeRO-3", "FSDP2") and whole:
+    if deepspeed and facts.engine not in ("ZeRO-3", "FSDP2"):
         yield Change("deepspeed: zero3.json", {"deepspeed": _zero(3)})
     if not facts.adapter:
         lora = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}

@@ -77,10 +77,13 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         host += teacher.decoder_bytes + teacher.head_bytes if one.teacher_on_cpu else 0
     stays |= {"projector": 4 * projector} if projector else {}
     stays["CUDA context" if facts.on_gpu else "the process itself"] = CUDA_CONTEXT if facts.on_gpu else PROCESS
-    # Kept from micro-batch to micro-batch, and by DDP's buckets from step to step.
-    held = facts.accumulation > 1 or facts.engine in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+    # Kept from micro-batch to micro-batch, and by DeepSpeed from step to step.
+    held = facts.accumulation > 1 or facts.engine in ("ZeRO-1", "ZeRO-2", "ZeRO-3")
     if held:
         stays["gradients"] = gradients
+    if facts.engine == "DDP":
+        # What ranks exchange is a copy: torch makes gradients views of it only with gradient_as_bucket_view.
+        stays["gradients in DDP's buckets"] = gradients
 
     of_micro_batch = sum(
         facts.rows * facts.tokens * teacher.counts.width * _bytes_of(one.settings.teacher.dtype)

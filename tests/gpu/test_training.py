@@ -53,7 +53,7 @@ def test_sampled_answers_are_those_of_the_cpu(device, tmp_path):
     """Greedy, so that both must agree; a batch of prompts of several lengths, as in training."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pair = make_pair(tmp_path)
+    pair = make_pair(tmp_path, head_dim=16)
     tokenizer = AutoTokenizer.from_pretrained(pair["student"])
     prompts = [[{"role": "user", "content": text}] for text in ("red stone", "blue", "the lamp of seven rivers")]
     rows = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
