@@ -55,10 +55,10 @@ class Watch:
             told.append(
                 f"dskd: since step {step} or a little before, the student finds the gold tokens of its rows likelier "
                 f"than {teacher} does (dskd/teacher_lead, in the mean of the last steps), so the gold answers teach "
-                "alone while that lasts. A teacher helps more on answers that it knows: its own (`dskd generate`), or these "
-                "once it was fine-tuned on them. After several epochs it may also be that the student knows the rows "
-                "by heart. dskd.guard: false lets the teacher teach on. eval_loss is not guarded: choose checkpoints by "
-                "eval_dskd/ce (metric_for_best_model)."
+                "alone while that lasts. A teacher helps more on answers that it knows: its own (`dskd generate`), or "
+                "these once it was fine-tuned on them. After several epochs it may also be that the student knows the "
+                "rows by heart. dskd.guard: false lets the teacher teach on. eval_loss is not guarded: choose "
+                "checkpoints by eval_dskd/ce (metric_for_best_model)."
             )
         return told
 
