@@ -203,7 +203,7 @@ def compare(
     """Paired comparison of two models on one task.
 
     Right-or-wrong documents: paired score interval and exact McNemar test. Else a bootstrap of the difference over
-    documents, unknown for fewer than FEWEST_PAIRS of them, and a sign-flip permutation test of the mean difference.
+    documents, unknown for fewer than FEWEST_PAIRS of them, and a sign-flip permutation test of the same difference.
     proportion: whether a document is right or wrong; a graded score that happens to be 0 or 1 is none.
     """
     a, b = as_pairs(first), as_pairs(second)
@@ -220,7 +220,7 @@ def compare(
     edges: tuple[float, float] | None = None
     if n >= FEWEST_PAIRS:
         edges = _percentiles(_resampled(n, seed, resamples, lambda rows: _ratio(b[rows]) - _ratio(a[rows])))
-    p, test = sign_flip(quotient_b - quotient_a, seed=seed, resamples=resamples), "sign-flip permutation"
+    p, test = sign_flip(a, b, seed=seed, resamples=resamples), "sign-flip permutation"
     if edges is None:
         return Paired(difference, None, None, wins, n - wins - losses, losses, p, test, n, "none")
     return Paired(difference, *edges, wins, n - wins - losses, losses, p, test, n, "bootstrap")
@@ -237,20 +237,25 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, p)
 
 
-def sign_flip(differences: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
-    """Two-sided permutation p of a mean difference: share of random sign changes at least as extreme.
+def sign_flip(first: Floats, second: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
+    """Two-sided permutation p of a difference of ratios of sums: share of random exchanges at least as extreme.
 
-    (1 + hits) / (1 + resamples), so never 0 (Phipson and Smyth 2010).
+    first, second: (value, weight) of each document, [n, 2]. An exchange gives a document's pairs to the other model;
+    with equal weights that changes the sign of its difference. (1 + hits) / (1 + resamples), so never 0 (Phipson and
+    Smyth 2010).
     """
-    changed = differences[differences != 0.0]
+    changed = (second - first)[(second != first).any(axis=1)]
     if len(changed) == 0:
         return 1.0
     generator = np.random.default_rng(seed)
-    observed = abs(changed.sum())
+    sum_a, sum_b = first.sum(axis=0), second.sum(axis=0)
+    observed = abs(sum_b[0] / sum_b[1] - sum_a[0] / sum_a[1])
     hits, rows = 0, max(1, BLOCK // len(changed))
     for start in range(0, resamples, rows):
         signs = generator.integers(0, 2, size=(min(rows, resamples - start), len(changed))) * 2 - 1
-        hits += int((np.abs(signs @ changed) >= observed - 1e-12).sum())
+        moved = (changed.sum(axis=0) - signs @ changed) / 2
+        a, b = sum_a + moved, sum_b - moved
+        hits += int((np.abs(b[:, 0] / b[:, 1] - a[:, 0] / a[:, 1]) >= observed - 1e-12).sum())
     return (1 + hits) / (1 + resamples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,14 +169,31 @@ def test_mcnemar_equals_exact_fractions(wins: int, losses: int) -> None:
     assert stats.mcnemar(wins, losses) == pytest.approx(float(exact), rel=1e-9)
 
 
-def test_sign_flip_equals_enumeration() -> None:
-    """Ten differences have 1024 sign patterns; the sampled share comes close to the exact one."""
-    differences = np.array([0.3, -0.1, 0.4, 0.2, -0.05, 0.25, 0.1, 0.15, -0.2, 0.35])
-    hits = 0
-    for pattern in range(1024):
-        total = sum(d if pattern >> k & 1 else -d for k, d in enumerate(differences))
-        hits += abs(total) >= abs(differences.sum()) - 1e-12
-    assert stats.sign_flip(differences, resamples=40_000) == pytest.approx(hits / 1024, abs=0.004)
+def weighted(differences: Any, weights: tuple[Any, Any] = (1.0, 1.0)) -> list[Any]:
+    """Two models with these differences, as (value, weight) of each document."""
+    values = np.linspace(1.0, 2.0, len(differences)), np.linspace(1.0, 2.0, len(differences)) + differences
+    return [np.stack(np.broadcast_arrays(*pair), axis=1) for pair in zip(values, weights, strict=True)]
+
+
+def exchanged(a: Any, b: Any, keeps: Any) -> float:
+    """Difference of the two ratios of sums where a document that is not kept goes to the other model."""
+    sums = [[0.0, 0.0], [0.0, 0.0]]
+    for one, other, keep in zip(a, b, keeps, strict=True):
+        for place, pair in enumerate((one, other) if keep else (other, one)):
+            sums[place] = [sums[place][0] + pair[0], sums[place][1] + pair[1]]
+    return abs(sums[1][0] / sums[1][1] - sums[0][0] / sums[0][1])
+
+
+SIZES = np.array([1, 30, 2, 7, 50, 3, 4, 12, 9, 6]), np.array([2, 28, 2, 9, 40, 3, 5, 10, 9, 7])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (SIZES[0], SIZES[0]), SIZES])
+def test_sign_flip_equals_enumeration(weights: tuple[Any, Any]) -> None:
+    """Ten documents have 1024 exchanges; the sampled share comes close to the exact one."""
+    a, b = weighted(np.array([0.3, -0.1, 0.4, 0.2, -0.05, 0.25, 0.1, 0.15, -0.2, 0.35]), weights)
+    observed = exchanged(a, b, [True] * 10)
+    hits = sum(exchanged(a, b, [p >> k & 1 for k in range(10)]) >= observed - 1e-12 for p in range(1024))
+    assert stats.sign_flip(a, b, resamples=40_000) == pytest.approx(hits / 1024, abs=0.006)
 
 
 def test_sign_flip_equals_loop() -> None:
@@ -185,7 +203,15 @@ def test_sign_flip_equals_loop() -> None:
         abs(sum(s * d for s, d in zip(row, differences, strict=True))) >= abs(differences.sum()) - 1e-12
         for row in signs
     )
-    assert stats.sign_flip(differences, seed=7, resamples=300) == pytest.approx((1 + hits) / 301)
+    assert stats.sign_flip(*weighted(differences), seed=7, resamples=300) == pytest.approx((1 + hits) / 301)
+
+
+def test_interval_and_p_are_of_one_difference() -> None:
+    """A long document that one model has better outweighs many short ones that the other has."""
+    first = [(10.0, 10.0)] * 20 + [(900.0, 1000.0)]
+    second = [(9.9, 10.0)] * 20 + [(905.0, 1000.0)]
+    found = stats.compare(first, second)
+    assert found.difference > 0 and found.losses == 20 and found.p > 0.2
 
 
 def test_holm() -> None:
