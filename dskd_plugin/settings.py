@@ -127,8 +127,8 @@ class Settings(Block):
         0.0,
         ge=0,
         le=100,
-        description="weight, inside the KD part, of the likelihood of spans that the two tokenizers cut differently; the "
-        "term is some hundredths of the cross-entropy, so that 1 is hardly felt",
+        description="weight, inside the KD part, of the likelihood of spans that the two tokenizers cut differently; "
+        "the term is some hundredths of the cross-entropy, so that 1 is hardly felt",
     )
     projector: ProjectorSettings = Field(default_factory=ProjectorSettings)
     bpm: BytePrefixSettings = Field(default_factory=BytePrefixSettings)

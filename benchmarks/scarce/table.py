@@ -89,7 +89,7 @@ RECIPES: dict[str, Recipe] = {
     "on_policy_16": sampled(
         "SeqKD, then `overlap_kd`, `support: 16` on-policy, reverse KL", method="overlap_kd", shared="ids", support=16
     ),
-    "on_policy_bpm": sampled("SeqKD, then `bpm` on-policy, reverse KL", method="bpm"),
+    "on_policy_bpm": sampled("SeqKD, then `bpm` on-policy, Jensen-Shannon", method="bpm", divergence={"kind": "js"}),
     "on_policy_span_kd": sampled("SeqKD, then `span_kd` on-policy, reverse KL", method="span_kd"),
 }
 

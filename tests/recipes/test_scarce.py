@@ -89,11 +89,14 @@ def cells(page: str, title: str) -> list[str]:
 
 def test_the_table_holds_each_seed_and_the_differences_over_all_questions(found):
     page = report.page(found)
-    _, seeds, bits, to_sft, to_seqkd, p, exact, cost = cells(page, "`bpm`")
+    _, seeds, bits, to_sft, to_seqkd, to_dskd, p, exact, cost = cells(page, "`bpm`")
     assert (seeds, exact, cost) == ("1 2", "50.0 %", "30")
     # Means over questions: 6 - 2 - 0.35 and 8 - 2 - 0.35 bits of 10 bytes.
     assert bits == "0.365, 0.565"
-    assert to_sft.startswith("-0.235 [") and to_seqkd == "-0.100"
+    assert to_sft.startswith("-0.235 [") and to_seqkd == "-0.100" and to_dskd == ""
+    # Of one seed, whose bits are those of SeqKD: paired in that seed alone.
+    twin = [one | {"recipe": "dskd"} for one in found if one.get("recipe") == "seqkd" and one["seed"] == 1]
+    assert cells(report.page([*found, *twin]), "`bpm`")[5].startswith("-0.100")
     assert float(p) < 0.05
     assert cells(page, table.RECIPES["seqkd"].title)[4:6] == ["", ""]
     assert cells(page, "the teacher")[2] == "0.600, 0.800"
