@@ -135,14 +135,14 @@ def lines() -> list[Line]:
 
 
 def table(found: list[Line]) -> str:
-    """One row for each recipe; the place and its SFT stand in its first row alone."""
+    """One row for each recipe; the place stands in its first row alone. SFT is that of the recipe's seeds."""
     rows, last = [], ""
     for line in found:
         difference = f"{line.value:+.1f} % [{line.low:+.1f}, {line.high:+.1f}]"
-        said = ("", "") if line.where == last else (f"[{line.where}]({line.page})", f"{line.sft:.3f}")
-        rows.append([*said, f"`{line.recipe}`", str(line.seeds), difference])
+        place = "" if line.where == last else f"[{line.where}]({line.page})"
+        rows.append([place, f"`{line.recipe}`", str(line.seeds), f"{line.sft:.3f}", difference])
         last = line.where
-    return study_report.markdown(["where", "SFT, bits per byte", "recipe", "seeds", "recipe to SFT"], rows)
+    return study_report.markdown(["where", "recipe", "seeds", "SFT, bits per byte", "recipe to SFT"], rows)
 
 
 def draw(found: list[Line], file: Path) -> None:

@@ -199,7 +199,7 @@ def link_models(out: Path, teacher: Path, student: Path) -> None:
         if not (target / "config.json").is_file():
             raise ValueError(
                 f"--{name}: expected a model folder with a config.json, got {target}. "
-                "Make it with the script that benchmarks/real_pair/README.md names."
+                "Give the folder of the saved model."
             )
         link = folder / name
         if link.is_symlink() and link.resolve() != target.resolve():

@@ -5,8 +5,8 @@
     L = (1 - r) ce + r kd                                          methods that compare segments
     L = ce                                                             sft
 
-With unpaired_ce each of the first two gains r ce_unpaired. With a kd_scale the terms that move the student, all of the
-KD terms but t2s_ce, are multiplied with it.
+With unpaired_ce each of the first three gains r ce_unpaired. With a kd_scale the terms that move the student, all of
+the KD terms but t2s_ce, are multiplied with it.
 
 Shape letters: R response rows, N rows of them with a teacher partner, M teacher rows (cross-model attention), V ids
 of a head, D and E width of student and teacher, P response rows within spans, C spans; in the maps between the

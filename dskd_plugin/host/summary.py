@@ -19,9 +19,10 @@ MOST_LINES = 15
 
 def summary(trainer: Any) -> str:
     """At most 15 lines about a finished run."""
-    seconds = max(trainer.seconds, 1e-9)
+    seconds, steps = max(trainer.seconds, 1e-9), trainer.state.global_step
+    earlier = f", {steps - trainer.first_step} of them since it went on" if trainer.first_step else ""
     lines = [
-        f"dskd: finished {trainer.state.global_step} steps in {timedelta(seconds=round(seconds))}, "
+        f"dskd: finished {steps} steps{earlier} in {timedelta(seconds=round(seconds))}, "
         f"{trainer.tokens / seconds:,.0f} tokens/s of the student, peak memory {_peak_memory(trainer)}",
         *_teachers(trainer.run.settings),
         *_changes(trainer.state.log_history),

@@ -129,6 +129,7 @@ class DSKDTrainer(AxolotlTrainer):
         )
         # For the summary of the run.
         self.seconds, self._student_tokens = 0.0, torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.first_step: int | None = None
         for created in on_create:
             created(self)
 
@@ -196,6 +197,7 @@ class DSKDTrainer(AxolotlTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.first_step = self.state.global_step if self.first_step is None else self.first_step
         if self._rollout is not None and self._rollout.due(self.state.global_step, self.state.epoch or 0.0):
             with whole(self.model, self.deepspeed if self.is_deepspeed_enabled else None):
                 batches = self._with_answers(self._rollout, batches)
