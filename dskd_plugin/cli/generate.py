@@ -4,38 +4,29 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 import yaml
 
-from dskd_plugin.cli.answers_cache import build_cache, check_cache, reads_from
-from dskd_plugin.cli.asked_prompts import (
-    answerable_rows,
-    asked_rows,
-    check_target,
-    check_tokens,
-    student_rendering,
-    tell_one_sided,
-)
-from dskd_plugin.cli.device import device_named
+from dskd_plugin.cli.answers_cache import build_cache, reads_from
+from dskd_plugin.cli.generate_job import Job, Options, check_usage, checked
 from dskd_plugin.cli.generated_files import (
     check_same,
     conditions_of,
     dataset_entry,
     manifest_of,
-    template_setting,
     thinking_field,
     with_answers,
     write_dataset,
     write_new_recipe,
 )
 from dskd_plugin.errors import DSKDSetupError
-from dskd_plugin.generation.messages import as_message, check_reasoning
+from dskd_plugin.generation.messages import as_message
 
 if TYPE_CHECKING:
     from dskd_plugin.cli.progress import Progress
-    from dskd_plugin.generation.answers import Answer, Partial, Sampling, Writer
+    from dskd_plugin.generation.answers import Answer, Partial, Writer
     from dskd_plugin.host.prompts import Source
     from dskd_plugin.teachers.live import Teacher
 
@@ -96,126 +87,38 @@ if TYPE_CHECKING:
 )
 @click.option("--skip-long", is_flag=True, help="Leave out prompts that leave no room for an answer.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result or an unfinished one with other settings.")
-def generate(
-    recipe: Path,
-    out: Path | None,
-    write_recipe: Path | None,
-    recipe_rows: str | None,
-    plain_recipe: bool,
-    cache: Path | None,
-    ask: str,
-    teacher: int | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    batch_size: int | None,
-    limit: int | None,
-    device: str,
-    keep_unfinished: bool,
-    reasoning: str,
-    skip_long: bool,
-    overwrite: bool,
-) -> None:
+def generate(recipe: Path, **options: Unpack[Options]) -> None:
     """Let the teacher of RECIPE answer the prompts of its `datasets` and write a dataset to train on.
 
     The last user turn of every conversation is answered; a stopped run goes on when it is started again.
     """
-    given = {"--top-p": top_p, "--top-k": top_k, "--seed": seed}
-    unused = [name for name, value in given.items() if value is not None and temperature == 0]
-    if unused:
-        raise click.UsageError(f"{', '.join(unused)}: expected --temperature above 0 beside it, got 0. Set it.")
-    of_recipe = {"--recipe-rows": recipe_rows, "--plain-recipe": plain_recipe or None, "--cache": cache}
-    unused = [name for name, value in of_recipe.items() if value is not None and write_recipe is None]
-    if unused:
-        raise click.UsageError(f"{', '.join(unused)}: expected --write-recipe FILE beside it, got none. Set it.")
-    if plain_recipe and cache is not None:
-        raise click.UsageError("--cache: expected a recipe that distils, got --plain-recipe. Leave one of them out.")
+    check_usage(options)
+    job = checked(recipe, options)
 
-    from dskd_plugin.host.prompts import checked_recipe, load_recipe, read_prompts
+    from dskd_plugin.generation.answers import Partial, batches
 
-    unread = ("output_dir", "lora_model_dir", "dataset_prepared_path", "test_datasets")
-    written = checked_recipe(recipe, unread=unread)
-    by = f"-teacher{teacher}" if teacher else ""
-    out = out or Path(f"{str(written.get('output_dir') or './model-out').rstrip('/')}-generated{by}.jsonl")
-    if write_recipe is not None and write_recipe.absolute() == out.absolute():
-        raise click.UsageError(f"--write-recipe: expected another file than the dataset's, got {out}. Change one.")
-    answers_file = out.with_name(out.name + ".partial")
-    # Only while a cache is built are answers kept beside the dataset that was made of them.
-    goes_on = cache is not None and answers_file.exists() and out.exists()
-    for path in (out, write_recipe):
-        if path is not None:
-            check_target(path, overwrite or goes_on, recipe, written)
-
-    from dskd_plugin.generation.answers import Partial, Sampling, batches
-
-    source = load_recipe(recipe, written, teacher)
-    if cache is not None and written["dskd"].get("teachers"):
-        raise click.UsageError(
-            "--cache: expected one teacher, got dskd.teachers. Name a `cache` for each in the written recipe and run "
-            "`dskd cache build` on that."
-        )
-    check_reasoning(source.form, reasoning)
-    target = device_named(device)
-    every = read_prompts(source, limit if ask == "all" else None)
-    rows = asked_rows(every, ask, limit)
-    kept = answerable_rows(rows, source, max_new_tokens, skip_long)
-    check_tokens(kept, source)
-    template = template_setting(written, source)
-    student = student_rendering(source, written, template)
-    if student is not None:
-        tell_one_sided(kept, source, student)
-    if cache is not None:
-        check_cache(cache, source, len(kept), max_new_tokens)
-    sampling = Sampling(max_new_tokens, temperature, top_p or 1.0, top_k or 0, seed or 0)
-    size = batch_size or (32 if target.startswith("cuda") else 8)
-    lengths = [len(ids) for ids in kept["prompt_ids"]]
-    made_with = conditions_of(source, sampling, size, target, kept)
-    written_with = {**made_with, "reasoning": reasoning, "keep_unfinished": keep_unfinished}
-    if goes_on and not overwrite:
-        check_same(out, written_with)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Partial(answers_file, made_with, batches(lengths, size), overwrite=overwrite)
+    made_with = conditions_of(job.source, job.sampling, job.batch_size, job.device, job.asked)
+    written_with = {**made_with, "reasoning": options["reasoning"], "keep_unfinished": options["keep_unfinished"]}
+    if job.goes_on and not options["overwrite"]:
+        check_same(job.out, written_with)
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    in_batches = batches([len(ids) for ids in job.asked["prompt_ids"]], job.batch_size)
+    partial = Partial(job.answers_file, made_with, in_batches, overwrite=options["overwrite"])
     click.get_current_context().call_on_close(partial.close)
-    load = functools.cache(lambda: _teacher(source, target))
+    load = functools.cache(lambda: _teacher(job.source, job.device))
     try:
-        speed = _generate(source, sampling, target, partial, kept, load)
+        speed = _generate(job, partial, load)
     except KeyboardInterrupt:
-        click.echo(
-            f"\nStopped after {len(partial.answers)} of {len(kept)} answers; the same command goes on from there.",
-            err=True,
-        )
+        done = f"{len(partial.answers)} of {len(job.asked)}"
+        click.echo(f"\nStopped after {done} answers; the same command goes on from there.", err=True)
         sys.exit(130)
-    field, asked = thinking_field(written), kept["messages"]
-    answers = [as_message(answer, source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
-    counts = write_dataset(out, written_with, answers, sum(answer.tokens for answer in partial.answers), kept, recipe)
-    if cache is None:
+    counts = _write(job, partial, written_with, options["reasoning"])
+    if options["cache"] is None:
         partial.remove()
-    _report(
-        *(counts, speed, out, max_new_tokens, keep_unfinished),
-        reasoning=reasoning,
-        field=field,
-        skipped=len(rows) - len(kept),
-    )
-    entry = dataset_entry(out, counts, written)
-    if reasoning == "field" and counts["reasoned"] and student is not None and field not in student.template:
-        click.echo(f"The student's chat template does not read {field}: it will not see the reasoning.")
-    if write_recipe is None:
-        click.echo("In the recipe, beside or in place of its datasets:\n")
-        click.echo(yaml.safe_dump({"datasets": [entry], **template}, sort_keys=False, allow_unicode=True), nl=False)
-        return
-    own = [] if recipe_rows == "generated" else with_answers(written["datasets"], every)
-    changes = {"datasets": [*own, entry], **template, **({} if cache is None else reads_from(written, cache))}
-    write_new_recipe(write_recipe, out, written, changes, plain=plain_recipe, overwrite=overwrite)
-    if cache is not None:
-        try:
-            build_cache(write_recipe, cache, load)
-        except KeyboardInterrupt:
-            click.echo("\nStopped; the same command goes on with the cache.", err=True)
-            sys.exit(130)
+    _report(job, counts, speed, options)
+    _write_recipe(job, counts, options, load)
+    if options["cache"] is not None:
         partial.remove()
-    click.echo(f"Next: axolotl train {write_recipe}")
 
 
 def _teacher(source: "Source", device: str) -> "Teacher":
@@ -226,14 +129,7 @@ def _teacher(source: "Source", device: str) -> "Teacher":
     return live(source.run, device=torch.device(device), packed=False, attn_implementation=None)
 
 
-def _generate(
-    source: "Source",
-    sampling: "Sampling",
-    device: str,
-    partial: "Partial",
-    rows: Any,
-    load: Callable[[], "Teacher"],
-) -> float | None:
+def _generate(job: Job, partial: "Partial", load: Callable[[], "Teacher"]) -> float | None:
     """Answer what is missing; returns tokens per second, None when nothing was."""
     from dskd_plugin.cli.progress import Progress
     from dskd_plugin.generation.answers import Writer
@@ -241,17 +137,17 @@ def _generate(
     remaining = list(partial.remaining())
     if not remaining:
         return None
-    teacher = load()
+    teacher, reader = load(), job.source.teacher
     writer = Writer(
         teacher.model,
-        source.teacher.tokenizer,
-        vocab_size=source.teacher.table.vocab_size,
-        ends=source.ends,
-        sampling=sampling,
+        reader.tokenizer,
+        vocab_size=reader.table.vocab_size,
+        ends=job.source.ends,
+        sampling=job.sampling,
     )
-    with Progress(len(rows), partial.answers, sampling.max_new_tokens) as progress:
+    with Progress(len(job.asked), partial.answers, job.sampling.max_new_tokens) as progress:
         for batch in remaining:
-            partial.append(_answers(writer, rows, batch, progress, device))
+            partial.append(_answers(writer, job.asked, batch, progress, job.device))
         return progress.speed
 
 
@@ -278,32 +174,54 @@ def _answers(writer: "Writer", rows: Any, batch: list[int], progress: "Progress"
     return [answer for part in parts for answer in part]
 
 
-def _report(
-    counts: dict[str, object],
-    speed: float | None,
-    out: Path,
-    max_new_tokens: int,
-    keep_unfinished: bool,
-    *,
-    reasoning: str,
-    field: str,
-    skipped: int,
-) -> None:
+def _write(job: Job, partial: "Partial", written_with: dict[str, Any], reasoning: str) -> dict[str, Any]:
+    """The dataset and its manifest; returns what was counted."""
+    field, asked = thinking_field(job.written), job.asked["messages"]
+    answers = [as_message(answer, job.source.form, reasoning, asked[answer.row], field) for answer in partial.answers]
+    tokens = sum(answer.tokens for answer in partial.answers)
+    return write_dataset(job.out, written_with, answers, tokens, job.asked, job.recipe)
+
+
+def _report(job: Job, counts: dict[str, Any], speed: float | None, options: Options) -> None:
+    keep, reasoning, field = options["keep_unfinished"], options["reasoning"], thinking_field(job.written)
     click.echo(
         f"{counts['written']} of {counts['prompts']} answers written, {counts['tokens']} tokens"
         + (f", {speed:.0f} tokens/s" if speed else "")
     )
     if counts["unfinished"]:
-        fate = "kept" if keep_unfinished else "left out; raise --max-new-tokens or use --keep-unfinished"
-        click.echo(f"{counts['unfinished']} answers cut at {max_new_tokens} tokens ({fate})")
+        fate = "kept" if keep else "left out; raise --max-new-tokens or use --keep-unfinished"
+        click.echo(f"{counts['unfinished']} answers cut at {job.sampling.max_new_tokens} tokens ({fate})")
     if counts["reasoned"]:
         fates = {"keep": "in the text", "drop": "left out", "field": f"in the field {field}"}
         click.echo(f"{counts['reasoned']} answers reason first (--reasoning {reasoning}: {fates[reasoning]})")
     if counts["reasoning_without_answer"]:
-        fate = "kept" if keep_unfinished and reasoning == "keep" else "left out"
+        fate = "kept" if keep and reasoning == "keep" else "left out"
         click.echo(f"{counts['reasoning_without_answer']} answers end within their reasoning ({fate})")
     if counts["empty"]:
         click.echo(f"{counts['empty']} empty answers (left out)")
-    if skipped:
+    if skipped := job.chosen - len(job.asked):
         click.echo(f"{skipped} rows without a turn to answer or too long for the teacher (left out)")
-    click.echo(f"Dataset: {out}\nMade with: {manifest_of(out)}")
+    click.echo(f"Dataset: {job.out}\nMade with: {manifest_of(job.out)}")
+    if reasoning == "field" and counts["reasoned"] and job.student is not None and field not in job.student.template:
+        click.echo(f"The student's chat template does not read {field}: it will not see the reasoning.")
+
+
+def _write_recipe(job: Job, counts: dict[str, Any], options: Options, load: Callable[[], "Teacher"]) -> None:
+    """The recipe that trains on the answers, and its teacher cache, where they are asked for; else lines to copy."""
+    to, cache = options["write_recipe"], options["cache"]
+    entry = dataset_entry(job.out, counts, job.written)
+    if to is None:
+        click.echo("In the recipe, beside or in place of its datasets:\n")
+        lines = {"datasets": [entry], **job.template}
+        click.echo(yaml.safe_dump(lines, sort_keys=False, allow_unicode=True), nl=False)
+        return
+    own = [] if options["recipe_rows"] == "generated" else with_answers(job.written["datasets"], job.every)
+    changes = {"datasets": [*own, entry], **job.template, **({} if cache is None else reads_from(job.written, cache))}
+    write_new_recipe(to, job.out, job.written, changes, plain=options["plain_recipe"], overwrite=options["overwrite"])
+    if cache is not None:
+        try:
+            build_cache(to, cache, load)
+        except KeyboardInterrupt:
+            click.echo("\nStopped; the same command goes on with the cache.", err=True)
+            sys.exit(130)
+    click.echo(f"Next: axolotl train {to}")

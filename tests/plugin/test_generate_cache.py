@@ -142,7 +142,7 @@ def test_one_command_makes_what_two_commands_make_with_one_load(recipe_file, wat
 def test_ctrl_c_in_the_build_and_the_same_command_again(recipe_file, watched, stop_in_build):
     undo = stop_in_build(KeyboardInterrupt())
     file = recipe_file()
-    assert "Stopped; the same command goes on with the cache." in run("generate", file, *BOTH, code=1)
+    assert "Stopped; the same command goes on with the cache." in run("generate", file, *BOTH, code=130)
     undo()
     dataset, kept = Path("out-generated.jsonl").read_bytes(), states_in("states")
     assert Path("out-generated.jsonl.partial").exists() and kept
@@ -158,7 +158,7 @@ def test_ctrl_c_in_the_build_and_the_same_command_again(recipe_file, watched, st
 def test_what_was_changed_in_between_is_not_replaced(recipe_file, stop_in_build):
     undo = stop_in_build(KeyboardInterrupt())
     file = recipe_file()
-    run("generate", file, *BOTH, code=1)
+    run("generate", file, *BOTH, code=130)
     undo()
     recipe = Path("next.yaml")
     recipe.write_text(recipe.read_text() + "weight_decay: 0.1\n")
