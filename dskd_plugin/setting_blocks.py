@@ -12,34 +12,48 @@ class Block(BaseModel):
 
 
 class ForwardKL(Block):
+    """KL(teacher, student)."""
+
     kind: Literal["forward_kl"]
 
 
 class ReverseKL(Block):
+    """KL(student, teacher)."""
+
     kind: Literal["reverse_kl"]
 
 
 class JensenShannon(Block):
+    """Jensen-Shannon, with the weight of the teacher in the mixture."""
+
     kind: Literal["js"]
     teacher_share: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
 
 
 class SkewedForwardKL(Block):
+    """KL(teacher, mixture of both)."""
+
     kind: Literal["skewed_forward_kl"]
     skew: float = Field(0.1, gt=0, lt=1, description="share of the teacher mixed into the student")
 
 
 class SkewedReverseKL(Block):
+    """KL(student, mixture of both)."""
+
     kind: Literal["skewed_reverse_kl"]
     skew: float = Field(0.1, gt=0, lt=1, description="share of the student mixed into the teacher")
 
 
 class AdaptiveKL(Block):
+    """Forward and reverse KL, weighed by where they differ."""
+
     kind: Literal["adaptive_kl"]
     head_mass: float = Field(0.5, gt=0, lt=1, description="cumulative teacher mass that counts as the head")
 
 
 class TotalVariation(Block):
+    """Total variation distance."""
+
     kind: Literal["tvd"]
 
 
@@ -48,6 +62,8 @@ Divergence = Annotated[_AnyDivergence, Field(discriminator="kind")]
 
 
 class ProjectorSettings(Block):
+    """The block `dskd.projector`."""
+
     init: Literal["ideal", "random", "fitted"] = Field(
         "ideal",
         description="ideal: least squares from the two heads; fitted: that, then trained on teacher states of training "
@@ -73,6 +89,8 @@ class ProjectorSettings(Block):
 
 
 class BytePrefixSettings(Block):
+    """The block `dskd.bpm`."""
+
     mask_whitespace: bool = Field(
         True,
         description="`bpm` with `shared: ids`: tokens of white space alone have no KD term, as published; to the two "
@@ -82,6 +100,8 @@ class BytePrefixSettings(Block):
 
 
 class LikelihoodSettings(Block):
+    """The block `dskd.alm`."""
+
     bias_threshold: float = Field(
         0.1,
         ge=0,
@@ -92,6 +112,8 @@ class LikelihoodSettings(Block):
 
 
 class GoldSettings(Block):
+    """The block `dskd.gold`."""
+
     beta: float = Field(
         0.5, gt=0, lt=1, description="`gold`: weight of the teacher in the mixture of its Jensen-Shannon divergence"
     )
@@ -107,6 +129,8 @@ class GoldSettings(Block):
 
 
 class XTokenSettings(Block):
+    """The block `dskd.xtoken`."""
+
     loss: Literal["projected", "hybrid"] = Field(
         "projected",
         description="`xtoken`: compare in the teacher's vocabulary, to which a matrix takes the student's distribution "
@@ -120,6 +144,8 @@ class XTokenSettings(Block):
 
 
 class OnPolicySettings(Block):
+    """The block `dskd.on_policy`."""
+
     fraction: float = Field(
         gt=0,
         le=1,

@@ -48,6 +48,8 @@ def _notice(old: str, new: str) -> None:
 
 
 class Settings(Block):
+    """The block `dskd:` of a recipe, checked; docs/settings.md is made of the fields."""
+
     if TYPE_CHECKING:
         teacher: TeacherSettings
         """None beside `teachers`: what reads a teacher takes the settings of one, see `each`."""

@@ -10,6 +10,8 @@ from dskd_plugin.setting_blocks import Block
 
 
 class TeacherSettings(Block):
+    """The block `dskd.teacher`: which model teaches, and how it is loaded or read."""
+
     model: str = Field(
         min_length=1,
         description="a decoder-only causal language model with its tokenizer, or a PEFT adapter that names its base",

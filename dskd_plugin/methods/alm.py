@@ -15,6 +15,8 @@ SOFTENING = 100.0  # tau, as published
 
 @register
 class ApproximateLikelihoodMatching(SegmentMethod):
+    """Likelihoods of pairs and spans, as Bernoulli variables of power 1 / 100. Source: arXiv 2503.20083."""
+
     name = "alm"
     ignores = ("divergence", "temperature", *SegmentMethod.ignores)
     own = ("alm",)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 @register
 class BytePrefixes(Method):
+    """The teacher by bytes: a target for every token of the student. Source: arXiv 2607.22334."""
+
     name = "bpm"
     ignores = ("support", *PROJECTING)
     own = ("bpm",)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 @register
 class CrossAttention(DualSpace):
+    """dskd with `alignment: cma`. Source: arXiv 2406.17328."""
+
     alignment = "cma"
     ignores = ("unmapped_argmax", "shared", "support", "guard")
     pairs_by = "all"

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class CommonSupportDistillation(SegmentMethod):
+    """What both can say at the end of a segment, and the rest. Source: arXiv 2610.28895."""
+
     name = "csd"
 
     def segment_compare(self, parts: Parts) -> SegmentCompare:

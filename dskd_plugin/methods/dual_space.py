@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @register
 class DualSpace(Method):
+    """dskd on aligned rows. Source: arXiv 2504.11426; the exact target is of our own."""
+
     name = "dskd"
     compares = "spaces"
     fused = True

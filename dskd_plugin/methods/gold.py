@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @register
 class GeneralLogitDistillation(SegmentMethod):
+    """Shared ids by probability, the others by rank. Source: TRL's GOLD."""
+
     name = "gold"
     ignores = ("divergence", *SegmentMethod.ignores)
     own = ("gold",)

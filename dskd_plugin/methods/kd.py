@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class KnowledgeDistillation(Method):
+    """One tokenizer, the two distributions as they are. Source: arXiv 1503.02531."""
+
     name = "kd"
     ignores = ("span_weight", "shared", "support", *PROJECTING)
     needs_one_tokenizer = True

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class MinimumEditDistance(Method):
+    """Ids mapped by edit distance, rows by time warping. Source: arXiv 2401.10491."""
+
     name = "mined"
     ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "warped"

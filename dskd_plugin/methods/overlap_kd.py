@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @register
 class OverlapDistillation(Method):
+    """What both vocabularies can say: events, shared ids, or the k likeliest of these (arXiv 2610.08448)."""
+
     name = "overlap_kd"
     ignores = PROJECTING
     fused = True

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class SpanDistillation(SegmentMethod):
+    """Shared ids and one entry for the rest of a span. Source: SimCT, arXiv 2605.07711."""
+
     name = "span_kd"
 
     def segment_compare(self, parts: Parts) -> SegmentCompare:

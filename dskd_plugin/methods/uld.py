@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class UniversalLogitDistillation(Method):
+    """Sorted probabilities, position by position. Source: arXiv 2402.12030."""
+
     name = "uld"
     ignores = ("alignment", "divergence", "shared", "support", *PROJECTING)
     pairs_by = "position"

@@ -20,6 +20,8 @@ LEAST_MATCH = 0.6  # of the largest entry of an id, as published
 
 @register
 class CrossToken(Method):
+    """The student in the teacher's vocabulary. Source: X-Token, arXiv 2605.21699."""
+
     name = "xtoken"
     ignores = ("span_weight", "shared", "support", *PROJECTING)
     own = ("xtoken",)

@@ -20,6 +20,9 @@ def byte_piece(processor: Any, piece_id: int) -> bytes | None:
 
 
 def sentencepiece_table(tokenizer: Any, processor: Any) -> TokenTable:
+    """The token table of a SentencePiece tokenizer. processor: its `SentencePieceProcessor`; of a Hugging Face class
+    with added tokens the ids are those of the class.
+    """
     spec = _normalizer_spec(processor.serialized_model_proto())
     added = added_tokens(tokenizer)
     if added:  # a Hugging Face class, which may have moved the ids

@@ -143,6 +143,10 @@ def make_table(
     notes: Iterable[str] = (),
     **rest: Any,
 ) -> TokenTable:
+    """A table from what each id spells.
+
+    vague: ids whose bytes are not certain in a text; rest: fields of `TokenTable`.
+    """
     size = max(literal, default=-1) + 1
     special, vague = frozenset(special), frozenset(vague)
     spelled = [literal.get(token_id) for token_id in range(size)]

@@ -34,6 +34,7 @@ class GenerationStore:
         return [Generation(**item) for item in json.loads(found[0])] if found else None
 
     def put(self, key: str, generations: Sequence[Generation]) -> None:
+        """Keep the generations of a batch; ``UserError`` where the file cannot be written."""
         value = json.dumps([asdict(item) for item in generations])
         try:
             self._connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, value))

@@ -17,6 +17,7 @@ LoadedModel = Any  # one of transformers or PEFT's around it: they have no type 
 
 
 def load_weights(folder: ModelFolder, dtype: torch.dtype) -> LoadedModel:
+    """The model with its adapter merged; ``UserError`` where a weight is missing, misshapen or does not load."""
     try:
         loaded: LoadedModel = transformers.AutoModelForCausalLM.from_pretrained(
             folder.weights, dtype=dtype, local_files_only=True, output_loading_info=True

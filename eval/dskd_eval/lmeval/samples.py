@@ -22,6 +22,10 @@ def own_samples(
     infos: Mapping[tuple[int, int], GenerationInfo],
     chosen: Sequence[int],
 ) -> list[Sample]:
+    """Samples scored by our scorers.
+
+    logged: rows of lm-eval; infos: by (place, repeat); chosen: the document at each place.
+    """
     place_of = {doc_id: place for place, doc_id in enumerate(chosen)}
     samples = []
     for row in logged:

@@ -158,6 +158,8 @@ def filter_system_calls(libc: ctypes.CDLL) -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
+    """Limits of this process and its children: bytes, seconds, number of processes."""
+
     def limit(kind: int, soft: int, hard: int | None = None) -> None:
         current = resource.getrlimit(kind)[1]
         hard = soft if hard is None else hard
@@ -175,6 +177,7 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def confine(job: Job) -> None:
+    """Shut this process in, as the job says; ``OSError`` where a part of that cannot be had."""
     mode = job["mode"]
     libc = _libc() if sys.platform == "linux" else None
     if mode == "landlock" and libc is not None:
@@ -213,6 +216,7 @@ def _line_of_tests(error: BaseException, tests: str) -> str:
 
 
 def main(nonce_handle: int, verdict_handle: int) -> None:
+    """Run the job on standard input; the verdict goes into the pipe."""
     job: Job = json.loads(sys.stdin.buffer.read())
     read, write, leave = os.read, os.write, os._exit
 
