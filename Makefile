@@ -47,7 +47,7 @@ test-e2e: install
 # Most options of Axolotl beside the plugin, each in a training of its own, further engines and launchers, benchmarks on
 # tiny models: not part of `make test`, for their time.
 test-more: install
-	$(PYTEST) tests/e2e tests/recipes -m more --at-least 36 -n 2
+	$(PYTEST) tests/e2e tests/recipes -m more --at-least 40 -n 2
 	DSKD_GPU_DEVICE=cpu $(PYTEST) tests/gpu --ignore tests/gpu/test_memory.py --at-least 20
 
 # The newest Axolotl wants Python 3.12 by its metadata only; its sources run on this one.

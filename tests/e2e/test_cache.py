@@ -96,10 +96,23 @@ def test_packed_rows_and_evaluations_are_those_of_the_live_teacher(train, states
     assert len(evaluations(run)) >= 2 and evaluations(run) == close(evaluations(live), FLOAT32)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+MORE_ENGINES = [pytest.param(engine, marks=pytest.mark.more) for engine in ("zero2", "fsdp2")]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", *MORE_ENGINES])
 def test_two_ranks_give_the_same_curve(train, states, cached, tmp_path, options, curves, engine):
     run = train(ranks=2, dskd=cached(states), gradient_accumulation_steps=1, **options(engine, tmp_path))
     assert run.curve(*TERMS) == close(curves[0][:4], 2e-5)  # as of the live teacher, see test_engines.py
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_packed_rows_on_two_ranks_are_those_of_the_live_teacher(train, states, cached, tmp_path, options, engine):
+    split = {"ranks": 2, **PACKED, **options(engine, tmp_path)}
+    live, run = train("live", **split), train("cached", dskd=cached(states), **split)
+    assert len(run.curve()) == len(live.curve()) > 1
+    assert run.curve(*LOSSES) == close(live.curve(*LOSSES), FLOAT32)
+    assert evaluations(run) == close(evaluations(live), FLOAT32)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(run_axolotl, recipe, states, cached, curves):
