@@ -51,8 +51,8 @@ How to read the tables:
 - *lost*: answers in which Python misses the indentation of a block, of all programs of these sets.
 - *KD term*, *agreement*: `dskd/kd`, or with DSKD `dskd/t2s_kd`, and `dskd/t2s_agreement` of [the log](metrics.md).
 
-All distillations but *DSKD, defaults*, with and without the guard, and *csd* have `unpaired: share`, a default of
-earlier versions.
+All distillations but *DSKD, defaults*, with and without the guard, *bpm*, *alm* and *csd* have `unpaired: share`, a
+default of earlier versions.
 """
 
 

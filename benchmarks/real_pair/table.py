@@ -40,6 +40,8 @@ SETTINGS: dict[str, Setting] = {
     "dskd_default": Setting("DSKD, defaults", {}),
     "dskd_unguarded": Setting("DSKD, defaults, `guard: false`", {"guard": False}),
     "dskd_share": Setting("DSKD, defaults, `unpaired: share`", SHARE),
+    "bpm": Setting("bpm", {"method": "bpm"}),
+    "alm": Setting("alm, `kd_weight: balanced`", {"method": "alm", "kd_weight": "balanced"}),
     "csd": Setting("csd, `kd_weight: balanced`", {"method": "csd", "kd_weight": "balanced"}),
     "dskd_projected": Setting("DSKD, projected", PROJECTED),
     "dskd_exact_ids": Setting("DSKD, exact, ids", IDS),
@@ -164,7 +166,7 @@ def same_behaviour(then: Block, now: Block) -> bool:
         idle.add("target")
     if (now["method"], now["target"]) != ("dskd", "exact") or now["unpaired"] == "share":
         idle.add("guard")
-    if now["method"] != "overlap_kd" and (now["method"], now["target"]) != ("dskd", "exact"):
+    if now["method"] not in ("overlap_kd", "bpm") and (now["method"], now["target"]) != ("dskd", "exact"):
         idle.add("shared")
     return _agree(*({key: value for key, value in side.items() if key not in idle} for side in (then, now)))
 
