@@ -28,7 +28,7 @@ How to read the tables:
   better. *to SeqKD*: to plain fine-tuning on the same rows as the recipe. *to `dskd`*: to the recipe of that name with
   `kd_ratio: 0.9`. In brackets the 95 % interval over the questions of all seeds. A seed has its own questions, student
   and teacher; the interval says nothing of further seeds.
-- *p*: of no difference to SeqKD, a sign-flip test over questions, after Holm's correction over the recipes.
+- *p*: of no difference in the column before, a sign-flip test over questions, after Holm's correction over the recipes.
 - A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the default of the
   setting is 0.5.
 - `unpaired`: recipes with three seeds have `ce`, today's default; the others are older and had `share`, the default
@@ -90,15 +90,20 @@ def gap(found: stats.Paired | None) -> str:
     return f"{found.difference:+.3f}{inside}"
 
 
+def adjusted(found: Found, other: str) -> dict[str, str]:
+    """p of no difference to ``other`` for each recipe that has run, after Holm's correction over them."""
+    gaps = {name: found.against(name, other) for name in RECIPES if name in found.runs and name != other}
+    tested = {name: gap.p for name, gap in gaps.items() if gap is not None}
+    return {name: f"{p:.4f}" for name, p in zip(tested, stats.holm(list(tested.values())), strict=True)}
+
+
 def table(found: Found) -> str:
     """One row for each recipe that has run, in the order of RECIPES, then what the quickstart measured."""
     titles = {name: recipe.title for name, recipe in RECIPES.items()}
     titles |= {SFT: "SFT on the gold answers, best of three rates", "teacher": "the teacher"}
     titles |= {"sft_all": f"for comparison: SFT on {found.rows['gold_all']} gold answers"}
     names = [name for name in titles if name in found.runs]
-    to_seqkd = {name: found.against(name, SEQKD) for name in RECIPES if name in found.runs and name != SEQKD}
-    tested = {name: gap for name, gap in to_seqkd.items() if gap is not None}
-    adjusted = dict(zip(tested, stats.holm([gap.p for gap in tested.values()]), strict=True))
+    p_sft, p_seqkd = (adjusted(found, other) for other in (SFT, SEQKD))
     rows = []
     for name in names:
         seeds = found.seeds(name)
@@ -111,16 +116,16 @@ def table(found: Found) -> str:
                 " ".join(str(seed) for seed in seeds),
                 ", ".join(f"{stats.mean(found.bits(name, [seed])):.3f}" for seed in seeds),
                 "" if name == SFT else gap(found.against(name, SFT)),
+                p_sft.get(name, ""),
                 "" if name == SEQKD else gap(found.against(name, SEQKD)),
+                p_seqkd.get(name, ""),
                 "" if name == DSKD else gap(found.against(name, DSKD)),
-                f"{adjusted[name]:.3f}" if name in adjusted else "",
                 f"{100 * sum(right) / len(right):.1f} %",
                 f"{sum(cost) / len(cost):.0f}" if cost else "",
             ]
         )
-    return markdown(
-        ["recipe", "seeds", "bits per byte", "to the best SFT", "to SeqKD", "to `dskd`", "p", "exact", "CPU s"], rows
-    )
+    heads = ["recipe", "seeds", "bits per byte", "to the best SFT", "p", "to SeqKD", "p", "to `dskd`", "exact", "CPU s"]
+    return markdown(heads, rows)
 
 
 def section(found: Found) -> str:
