@@ -25,13 +25,18 @@ PLENTY = "Plenty of gold answers"
 SCARCE = {
     "seqkd": "SFT on the same rows (SeqKD)",
     "dskd": "dskd, kd_ratio: 0.9",
-    "dskd_spans": "dskd, span_weight: 1",
-    "overlap_kd": "overlap_kd",
     "bpm": "bpm",
+    "overlap_kd": "overlap_kd",
+    "overlap_kd_16": "overlap_kd, support: 16",
     "csd": "csd, kd_weight: balanced",
+    "alm": "alm, kd_weight: balanced",
+    "xtoken": "xtoken",
+    "span_kd": "span_kd",
+    "gold": "gold",
 }
 REAL = {
     "overlap_kd_ids": "overlap_kd, shared: ids",
+    "bpm": "bpm",
     "dskd_default": "dskd, defaults",
     "dskd_unguarded": "dskd, guard: false",
     "dskd_share": "dskd, unpaired: share",
