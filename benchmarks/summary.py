@@ -27,12 +27,8 @@ SCARCE = {
     "dskd": "dskd, kd_ratio: 0.9",
     "bpm": "bpm",
     "overlap_kd": "overlap_kd",
-    "overlap_kd_16": "overlap_kd, support: 16",
     "csd": "csd, kd_weight: balanced",
     "alm": "alm, kd_weight: balanced",
-    "xtoken": "xtoken",
-    "span_kd": "span_kd",
-    "gold": "gold",
 }
 REAL = {
     "overlap_kd_ids": "overlap_kd, shared: ids",
