@@ -20,14 +20,8 @@ class _Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
         except OSError as error:
             # Libraries for the network raise OSErrors too, without a file.
-            what, fix = (
-                ("files or the network", "what it says")
-                if error.filename is None
-                else (
-                    error.filename,
-                    "space and permissions",
-                )
-            )
+            what = error.filename or "files or the network"
+            fix = "space and permissions" if error.filename else "what it says"
             told = f"{type(error).__name__}: {error}"
             click.echo(
                 f"Error: {what}: expected to read and write, got {told}. Check {fix}, then start again.", err=True
