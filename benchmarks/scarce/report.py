@@ -32,8 +32,8 @@ How to read the tables:
 - A recipe with a teacher has `kd_ratio: 0.9`, as the quickstart, where its name says nothing else; the default of the
   setting is 0.5.
 - `unpaired`: `uld` has `share`, the others `ce`, today's default of off-policy recipes. With `share`, the default
-  before, `dskd` had 0.329 and 0.403 with the quickstart's tokenizer (seeds 1 and 2), 0.926 and 0.488 with the coarse and the
-  fine one (seed 1).
+  before, `dskd` had 0.329 and 0.403 with the quickstart's tokenizer (seeds 1 and 2), 0.926 and 0.488 with the coarse
+  and the fine one (seed 1).
 - Seeds differ, and so do two runs of one: on another machine seed 1 of the coarse student gave `csd` 0.639 and `dskd`
   0.690. Intervals over questions do not hold that.
 - *exact*: held-out answers that are exactly right. So weak a student solves few.
