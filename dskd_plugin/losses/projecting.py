@@ -28,7 +28,13 @@ class Projecting(DistillationLoss):
     teacher_head: Head
 
     def __init__(
-        self, student: nn.Module, objective: Objective, *, overlap: Overlap, top_vocab: int | None, **options: Any
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        overlap: Overlap,
+        top_vocab: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(student, objective, **options)
         device = self.teacher_head.weight_VD.device
