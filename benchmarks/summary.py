@@ -95,11 +95,12 @@ def pretrained() -> Iterator[Line]:
     """The real pair, student and teacher as in the names, against fine-tuning on the same rows."""
     found = real_pair_report.Runs(real_pair_records.read(records_of("real_pair", "real_pair")))
     for key in found.sections():
-        _, data, _, steps = key
+        pair, data, _, steps = key
         if data == "few_gold":
             continue  # what those of `few` are compared with
         sft, sizes = found.of(key, "sft"), found.sizes[data]
         shown, where = REAL, f"{PLENTY}, pretrained models, {data.upper()}, {steps} steps"
+        where += ", the weaker model teaches" if pair == "turned" else ""
         if data == "few":
             sft = found.best_gold(key)
             shown, where = {"sft": SCARCE["seqkd"]} | REAL, f"{FEW}: pretrained models, MBPP, kd_ratio: 0.9"
