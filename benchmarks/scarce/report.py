@@ -90,10 +90,9 @@ def gap(found: stats.Paired | None) -> str:
     return f"{found.difference:+.3f}{inside}"
 
 
-def adjusted(found: Found, other: str) -> dict[str, str]:
-    """p of no difference to ``other`` for each recipe that has run, after Holm's correction over them."""
-    gaps = {name: found.against(name, other) for name in RECIPES if name in found.runs and name != other}
-    tested = {name: gap.p for name, gap in gaps.items() if gap is not None}
+def adjusted(gaps: dict[str, stats.Paired | None]) -> dict[str, str]:
+    """p of no difference for each recipe that has run, after Holm's correction over them."""
+    tested = {name: gap.p for name, gap in gaps.items() if name in RECIPES and gap is not None}
     return {name: f"{p:.4f}" for name, p in zip(tested, stats.holm(list(tested.values())), strict=True)}
 
 
@@ -103,7 +102,10 @@ def table(found: Found) -> str:
     titles |= {SFT: "SFT on the gold answers, best of three rates", "teacher": "the teacher"}
     titles |= {"sft_all": f"for comparison: SFT on {found.rows['gold_all']} gold answers"}
     names = [name for name in titles if name in found.runs]
-    p_sft, p_seqkd = (adjusted(found, other) for other in (SFT, SEQKD))
+    to_sft, to_seqkd, to_dskd = (
+        {name: found.against(name, other) for name in names if name != other} for other in (SFT, SEQKD, DSKD)
+    )
+    p_sft, p_seqkd = adjusted(to_sft), adjusted(to_seqkd)
     rows = []
     for name in names:
         seeds = found.seeds(name)
@@ -115,11 +117,11 @@ def table(found: Found) -> str:
                 titles[name],
                 " ".join(str(seed) for seed in seeds),
                 ", ".join(f"{stats.mean(found.bits(name, [seed])):.3f}" for seed in seeds),
-                "" if name == SFT else gap(found.against(name, SFT)),
+                gap(to_sft.get(name)),
                 p_sft.get(name, ""),
-                "" if name == SEQKD else gap(found.against(name, SEQKD)),
+                gap(to_seqkd.get(name)),
                 p_seqkd.get(name, ""),
-                "" if name == DSKD else gap(found.against(name, DSKD)),
+                gap(to_dskd.get(name)),
                 f"{100 * sum(right) / len(right):.1f} %",
                 f"{sum(cost) / len(cost):.0f}" if cost else "",
             ]

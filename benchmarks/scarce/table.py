@@ -54,7 +54,7 @@ def sampled(title: str, **block: Any) -> Recipe:
 SEQKD, DSKD = "seqkd", "dskd"  # what every recipe is compared with
 RECIPES: dict[str, Recipe] = {
     SEQKD: Recipe("SeqKD: SFT on the same rows", (Step(None),)),
-    "dskd": one("`dskd`, `kd_ratio: 0.9`"),
+    DSKD: one("`dskd`, `kd_ratio: 0.9`"),
     "dskd_half": one("`dskd`, all defaults (`kd_ratio: 0.5`)", kd_ratio=0.5),
     "dskd_both": one("`dskd`, `spaces: both`", spaces="both"),
     "dskd_projected": one("`dskd`, `target: projected`", target="projected"),

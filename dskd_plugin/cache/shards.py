@@ -155,25 +155,24 @@ def damaged(folder: Path, files: Iterable[File], *, afresh: bool = False) -> dic
             seen[info.file] = mark
         else:
             to_read.append((info, mark))
-    _remember(folder, known, seen)
+    if seen != known:
+        _remember(folder, seen)
     total = sum(info.bytes for info, _ in to_read)
     options: dict[str, object] = {"unit": "B", "unit_scale": True, "delay": SILENT_SECONDS, "leave": False}
     with tqdm(total=total, desc="Checking the teacher cache", **options) as bar:
         for info, mark in to_read:
             found = sha256(folder / info.file, bar)
             if found == info.sha256:
-                # After each, so that a start that is stopped here is not for nothing.
-                _remember(folder, seen, {**seen, info.file: mark})
                 seen[info.file] = mark
+                # After each, so that a start that is stopped here is not for nothing.
+                _remember(folder, seen)
             else:
                 wrong[info.file] = (f"the checksum {info.sha256[:16]}", f"{found[:16]}: its content has changed")
     return wrong
 
 
-def _remember(folder: Path, known: dict[str, object], seen: dict[str, object]) -> None:
-    """Keep which files were read whole, if that is news."""
-    if seen == known:
-        return
+def _remember(folder: Path, seen: dict[str, object]) -> None:
+    """Keep which files were read whole, and their sizes and times."""
     try:
         write_json(folder / VERIFIED, seen)
     except OSError as error:  # a cache that others may read only is checked each time

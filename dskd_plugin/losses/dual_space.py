@@ -52,7 +52,6 @@ class DualSpaceLoss(Projecting):
         super().__init__(student, objective, overlap=overlap, **options)
         teacher_weight = self.teacher_head.weight_VD
         self._keep_unmapped = keep_unmapped
-        self._guards = guard
         self.guarded_steps = [] if guard else None
         self._to_student_V = overlap.teacher_to_student_V.to(teacher_weight.device)
         student_ids = min(self.student_vocab_size, head_rows(student))
@@ -112,7 +111,8 @@ class DualSpaceLoss(Projecting):
 
     def objective_of_step(self) -> Objective:
         objective = super().objective_of_step()
-        return replace(objective, gold_alone=True) if self._guards and self._is_behind else objective
+        guards = self.guarded_steps is not None
+        return replace(objective, gold_alone=True) if guards and self._is_behind else objective
 
     @torch.no_grad()
     def fit(self, learned_ND: Tensor, unseen_ND: Tensor, **options: Any) -> Fit:

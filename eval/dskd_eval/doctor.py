@@ -125,7 +125,7 @@ def _file(task: str, source: data.DataSource, directory: Path) -> Check:
     try:
         rows = len(data.read_rows(directory / source.file))
     except UserError as error:
-        return Check("bad", task, f"{error.where}: expected {error.expected}, got {error.got}. {error.fix}")
+        return Check("bad", task, str(error))
     wrong = source.rows is not None and rows != source.rows
     text = f"{source.file}, {rows} rows" + (f", expected {source.rows}" if wrong else "")
     note = f" ({source.note})" if source.note else ""
