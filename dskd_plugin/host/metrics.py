@@ -139,6 +139,6 @@ def greater_is_better(args: Any, asked: bool | None) -> bool | None:
     """
     name = (args.metric_for_best_model or "").removeprefix("eval_")
     if asked is None and name.startswith("dskd/"):
-        return name.endswith(("agreement", "teacher_lead", "align_ratio"))
+        return name.rpartition("/")[2] in (*RATES, "align_ratio")
     default: bool | None = args.greater_is_better
     return default if asked is None else asked

@@ -1,8 +1,11 @@
 """What is said of a pair and of the first steps of a run."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from dskd_plugin import pair_advice
+from dskd_plugin.host.metrics import greater_is_better
 from dskd_plugin.host.watch import Watch
 from dskd_plugin.pair import make_pair
 from dskd_plugin.settings import parse_settings
@@ -121,3 +124,25 @@ def test_a_resumed_run_is_judged_by_ten_steps_as_well():
     watch = Watch(target="exact")
     assert not [line for step in range(501, 511) for line in watch.see({"ce": 1.0 + (step > 501)}, step)]
     assert "rises" in watch.see({"ce": 9.0}, 511)[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked", "large"),
+    [
+        ("eval_dskd/ce", None, False),
+        ("dskd/t2s_kd", None, False),
+        ("eval_dskd/teacher2/kd", None, False),
+        ("eval_dskd/t2s_agreement", None, True),
+        ("eval_dskd/t2s_inside", None, True),
+        ("eval_dskd/teacher1/teacher_lead", None, True),
+        ("eval_dskd/align_ratio", None, True),
+        ("eval_dskd/ce", True, True),
+        ("eval_dskd/t2s_agreement", False, False),
+        ("eval_loss", None, "as transformers has it"),
+        ("loss", True, True),
+        (None, None, "as transformers has it"),
+    ],
+)
+def test_which_checkpoint_is_the_best_by_a_logged_value(metric, asked, large):
+    args = SimpleNamespace(metric_for_best_model=metric, greater_is_better="as transformers has it")
+    assert greater_is_better(args, asked) == large
