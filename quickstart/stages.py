@@ -42,16 +42,17 @@ def finished(folder: Path) -> dict[str, Any] | None:
 def stage(folder: Path, title: str, inputs: str, build: Callable[[Path], float | None]) -> Cost:
     """Fill `folder` with `build` unless it was finished from the same inputs; returns the cost, now or then.
 
-    `build` writes into unfinished/ beside it, from where the folder moves when it is complete, and returns the CPU
-    seconds of the processes that it started, if any.
+    `build` writes into a folder of the same name in `<folder>.partial`, from where it moves when it is complete, and
+    returns the CPU seconds of the processes that it started, if any.
     """
     done = finished(folder)
     if done is not None and done["inputs"] == inputs:
         tqdm.write(f"{title}: reused from {folder} (its inputs did not change)")
         return Cost(done["seconds"], done.get("cpu_seconds", 0.0))
+    around = folder.with_name(folder.name + ".partial")
     # Under its own name, which the model card takes for the student's.
-    partial = folder.parent / "unfinished" / folder.name
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = around / folder.name
+    shutil.rmtree(around, ignore_errors=True)
     partial.mkdir(parents=True)
     started = time.monotonic()
     cpu_seconds = build(partial) or 0.0
@@ -60,5 +61,6 @@ def stage(folder: Path, title: str, inputs: str, build: Callable[[Path], float |
     (partial / MARKER).write_text(json.dumps(marker), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    around.rmdir()
     tqdm.write(f"{title}: {cost.seconds:.0f} s, in {folder}")
     return cost

@@ -200,6 +200,7 @@ def test_a_stage_is_done_once_for_its_inputs(tmp_path: Path) -> None:
     assert len(calls) == 1 and again == first and first.cpu_seconds == 12.5
     stage(tmp_path / "model", "Model", "another key", build)
     assert (tmp_path / "model" / "made").read_text() == "2"
+    assert {to.name for to in calls} == {"model"} and [one.name for one in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failed_stage_leaves_no_finished_folder(tmp_path: Path) -> None:
