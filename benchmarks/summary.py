@@ -31,7 +31,8 @@ SCARCE = {
     "alm": "alm, kd_weight: balanced",
 }
 REAL = {
-    "overlap_kd_ids": "overlap_kd, shared: ids",
+    "overlap_kd": "overlap_kd",
+    "overlap_kd_ids": "overlap_kd, shared: ids, unpaired: share",
     "bpm": "bpm",
     "dskd_default": "dskd, defaults",
     "dskd_unguarded": "dskd, guard: false",

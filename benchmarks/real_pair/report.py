@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "real_pair.md"
 WINDOW = 5  # consecutive steps
 SAME = 0.002  # nats: logged values are rounded, and a method's rows may be added up in another order
-REFERENCES = ("sft", "overlap_kd_ids")
+REFERENCES = ("sft", "overlap_kd")
 KD_TERMS = ("dskd/t2s_kd", "dskd/kd")  # the first that a run logs
 TITLES = {
     "mbpp": "MBPP, 374 gold rows",
@@ -37,7 +37,7 @@ How to read the tables:
 
 - *bits per byte*: of the gold answers of 60 held-out rows, lower is better. Gold answers favour SFT, which trains on
   nothing else; a distillation gives half of its loss to the teacher, so a small gap to SFT is its price.
-- *to SFT*, *to overlap_kd, ids*: difference with its 95 % interval, a bootstrap over seeds and rows, paired in both.
+- *to SFT*, *to overlap_kd*: difference with its 95 % interval, a bootstrap over seeds and rows, paired in both.
   With one seed the interval says nothing about other seeds.
 - *worst five steps*: the cross-entropy of the gold tokens is logged at each step, on the same rows as SFT's. Shown is
   the largest ratio of the mean of five consecutive steps to SFT's mean of the same five, and the largest difference in
@@ -51,8 +51,7 @@ How to read the tables:
 - *lost*: answers in which Python misses the indentation of a block, of all programs of these sets.
 - *KD term*, *agreement*: `dskd/kd`, or with DSKD `dskd/t2s_kd`, and `dskd/t2s_agreement` of [the log](metrics.md).
 
-All distillations but *DSKD, defaults*, with and without the guard, *bpm*, *alm* and *csd* have `unpaired: share`, a
-default of earlier versions.
+`unpaired: share` was a default of earlier versions; a row that does not name a setting has today's.
 """
 
 
@@ -199,7 +198,7 @@ def mean_bits(runs: list[Record], sizes: Floats) -> str:
 
 
 HEAD = [
-    *("setting", "seeds", "bits per byte", "to SFT", "to overlap_kd, ids", "worst five steps", "bare newline"),
+    *("setting", "seeds", "bits per byte", "to SFT", "to overlap_kd", "worst five steps", "bare newline"),
     *(*PROGRAMS.values(), "programs to SFT, %"),
 ]
 
@@ -222,7 +221,7 @@ def table(found: Runs, key: Key) -> str:
             " ".join(map(str, seeds)),
             mean_bits(runs, sizes),
             "" if name == "sft" else gap(difference(runs, sft, sizes)),
-            "" if name == "overlap_kd_ids" else gap(difference(runs, overlap, sizes)),
+            "" if name == "overlap_kd" else gap(difference(runs, overlap, sizes)),
             "" if window is None else f"{window[0]:.2f} x, {window[1]:+.3f}",
             newline(runs),
             *(passed(runs, kind) for kind in PROGRAMS),
