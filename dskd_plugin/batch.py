@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dskd_plugin.core.objective import Sums
 from dskd_plugin.core.rows import Rows
-from dskd_plugin.teachers.base import HiddenStates
+from dskd_plugin.teachers.base import HiddenStates, ReadsAhead
 
 # The key of the step batch in the mapping that the host carries from the collator to the trainer.
 KEY = "dskd"
@@ -176,20 +176,38 @@ def as_window(batches: list[StepBatch]) -> None:
         of_teacher[0].window = list(of_teacher)
 
 
+def _further(batch: StepBatch) -> dict[str, Any]:
+    """What reads further rows of the teacher, by the name of its field."""
+    return {name: part for name in ("spans", "reach") if (part := getattr(batch, name)) is not None}
+
+
+def _asked_rows(batch: StepBatch) -> list[Tensor]:
+    """The rows of the teacher that are compared, and those of each of `_further`."""
+    assert batch.teacher_text is not None
+    return [batch.teacher_text.rows_M, *(part.teacher_rows_Q for part in _further(batch).values())]
+
+
 def ask(batch: StepBatch, teacher: HiddenStates | None) -> StepBatch:
     """The batch with the hidden states of the teacher, of the compared rows and of what reads further ones."""
     text = batch.teacher_text
     assert text is not None
-    further = {name: part for name in ("spans", "reach") if (part := getattr(batch, name)) is not None}
+    further = _further(batch)
     if teacher is None:
         nothing = torch.zeros(0, 0, device=batch.rows_R.device)
         empty = {name: replace(part, teacher_QD=nothing) for name, part in further.items()}
         return replace(batch, teacher_MD=nothing, **empty)
     # One question for all: the teacher reads the text once.
-    rows = [text.rows_M, *(part.teacher_rows_Q for part in further.values())]
+    rows = _asked_rows(batch)
     hidden = teacher.rows(text.ids_T, text.lengths_S, text.samples_B, torch.cat(rows))
     compared, *found = torch.split(hidden, [len(part) for part in rows])
     of_parts = zip(further.items(), found, strict=True)
     return replace(
         batch, teacher_MD=compared, **{name: replace(part, teacher_QD=states) for (name, part), states in of_parts}
     )
+
+
+def announce(batch: StepBatch, teacher: ReadsAhead) -> None:
+    """Tell a teacher what `ask` will ask; the batch is on the CPU."""
+    text = batch.teacher_text
+    assert text is not None
+    teacher.read_ahead(text.ids_T, text.lengths_S, torch.cat(_asked_rows(batch)))

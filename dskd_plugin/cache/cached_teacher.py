@@ -69,22 +69,8 @@ class CachedTeacher:
         device, dtype = ids_T.device, self.head.weight_VD.dtype
         if not len(rows_N):
             return torch.zeros(0, self.width, dtype=dtype, device=device)
-        ids, rows = ids_T.cpu().numpy(), rows_N.cpu().numpy()
-        starts = np.concatenate([[0], lengths.numpy().cumsum()])
-        sample_N = np.searchsorted(starts, rows, side="right") - 1
-        order_N = np.argsort(sample_N, kind="stable")
-        samples, first = np.unique(sample_N[order_N], return_index=True)
-        found: list[Found] = []
-        known: list[np.ndarray] = []
-        unknown: dict[int, np.ndarray] = {}
-        for sample, mine in zip(samples.tolist(), np.split(order_N, first[1:]), strict=True):
-            start, stop = starts[sample], starts[sample + 1]
-            place = self.store.find(key_of(ids[start:stop]), rows[mine] - start)
-            if place is None:
-                unknown[sample] = mine
-            else:
-                found.append(place)
-                known.append(mine)
+        rows = rows_N.cpu().numpy()
+        starts, found, known, unknown = self._places(ids_T.cpu().numpy(), lengths.numpy(), rows)
         if unknown and self.fallback is None:
             one = next(iter(unknown))
             raise SettingError(
@@ -103,6 +89,36 @@ class CachedTeacher:
             at = torch.from_numpy(np.concatenate(list(unknown.values())))
             result_NE[at.to(device)] = self._computed(ids_T, lengths, bins, unknown, rows, starts).to(dtype)
         return result_NE
+
+    def read_ahead(self, ids_T: Tensor, lengths: Tensor, rows_N: Tensor) -> None:
+        """Have the system read what `rows` will ask for, all on the CPU; called in a worker of the dataloader.
+
+        The rows themselves stay where they are: a worker would send them through shared memory, of which a container
+        often has little.
+        """
+        _, found, _, _ = self._places(ids_T.numpy(), lengths.numpy(), rows_N.numpy())
+        self.store.read(found)
+
+    def _places(
+        self, ids_T: np.ndarray, lengths: np.ndarray, rows_N: np.ndarray
+    ) -> tuple[np.ndarray, list[Found], list[np.ndarray], dict[int, np.ndarray]]:
+        """Where each sample starts; where rows are in the store and which they are, and those of unknown samples."""
+        starts = np.concatenate([[0], lengths.cumsum()])
+        sample_N = np.searchsorted(starts, rows_N, side="right") - 1
+        order_N = np.argsort(sample_N, kind="stable")
+        samples, first = np.unique(sample_N[order_N], return_index=True)
+        found: list[Found] = []
+        known: list[np.ndarray] = []
+        unknown: dict[int, np.ndarray] = {}
+        for sample, mine in zip(samples.tolist(), np.split(order_N, first[1:]), strict=True):
+            start, stop = starts[sample], starts[sample + 1]
+            place = self.store.find(key_of(ids_T[start:stop]), rows_N[mine] - start)
+            if place is None:
+                unknown[sample] = mine
+            else:
+                found.append(place)
+                known.append(mine)
+        return starts, found, known, unknown
 
     def _computed(
         self,

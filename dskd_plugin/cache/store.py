@@ -94,3 +94,8 @@ class Store:
                 self.shards[one.shard].states_nE, 0, torch.from_numpy(one.rows_N), out=into_NE[at : at + count]
             )
             at += count
+
+    def read(self, found: list[Found]) -> None:
+        """Read rows and forget them: the system keeps their pages in memory, where `pick` finds them."""
+        for one in found:
+            self.shards[one.shard].states_nE[torch.from_numpy(one.rows_N)]

@@ -4,6 +4,7 @@ The host's own collator builds the student's side, padded or packed. Beside it s
 side, unpadded, and the aligned pairs as row indices, so that a training step only selects rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +15,11 @@ from axolotl.utils.collators import (
     V2BatchSamplerDataCollatorForSeq2Seq,
 )
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from dskd_plugin.batch import KEY, AttentionRows, ReachRows, SpanRows, StepBatch, TeacherText
+from dskd_plugin.batch import KEY, AttentionRows, ReachRows, SpanRows, StepBatch, TeacherText, announce
 from dskd_plugin.columns import IGNORE, columns, row_of
+from dskd_plugin.teachers.base import HiddenStates, ReadsAhead
 from dskd_plugin.text.align import REACH
 
 # Set by the trainer: True for an answer of the student, False for the gold row beside it.
@@ -173,12 +176,18 @@ def _strip(sample: Sample, ours: set[str]) -> Sample:
 
 
 @dataclass
-class _PairMixin:
+class PairCollator:
     """Adds the step batch to what the host's collator returns."""
 
     packed: ClassVar[bool] = True
     cross_attention: bool = False
     teachers: int = 1
+    sources: Sequence[HiddenStates | None] = ()
+    """Set by the trainer: where each teacher's states come from, to be told of what comes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is not a fork gets the collator pickled, and needs none of the teachers in it.
+        return {**vars(self), "sources": ()}
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> Any:
         if self.packed:
@@ -199,6 +208,10 @@ class _PairMixin:
             for teacher in range(1, self.teachers + 1)
         )
         first.others = tuple(others)
+        if get_worker_info() is not None:
+            for of_teacher, source in zip(first.each, self.sources, strict=False):
+                if isinstance(source, ReadsAhead):
+                    announce(of_teacher, source)
         # Last: the host measures the batch by its first entry.
         batch[KEY] = first
         if any("teacher_prompt" in sample and ON_POLICY not in sample for samples in bins for sample in samples):
@@ -221,23 +234,23 @@ def _placed(samples: list[Sample], width: int | None) -> list[Placed]:
 
 
 @dataclass
-class PaddedPairCollator(_PairMixin, DataCollatorForSeq2Seq):
+class PaddedPairCollator(PairCollator, DataCollatorForSeq2Seq):
     """One conversation per batch row."""
 
     packed = False
 
 
 @dataclass
-class PackedPairCollator(_PairMixin, BatchSamplerDataCollatorForSeq2Seq):
+class PackedPairCollator(PairCollator, BatchSamplerDataCollatorForSeq2Seq):
     """Several conversations per batch row, kept apart by position ids."""
 
 
 @dataclass
-class PackedMaskPairCollator(_PairMixin, V2BatchSamplerDataCollatorForSeq2Seq):
+class PackedMaskPairCollator(PairCollator, V2BatchSamplerDataCollatorForSeq2Seq):
     """Several conversations per batch row, numbered in the attention mask where the model reads it."""
 
 
-def collator_class(cfg: Any, is_eval: bool) -> type[_PairMixin]:
+def collator_class(cfg: Any, is_eval: bool) -> type[PairCollator]:
     """The collator that extends the one Axolotl would choose for this recipe."""
     if not (cfg.eval_sample_packing if is_eval else cfg.sample_packing):
         return PaddedPairCollator

@@ -23,7 +23,7 @@ from dskd_plugin.fitted import fit_projector
 from dskd_plugin.generation.rollout import COUNTS, Answers, Rollout, pack
 from dskd_plugin.generation.whole import whole
 from dskd_plugin.host import model_card, partial
-from dskd_plugin.host.collator import ON_POLICY
+from dskd_plugin.host.collator import ON_POLICY, PairCollator
 from dskd_plugin.host.metrics import (
     Totals,
     WithoutPerplexity,
@@ -106,6 +106,9 @@ class DSKDTrainer(AxolotlTrainer):
         training_args._n_gpu = min(1, training_args.n_gpu)
         training_args.greater_is_better = greater_is_better(training_args, self.cfg.greater_is_better)
         super().__init__(*args, **kwargs)
+        for collator in (self.data_collator, self.eval_data_collator):
+            if isinstance(collator, PairCollator):
+                collator.sources = self.teachers
         # Our divisors already cover the accumulation window and all ranks.
         self.model_accepts_loss_kwargs = True
         self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)

@@ -1,7 +1,7 @@
 """Where a teacher's hidden states come from: the model itself, or whatever has kept them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,15 @@ class TeacherParts(HiddenStates, Protocol):
 
     @property
     def embedding(self) -> Tensor: ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can get ready for a question which is asked later."""
+
+    def read_ahead(self, ids_T: Tensor, lengths: Tensor, rows_N: Tensor) -> None:
+        """As `HiddenStates.rows`, all on the CPU; called in a worker of the dataloader."""
+        ...
 
 
 def staying(teacher: HiddenStates | None) -> AbstractContextManager[None]:

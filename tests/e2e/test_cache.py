@@ -96,6 +96,16 @@ def test_packed_rows_and_evaluations_are_those_of_the_live_teacher(train, states
     assert len(evaluations(run)) >= 2 and evaluations(run) == close(evaluations(live), FLOAT32)
 
 
+def test_workers_of_the_dataloader_read_ahead_what_the_step_asks_for(train, states, cached):
+    """So does an evaluation, which has a collator of its own where rows are packed."""
+    plugins = ["dskd", "tests.e2e.told_ahead.ToldAhead"]
+    run = train("ahead", dskd=cached(states), plugins=plugins, dataloader_num_workers=1, **PACKED)
+    lines = [line.split(" ", 2) for line in run.out.with_suffix(".told.txt").read_text().splitlines()]
+    told, asked = ([line for line in lines if line[0] == kind] for kind in ("read_ahead", "rows"))
+    assert len({process for _, process, _ in asked}) == 1 and asked[0][1] not in {process for _, process, _ in told}
+    assert asked and {what for _, _, what in asked} <= {what for _, _, what in told}
+
+
 MORE_ENGINES = [pytest.param(engine, marks=pytest.mark.more) for engine in ("zero2", "fsdp2")]
 
 

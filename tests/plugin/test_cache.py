@@ -4,6 +4,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -255,6 +256,42 @@ def test_states_are_mapped_and_not_read(tmp_path):
     store.pick([store.find(bytes(16), np.array([777]))], into)
     assert torch.equal(into[0], sample.states_nE[777])
     assert psutil.Process().memory_info().rss - before < 16 << 20
+
+
+def test_read_ahead_reads_the_rows_that_are_asked_for(run, order, monkeypatch):
+    """In a worker of the dataloader, and nowhere else."""
+    from torch.utils.data import DataLoader, get_worker_info
+
+    from dskd_plugin.batch import KEY, ask
+    from dskd_plugin.host.collator import PaddedPairCollator
+
+    one = order()
+    build(one, ALONE)
+    cached = opened(one, run.sides, run.datasets)
+    collator = PaddedPairCollator(run.sides.tokenizers[0], sources=[cached])
+    assert not pickle.loads(pickle.dumps(collator)).sources
+    picked, log = [], one.folder / "read"
+
+    def read(store, found):
+        assert get_worker_info() is not None
+        with log.open("a") as stream:
+            stream.write(f"{rows_of(found)}\n")
+
+    monkeypatch.setattr(Store, "read", read)
+    monkeypatch.setattr(Store, "pick", lambda store, found, into: picked.append(rows_of(found)))
+    dataset = run.datasets["training"]
+    for workers in (0, 1):
+        batches = DataLoader(dataset, batch_size=4, collate_fn=collator, num_workers=workers)
+        for batch in batches:
+            ask(batch[KEY], cached)
+        assert len(picked) == len(dataset) // 4
+        assert workers == 0 or log.read_text().splitlines() == picked
+        assert log.is_file() == (workers > 0)
+        picked.clear()
+
+
+def rows_of(found):
+    return str([(one.shard, one.rows_N.tolist()) for one in found])
 
 
 def test_batches_are_of_like_length_and_never_above_the_budget():

@@ -26,6 +26,14 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+_FOLDERS = tempfile.TemporaryDirectory(prefix="dskd-zoo-")  # a tokenizer may read its files as long as it is used
+
+
+def new_folder(name: str) -> Path:
+    """An empty folder for the files of one tokenizer; it is deleted when the process ends."""
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDERS.name))
+
+
 @functools.cache
 def corpus() -> list[str]:
     """Generated prose, arithmetic, code and a little of other scripts; the same every time."""
@@ -124,7 +132,7 @@ def qwen_fast() -> Any:
 @functools.cache
 def mistral_model() -> Path:
     """The SentencePiece model of Mistral 7B v0.1, in a folder of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="dskd-mistral-"))
+    folder = new_folder("mistral")
     shutil.copy(_package("mistral_common") / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
     return folder / "tokenizer.model"
 
@@ -164,7 +172,7 @@ def mistral_slow() -> Any:
 def mistral_common(file: str, name: str) -> Any:
     from transformers.tokenization_mistral_common import MistralCommonBackend
 
-    folder = Path(tempfile.mkdtemp(prefix="dskd-mistral-"))
+    folder = new_folder("mistral")
     shutil.copy(_package("mistral_common") / "data" / file, folder / name)
     return MistralCommonBackend.from_pretrained(str(folder))
 
@@ -172,7 +180,7 @@ def mistral_common(file: str, name: str) -> Any:
 def tekken_fast() -> Any:
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
-    folder = Path(tempfile.mkdtemp(prefix="dskd-tekken-"))
+    folder = new_folder("tekken")
     shutil.copy(_package("mistral_common") / "data" / "tekken_240911.json", folder / "tekken.json")
     return _wrap(MistralConverter(str(folder / "tekken.json")).converted(), bos_token="<s>", eos_token="</s>")
 
@@ -250,7 +258,7 @@ def byte_level_doubles() -> Any:
 def unigram_model(normalization: str = "identity", fallback: bool = True, **kwargs: Any) -> Path:
     import sentencepiece
 
-    folder = Path(tempfile.mkdtemp(prefix="dskd-unigram-"))
+    folder = new_folder("unigram")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
         model_prefix=str(folder / "spm"),
@@ -276,7 +284,7 @@ def unigram_slow(*args: Any, **kwargs: Any) -> Any:
 def unigram_gap() -> Any:
     """Ids between the vocabulary and its added tokens that no token has."""
     tokenizer = unigram_slow(remove_extra_whitespaces=False)
-    folder = Path(tempfile.mkdtemp(prefix="dskd-gap-"))
+    folder = new_folder("gap")
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     token = {"content": "<|im_end|>", "special": True, "normalized": False}
