@@ -5,7 +5,8 @@ SEED ?= 1
 OUT ?= out/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# No bytecode ahead of use: most of 40,000 files are never imported, and compiling them takes a minute.
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 NEWEST := build/axolotl-newest
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
@@ -42,7 +43,7 @@ test-plugin: install
 	$(PYTEST) tests/plugin --at-least 1650 -n 2
 
 test-e2e: install
-	$(PYTEST) tests/e2e -m "not more" --at-least 118 -n 2
+	$(PYTEST) tests/e2e -m "not more" --at-least 118 -n 2 --dist loadgroup
 
 # Most options of Axolotl beside the plugin, each in a training of its own, further engines and launchers, benchmarks on
 # tiny models: not part of `make test`, for their time.

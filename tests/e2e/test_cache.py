@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.e2e
+# On one worker: the tests share what one of them has made.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("cache")]
 
 LOSSES = ("loss", "dskd/ce", "dskd/kd", "dskd/t2s_kd", "dskd/s2t_kd")
 TERMS = (*LOSSES, "grad_norm")

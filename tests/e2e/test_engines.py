@@ -23,6 +23,7 @@ def one_process():
     return {}
 
 
+@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_train_as_one_process(train, tmp_path, engine, options, one_process):
     if not one_process:
@@ -93,7 +94,7 @@ def resumed(train, run_axolotl, recipe, name, **changes):
     return whole, again
 
 
-@pytest.mark.parametrize("engine", ["one process", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one process", "zero3", pytest.param("fsdp2", marks=pytest.mark.more)])
 def test_killed_run_resumes_the_same_curve(train, run_axolotl, recipe, tmp_path, engine, options):
     changes = {} if engine == "one process" else {"ranks": 2, **options(engine, tmp_path)}
     changes["learning_rate"] = 5e-3  # so that the student soon leads and the guard acts

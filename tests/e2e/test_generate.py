@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.e2e
+# On one worker: the tests share what one of them has made.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("generate")]
 
 
 @pytest.fixture(scope="module")

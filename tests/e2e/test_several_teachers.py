@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+# On one worker: the tests share what one of them has made.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("several teachers")]
 
 EVALUATED = {"val_set_size": 0.25, "eval_steps": 2}
 TERMS = ("kd", "t2s_kd", "t2s_ce", "s2t_kd", "t2s_agreement", "s2t_agreement", "align_ratio")
