@@ -22,6 +22,7 @@ from benchmarks.options import parser_of
 from benchmarks.results import Row
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[1]
 RECIPES: dict[str, dict[str, Any]] = {
     "sft": {"dskd": {"method": "sft"}},
     "overlap_kd": {"dskd": {"method": "overlap_kd"}},
@@ -30,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dskd, gradient_checkpointing": {"gradient_checkpointing": True},
     "dskd, accumulation": {"gradient_accumulation_steps": 2},
     "dskd, cached": {"dskd": {"teacher": {"cache": "states"}}},
-    "dskd, bf16": {"bf16": True},
+    "dskd, bf16": {"bf16": True, "plugins": ["dskd", "benchmarks.on_cpu.OnCpu"]},
     "dskd, LoRA": {
         "adapter": "lora",
         "lora_r": 16,
@@ -105,7 +106,7 @@ def resident(command: list[str]) -> int:
         child = os.posix_spawnp(
             command[0],
             command,
-            {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
+            {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
             file_actions=[(os.POSIX_SPAWN_DUP2, words.fileno(), 1), (os.POSIX_SPAWN_DUP2, words.fileno(), 2)],
         )
         _, status, used = os.wait4(child, 0)
@@ -138,23 +139,20 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     options = parser.parse_args(words)
-    found = []
+    command, cpu = results.command_of("benchmarks.plan", words), torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, tokens = pair(folder, options.size, options.rows, options.tokens)
+        sides = SIZES[options.size]
+        setting = f"{options.size}: {sides[1]} -> {sides[0]}; {options.rows} rows x {tokens} tokens"
         for title in options.recipes:
             made = changed(recipe, RECIPES[title], folder)
             plan, real = planned(made, tokens), run(folder, made)
             row = Row(
                 f"{title}, MiB planned", f"{plan / MIB:.0f}", f"measured, {real / MIB:.0f} MiB", f"{plan / real:.3f}"
             )
-            print(row, flush=True)
-            found.append(row)
-    setting = (
-        f"{options.size}: {SIZES[options.size][1]} -> {SIZES[options.size][0]}; {options.rows} rows x {tokens} tokens"
-    )
-    command = results.command_of("benchmarks.plan", words)
-    results.append("plan", torch.device("cpu"), setting, found, command, options.results)
+            # One by one, so that a recipe that fails takes no other with it.
+            results.append("plan", cpu, setting, [row], command, options.results)
 
 
 if __name__ == "__main__":

@@ -312,7 +312,9 @@ def _symbols(path):
     return found
 
 
-@pytest.mark.parametrize("page", ["docs/method.md", "CONTRIBUTING.md", "docs/generate.md", "docs/eval.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/equations.md", "docs/method.md", "CONTRIBUTING.md", "docs/generate.md", "docs/eval.md"]
+)
 def test_docs_name_files_functions_and_tests_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, symbol in re.findall(r"`((?:dskd_plugin|eval|benchmarks|quickstart)/[\w/]+\.py)`(?: `([\w.]+)`)?", text):

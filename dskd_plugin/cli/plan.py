@@ -71,6 +71,8 @@ def lines(made: "Plan", gpu_memory: float | None) -> list[str]:
     ]
     shown += [f"  {name:<28}{_gib(size)}" for name, size in sorted(memory.stays.items(), key=lambda item: -item[1])]
     shown.append(f"  {memory.worst:<28}{_gib(memory.moments[memory.worst])}   (the moment at which most is alive)")
+    if memory.lost:
+        shown.append(f"  {'lost by the allocator':<28}{_gib(memory.lost)}")
     shown.append(f"  {'together':<28}{_gib(memory.peak)}")
     others = [f"{name} {size / GIB:.2f}" for name, size in memory.moments.items() if name != memory.worst]
     shown.append(f"Other moments of a step: {', '.join(others)}.")

@@ -13,6 +13,8 @@ from dskd_plugin.plan.models import Student, Teacher
 GIB = 2**30
 # Measured: an `axolotl train` that has loaded Python, torch and Axolotl, but no model (docs/plan.md).
 PROCESS = int(0.82 * GIB)
+# Measured on a CPU: what malloc keeps beside the tensors, as a share of them (docs/plan.md).
+MALLOC = 0.1
 # Assumed, not measured: what a CUDA context and the kernels loaded into it take beside the allocator.
 CUDA_CONTEXT = int(0.6 * GIB)
 # How many fp32 tensors of a block live at once while the loss is computed, over the student's and over the teacher's
@@ -35,16 +37,18 @@ SHARDED: dict[str, frozenset[Engine]] = {
 class Memory:
     """Bytes of one rank. stays: name -> bytes, the whole run; moments: name -> what it adds while it lasts.
 
-    host: on the CPU beside a device, where an engine or a setting keeps something there.
+    host: on the CPU beside a device, where an engine or a setting keeps something there. lost: what an allocator keeps
+    beside all that; of a GPU's allocator `Plan.usable` knows.
     """
 
     stays: dict[str, int]
     moments: dict[str, int]
     host: int
+    lost: int
 
     @property
     def peak(self) -> int:
-        return sum(self.stays.values()) + max(self.moments.values())
+        return sum(self.stays.values()) + max(self.moments.values()) + self.lost
 
     @property
     def worst(self) -> str:
@@ -119,7 +123,8 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         moments["teacher's forward"] = max(reading) + 2 * states_of_teacher - of_micro_batch
     elif read:
         moments["teacher's states"] = 2 * states_of_teacher
-    return Memory(stays, moments, host)
+    tensors = sum(stays.values()) - PROCESS + max(moments.values())
+    return Memory(stays, moments, host, lost=0 if facts.on_gpu else int(MALLOC * tensors))
 
 
 def _optimizer_states(facts: Facts, trained: Mapping[int, int], projector: int, share: int) -> int:

@@ -8,7 +8,7 @@ from tests.options import BASES, NEAR, OPTIONS, SAME, STEPS, UNHEEDED, with_verd
 
 pytestmark = pytest.mark.e2e
 
-ON_CPU = "tests.e2e.on_cpu.OnCpu"
+ON_CPU = "benchmarks.on_cpu.OnCpu"
 SHORT = {"max_steps": 2, "save_steps": 2}
 EXACT = 2e-5
 # `make test-more` trains with these.

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import memory, results, step, trl_gold
+from benchmarks import memory, plan, results, step, trl_gold
 from benchmarks.counting import VocabularyWork
 from benchmarks.shapes import METHODS, SIZES, Bench
 from dskd_plugin.core.backend import TorchBlocks
@@ -99,6 +99,19 @@ def test_a_step_is_measured_beside_that_of_trl(tmp_path):
         ours, base = rows[f"dskd, {what}"], rows[f"TRL GOLD, {what}"]
         assert ours["baseline"] == "TRL GOLD" and not base["ratio"]
         assert float(ours["ratio"]) == pytest.approx(float(ours["value"]) / float(base["value"]), rel=0.02)
+
+
+@pytest.mark.more
+@pytest.mark.axolotl
+def test_a_plan_is_measured_beside_real_runs(tmp_path):
+    """In float32 and in bfloat16, which transformers has to be told of on a CPU."""
+    file = tmp_path / "results.csv"
+    words = ["--size", "none", "--recipes", "sft", "dskd, bf16", "--rows", "1", "--tokens", "64"]
+    plan.main([*words, "--results", str(file)])
+    rows = table(file)
+    assert [row["metric"] for row in rows] == ["sft, MiB planned", "dskd, bf16, MiB planned"]
+    # Of models of no size, the process alone.
+    assert all(0.7 < float(row["ratio"]) < 1.3 for row in rows)
 
 
 def test_the_pair_beside_trl_is_named_whole_or_not_at_all(capsys):

@@ -18,7 +18,6 @@ from dskd_plugin.settings import Settings
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes" / "README.md"]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
-METHOD = PAGES["method"]
 
 
 def name(path: Path) -> str:
@@ -142,7 +141,7 @@ def test_every_refused_key_is_among_the_limits():
     assert set(REFUSED) <= set(re.findall(r"`(\w+)`", PAGES["limits"]))
 
 
-# -- method.md -----------------------------------------------------------------------------------------------
+# -- equations.md --------------------------------------------------------------------------------------------
 
 
 def functions(path: str) -> set[str]:
@@ -154,7 +153,7 @@ def functions(path: str) -> set[str]:
     return top | {f"{c.name}.{node.name}" for c in classes for node in c.body if isinstance(node, kinds)}
 
 
-@pytest.mark.parametrize("row", table(METHOD, "Equation -> module -> test"), ids=lambda row: row[0][:40])
+@pytest.mark.parametrize("row", table(PAGES["equations"]), ids=lambda row: row[0][:40])
 def test_every_equation_has_its_module_and_its_test(row):
     _, modules, tests = row
     path = None

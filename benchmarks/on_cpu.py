@@ -6,7 +6,7 @@ from axolotl.integrations.base import BasePlugin
 
 
 class OnCpu(BasePlugin):
-    """Listed behind ours: ``plugins: [dskd, tests.e2e.on_cpu.OnCpu]``."""
+    """Listed behind ours: ``plugins: [dskd, benchmarks.on_cpu.OnCpu]``."""
 
     def get_training_args(self, cfg: Any) -> dict[str, bool]:
         return {"use_cpu": True}
