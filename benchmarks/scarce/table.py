@@ -22,7 +22,7 @@ class Step:
 
     dskd: dict[str, Any] | None
     rows: str = "both"
-    rate: float = 2e-3
+    rate: float = 1e-3
     micro_batch: int = 2
 
 
