@@ -36,7 +36,7 @@ How to read the tables:
   and the fine one (seed 1).
 - What is shown was measured on students that were pretrained at a rate of 5e-3, and trained at 2e-3. `make quickstart`
   has 3e-3 and 1e-3 since then: its student copies a name from the question and has [other numbers](quickstart.md). A
-  new run of this benchmark does as the quickstart: move `benchmarks/scarce/records/scarce.jsonl` away before it.
+  new run of this benchmark does as the quickstart: give it `--records` and `--page` of its own.
 - Seeds differ, and so do two runs of one: on another machine seed 1 of the coarse student gave `csd` 0.639 and `dskd`
   0.690. Intervals over questions do not hold that.
 - *exact*: held-out answers that are exactly right. So weak a student solves few.
