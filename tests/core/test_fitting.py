@@ -45,6 +45,18 @@ def test_it_learns_and_keeps_what_unseen_rows_like_best():
     assert found.passes > 0
 
 
+@pytest.mark.parametrize("scale", [1 / 64, 1.0, 32.0, 512.0])  # powers of two, so that labels are found again
+def test_the_size_of_the_states_does_not_decide_whether_it_helps(scale):
+    """The same problem in other units: a step of one rate would be too long for large states, too short for small."""
+    start, states, label_loss = problem(2000)
+
+    def in_units(teacher_ND, map_Dd):
+        return label_loss(teacher_ND / scale, scale * map_Dd)
+
+    found = fit(start / scale, scale * states, in_units)
+    assert found.passes > 0 and found.after.label_loss < 0.95 * found.before.label_loss
+
+
 def test_it_stops_and_keeps_the_start_where_nothing_is_better():
     """Labels of pure noise: what is learned of some rows is wrong of the others."""
     start, states, label_loss = problem(1000, noise=1.0)
