@@ -192,7 +192,9 @@ def test_preprocess_then_train_then_evaluate(train, recipe, run_axolotl):
     assert (Path(evaluated.out) / "eval_summary.csv").is_file()
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.more), "python"])
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", *(pytest.param(name, marks=pytest.mark.more) for name in ("torchrun", "python"))]
+)
 def test_launchers(recipe, run_axolotl, launcher):
     recipe = {**recipe, "dataset_num_proc": 2}  # processes that end when the rows are prepared
     # No launcher starts more than one process without GPUs; the first two start a new interpreter.

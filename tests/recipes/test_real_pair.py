@@ -336,6 +336,7 @@ def test_rows_have_one_form_and_few_rows_are_gold_first(folder, tmp_path):
         data.prepare(tmp_path / "nowhere", tmp_path)
 
 
+@pytest.mark.more
 @pytest.mark.axolotl
 def test_the_whole_command_on_tiny_models(tiny, folder, tmp_path):
     """prepare, two trainings of two steps through `axolotl train`, measures, records and page; then nothing is left."""
