@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dskd_plugin.losses.base import BLOCK_ELEMENTS
 from dskd_plugin.methods import method_of
@@ -13,7 +13,8 @@ from dskd_plugin.plan.models import Student, Teacher
 GIB = 2**30
 # Measured: an `axolotl train` that has loaded Python, torch and Axolotl, but no model (docs/plan.md).
 PROCESS = int(0.82 * GIB)
-# Measured on a CPU: what malloc keeps beside the tensors, as a share of them (docs/plan.md).
+# Chosen on seven runs (docs/log.md): what a process on a CPU takes beside its tensors, as a share of them; malloc most
+# likely keeps it.
 MALLOC = 0.1
 # Assumed, not measured: what a CUDA context and the kernels loaded into it take beside the allocator.
 CUDA_CONTEXT = int(0.6 * GIB)
@@ -44,7 +45,7 @@ class Memory:
     stays: dict[str, int]
     moments: dict[str, int]
     host: int
-    lost: int
+    lost: int = 0
 
     @property
     def peak(self) -> int:
@@ -123,8 +124,8 @@ def memory_of(facts: Facts, student: Student, *teachers: Teacher | None) -> Memo
         moments["teacher's forward"] = max(reading) + 2 * states_of_teacher - of_micro_batch
     elif read:
         moments["teacher's states"] = 2 * states_of_teacher
-    tensors = sum(stays.values()) - PROCESS + max(moments.values())
-    return Memory(stays, moments, host, lost=0 if facts.on_gpu else int(MALLOC * tensors))
+    counted = Memory(stays, moments, host)
+    return counted if facts.on_gpu else replace(counted, lost=int(MALLOC * (counted.peak - PROCESS)))
 
 
 def _optimizer_states(facts: Facts, trained: Mapping[int, int], projector: int, share: int) -> int:
