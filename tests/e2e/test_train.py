@@ -193,7 +193,12 @@ def test_preprocess_then_train_then_evaluate(train, recipe, run_axolotl):
 
 
 @pytest.mark.parametrize(
-    "launcher", ["accelerate", *(pytest.param(name, marks=pytest.mark.more) for name in ("torchrun", "python"))]
+    "launcher",
+    [
+        "accelerate",
+        pytest.param("torchrun", marks=pytest.mark.more),
+        pytest.param("python", marks=pytest.mark.more),
+    ],
 )
 def test_launchers(recipe, run_axolotl, launcher):
     recipe = {**recipe, "dataset_num_proc": 2}  # processes that end when the rows are prepared

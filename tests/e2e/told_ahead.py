@@ -8,7 +8,7 @@ from axolotl.integrations.base import BasePlugin
 
 
 class ToldAhead(BasePlugin):
-    """Listed behind ours; writes told_ahead.txt beside the output folder."""
+    """Listed behind ours; writes `<output folder>.told.txt`, a line for each call."""
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         log = Path(cfg.output_dir).with_suffix(".told.txt")
